@@ -1,0 +1,154 @@
+"""The compile check: every shipped configuration, compiled ahead of time for GPUs that needn't be there.
+
+For sm_90 the machine code is read too: registers, spills (local memory), shared memory, and how wide the accesses to
+global memory are.  Triton's wheel carries the compiler, the assembler and ``cuobjdump``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .. import INTERPRETING
+from ..launch import Configuration
+
+__all__ = ["TARGETS", "CompileResult", "MachineCode", "compile_configuration"]
+
+#: The GPUs that kernels are compiled for: A100, H100 / H200, B200, MI300.
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+#: Longest compile time of one configuration, in seconds.
+COMPILE_SECONDS = 20.0
+
+_TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "DMMA", "QGMMA", "UTCHMMA", "IMMA", "IGMMA")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the SASS of a kernel shows: resources per thread, and instruction counts."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    opcodes: Counter[str]
+
+    def count(self, prefix: str, *modifiers: str) -> int:
+        """Instructions whose opcode starts with ``prefix`` and carries all ``modifiers``."""
+        return sum(
+            n
+            for opcode, n in self.opcodes.items()
+            if opcode.split(".")[0] == prefix and all(modifier in opcode.split(".")[1:] for modifier in modifiers)
+        )
+
+    @property
+    def wide_loads(self) -> int:
+        return self.count("LDG", "128")
+
+    @property
+    def wide_stores(self) -> int:
+        return self.count("STG", "128")
+
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to local memory."""
+        return self.count("LDL") + self.count("STL")
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        return sum(self.count(name) for name in _TENSOR_CORE_INSTRUCTIONS)
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """One configuration, compiled for one target, and everything that is wrong with it."""
+
+    configuration: Configuration
+    target: str
+    seconds: float
+    machine_code: MachineCode | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def compile_configuration(configuration: Configuration, target: str) -> CompileResult:
+    """Compile for ``target`` (a key of `TARGETS`) and check the result against what the configuration promises.
+
+    A compiler error is reported as a problem, not raised.  Raises RuntimeError in the interpreter, whose functions
+    can't be compiled.
+    """
+    if INTERPRETING:
+        raise RuntimeError("the compile check needs real kernels: unset TRITON_INTERPRET")
+    started = time.perf_counter()
+    try:
+        compiled = _compile(configuration, TARGETS[target])
+    except Exception as error:
+        message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+        return CompileResult(configuration, target, time.perf_counter() - started, None, [message])
+    seconds = time.perf_counter() - started
+    problems = []
+    if seconds > COMPILE_SECONDS:
+        problems.append(f"took {seconds:.1f} s to compile, more than {COMPILE_SECONDS:.0f}")
+    machine_code = None
+    if target == "sm_90":
+        machine_code = read_machine_code(compiled.asm["cubin"])
+        problems += _broken_promises(configuration, machine_code)
+    return CompileResult(configuration, target, seconds, machine_code, problems)
+
+
+def _compile(configuration: Configuration, target: GPUTarget) -> Any:
+    constants = dict(configuration.constants)
+    types = dict(configuration.signature)
+    names = configuration.kernel.arg_names
+    aligned = {name for name, kind in types.items() if kind.startswith("*")} | set(configuration.divisible)
+    source = ASTSource(
+        configuration.kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {
+        "num_warps": configuration.num_warps(target.warp_size),
+        "num_stages": configuration.num_stages,
+    }
+    return triton.compile(source, target=target, options=options)
+
+
+def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:
+    problems = []
+    if code.spills or code.stack_bytes:
+        problems.append(f"spills: {code.spills} local-memory accesses, {code.stack_bytes} bytes of stack")
+    if code.wide_loads < configuration.wide_loads:
+        problems.append(f"{code.wide_loads} loads of 128 bits, {configuration.wide_loads} promised")
+    if code.wide_stores < configuration.wide_stores:
+        problems.append(f"{code.wide_stores} stores of 128 bits, {configuration.wide_stores} promised")
+    if configuration.tensor_cores and not code.tensor_core_instructions:
+        problems.append("no tensor-core instructions")
+    return problems
+
+
+def read_machine_code(cubin: bytes) -> MachineCode:
+    """Disassemble a cubin with the ``cuobjdump`` of Triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        flags = ["--dump-resource-usage", "--dump-sass"]
+        listing = subprocess.run([tool, *flags, path], check=True, capture_output=True, text=True).stdout
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", listing)}
+    # An instruction's line: its address in a comment, a predicate perhaps, then the opcode with its modifiers.
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
+    return MachineCode(resources["REG"], resources["STACK"], resources["SHARED"], Counter(opcodes))

@@ -1,0 +1,103 @@
+"""How kernels are configured, registered and launched.
+
+A `Configuration` is everything that the compiler is told: the kernel, the types of its arguments, its constants and
+its threads.  Launchers get theirs from the same functions that a family registers with `ships`, so the compile check
+and the tests see exactly the code that users run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._triton import tl
+
+__all__ = ["COMPUTE", "DTYPES", "TRITON_TYPE", "Configuration", "launch", "shipped", "ships"]
+
+#: The floating-point types that kernels take.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: Triton's name of a dtype, in signatures.
+TRITON_TYPE = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+}
+
+#: The type that arithmetic on a dtype is done in.
+COMPUTE = {dtype: tl.float64 if dtype is torch.float64 else tl.float32 for dtype in DTYPES}
+
+_WARP_SIZE = 64 if torch.version.hip else 32
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One specialisation of one kernel.
+
+    ``signature`` gives each run-time argument's Triton type in order (``"*fp32"`` for a pointer), ``constants`` the
+    values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
+    are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  ``wide_loads`` and
+    ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
+    says that the SASS must use them.
+    """
+
+    label: str
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    threads: int
+    num_stages: int = 2
+    divisible: tuple[str, ...] = ()
+    wide_loads: int = 0
+    wide_stores: int = 0
+    tensor_cores: bool = False
+
+    def num_warps(self, warp_size: int) -> int:
+        return max(1, self.threads // warp_size)
+
+
+_FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}
+
+
+def ships(
+    family: str,
+) -> Callable[[Callable[[], Iterable[Configuration]]], Callable[[], Iterable[Configuration]]]:
+    """Register the function that lists every configuration a family can launch."""
+
+    def register(configurations: Callable[[], Iterable[Configuration]]) -> Callable[[], Iterable[Configuration]]:
+        _FAMILIES[family] = configurations
+        return configurations
+
+    return register
+
+
+def shipped(family: str | None = None) -> Iterator[Configuration]:
+    """All registered configurations, or those of one family."""
+    for name, configurations in _FAMILIES.items():
+        if family is None or family == name:
+            yield from configurations()
+
+
+def launch(configuration: Configuration, programs: int, *arguments: Any) -> None:
+    """Run ``programs`` programs on the device of the first argument.  No programs, no launch.
+
+    ``arguments`` are the run-time arguments, in the order of the configuration's signature.
+    """
+    if programs == 0:
+        return
+    tensor = arguments[0]
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(tensor.device) if elsewhere else nullcontext():
+        configuration.kernel[(programs,)](
+            **dict(zip((name for name, _ in configuration.signature), arguments, strict=True)),
+            **dict(configuration.constants),
+            num_warps=configuration.num_warps(_WARP_SIZE),
+            num_stages=configuration.num_stages,
+        )

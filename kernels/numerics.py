@@ -1,0 +1,86 @@
+"""Pure device functions: conversions, and elementary functions that are stable at the extremes.
+
+Nothing here loads or stores.  Compiled, the transcendental functions are those of the vendor's device library
+(libdevice on NVIDIA, ocml on AMD), accurate to a unit or two in the last place.  The interpreter has no device library,
+so there each is written out in NumPy's double precision, by Kahan's formulas for ``expm1`` and ``log1p``.
+"""
+
+from ._triton import INTERPRETED, libdevice, tl, triton
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A kernel's float argument as a 0-d tensor: compiled it is a tensor already, in the interpreter a Python float."""
+    return tl.full((), value, dtype)
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """``x`` in the type that arithmetic is done in: float32, or float64 for float64."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter holds bfloat16 as 16-bit integers and converts subnormals wrongly; their bits are a float32's
+        # upper half.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """``x`` rounded to nearest even in the type that is stored."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter truncates.  Adding half a unit, less one where the kept part is even, rounds to nearest even;
+        # it would carry a NaN's payload into the sign, hence the selection.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def exp(x):
+    if INTERPRETED:
+        return tl.exp(x)
+    return libdevice.exp(x)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, without cancellation near 0."""
+    if INTERPRETED:
+        wide = x.to(tl.float64)
+        u = tl.exp(wide)
+        # Where exp rounds to 1 the answer is x; where exp(x) - 1 rounds to -1, or exp overflows, log(u) has lost x.
+        kahan = (u - 1) * (wide / tl.log(tl.where((u == 1) | (u == 0), 2.0, u)))
+        return tl.where(u == 1, wide, tl.where((u - 1 == -1) | (u == float("inf")), u - 1, kahan)).to(x.dtype)
+    return libdevice.expm1(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), without cancellation near 0."""
+    if INTERPRETED:
+        wide = x.to(tl.float64)
+        u = 1 + wide
+        kahan = tl.log(u) * (wide / tl.where(u == 1, 1.0, u - 1))
+        return tl.where(u == 1, wide, tl.where(u == float("inf"), u, kahan)).to(x.dtype)
+    return libdevice.log1p(x)
+
+
+@triton.jit
+def tanh(x):
+    if INTERPRETED:
+        # tanh|x| = -m / (2 + m) with m = expm1(-2|x|) in (-1, 0].
+        m = expm1(-2 * tl.abs(x))
+        return tl.where(x < 0, m / (2 + m), -m / (2 + m))
+    return libdevice.tanh(x)
+
+
+@triton.jit
+def erf(x):
+    return tl.erf(x)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0."""
+    return 1 / (1 + exp(-x))

@@ -1,0 +1,47 @@
+"""Randomness that costs no memory: Philox numbers from a seed and an element's position.
+
+A kernel draws the same numbers whenever it is given the same seed, so a backward pass regenerates what the forward
+pass drew.  The seed itself comes from PyTorch's generator of the tensor's device and stays on that device: nothing
+syncs, and ``torch.manual_seed``, checkpointing and CUDA-graph replay behave.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+"""
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+
+__all__ = ["draw_seed", "random_tile", "uniform_tile"]
+
+# Seven rounds pass BigCrush (table 2 of the paper); PyTorch's ten would double the instructions for nothing.
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A 64-bit seed, shape (1,), int64, drawn on ``device`` from PyTorch's generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+@triton.jit
+def random_tile(seed, tile_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """32 random bits for each element of flat tile ``tile_index``, (ROWS, COLUMNS): one Philox call serves 4."""
+    # The tile as (rows, calls, neighbouring columns): the four numbers of a call go to elements that one thread holds.
+    wide: tl.constexpr = 4 // ROWS
+    calls: tl.constexpr = COLUMNS // wide
+    counter = tile_index * calls + tl.arange(0, calls)[None, :, None]
+    low = counter.to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    r0, r1, r2, r3 = tl.philox(seed, low, high, zero, zero, PHILOX_ROUNDS)
+    slot = tl.arange(0, ROWS)[:, None, None] * wide + tl.arange(0, wide)[None, None, :]
+    bits = tl.where(slot < 2, tl.where(slot == 0, r0, r1), tl.where(slot == 2, r2, r3))
+    return tl.reshape(bits, (ROWS, COLUMNS))
+
+
+@triton.jit
+def uniform_tile(seed, tile_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Uniform float32 numbers in [0, 1) for each element of flat tile ``tile_index``, (ROWS, COLUMNS)."""
+    # 24 bits fill a float32's significand exactly, so the product is exact and below 1.
+    bits = random_tile(seed, tile_index, ROWS, COLUMNS)
+    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08

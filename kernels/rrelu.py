@@ -1,0 +1,144 @@
+"""RReLU in training: leaky ReLU with a random slope for each element, regenerated in the backward pass.
+
+Saves one bit an element (whether it was positive) and the seed, where PyTorch saves the input and a tensor of slopes.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .layout import dense, dense_like
+from .numerics import narrow, scalar, widen
+from .random import uniform_tile
+from .tiles import (
+    load_bits,
+    load_tile,
+    mask_bytes,
+    programs_for,
+    store_bits,
+    store_tile,
+    threads_for,
+    tile_offsets,
+    tile_shape,
+)
+
+__all__ = ["rrelu_backward", "rrelu_forward"]
+
+
+@triton.jit
+def slope_tile(
+    seed_pointer, lower, upper, tile_index, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The random slopes of a tile, uniform in [lower, upper)."""
+    lower = scalar(lower, COMPUTE)
+    upper = scalar(upper, COMPUTE)
+    return lower + uniform_tile(tl.load(seed_pointer), tile_index, ROWS, COLUMNS).to(COMPUTE) * (upper - lower)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def rrelu_forward_kernel(
+    x_pointer,  # input, flat
+    y_pointer,  # output, flat; may be the input
+    mask_pointer,  # packed bits: x > 0
+    seed_pointer,  # one int64
+    numel: tl.int64,
+    lower: tl.float64,
+    upper: tl.float64,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile_index = tl.program_id(0).to(tl.int64)
+    start = tile_index * ROWS * COLUMNS
+    offsets = tile_offsets(ROWS, COLUMNS)
+    inside = offsets < numel - start
+    whole = start + ROWS * COLUMNS <= numel
+
+    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
+    y = leaky_relu_value(x, slope, slope)
+    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store_bits(mask_pointer, leaky_relu_keeps(x, slope, slope), tile_index, ROWS, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def rrelu_backward_kernel(
+    g_pointer,  # gradient of the output, flat
+    mask_pointer,  # packed bits: x > 0
+    dx_pointer,  # gradient of the input, flat
+    seed_pointer,  # the forward pass's
+    numel: tl.int64,
+    lower: tl.float64,
+    upper: tl.float64,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile_index = tl.program_id(0).to(tl.int64)
+    start = tile_index * ROWS * COLUMNS
+    offsets = tile_offsets(ROWS, COLUMNS)
+    inside = offsets < numel - start
+    whole = start + ROWS * COLUMNS <= numel
+
+    g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
+    slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
+    dx = leaky_relu_gradient(g, load_bits(mask_pointer, tile_index, ROWS, COLUMNS), slope, slope)
+    store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+
+
+@cache
+def _configuration(direction: str, dtype: torch.dtype) -> Configuration:
+    element = "*" + TRITON_TYPE[dtype]
+    rows, columns = tile_shape(dtype)
+    if direction == "forward":
+        kernel, pointers = (
+            rrelu_forward_kernel,
+            (("x_pointer", element), ("y_pointer", element), ("mask_pointer", "*u8")),
+        )
+    else:
+        kernel, pointers = (
+            rrelu_backward_kernel,
+            (("g_pointer", element), ("mask_pointer", "*u8"), ("dx_pointer", element)),
+        )
+    return Configuration(
+        label=f"rrelu {direction} {TRITON_TYPE[dtype]}",
+        kernel=kernel,
+        signature=(*pointers, ("seed_pointer", "*i64"), ("numel", "i64"), ("lower", "fp64"), ("upper", "fp64")),
+        constants=(("COMPUTE", COMPUTE[dtype]), ("ROWS", rows), ("COLUMNS", columns)),
+        threads=threads_for(dtype),
+        wide_loads=rows,
+        wide_stores=rows,
+    )
+
+
+@ships("rrelu")
+def configurations() -> Iterator[Configuration]:
+    for dtype in DTYPES:
+        yield _configuration("forward", dtype)
+        yield _configuration("backward", dtype)
+
+
+def rrelu_forward(
+    x: Tensor, seed: Tensor, lower: float, upper: float, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The value with slopes uniform in [lower, upper), and the packed mask of positive elements."""
+    x = dense(x)
+    y = x if inplace else torch.empty_like(x)
+    mask = torch.empty(mask_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+    programs = programs_for(x.numel())
+    launch(_configuration("forward", x.dtype), programs, x, y, mask, seed, x.numel(), lower, upper)
+    return y, mask
+
+
+def rrelu_backward(g: Tensor, mask: Tensor, seed: Tensor, strides: list[int], lower: float, upper: float) -> Tensor:
+    """Gradient of the input, with the slopes that the forward pass drew from ``seed``."""
+    g = dense_like(g, strides)
+    dx = torch.empty_like(g)
+    programs = programs_for(g.numel())
+    launch(_configuration("backward", g.dtype), programs, g, mask, dx, seed, g.numel(), lower, upper)
+    return dx
