@@ -7,7 +7,7 @@ batch norm, convolution and maxout use the same rows.
 All take the activation's two scalar parameters ``a`` and ``b``, used or not, in the type of the arithmetic.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -497,9 +497,11 @@ def activation_backward(g: Tensor, saved: Tensor, name: str, a: float, b: float)
     return dx
 
 
-def activation_masked_backward(g: Tensor, mask: Tensor, strides: list[int], name: str, a: float, b: float) -> Tensor:
+def activation_masked_backward(
+    g: Tensor, mask: Tensor, strides: Sequence[int], name: str, a: float, b: float
+) -> Tensor:
     """Gradient of the input from that of the output (whose strides were ``strides``) and the packed mask."""
     g = dense_like(g, strides)
-    dx = torch.empty_like(g)
+    dx = g.new_empty_strided(g.shape, strides)
     launch(_backward(name, g.dtype), programs_for(g.numel()), g, mask, dx, g.numel(), a, b)
     return dx

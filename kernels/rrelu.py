@@ -3,7 +3,7 @@
 Saves one bit an element (whether it was positive) and the seed, where PyTorch saves the input and a tensor of slopes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -135,10 +135,10 @@ def rrelu_forward(
     return y, mask
 
 
-def rrelu_backward(g: Tensor, mask: Tensor, seed: Tensor, strides: list[int], lower: float, upper: float) -> Tensor:
+def rrelu_backward(g: Tensor, mask: Tensor, seed: Tensor, strides: Sequence[int], lower: float, upper: float) -> Tensor:
     """Gradient of the input, with the slopes that the forward pass drew from ``seed``."""
     g = dense_like(g, strides)
-    dx = torch.empty_like(g)
+    dx = g.new_empty_strided(g.shape, strides)
     programs = programs_for(g.numel())
     launch(_configuration("backward", g.dtype), programs, g, mask, dx, seed, g.numel(), lower, upper)
     return dx

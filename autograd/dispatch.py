@@ -1,0 +1,105 @@
+"""The choice between a kernel and PyTorch's own operator, and its reason in words.
+
+This is the only place that decides.  A family's kernels say in their tables which parameters they don't take; what
+holds for every operation (device, dtype, layout, transforms) is here.  Whatever is refused goes to the stock operator,
+which also raises the stock error where the arguments are wrong.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..kernels import AVAILABLE, INTERPRETING
+from ..kernels.launch import DTYPES
+
+__all__ = ["Choice", "autocast_dtype", "observe_choices", "takes_kernel"]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class Choice(NamedTuple):
+    """The path that one call took."""
+
+    operation: str
+    kernel: bool
+    reason: str
+
+    @property
+    def path(self) -> str:
+        return "kernel" if self.kernel else "stock"
+
+
+_observers: list[Callable[[Choice], None]] = []
+
+
+@contextmanager
+def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
+    """Call ``observer`` with every choice that is made inside the ``with`` block."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def takes_kernel(operation: str, *tensors: Tensor, inplace: bool = False, refusal: str | None = None) -> bool:
+    """Whether ``operation`` on these tensors takes its kernel.
+
+    ``tensors`` are the operands in order (a kernel wants them all on the first's device and of its dtype), ``refusal``
+    the reason why the operation's kernels don't take its other arguments, or None.
+    """
+    refusal = refusal or _refusal(tensors, inplace)
+    if _observers:
+        where = "the interpreter" if INTERPRETING and not refusal else "the GPU"
+        choice = Choice(operation, refusal is None, refusal or f"Triton kernel on {where}")
+        for observer in _observers:
+            observer(choice)
+    return refusal is None
+
+
+def _refusal(tensors: tuple[Tensor, ...], inplace: bool) -> str | None:
+    """Why no kernel takes these operands, or None."""
+    if not AVAILABLE:
+        return "Triton is not installed"
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
+            return f"{type(tensor).__name__} is not a plain tensor"
+    first = tensors[0]
+    if first.device.type == "cpu":
+        if not INTERPRETING:
+            return "CPU tensor"
+    elif first.device.type != "cuda":
+        return f"no kernels for {first.device.type} tensors"
+    if first.layout is not torch.strided:
+        return f"{first.layout} tensor"
+    if first.dtype not in DTYPES:
+        return f"no kernel for {first.dtype}"
+    if first.numel() == 0:
+        return "no elements"
+    for other in tensors[1:]:
+        if other.dtype != first.dtype or other.device != first.device:
+            return "operands differ in dtype or device"
+    if inplace and first.requires_grad and first.is_leaf and torch.is_grad_enabled():
+        return "in-place on a leaf that requires gradients"
+    return _transform_refusal()
+
+
+def _transform_refusal() -> str | None:
+    """Why a kernel can't run under the transforms that are active, or None."""
+    if torch._C._are_functorch_transforms_active():
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return "recorded by torch.jit.trace"
+    return None
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The low-precision dtype of the autocast region that ``tensor``'s device is in, or None outside one."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

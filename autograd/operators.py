@@ -1,0 +1,36 @@
+"""Registration of kernels as PyTorch operators, ``torch.ops.fusednn.*``.
+
+``torch.compile``, ``torch.export`` and every other tracer see an operator as one opaque call with known result shapes.
+``torch.library.Library`` definitions cost about a microsecond a call, the friendlier ``torch.library.custom_op``
+several.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["operator"]
+
+_LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
+# Kernels take any strides, so the compiler needn't copy; but results follow them, so it mustn't change them either.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
+
+
+def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[_Launcher], _Launcher]:
+    """Register the decorated function as the operator that ``schema`` declares, for CUDA and (interpreted) CPU tensors.
+
+    ``fake`` makes results of the right shape, strides and dtype without computing them.
+    """
+
+    def register(function: _Launcher) -> _Launcher:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=_TAGS)
+        for key in ("CUDA", "CPU"):
+            _LIBRARY.impl(name, function, key)
+        torch.library.register_fake(f"fusednn::{name}", fake, lib=_LIBRARY)
+        return function
+
+    return register

@@ -1,0 +1,78 @@
+"""PReLU with the signature of ``torch.nn.functional.prelu``."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import prelu as kernels
+from .dispatch import autocast_dtype, takes_kernel
+from .operators import operator
+
+__all__ = ["prelu"]
+
+
+@operator("prelu(Tensor x, Tensor weight) -> Tensor", fake=lambda x, weight: torch.empty_like(x))
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return kernels.prelu_forward(x, weight)
+
+
+@operator(
+    "prelu_backward(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    fake=lambda g, x, weight: (torch.empty_like(x), torch.empty_like(weight)),
+)
+def _prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels.prelu_backward(g, x, weight)
+
+
+_ops = torch.ops.fusednn
+
+
+class PReLU(Function):
+    """Saves the input and the slopes; one pass gives both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y: Tensor = _ops.prelu(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                y = F.prelu(x, weight)
+            wanted = [tensor for tensor, needed in zip((x, weight), ctx.needs_input_grad, strict=True) if needed]
+            gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+            dx, dw = (next(gradients) if needed else None for needed in ctx.needs_input_grad)
+        else:
+            dx, dw = _ops.prelu_backward(g, x, weight)
+        return dx if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """max(0, x) + weight min(0, x).  As `torch.nn.functional.prelu`.
+
+    ``weight`` holds one slope, or one for each channel (dimension 1 of the input).  Autocast computes in its low
+    precision, and so does this.  Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers" (ICCV 2015).
+    """
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (dtype := autocast_dtype(input)):
+        input, weight = (t.to(dtype) if t.dtype in _CAST else t for t in (input, weight))
+    if not takes_kernel("prelu", input, weight, refusal=_refusal(input, weight)):
+        return F.prelu(input, weight)
+    y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _ops.prelu(input, weight)
+    return y
+
+
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _refusal(input: Tensor, weight: Tensor) -> str | None:
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        return "not a tensor"
+    if weight.dim() > 1 or (weight.numel() != 1 and (input.dim() < 2 or weight.numel() != input.shape[1])):
+        return "the slopes are neither one nor one per channel"
+    return None
