@@ -1,1 +1,24 @@
-"""."""
+"""fusednn: fused Triton kernels that replace PyTorch layers, losses and optimizers, drop-in.
+
+>>> import fusednn
+>>> report = fusednn.replace_layers(model)          # in place; parameters, hooks, state_dict keys stay
+>>> print(fusednn.explain(model, batch))            # per layer: kernel or stock path, and why
+
+CUDA tensors take Triton kernels; CPU tensors take PyTorch's own operators, or, with ``TRITON_INTERPRET=1`` in the
+environment, the kernels in Triton's interpreter.
+"""
+
+from . import autograd, kernels, layers, optim
+from ._version import __version__
+from .layers import explain, replace_layers, restore_layers
+
+__all__ = [
+    "__version__",
+    "autograd",
+    "explain",
+    "kernels",
+    "layers",
+    "optim",
+    "replace_layers",
+    "restore_layers",
+]

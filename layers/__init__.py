@@ -1,1 +1,56 @@
-"""."""
+"""Drop-in layers: subclasses of ``torch.nn``'s, and the tools that put them into existing models."""
+
+from .activation import (
+    CELU,
+    ELU,
+    GELU,
+    SELU,
+    Hardsigmoid,
+    Hardswish,
+    Hardtanh,
+    LeakyReLU,
+    LogSigmoid,
+    Mish,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Softsign,
+    Tanh,
+    Threshold,
+)
+from .explain import Explanation, ExplanationRow, explain
+from .prelu import PReLU
+from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
+from .rrelu import RReLU
+
+__all__ = [
+    "CELU",
+    "ELU",
+    "GELU",
+    "SELU",
+    "Explanation",
+    "ExplanationRow",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
+    "LogSigmoid",
+    "Mish",
+    "PReLU",
+    "RReLU",
+    "ReLU",
+    "ReLU6",
+    "ReplacementReport",
+    "ReplacementRow",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Softsign",
+    "Tanh",
+    "Threshold",
+    "explain",
+    "replace_layers",
+    "restore_layers",
+]

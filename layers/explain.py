@@ -1,0 +1,103 @@
+"""Which path each layer of a model takes, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..autograd.dispatch import Choice, observe_choices
+from .table import format_table
+from .twin import TWINS, Twin
+
+__all__ = ["Explanation", "ExplanationRow", "explain"]
+
+
+@dataclass(frozen=True)
+class ExplanationRow:
+    """One layer (by its name in the model) and the path that one of its operations took: "kernel" or "stock"."""
+
+    name: str
+    layer: str
+    operation: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row per layer and operation, in the order of execution; prints as a table."""
+
+    rows: tuple[ExplanationRow, ...]
+
+    def __iter__(self) -> Iterator[ExplanationRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        body = [(row.name or "(model)", row.layer, row.operation, row.path, row.reason) for row in self.rows]
+        kernels = sum(row.path == "kernel" for row in self.rows)
+        table = format_table(("layer", "class", "operation", "path", "reason"), body)
+        return f"{table}\n{kernels} of {len(self.rows)} on kernels"
+
+
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
+    """Run ``model(*inputs, **kwargs)`` once, and report the path that each layer took and why.
+
+    The pass leaves no trace: buffers (running statistics) and the random generators are put back, and no gradients are
+    computed.  The model stays in the mode (training or evaluation) that it is in.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    running: list[nn.Module] = []
+    rows: dict[ExplanationRow, None] = {}  # ordered, and a layer that is called twice alike appears once
+    chose: set[nn.Module] = set()
+
+    def observe(choice: Choice) -> None:
+        if running:
+            module = running[-1]
+            chose.add(module)
+            row = ExplanationRow(names[module], type(module).__name__, choice.operation, choice.path, choice.reason)
+            rows[row] = None
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, _args: Any, _result: Any) -> None:
+        running.pop()
+        if module not in chose and not any(True for _ in module.children()):
+            row = ExplanationRow(names[module], type(module).__name__, "-", "stock", _why_stock(module))
+            rows[row] = None
+
+    handles = []
+    for module in names:
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(sorted(device.index for device in devices)),
+            observe_choices(observe),
+        ):
+            model(*inputs, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return Explanation(tuple(rows))
+
+
+def _why_stock(module: nn.Module) -> str:
+    if type(module) in TWINS:
+        return "has a twin: call fusednn.replace_layers"
+    if isinstance(module, Twin):
+        return "called no operation"
+    return "no fusednn twin"

@@ -1,0 +1,165 @@
+"""Swapping the layers of an existing model for their twins, and back.
+
+A swap assigns ``__class__``: parameters, buffers, hooks, training mode, parametrizations and the module's identity (so
+also its names, shared uses and ``state_dict`` keys) stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .table import format_table
+from .twin import TWINS, Twin, stock_class
+
+__all__ = ["ReplacementReport", "ReplacementRow", "replace_layers", "restore_layers"]
+
+#: What `replace_layers` accepts to choose layers: names with wildcards and classes, or a predicate.
+Selection = Iterable[str | type[nn.Module]] | str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+# Marks, in a module's ``__dict__``, what `replace_layers` swapped: a twin that the user built stays when layers are
+# restored.  It travels with deepcopy and pickle, and never appears in a state_dict.
+_MARK = "_fusednn_replaced"
+
+
+@dataclass(frozen=True)
+class ReplacementRow:
+    """One layer: all its names in the model, its ``torch.nn`` class, and what happened to it."""
+
+    names: tuple[str, ...]
+    layer: str
+    replaced: bool
+    reason: str
+
+
+@dataclass
+class ReplacementReport:
+    """What `replace_layers` or `restore_layers` did, a row per layer; prints as a table."""
+
+    rows: list[ReplacementRow] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> list[ReplacementRow]:
+        return [row for row in self.rows if row.replaced]
+
+    @property
+    def left(self) -> list[ReplacementRow]:
+        return [row for row in self.rows if not row.replaced]
+
+    def __str__(self) -> str:
+        body = [
+            (
+                ", ".join(name or "(model)" for name in row.names),
+                row.layer,
+                "replaced" if row.replaced else "left",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        table = format_table(("layer", "class", "result", "reason"), body)
+        return f"{table}\n{len(self.replaced)} of {len(self.rows)} layers replaced"
+
+
+def replace_layers(
+    model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None
+) -> ReplacementReport:
+    """Swap every ``torch.nn`` layer of ``model`` that has a fusednn twin for it, in place.
+
+    Args:
+        model: any module; itself swapped if it is such a layer.
+        include: swap only these layers: names as in ``model.named_modules()``, with shell wildcards (``"features.*"``),
+            layer classes, a mixture of both, or a predicate of (name, module).  All, by default.
+        exclude: leave these; wins over ``include``.
+
+    Returns:
+        A report of what was replaced, what was left, and why.  A layer used under several names is one row.
+
+    Layers are matched by exact class, parametrized ones too: a subclass that may override behaviour is left alone.
+    """
+    report = ReplacementReport()
+    for names, module in _unique_modules(model):
+        stock = _plain_class(module)
+        reason = _reason_to_leave(names, module, include, exclude)
+        if reason is None:
+            _assign_class(module, TWINS[stock])
+            module.__dict__[_MARK] = True
+            report.rows.append(ReplacementRow(names, stock.__name__, True, "swapped for its twin"))
+        elif _is_layer(module):
+            report.rows.append(ReplacementRow(names, stock.__name__, False, reason))
+    return report
+
+
+def restore_layers(model: nn.Module) -> ReplacementReport:
+    """Undo `replace_layers`: every layer that it swapped is of its ``torch.nn`` class again.
+
+    Layers that were built as fusednn's stay.  Returns a report of what was restored.
+    """
+    report = ReplacementReport()
+    for names, module in _unique_modules(model):
+        if module.__dict__.pop(_MARK, False):
+            stock = stock_class(_plain_class(module))
+            _assign_class(module, stock)
+            report.rows.append(ReplacementRow(names, stock.__name__, True, "stock again"))
+    return report
+
+
+def _unique_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
+    """Every module once, with all its names."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    return [(tuple(names[key]), module) for key, module in modules.items()]
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the subclass that a parametrization injects."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        injected = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), injected)
+    module.__class__ = cls
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a report should speak of the module: it computes by itself, or derives from a layer that has a twin."""
+    return not any(True for _ in module.children()) or isinstance(module, tuple(TWINS))
+
+
+def _reason_to_leave(
+    names: tuple[str, ...], module: nn.Module, include: Selection | None, exclude: Selection | None
+) -> str | None:
+    cls = _plain_class(module)
+    if issubclass(cls, Twin):
+        return "already a fusednn layer"
+    if cls not in TWINS:
+        base = next((stock for stock in cls.__mro__ if stock in TWINS), None)
+        return f"subclass of {base.__name__}, may override it" if base else "no fusednn twin"
+    if "forward" in module.__dict__:
+        return "forward is overridden on the instance"
+    if exclude is not None and _selects(exclude, names, module):
+        return "excluded"
+    if include is not None and not _selects(include, names, module):
+        return "not included"
+    return None
+
+
+def _selects(selection: Selection, names: tuple[str, ...], module: nn.Module) -> bool:
+    if isinstance(selection, (str, type)):
+        selection = (selection,)
+    elif callable(selection):
+        predicate = selection
+        return any(predicate(name, module) for name in names)
+    return any(
+        issubclass(_plain_class(module), item) if isinstance(item, type) else any(fnmatchcase(n, item) for n in names)
+        for item in selection
+    )

@@ -1,0 +1,36 @@
+"""What makes a layer a drop-in twin of a ``torch.nn`` layer."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+__all__ = ["TWINS", "Twin", "stock_class"]
+
+#: The twin of each ``torch.nn`` class that has one.
+TWINS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Twin(nn.Module):
+    """Mixin of every layer here, first among its bases: ``class ReLU(Twin, nn.ReLU)``.
+
+    A twin has exactly the attributes of its stock class, so a module becomes its twin, and itself again, by assigning
+    ``__class__``.
+    """
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__bases__[0] is Twin:
+            TWINS[cls.__bases__[1]] = cls
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in our place: the stock layer, with the same parameters and buffers."""
+        stock = copy.copy(self)
+        stock.__class__ = stock_class(type(self))
+        return stock
+
+
+def stock_class(twin: type[nn.Module]) -> type[nn.Module]:
+    """The ``torch.nn`` class that a twin replaces."""
+    return next(stock for stock, ours in TWINS.items() if ours is twin)
