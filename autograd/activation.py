@@ -239,7 +239,7 @@ def _differentiable_gradient(g: Tensor, saved: Tensor, name: str, a: float, b: f
 def _takes_kernel(name: str, input: Tensor, a: float, b: float, inplace: bool) -> bool:
     if type(a) not in (float, int) or type(b) not in (float, int):
         return takes_kernel(name, input, inplace=inplace, refusal="a parameter is not a Python number")
-    return takes_kernel(name, input, inplace=inplace, refusal=ACTIVATIONS[name].refuses(a, b))
+    return takes_kernel(name, input, inplace=inplace, refusal=ACTIVATIONS[name].refuses(a, b, inplace))
 
 
 def apply_kernel(input: Tensor, name: str, a: float, b: float, inplace: bool, seed: Tensor | None = None) -> Tensor:

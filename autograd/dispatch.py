@@ -83,8 +83,11 @@ def _refusal(tensors: tuple[Tensor, ...], inplace: bool) -> str | None:
     for other in tensors[1:]:
         if other.dtype != first.dtype or other.device != first.device:
             return "operands differ in dtype or device"
-    if inplace and first.requires_grad and first.is_leaf and torch.is_grad_enabled():
-        return "in-place on a leaf that requires gradients"
+    if inplace:
+        if first.requires_grad and first.is_leaf and torch.is_grad_enabled():
+            return "in-place on a leaf that requires gradients"
+        if any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True)):
+            return "in-place on memory that overlaps itself"
     return _transform_refusal()
 
 

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.activation import ACTIVATIONS
 from ..kernels.random import draw_seed
 from .activation import apply_kernel
 from .dispatch import takes_kernel
@@ -23,16 +24,16 @@ def rrelu(
     Saves one bit an element and a seed.  Source: Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in
     Convolutional Network" (2015).
     """
-    if not takes_kernel("rrelu", input, inplace=inplace, refusal=_refusal(lower, upper, training)):
+    if not takes_kernel("rrelu", input, inplace=inplace, refusal=_refusal(lower, upper, training, inplace)):
         return F.rrelu(input, lower, upper, training, inplace)
     if training:
         return apply_kernel(input, "rrelu", lower, upper, inplace, draw_seed(input.device))
     return apply_kernel(input, "leaky_relu", (lower + upper) / 2, 0.0, inplace)
 
 
-def _refusal(lower: float, upper: float, training: bool) -> str | None:
+def _refusal(lower: float, upper: float, training: bool, inplace: bool) -> str | None:
     if type(lower) not in (float, int) or type(upper) not in (float, int):
         return "a bound is not a Python number"
-    if training and not lower <= upper:
-        return "lower is above upper"
-    return None
+    if training:
+        return None if lower <= upper else "lower is above upper"
+    return ACTIVATIONS["leaky_relu"].refuses((lower + upper) / 2, 0.0, inplace)

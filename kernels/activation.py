@@ -42,7 +42,8 @@ __all__ = [
 
 # --- Device functions: value(x, a, b); keeps(x, a, b) for masks; gradient(g, saved, a, b) -----------------------------
 #
-# Comparisons are written the way round that lets NaN through where PyTorch does.
+# Comparisons are written the way round that treats NaN as PyTorch's CUDA kernels and scalar CPU code do (its vectorised
+# CPU code differs for some gradients).
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def hardswish_value(x, a, b):
 
 @triton.jit
 def hardswish_gradient(g, x, a, b):
-    return tl.where(x <= -3, 0.0, tl.where(x >= 3, g, g * (x / 3 + 0.5)))
+    return tl.where(x <= -3, 0.0, tl.where(x < 3, g * (x / 3 + 0.5), g))
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def elu_value(x, a, b):
 @triton.jit
 def elu_gradient(g, y, a, b):
     # a exp(x) = y + a: the output tells both the branch and the slope, as long as a >= 0.
-    return tl.where(y > 0, g * b, g * (y + a))
+    return tl.where(y <= 0, g * (y + a), g * b)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def celu_value(x, a, b):
 
 @triton.jit
 def celu_gradient(g, y, a, b):
-    return tl.where(y > 0, g, g * (y / a + 1))
+    return tl.where(y <= 0, g * (y / a + 1), g)
 
 
 @triton.jit
@@ -262,19 +263,23 @@ def tanh_gradient(g, y, a, b):
 # --- The table ----------------------------------------------------------------------------------------------------
 
 
-def _takes_all(a: float, b: float) -> str | None:
+def _takes_all(a: float, b: float, inplace: bool) -> str | None:
     return None
 
 
-def _needs_order(a: float, b: float) -> str | None:
+def _refuses_negative_slope_inplace(a: float, b: float, inplace: bool) -> str | None:
+    return "in-place with a negative slope" if inplace and a < 0 else None
+
+
+def _needs_order(a: float, b: float, inplace: bool) -> str | None:
     return None if a < b else "min_val is not below max_val"
 
 
-def _needs_positive_alpha(a: float, b: float) -> str | None:
+def _needs_positive_alpha(a: float, b: float, inplace: bool) -> str | None:
     return None if a > 0 else "the gradient can't be read off the output unless alpha is positive"
 
 
-def _needs_nonzero_beta(a: float, b: float) -> str | None:
+def _needs_nonzero_beta(a: float, b: float, inplace: bool) -> str | None:
     return None if a != 0 else "beta is 0"
 
 
@@ -284,8 +289,8 @@ class Activation:
 
     ``value(x, a, b)`` and ``gradient(g, saved, a, b)`` are device functions; ``saved`` is what ``saves`` names: the
     booleans of ``keeps(x, a, b)``, one bit each (``"mask"``), the ``"output"`` or the ``"input"``.  ``defaults`` are
-    the parameters of the ``torch.nn`` module's defaults.  ``refuses(a, b)`` gives the reason why the kernels don't take
-    these parameters, or None.
+    the parameters of the ``torch.nn`` module's defaults.  ``refuses(a, b, inplace)`` gives the reason why the kernels
+    don't take these parameters, or None.
     """
 
     name: str
@@ -294,7 +299,7 @@ class Activation:
     saves: Literal["mask", "output", "input"]
     keeps: Any = None
     defaults: tuple[float, float] = (0.0, 0.0)
-    refuses: Callable[[float, float], str | None] = _takes_all
+    refuses: Callable[[float, float, bool], str | None] = _takes_all
 
     def budget(self, numel: int, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes of device memory that (forward, backward) must move: each operand once."""
@@ -313,7 +318,15 @@ ACTIVATIONS: dict[str, Activation] = {
     for row in (
         Activation("relu", relu_value, kept_gradient, "mask", relu_keeps),
         Activation("relu6", hardtanh_value, kept_gradient, "mask", hardtanh_keeps, (0.0, 6.0)),
-        Activation("leaky_relu", leaky_relu_value, leaky_relu_gradient, "mask", leaky_relu_keeps, (0.01, 0.0)),
+        Activation(
+            "leaky_relu",
+            leaky_relu_value,
+            leaky_relu_gradient,
+            "mask",
+            leaky_relu_keeps,
+            (0.01, 0.0),
+            _refuses_negative_slope_inplace,
+        ),
         Activation("threshold", threshold_value, kept_gradient, "mask", threshold_keeps),
         Activation("hardtanh", hardtanh_value, kept_gradient, "mask", hardtanh_keeps, (-1.0, 1.0), _needs_order),
         Activation("hardsigmoid", hardsigmoid_value, hardsigmoid_gradient, "mask", hardsigmoid_keeps),

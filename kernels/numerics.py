@@ -70,8 +70,8 @@ def log1p(x):
 def tanh(x):
     if INTERPRETED:
         # tanh|x| = -m / (2 + m) with m = expm1(-2|x|) in (-1, 0].
-        m = expm1(-2 * tl.abs(x))
-        return tl.where(x < 0, m / (2 + m), -m / (2 + m))
+        m = expm1(-2 * tl.abs(x.to(tl.float64)))
+        return tl.where(x < 0, m / (2 + m), -m / (2 + m)).to(x.dtype)
     return libdevice.tanh(x)
 
 

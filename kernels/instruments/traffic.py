@@ -1,0 +1,174 @@
+"""The traffic meter: bytes that kernels move and launches that calls make, counted in Triton's interpreter.
+
+Every load and store of the interpreter passes through two functions, which the meter wraps.  An access counts the
+distinct elements that it touches: a slope that all lanes of a tile read is read once, but a second pass over memory
+counts again, since a GPU would fetch it again.  ATen operators that a call makes are counted beside, for comparison:
+the tensors each reads, and those it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+
+__all__ = ["Launch", "Operation", "Traffic", "measure_traffic"]
+
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # in-place operators that don't read what they write
+
+
+@dataclass
+class Launch:
+    """One kernel launch: the bytes its programs loaded and stored."""
+
+    kernel: str
+    programs: int
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One ATen operator: the bytes of the tensors that it read and wrote."""
+
+    name: str
+    read_bytes: int
+    written_bytes: int
+
+
+@dataclass
+class Traffic:
+    """What happened inside `measure_traffic`."""
+
+    kernel_launches: list[Launch] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+
+    @property
+    def launches(self) -> int:
+        return len(self.kernel_launches)
+
+    @property
+    def loaded_bytes(self) -> int:
+        return sum(launch.loaded_bytes for launch in self.kernel_launches)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(launch.stored_bytes for launch in self.kernel_launches)
+
+    @property
+    def bytes(self) -> int:
+        return self.loaded_bytes + self.stored_bytes
+
+    @property
+    def aten_operations(self) -> int:
+        return len(self.operations)
+
+    @property
+    def aten_bytes(self) -> int:
+        return sum(operation.read_bytes + operation.written_bytes for operation in self.operations)
+
+
+@contextmanager
+def measure_traffic() -> Iterator[Traffic]:
+    """Count kernel launches, their bytes, and ATen operators, until the ``with`` block ends.
+
+    Kernels are only seen in the interpreter (``TRITON_INTERPRET=1``), ATen operators anywhere.
+    """
+    traffic = Traffic()
+    execute = interpreter.GridExecutor.__call__
+    operators = _OperatorCounter(traffic)
+
+    def counted_execute(executor: Any, *args: Any, **kwargs: Any) -> None:
+        grid = executor.grid if isinstance(executor.grid, tuple) else (executor.grid,)
+        traffic.kernel_launches.append(Launch(executor.fn.__name__, int(np.prod(grid))))
+        with operators.paused():
+            execute(executor, *args, **kwargs)
+
+    with (
+        mock.patch.object(interpreter, "_interpreter", _CountingMemory(interpreter._interpreter, traffic)),
+        mock.patch.object(interpreter.GridExecutor, "__call__", counted_execute),
+        operators,
+    ):
+        yield traffic
+
+
+class _CountingMemory:
+    """The interpreter's memory functions, counting what they touch."""
+
+    def __init__(self, memory: Any, traffic: Traffic) -> None:
+        self._memory = memory
+        self._traffic = traffic
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self._traffic.kernel_launches[-1].loaded_bytes += _distinct(pointers, mask) * np.dtype(dtype).itemsize
+        return self._memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers: Any, values: Any, mask: Any) -> Any:
+        self._traffic.kernel_launches[-1].stored_bytes += _distinct(pointers, mask) * values.dtype.itemsize
+        return self._memory.store(pointers, values, mask)
+
+    def atomic_rmw(self, operation: Any, pointers: Any, values: Any, mask: Any, semantics: Any) -> Any:
+        touched = _distinct(pointers, mask) * values.dtype.itemsize
+        self._traffic.kernel_launches[-1].loaded_bytes += touched
+        self._traffic.kernel_launches[-1].stored_bytes += touched
+        return self._memory.atomic_rmw(operation, pointers, values, mask, semantics)
+
+
+def _distinct(pointers: Any, mask: Any) -> int:
+    """How many different addresses the active lanes of an access touch."""
+    return len(np.unique(np.asarray(pointers)[np.asarray(mask, dtype=bool)]))
+
+
+class _OperatorCounter(TorchDispatchMode):
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self._traffic = traffic
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The interpreter moves its arguments about with PyTorch; a GPU doesn't."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fusednn":
+            # Our operators are Python: step into them, so that the ATen operators they call are counted too.
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if not (self._paused or func.is_view or name in _ALLOCATIONS):
+            self._traffic.operations.append(_count(name, args, kwargs, result))
+        return result
+
+
+def _count(name: str, args: Any, kwargs: Any, result: Any) -> Operation:
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    if name in _OVERWRITES:
+        inputs = inputs[1:]
+    return Operation(name, sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, outputs)))
+
+
+def _touched_bytes(tensor: Tensor) -> int:
+    """Bytes of the tensor's distinct elements: an expanded dimension repeats the same ones."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
+    return int(np.prod(sizes, dtype=np.int64)) * tensor.itemsize

@@ -1,0 +1,57 @@
+"""The accuracy rule: our error against float64 is at most twice stock's own, plus one rounding of the output.
+
+Stock's own error is the largest over the tensor.  Nothing here scales with the size of a reduction, so a test can't be
+made to pass by making it larger.  In float64 the reference is stock's own result, whose error isn't known: there it is
+taken to be four roundings of the largest value.
+"""
+
+import torch
+from torch import Tensor
+
+FLOAT64_ROUNDINGS = 4
+
+
+def assert_accurate(
+    ours: Tensor, stock: Tensor, reference: Tensor, what: str = "result", *, inherent: Tensor | float = 0.0
+) -> None:
+    """Hold ``ours`` to the rule; ``stock`` is PyTorch's result in the same dtype, ``reference`` its result in float64.
+
+    Where a value isn't finite, ours must be what stock or the reference is.  ``inherent`` is an error, per element,
+    that follows from rounding what the operation is specified to save for its backward pass.
+    """
+    assert ours.dtype == stock.dtype, f"{what}: dtype {ours.dtype}, stock {stock.dtype}"
+    assert ours.shape == stock.shape, f"{what}: shape {tuple(ours.shape)}, stock {tuple(stock.shape)}"
+    ours64, stock64, reference = ours.detach().double(), stock.detach().double(), reference.detach().double()
+    finite = ours64.isfinite() & stock64.isfinite() & reference.isfinite()
+    same_as_stock = (ours64 == stock64) | (ours64.isnan() & stock64.isnan())
+    same_as_reference = (ours64 == reference) | (ours64.isnan() & reference.isnan())
+    odd = ~(finite | same_as_stock | same_as_reference)
+    assert not odd.any(), (
+        f"{what}: {int(odd.sum())} values that are not finite differ from stock: ours {ours64[odd][:4].tolist()}, "
+        f"stock {stock64[odd][:4].tolist()}, float64 {reference[odd][:4].tolist()}"
+    )
+    if not finite.any():
+        return
+    error = (ours64 - reference)[finite].abs()
+    stock_error = (stock64 - reference)[finite].abs().max()
+    if ours.dtype == torch.float64:
+        stock_error = FLOAT64_ROUNDINGS * one_rounding(reference[finite].abs().max(), ours.dtype)
+    allowed = 2 * stock_error + one_rounding(reference[finite], ours.dtype)
+    allowed = allowed + torch.as_tensor(inherent).double().expand(reference.shape)[finite]
+    worst = int((error - allowed).argmax())
+    assert error[worst] <= allowed[worst], (
+        f"{what}: error {error[worst]:.3g} at {reference[finite][worst]:.6g} in {ours.dtype}, "
+        f"{allowed[worst]:.3g} allowed"
+    )
+
+
+def one_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of ``dtype`` at ``values``."""
+    info = torch.finfo(dtype)
+    return values.abs().clamp_min(info.smallest_normal) * info.eps
+
+
+def assert_same_bits(first: Tensor, second: Tensor, what: str = "result") -> None:
+    """Bit for bit the same values, NaN payloads apart."""
+    assert torch.equal(first.isnan(), second.isnan()), f"{what}: different NaNs"
+    assert torch.equal(first.nan_to_num(), second.nan_to_num()), f"{what}: different bits"

@@ -1,0 +1,18 @@
+"""Memory layouts that inputs and incoming gradients may have: every one is legal."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Each takes a contiguous 4-d tensor and returns the same values in another layout (or repeated values, expanded).
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "sliced": lambda x: torch.cat([x, x], dim=3)[..., : x.shape[3]],
+    "strided": lambda x: x.repeat_interleave(2, dim=2)[:, :, ::2],
+    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+    "scalar": lambda x: x.flatten()[0].expand(x.shape),
+}

@@ -1,0 +1,118 @@
+"""The activations under test: our function, stock's, our layer, and inputs that hurt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusednn import autograd, layers
+
+from .standing import check_against_stock
+
+
+@dataclass(frozen=True)
+class Case:
+    """One activation with some arguments.  ``slopes`` asks for a weight operand with one slope per channel."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    slopes: bool = False
+
+    @property
+    def ours(self) -> Callable[..., Tensor]:
+        return partial(getattr(autograd, self.name), **self.arguments)
+
+    @property
+    def stock(self) -> Callable[..., Tensor]:
+        return partial(getattr(F, self.name), **self.arguments)
+
+    def check(self, operands: list[Tensor], gradient: Tensor) -> None:
+        """Hold value and gradients to stock's."""
+        check_against_stock(
+            self.ours,
+            self.stock,
+            operands,
+            gradient,
+            reference=partial(_EXACT[self.name], **self.arguments) if self.name in _EXACT else None,
+            saved_output_scale=self._saved_output_scale,
+        )
+
+    @property
+    def _saved_output_scale(self) -> float:
+        # ELU's gradient is y + alpha below 0, CELU's y / alpha + 1.
+        if self.name in ("elu", "selu"):
+            return 1.0
+        return 1.0 / self.arguments.get("alpha", 1.0) if self.name == "celu" else 0.0
+
+    @property
+    def inplace(self) -> bool:
+        return self.name not in ("gelu", "logsigmoid", "prelu", "sigmoid", "softplus", "softsign", "tanh")
+
+    def operands(self, x: Tensor) -> list[Tensor]:
+        if not self.slopes:
+            return [x]
+        return [x, torch.linspace(-0.5, 0.9, x.shape[1], dtype=x.dtype, device=x.device)]
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{value}" for value in self.arguments.values())])
+
+
+def _exact_hardsigmoid(x: Tensor) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6
+
+
+def _exact_celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0) / alpha))
+
+
+# Stock rounds 1/6 and 1/alpha to float32 even in float64, so these can't be their own float64 references.
+_EXACT: dict[str, Callable[..., Tensor]] = {"celu": _exact_celu, "hardsigmoid": _exact_hardsigmoid}
+
+CASES = [
+    Case("celu"),
+    Case("celu", {"alpha": 0.3}),
+    Case("elu"),
+    Case("elu", {"alpha": 2.5}),
+    Case("gelu"),
+    Case("gelu", {"approximate": "tanh"}),
+    Case("hardsigmoid"),
+    Case("hardswish"),
+    Case("hardtanh"),
+    Case("hardtanh", {"min_val": -0.5, "max_val": 2.0}),
+    Case("leaky_relu"),
+    Case("leaky_relu", {"negative_slope": -0.7}),
+    Case("logsigmoid"),
+    Case("mish"),
+    Case("prelu", slopes=True),
+    Case("relu"),
+    Case("relu6"),
+    Case("rrelu"),
+    Case("selu"),
+    Case("sigmoid"),
+    Case("silu"),
+    Case("softplus"),
+    Case("softplus", {"beta": 3.0, "threshold": 1.0}),
+    Case("softsign"),
+    Case("tanh"),
+    Case("threshold", {"threshold": 0.1, "value": -20.0}),
+]
+
+#: Our layer of each ``torch.nn`` class.
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): getattr(layers, name)
+    for name in layers.__all__
+    if isinstance(getattr(layers, name), type) and issubclass(getattr(layers, name), nn.Module)
+}
+
+EXTREMES = [0.0, -0.0, 1e-6, -1e-6, 1e-4, -1e-4, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 20.0, -20.0, 30.0, -30.0]
+FAR = [88.0, -88.0, 100.0, -100.0, 1000.0, -1000.0]
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """Normal values with a deviation of 3: both branches of every activation, and its knees."""
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)

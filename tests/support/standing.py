@@ -1,0 +1,85 @@
+"""The standing checks of every operator test, and the comparison with stock."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .accuracy import assert_accurate, assert_same_bits, one_rounding
+
+
+@contextmanager
+def poisoned_memory(byte: int) -> Iterator[None]:
+    """Fill fresh memory with ``byte``: an element that a kernel leaves unwritten shows."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            with torch.no_grad():
+                storage = torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+                storage.fill_(byte)
+            return tensor
+
+        return allocate_poisoned
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty_strided", poison(Tensor.new_empty_strided)),
+    ):
+        yield
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A leaf that requires gradients and shares the layout (holes and repeats included) of ``tensor``."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    leaves = [leaf(tensor) for tensor in tensors]
+    y = function(*leaves)
+    return y.detach(), torch.autograd.grad(y, leaves, gradient)
+
+
+def check_against_stock(
+    ours: Callable[..., Tensor],
+    stock: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    gradient: Tensor,
+    *,
+    reference: Callable[..., Tensor] | None = None,
+    saved_output_scale: float = 0.0,
+) -> None:
+    """Value and gradients of ``ours(*tensors)``: accurate, in the input's memory format, fully written, the same twice; and the
+    operands untouched.
+
+    ``reference`` computes in float64 what stock computes in the operands' dtype: stock itself, unless given.
+    ``saved_output_scale`` is |d gradient / d output| where the operation reads its gradient off its saved output, whose
+    rounding is then an error inherent to the gradient.
+    """
+    before = [tensor.clone() for tensor in (*tensors, gradient)]
+    with poisoned_memory(0xA5):
+        y, gradients = value_and_gradients(ours, tensors, gradient)
+    with poisoned_memory(0x5A):
+        y_again, gradients_again = value_and_gradients(ours, tensors, gradient)
+    assert_same_bits(y, y_again, "value, run twice over different memory")
+    for first, second in zip(gradients, gradients_again, strict=True):
+        assert_same_bits(first, second, "gradient, run twice over different memory")
+    for tensor, copy in zip((*tensors, gradient), before, strict=True):
+        assert_same_bits(tensor, copy, "operand, after the call")
+
+    y_stock, gradients_stock = value_and_gradients(stock, tensors, gradient)
+    y_reference, gradients_reference = value_and_gradients(
+        reference or stock, [t.double() for t in tensors], gradient.double()
+    )
+    assert_accurate(y, y_stock, y_reference, "value")
+    kept = torch.empty_like(tensors[0]).stride()  # the memory format of the input; stock's own results mostly keep it
+    assert y.stride() == kept, f"strides {y.stride()}, not {kept}"
+    inherent = saved_output_scale * gradient.abs().double() * one_rounding(y.double(), y.dtype).nan_to_num()
+    for triple in zip(gradients, gradients_stock, gradients_reference, strict=True):
+        assert_accurate(*triple, "gradient", inherent=inherent if saved_output_scale else 0.0)
