@@ -204,6 +204,8 @@ class SavedActivation(Function):
 
 # The stock function of (x, a, b), where the input is saved ...
 _STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "celu_half": lambda x, a, b: F.celu(x, a),
+    "elu_half": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
     "hardswish": lambda x, a, b: F.hardswish(x),
@@ -244,6 +246,8 @@ def _takes_kernel(name: str, input: Tensor, a: float, b: float, inplace: bool) -
 
 def apply_kernel(input: Tensor, name: str, a: float, b: float, inplace: bool, seed: Tensor | None = None) -> Tensor:
     """Apply a row of the table (or RReLU, with a seed), differentiably where the input requires gradients."""
+    if seed is None:
+        name = ACTIVATIONS[name].name_for(input.dtype)
     saves = "mask" if seed is not None else ACTIVATIONS[name].saves
     if inplace and (torch.compiler.is_compiling() or input._is_view() or not is_dense(input)):
         # Tracers fold copies away; a view's base needs PyTorch's own bookkeeping; strided memory needs the copy.

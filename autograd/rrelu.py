@@ -1,5 +1,7 @@
 """RReLU with the signature of ``torch.nn.functional.rrelu``."""
 
+from math import inf
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +36,6 @@ def rrelu(
 def _refusal(lower: float, upper: float, training: bool, inplace: bool) -> str | None:
     if type(lower) not in (float, int) or type(upper) not in (float, int):
         return "a bound is not a Python number"
-    if training:
-        return None if lower <= upper else "lower is above upper"
-    return ACTIVATIONS["leaky_relu"].refuses((lower + upper) / 2, 0.0, inplace)
+    if not -inf < lower <= upper < inf:
+        return "the bounds are not in order, or not finite"
+    return None if training else ACTIVATIONS["leaky_relu"].refuses((lower + upper) / 2, 0.0, inplace)

@@ -129,7 +129,7 @@ def elu_value(x, a, b):
 
 @triton.jit
 def elu_gradient(g, y, a, b):
-    # a exp(x) = y + a: the output tells both the branch and the slope, as long as a >= 0.
+    # a exp(x) = y + a: the output tells both the branch and the slope, as long as a > 0.
     return tl.where(y <= 0, g * (y + a), g * b)
 
 
@@ -141,6 +141,16 @@ def celu_value(x, a, b):
 @triton.jit
 def celu_gradient(g, y, a, b):
     return tl.where(y <= 0, g * (y / a + 1), g)
+
+
+@triton.jit
+def elu_gradient_from_input(g, x, a, b):
+    return tl.where(x <= 0, g * a * exp(x), g * b)
+
+
+@triton.jit
+def celu_gradient_from_input(g, x, a, b):
+    return tl.where(x <= 0, g * exp(x / a), g)
 
 
 @triton.jit
@@ -290,7 +300,8 @@ class Activation:
     ``value(x, a, b)`` and ``gradient(g, saved, a, b)`` are device functions; ``saved`` is what ``saves`` names: the
     booleans of ``keeps(x, a, b)``, one bit each (``"mask"``), the ``"output"`` or the ``"input"``.  ``defaults`` are
     the parameters of the ``torch.nn`` module's defaults.  ``refuses(a, b, inplace)`` gives the reason why the kernels
-    don't take these parameters, or None.
+    don't take these parameters, or None.  ``half`` names the row that takes over for 16-bit types, where the output
+    holds too few digits to read the gradient off it: y + alpha would be 0 long before alpha exp(x) is.
     """
 
     name: str
@@ -300,6 +311,11 @@ class Activation:
     keeps: Any = None
     defaults: tuple[float, float] = (0.0, 0.0)
     refuses: Callable[[float, float, bool], str | None] = _takes_all
+    half: str | None = None
+
+    def name_for(self, dtype: torch.dtype) -> str:
+        """The row whose kernels serve ``dtype``."""
+        return self.half if self.half and dtype.itemsize == 2 else self.name
 
     def budget(self, numel: int, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes of device memory that (forward, backward) must move: each operand once."""
@@ -311,6 +327,9 @@ class Activation:
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
+_ELU = (1.0, 1.0)
+_SELU = (_SELU_ALPHA * _SELU_SCALE, _SELU_SCALE)
+_CELU = (1.0, 0.0)
 
 #: Every activation with at most two scalar parameters, by name.
 ACTIVATIONS: dict[str, Activation] = {
@@ -331,9 +350,11 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("hardtanh", hardtanh_value, kept_gradient, "mask", hardtanh_keeps, (-1.0, 1.0), _needs_order),
         Activation("hardsigmoid", hardsigmoid_value, hardsigmoid_gradient, "mask", hardsigmoid_keeps),
         Activation("hardswish", hardswish_value, hardswish_gradient, "input"),
-        Activation("elu", elu_value, elu_gradient, "output", None, (1.0, 1.0), _needs_positive_alpha),
-        Activation("selu", elu_value, elu_gradient, "output", None, (_SELU_ALPHA * _SELU_SCALE, _SELU_SCALE)),
-        Activation("celu", celu_value, celu_gradient, "output", None, (1.0, 0.0), _needs_positive_alpha),
+        Activation("elu", elu_value, elu_gradient, "output", None, _ELU, _needs_positive_alpha, "elu_half"),
+        Activation("elu_half", elu_value, elu_gradient_from_input, "input", None, _ELU, _needs_positive_alpha),
+        Activation("selu", elu_value, elu_gradient, "output", None, _SELU, half="elu_half"),
+        Activation("celu", celu_value, celu_gradient, "output", None, _CELU, _needs_positive_alpha, "celu_half"),
+        Activation("celu_half", celu_value, celu_gradient_from_input, "input", None, _CELU, _needs_positive_alpha),
         Activation("gelu", gelu_value, gelu_gradient, "input"),
         Activation("gelu_tanh", gelu_tanh_value, gelu_tanh_gradient, "input"),
         Activation("silu", silu_value, silu_gradient, "input"),
@@ -474,12 +495,12 @@ def _backward(name: str, dtype: torch.dtype) -> Configuration:
 
 @ships("activation")
 def configurations() -> Iterator[Configuration]:
-    for row in ACTIVATIONS.values():
-        for dtype in DTYPES:
-            yield _forward(row.name, dtype, False)
-            if row.saves == "mask":
-                yield _forward(row.name, dtype, True)
-            yield _backward(row.name, dtype)
+    served = dict.fromkeys((row.name_for(dtype), dtype) for row in ACTIVATIONS.values() for dtype in DTYPES)
+    for name, dtype in served:
+        yield _forward(name, dtype, False)
+        if ACTIVATIONS[name].saves == "mask":
+            yield _forward(name, dtype, True)
+        yield _backward(name, dtype)
 
 
 def activation_forward(x: Tensor, name: str, a: float, b: float, *, inplace: bool = False) -> Tensor:

@@ -1,0 +1,129 @@
+"""The activation family: every activation of the table, PReLU in its layouts, and RReLU in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
+from fusednn_bench.replay import device_clock, replay
+from torch import Tensor
+
+from fusednn import autograd
+from fusednn.kernels.activation import ACTIVATIONS
+
+SIZES = {"large": (64, 64, 128, 128), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
+COUNTED_SHAPE = (2, 16, 32, 16)  # whole tiles; the interpreter is slow
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+RRELU_BOUNDS = (1 / 8, 1 / 3)
+
+# One of each kind (a saved bit, input, output; slopes) stands for the rest where a quick run can't have all.
+QUICK_FLOAT32 = ("relu", "gelu", "elu", "prelu")
+QUICK_SMALL = ("relu", "gelu", "prelu")
+
+# Rows of the table that are another function's option, or that need arguments.  Rows of no function (those that serve
+# another row's 16-bit types) are measured through that other row.
+_FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gelu_tanh": ("gelu", {"approximate": "tanh"}),
+    "threshold": ("threshold", {"threshold": 0.0, "value": 0.0}),
+}
+
+
+def _activations() -> Iterator[Operation]:
+    for name in ACTIVATIONS:
+        function, arguments = _FUNCTIONS.get(name, (name, {}))
+        if hasattr(F, function):
+            yield _activation(name, function, arguments)
+
+
+def _activation(name: str, function: str, arguments: dict[str, Any]) -> Operation:
+    ours, stock = (partial(getattr(module, function), **arguments) for module in (autograd, F))
+    return Operation(name, "activation", ours, stock, ACTIVATIONS[name].budget)
+
+
+def _prelu_budget(numel: int, dtype: torch.dtype) -> tuple[float, float]:
+    tensor = numel * dtype.itemsize
+    return 2 * tensor, 3 * tensor
+
+
+def _slopes(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
+    """``count`` slopes, or one for each channel."""
+    return (torch.linspace(0.1, 0.4, count or x.shape[1], device=x.device, dtype=x.dtype),)
+
+
+def _prelu(name: str, count: int | None, memory_format: torch.memory_format) -> Operation:
+    parameters: Callable[[Tensor], tuple[Tensor, ...]] = partial(_slopes, count=count)
+    return Operation(name, "prelu", autograd.prelu, F.prelu, _prelu_budget, parameters, memory_format)
+
+
+def _rrelu_budget(numel: int, dtype: torch.dtype) -> tuple[float, float]:
+    ahead, back = ACTIVATIONS["leaky_relu"].budget(numel, dtype)  # the same bit, and slopes that cost no memory
+    return ahead, back
+
+
+def _rrelu() -> Operation:
+    ours, stock = (partial(module.rrelu, training=True) for module in (autograd, F))
+    return Operation("rrelu", "rrelu", ours, stock, _rrelu_budget, bounds=RRELU_BOUNDS)
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        *_activations(),
+        _prelu("prelu", None, torch.contiguous_format),
+        _prelu("prelu_channels_last", None, torch.channels_last),
+        _prelu("prelu_single", 1, torch.contiguous_format),
+        _prelu("prelu_single_channels_last", 1, torch.channels_last),
+        _rrelu(),
+    )
+}
+
+
+def timed_cases(full: bool) -> list[Case]:
+    """The most important first: a time limit cuts the end."""
+    everything = [
+        Case(operation, dtype, size, shape)
+        for size, shape in SIZES.items()
+        for dtype in DTYPES
+        for operation in OPERATIONS.values()
+        # The gradient of slopes that so many elements share overflows float16, in PyTorch too.
+        if not (operation.family == "prelu" and dtype is torch.float16)
+    ]
+    return everything if full else [case for case in everything if _in_quick_run(case)]
+
+
+def _in_quick_run(case: Case) -> bool:
+    name = case.operation.name
+    if case.size == "large":
+        return case.dtype is torch.bfloat16 or (case.dtype is torch.float32 and name in QUICK_FLOAT32)
+    usual = torch.bfloat16 if case.size == "cifar" else torch.float32
+    return case.dtype is usual and name in QUICK_SMALL
+
+
+def counted_cases() -> list[Case]:
+    return [
+        Case(operation, dtype, "counted", COUNTED_SHAPE)
+        for operation in OPERATIONS.values()
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+
+
+@pytest.mark.benchmark(timer=device_clock)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_device_time(
+    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
+) -> None:
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info["budget_bytes"] = case.budget(direction)
+    replay(benchmark, device_samples[direction])
+
+
+def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
+    """Bytes within the budget (5 % over at most, beside the slopes' and their gradients' few bytes)."""
+    for record in counts:
+        if record["contestant"] == "fusednn":
+            assert record["bytes"] <= 1.05 * record["budget_bytes"] + 64 * case.shape[1]

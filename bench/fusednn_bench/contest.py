@@ -1,0 +1,195 @@
+"""One case's contest on a GPU: fusednn, eager PyTorch and torch.compile on the same inputs, in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import DIRECTIONS, Case, Direction, Inputs, forward, gradients, make_inputs
+from .timing import DEVICE, DeviceTimer, host_times, interleave
+from .validity import check
+
+__all__ = ["CONTESTANTS", "CaseRecord", "Contest", "Effort", "run_contest", "sets_needed"]
+
+#: Compiled contestants are torch.compile of the stock function, with these modes.
+_COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
+
+CONTESTANTS = ("fusednn", "eager", *_COMPILE_MODES)
+
+CaseRecord = dict[str, Any]
+
+# Sizes below this are bound by the host: their calls are timed in groups, and on the host too.
+LARGE_BYTES = 64_000_000
+_MOST_SMALL_SETS = 16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: rounds over all input sets, each a sample per set (large) or one in all (small)."""
+
+    warmup_rounds: int = 2
+    large_rounds: int = 12
+    small_rounds: int = 30
+    host_rounds: int = 30
+
+
+@dataclass
+class Contest:
+    """The records of one case, and the contestants that couldn't take part, with the reason."""
+
+    records: list[CaseRecord] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One contestant on the sets of inputs: the calls of a direction, with what they need prepared."""
+
+    function: Callable[..., Tensor]
+    sets: tuple[Inputs, ...]
+
+    def calls(self, direction: Direction) -> list[Callable[[], Any]]:
+        if direction == "forward":
+            return [partial(forward, self.function, inputs) for inputs in self.sets]
+        if direction == "backward":
+            # Every graph is used once: compiled backward passes may reuse the memory of what they saved.
+            return [partial(gradients, forward(self.function, inputs), inputs) for inputs in self.sets]
+        return [partial(self._step, inputs) for inputs in self.sets]
+
+    def _step(self, inputs: Inputs) -> Any:
+        y = forward(self.function, inputs)
+        return y, gradients(y, inputs)
+
+
+def sets_needed(case: Case, l2_bytes: int) -> int:
+    """Sets of inputs to rotate over: at least 4, and more than three times the L2 together.
+
+    Small cases stop at 16 sets, and so run from L2, as they do inside a small network.
+    """
+    size = case.numel * case.dtype.itemsize
+    needed = max(4, 3 * l2_bytes // size + 1)
+    return needed if size >= LARGE_BYTES else min(needed, _MOST_SMALL_SETS)
+
+
+def run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
+    """Check every contestant against eager PyTorch, then time those that are right.
+
+    Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.
+    """
+    l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    sets = tuple(make_inputs(case, DEVICE, seed) for seed in range(sets_needed(case, l2_bytes)))
+    torch._dynamo.reset()  # cases share the code that is compiled, and the compiler gives up on recompiling too often
+    contest = Contest()
+    runners: dict[str, Runner] = {}
+    facts: dict[str, CaseRecord] = {}
+    for name in names:
+        try:
+            runner = Runner(_contestant(name, case), sets)
+            facts[name] = {"error_epsilons": check(case, runner.function, sets[0])}
+            if name == "fusednn":
+                facts[name]["path"] = _path(runner)
+            runners[name] = runner
+        except Exception as error:
+            if name == "fusednn":
+                raise
+            contest.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+    for direction in DIRECTIONS:
+        contest.records += _time(case, direction, runners, facts, timer, effort)
+    del runners, sets
+    gc.collect()
+    torch.cuda.empty_cache()
+    return contest
+
+
+def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
+    if name == "fusednn":
+        return case.operation.ours
+    stock = case.operation.stock
+    if name == "eager":
+        return stock
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return stock(x, *parameters)
+
+    compiled: Callable[..., Tensor] = torch.compile(call, fullgraph=True, dynamic=False, mode=_COMPILE_MODES[name])
+    return compiled
+
+
+def _path(runner: Runner) -> str:
+    """Whether fusednn took its kernel or the stock operator: both are legal, but only one is ours."""
+    from fusednn.autograd.dispatch import Choice, observe_choices
+
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        forward(runner.function, runner.sets[0])
+    return "; ".join(f"{choice.path}: {choice.reason}" for choice in choices)
+
+
+def _time(
+    case: Case,
+    direction: Direction,
+    runners: dict[str, Runner],
+    facts: dict[str, CaseRecord],
+    timer: DeviceTimer,
+    effort: Effort,
+) -> list[CaseRecord]:
+    size = case.numel * case.dtype.itemsize
+    large = size >= LARGE_BYTES
+    sets = len(next(iter(runners.values())).sets)
+    group = 1 if large else sets
+    rounds = effort.large_rounds if large else effort.small_rounds
+
+    def device(runner: Runner) -> list[float]:
+        return timer.sample(lambda: runner.calls(direction), group)
+
+    def host(runner: Runner) -> list[float]:
+        return host_times(lambda: runner.calls(direction), torch.cuda.synchronize)
+
+    interleave(runners, effort.warmup_rounds, device)
+    device_us = interleave(runners, rounds, device)
+    if not large:
+        interleave(runners, effort.warmup_rounds, host)
+    host_us = {name: [] for name in runners} if large else interleave(runners, effort.host_rounds, host)
+    return [
+        {
+            "family": case.operation.family,
+            "operation": case.operation.name,
+            "contestant": name,
+            "direction": direction,
+            "dtype": case.dtype_name,
+            "size": case.size,
+            "shape": list(case.shape),
+            "channels_last": case.operation.memory_format is torch.channels_last,
+            "budget_bytes": case.budget(direction),
+            "device_us": device_us[name],
+            "host_us": host_us[name],
+            "calls_per_sample": group,
+            "sets": sets,
+            "rotated_bytes": sets * size,
+            **_memory(runner, direction),
+            **facts[name],
+        }
+        for name, runner in runners.items()
+    ]
+
+
+def _memory(runner: Runner, direction: Direction) -> CaseRecord:
+    """Bytes that one call takes at its peak beside what was there before, and that its results keep afterwards."""
+    (call, *_) = Runner(runner.function, runner.sets[:1]).calls(direction)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    record = {
+        "peak_bytes": torch.cuda.max_memory_allocated() - before,
+        "kept_bytes": torch.cuda.memory_allocated() - before,
+    }
+    del result
+    return record

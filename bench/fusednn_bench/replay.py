@@ -1,0 +1,30 @@
+"""Hands device times to pytest-benchmark, which times with a clock: this clock shows the device's time.
+
+pytest-benchmark runs a function between two readings of its clock.  The function here only moves the clock forward, by
+the next sample; so its tables, ``--benchmark-json`` and ``--benchmark-compare`` work with the samples as measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["device_clock", "replay"]
+
+_now = 0.0
+
+
+def device_clock() -> float:
+    """Seconds that the replayed samples add up to."""
+    return _now
+
+
+def replay(benchmark: Any, samples_us: Sequence[float]) -> None:
+    """Give ``samples_us`` to a ``benchmark`` fixture whose timer is `device_clock`, a round each."""
+    remaining = iter(samples_us)
+
+    def advance() -> None:
+        global _now
+        _now += next(remaining, 0.0) / 1e6
+
+    benchmark.pedantic(advance, rounds=len(samples_us))

@@ -1,0 +1,513 @@
+"""The benchmarks' own code: statistics, timing, validity, result files, reports, and the command that runs them."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusednn import autograd
+from fusednn.commands import bench as command
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not installed
+
+import bench_activation
+import gpu_run
+import report
+from fusednn_bench import contest, environment, replay, results, tables, timing, validity
+from fusednn_bench.cases import Case, Operation, make_inputs
+from fusednn_bench.goals import Goal, judge, load_goals
+from fusednn_bench.quantiles import median, quantile, spread
+
+CPU = torch.device("cpu")
+
+
+# --- Statistics and timing ------------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_numpys() -> None:
+    samples = [5.0, 1.0, 9.0, 2.0, 7.0, 7.0]
+    tensor = torch.tensor(samples, dtype=torch.float64)
+    for q in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0):
+        assert quantile(samples, q) == pytest.approx(float(tensor.quantile(q)))
+    assert spread(samples).median == median(samples) == 6.0
+    assert median([3.0]) == 3.0
+
+
+def test_no_samples_have_no_median() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        median([])
+
+
+def test_contestants_take_turns_in_rotating_order() -> None:
+    order: list[str] = []
+
+    def sample(contestant: str) -> list[float]:
+        order.append(contestant)
+        return [float(len(order))]
+
+    samples = timing.interleave({"a": "a", "b": "b"}, 3, sample)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert samples == {"a": [1.0, 4.0, 5.0], "b": [2.0, 3.0, 6.0]}
+
+
+class FakeCuda:
+    """A device whose clock moves by ``work``, and whose spinning ends early ``early`` times."""
+
+    def __init__(self, early: int = 0) -> None:
+        self.now = 0.0
+        self.early = early
+        self.spins: list[float] = []
+        self.Event = lambda enable_timing=False: FakeEvent(self)
+
+    def synchronize(self) -> None:
+        pass
+
+    def _sleep(self, cycles: int) -> None:
+        self.spins.append(cycles)
+        self.now += cycles / 1000  # 1000 cycles a microsecond
+
+    def work(self, microseconds: float) -> None:
+        self.now += microseconds
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def record(self) -> None:
+        self.time = self.cuda.now
+
+    def query(self) -> bool:
+        self.cuda.early -= 1
+        return self.cuda.early >= 0
+
+    def elapsed_time(self, after: FakeEvent) -> float:
+        return (after.time - self.time) / 1000
+
+
+def _timer(monkeypatch: pytest.MonkeyPatch, early: int = 0) -> tuple[timing.DeviceTimer, FakeCuda]:
+    fake = FakeCuda(early)
+    monkeypatch.setattr(timing, "cuda", fake)
+    return timing.DeviceTimer(), fake
+
+
+def _calls(fake: FakeCuda, *durations: float) -> list[Callable[[], None]]:
+    return [lambda duration=duration: fake.work(duration) for duration in durations]
+
+
+def test_device_time_of_each_call_and_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, fake = _timer(monkeypatch)
+    assert timer.sample(lambda: _calls(fake, 10, 20, 30, 40, 50)) == pytest.approx([10, 20, 30, 40, 50])
+    assert timer.sample(lambda: _calls(fake, 10, 20, 30, 40, 50), group=2) == pytest.approx([15, 35, 50])
+
+
+def test_samples_taken_behind_the_host_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, fake = _timer(monkeypatch, early=2)
+    prepared: list[int] = []
+
+    def make_calls() -> list[Callable[[], None]]:
+        prepared.append(1)
+        return _calls(fake, 10)
+
+    fake.spins.clear()
+    assert timer.sample(make_calls) == pytest.approx([10])
+    assert len(prepared) == 3  # a graph is used once
+    assert fake.spins == [500_000, 1_000_000, 2_000_000]
+
+
+def test_a_slow_round_does_not_slow_down_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, fake = _timer(monkeypatch, early=6)
+    timer.sample(lambda: _calls(fake, 10))
+    fake.spins.clear()
+    for _ in range(60):
+        timer.sample(lambda: _calls(fake, 10))
+    assert max(fake.spins) > 20_000_000
+    assert fake.spins[-1] < 1_000_000
+
+
+def test_a_host_that_never_catches_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, fake = _timer(monkeypatch, early=1000)
+    with pytest.raises(timing.HostBoundError):
+        timer.sample(lambda: _calls(fake, 10))
+
+
+def test_host_time_is_the_mean_of_the_calls() -> None:
+    waited: list[int] = []
+    (sample,) = timing.host_times(lambda: [lambda: time.sleep(0.002)] * 3, lambda: waited.append(1))
+    assert 2000 <= sample < 50_000
+    assert len(waited) == 2
+
+
+def test_pytest_benchmark_gets_the_samples() -> None:
+    seen: list[float] = []
+
+    def pedantic(target: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            start = replay.device_clock()
+            target()
+            seen.append(replay.device_clock() - start)
+
+    replay.replay(SimpleNamespace(pedantic=pedantic), [10.0, 30.0, 20.0])
+    assert seen == pytest.approx([10e-6, 30e-6, 20e-6])
+
+
+# --- Cases and validity ---------------------------------------------------------------------------------------------
+
+
+def _case(ours: Callable[..., Tensor], name: str = "relu", dtype: torch.dtype = torch.float32) -> Case:
+    known = bench_activation.OPERATIONS[name]
+    operation = Operation(
+        name, known.family, ours, known.stock, known.budget, known.parameters, known.memory_format, known.bounds
+    )
+    return Case(operation, dtype, "large", (4, 6, 16, 16))
+
+
+@pytest.mark.parametrize("name", bench_activation.OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_eager_is_valid(name: str, dtype: torch.dtype) -> None:
+    case = _case(bench_activation.OPERATIONS[name].stock, name, dtype)
+    assert validity.check(case, case.operation.ours, make_inputs(case, CPU, 0)) >= 0
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def _one_wrong_element(x: Tensor) -> Tensor:
+    y = F.relu(x)
+    wrong = torch.zeros_like(y)
+    wrong.view(-1)[-1] = 1
+    return y + wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("relu", F.gelu),
+        ("relu", _one_wrong_element),
+        ("relu", _WrongGradient.apply),
+        ("relu", lambda x: F.relu(x) + float("nan")),
+        ("relu", lambda x: F.relu(x).double()),
+        ("prelu", lambda x, w: F.prelu(x, w.detach()) + 0 * w.view(1, -1, 1, 1)),
+        ("rrelu", lambda x: F.leaky_relu(x, 0.2)),
+        ("rrelu", lambda x: F.rrelu(x, 0.5, 0.9, training=True)),
+    ],
+    ids=["formula", "element", "gradient", "nan", "dtype", "slopes", "not random", "bounds"],
+)
+def test_wrong_contestants_are_caught(name: str, function: Callable[..., Tensor]) -> None:
+    case = _case(function, name)
+    with pytest.raises(validity.WrongResultError):
+        validity.check(case, function, make_inputs(case, CPU, 0))
+
+
+def test_quick_run_has_every_operation_large_and_fusednn_is_not_stock() -> None:
+    quick = bench_activation.timed_cases(full=False)
+    large = {case.operation.name for case in quick if case.size == "large" and case.dtype is torch.bfloat16}
+    assert large == set(bench_activation.OPERATIONS)
+    assert len(quick) < 40 < len(bench_activation.timed_cases(full=True))
+    assert {case.size for case in quick} == set(bench_activation.SIZES)
+    for case in quick:
+        assert case.size != "large" or case.numel * case.dtype.itemsize >= contest.LARGE_BYTES
+        assert case.operation.ours != case.operation.stock
+
+
+def test_every_function_has_a_benchmark() -> None:
+    measured = {name.removesuffix("_channels_last") for name in bench_activation.OPERATIONS}
+    assert set(autograd.__all__) <= measured
+
+
+def test_rotation_exceeds_three_times_the_cache() -> None:
+    l2 = 60 * 2**20
+    for case in bench_activation.timed_cases(full=True):
+        sets = contest.sets_needed(case, l2)
+        rotated = sets * case.numel * case.dtype.itemsize
+        assert sets >= 4
+        assert rotated > 3 * l2 if case.size == "large" else sets <= 16
+
+
+# --- Result files and reports ---------------------------------------------------------------------------------------
+
+
+def _record(contestant: str, direction: str, samples: list[float], operation: str = "relu", **extra: Any) -> Any:
+    return {
+        "family": "activation",
+        "operation": operation,
+        "contestant": contestant,
+        "direction": direction,
+        "dtype": "bf16",
+        "size": "large",
+        "shape": [64, 64],
+        "budget_bytes": 4000.0,
+        "device_us": samples,
+        "host_us": [],
+        "peak_bytes": 1_000_000,
+        **extra,
+    }
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    described = {"device": "Some GPU 9000", "driver": "1.2", "torch": "2", "triton": "3", "python": "3", "cuda": "13"}
+    source = {"commit": "0123456789abcdef" * 2 + "01234567", "dirty": False, "sha256": "ab" * 32}
+    timed = results.new_result("timed", described, source, {"selection": "quick"})
+    timed["complete"] = True
+    timed["copy"] = {"bytes": 8000, "samples_us": [2.0, 2.0, 3.0]}  # 4000 bytes a microsecond
+    timed["cases"] = [
+        _record("fusednn", "forward", [1.0, 1.0, 1.25]),
+        _record("eager", "forward", [0.9, 0.9, 0.9]),
+        _record("fusednn", "backward", [1.25]),
+        _record("eager", "backward", [2.0]),
+        _record("fusednn", "forward_backward", [2.0]),
+        _record("fusednn", "forward_backward", [1.0], size="lenet", host_us=[30.0]),
+        _record("eager", "forward_backward", [1.0], size="lenet", host_us=[20.0]),
+    ]
+    return timed
+
+
+def test_result_survives_writing_and_is_never_overwritten(result: dict[str, Any], tmp_path: Path) -> None:
+    first = results.write_result(result, tmp_path / "new")
+    second = results.write_result(result, tmp_path / "new")
+    assert first.name.startswith("some-gpu-9000-2")
+    assert first != second
+    assert results.load_result(first) == results.load_result(second) == result
+
+
+def test_numbers_that_json_lacks_are_not_written(result: dict[str, Any], tmp_path: Path) -> None:
+    result["cases"][0]["device_us"] = [float("nan")]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        results.write_result(result, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema_version",), 99, "schema version 99"),
+        (("source", "commit"), None, "no commit"),
+        (("source", "commit"), "main", "no commit"),
+        (("environment", "device"), "", "no device"),
+        (("kind",), "guessed", "unknown kind"),
+        (("cases",), [], "no cases"),
+        (("cases", 1, "device_us"), [], "case 1: no samples"),
+        (("cases", 1, "device_us"), [1.0, 0.0], "case 1: no samples"),
+        (("cases", 2, "dtype"), None, "case 2: no dtype"),
+        (("cases", 2, "budget_bytes"), 0, "case 2: no budget"),
+        (("copy",), None, "no samples of the copy"),
+    ],
+)
+def test_invalid_results_are_refused(
+    result: dict[str, Any], tmp_path: Path, path: tuple[Any, ...], value: Any, message: str
+) -> None:
+    assert results.problems(result) == []
+    broken: Any = copy.deepcopy(result)
+    *parents, last = path
+    place = broken
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    file = tmp_path / "broken.json"
+    file.write_text(json.dumps(broken))
+    with pytest.raises(results.InvalidResultError, match=message):
+        results.load_result(file)
+    assert report.main([str(file)]) == 1
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.json").write_text("")
+    assert report.main([str(tmp_path / "empty.json")]) == 1
+    assert report.main([str(tmp_path / "absent.json")]) == 1
+    assert "empty.json" in capsys.readouterr().err
+
+
+def test_goals_are_judged_from_medians(result: dict[str, Any]) -> None:
+    outcomes = {(v.goal.measure, v.goal.against, v.goal.direction): v for v in judge(result, load_goals())}
+    ahead = outcomes["speedup", "eager", "forward"]
+    assert (ahead.value, ahead.outcome) == (0.9, "missed")  # 0.95 wanted
+    back = outcomes["speedup", "eager", "backward"]
+    assert (back.value, back.outcome) == (1.6, "met")
+    rate = outcomes["percent_of_copy", None, "forward"]
+    assert (rate.value, rate.outcome) == (100.0, "met")
+    assert outcomes["percent_of_copy", None, "backward"].outcome == "missed"  # 80 %
+    assert outcomes["speedup", "compile", "forward_backward"].outcome == "open"  # not measured
+    host = outcomes["host_slowdown", "eager", "forward_backward"]
+    assert (host.value, host.outcome) == (1.5, "missed")
+
+
+def test_goals_name_operations_that_exist() -> None:
+    named = {name for goal in load_goals() for name in goal.operations}
+    assert named - {"*"} <= set(bench_activation.OPERATIONS)
+    assert {size for goal in load_goals() for size in goal.sizes} <= set(bench_activation.SIZES)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"measure": "beauty", "at_least": 1.0},
+        {"measure": "speedup", "at_least": 1.0},
+        {"measure": "percent_of_copy", "against": "eager", "at_least": 1.0},
+        {"measure": "percent_of_copy"},
+        {"measure": "percent_of_copy", "at_least": 1.0, "at_most": 2.0},
+    ],
+)
+def test_goals_without_meaning_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a goal: "):
+        Goal("a goal", ("relu",), "forward", ("large",), **arguments)
+
+
+def test_report_shows_times_goals_and_origin(result: dict[str, Any], tmp_path: Path) -> None:
+    result["left_out"] = [{"case": "relu-bf16-large", "contestant": "compile", "reason": "no compiler"}]
+    file = results.write_result(result, tmp_path)
+    assert report.main([str(file), "-o", str(tmp_path / "report.md")]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for words in ("Some GPU 9000", result["source"]["commit"], file.name, "4 GB/s", "no compiler"):
+        assert words in text
+    assert "2 met, 3 missed, 1 open" in text
+    assert "incomplete" not in text
+    assert "incomplete" in report.render({**result, "complete": False}, "name")
+
+
+def test_counted_report(result: dict[str, Any]) -> None:
+    counts = {"bytes": 4000, "launches": 1, "elements": 1000}
+    result |= {"kind": "counted", "copy": None}
+    result["cases"] = [
+        _record(contestant, direction, [], **counts)
+        for contestant in ("fusednn", "eager")
+        for direction in ("forward", "backward")
+    ]
+    assert results.problems(result) == []
+    assert "nothing was timed" in report.render(result, "name")
+    result["cases"][0]["launches"] = 0
+    assert results.problems(result) == ["case 0: no counts"]
+
+
+def test_tables_line_up() -> None:
+    lines = tables.markdown_table(("name", "value"), [("a", 1.0), ("long name", None), ("b", 12345)]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].endswith(" 1.00 |")
+
+
+def test_sources_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    first = environment.source_digest(tmp_path)
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert environment.source_digest(tmp_path) != first
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("FUSEDNN_COMMIT", "f" * 40)
+    described = environment.describe_sources()
+    assert (described["commit"], described["dirty"]) == ("f" * 40, None)
+
+
+# --- Commands -------------------------------------------------------------------------------------------------------
+
+
+def _parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench = parser.add_subparsers(dest="command").add_parser("bench")
+    command.add_arguments(bench)
+    return parser.parse_args(["bench", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--full", "-k", "relu or gelu", "-x"), ("-x", "--output=a", "b", "--", "-c")]
+)
+def test_bench_passes_everything_on_to_pytest(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def fake_run(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        called.append(line)
+        return subprocess.CompletedProcess(line, 5)
+
+    monkeypatch.setattr(command.subprocess, "run", fake_run)
+    assert command.run(_parse(*arguments)) == 5
+    assert called == [[sys.executable, "-m", "pytest", str(BENCH), *arguments]]
+
+
+def test_bench_without_a_checkout_is_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "site-packages" / "fusednn" / "commands" / "bench.py"))
+    monkeypatch.chdir(tmp_path)
+    assert command.run(_parse("-x")) == 2
+    assert "checkout" in capsys.readouterr().err
+    monkeypatch.chdir(BENCH.parent)
+    assert command.find_benchmarks() == BENCH
+
+
+def test_bench_without_pytest_is_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert command.run(_parse()) == 2
+    assert "pip install pytest pytest-benchmark" in capsys.readouterr().err
+
+
+def test_bench_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(_parse("--help")) == 0
+    assert "--full" in capsys.readouterr().out
+
+
+@pytest.mark.stock
+def test_counting_run_end_to_end(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-k", "relu6-bf16", f"--output={tmp_path}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    (file,) = tmp_path.glob("*-counted.json")
+    counted = json.loads(file.read_text())
+    assert [case["bytes"] / case["elements"] for case in counted["cases"]] == [4.125, 4.125, 4.0, 6.0]
+    assert [case["launches"] for case in counted["cases"]] == [1, 1, 1, 1]
+
+
+def test_gpu_run_stays_within_eight_minutes(tmp_path: Path) -> None:
+    steps = gpu_run.steps(tmp_path)
+    assert [step.name for step in steps] == ["install", "tests", "bench"]
+    assert sum(step.limit + gpu_run.GRACE_SECONDS for step in steps) < 470
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "expected"), [("print('done')", 20, 0), ("raise SystemExit(3)", 20, 3), ("input()", 0.5, None)]
+)
+def test_gpu_run_step(code: str, limit: float, expected: int | None, tmp_path: Path) -> None:
+    if expected is None:
+        code = "import time; time.sleep(60)"
+    outcome = gpu_run.run_step(gpu_run.Step("step", (sys.executable, "-c", code), limit), tmp_path, {})
+    assert outcome.code == expected
+    assert outcome.passed == (expected == 0)
+    assert outcome.seconds < 15
+    assert "done" in (tmp_path / "step.log").read_text() or expected != 0
+
+
+def test_gpu_run_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = (sys.executable, "-c")
+    first = gpu_run.Step("tests", (*python, "raise SystemExit(1)"), 20)
+    second = gpu_run.Step("bench", (*python, "print('measured')"), 20)
+    monkeypatch.setattr(gpu_run, "steps", lambda folder: [first, second])
+    monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: True)
+    assert gpu_run.main([str(tmp_path / "run")]) == 1
+    assert "measured" in capsys.readouterr().out
+    outcomes = json.loads((tmp_path / "run" / "steps.json").read_text())
+    assert [outcome["code"] for outcome in outcomes] == [1, 0]
+    monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: False)
+    assert gpu_run.main([str(tmp_path)]) == 2
