@@ -54,8 +54,8 @@ def takes_kernel(operation: str, *tensors: Tensor, inplace: bool = False, refusa
     """
     refusal = refusal or _refusal(tensors, inplace)
     if _observers:
-        where = "the interpreter" if INTERPRETING and not refusal else "the GPU"
-        choice = Choice(operation, refusal is None, refusal or f"Triton kernel on {where}")
+        where = "in Triton's interpreter" if INTERPRETING else "on the GPU"
+        choice = Choice(operation, refusal is None, refusal or f"kernel {where}")
         for observer in _observers:
             observer(choice)
     return refusal is None

@@ -1,0 +1,126 @@
+"""Under ``torch.compile``: opaque operators with right fakes, the same results, and no graph breaks."""
+
+import copy
+
+import pytest
+import torch
+from support.layouts import LAYOUTS
+from support.samples import CASES, Case, random_tensor
+from support.standing import leaf
+from torch import Tensor, nn
+
+import fusednn
+from fusednn import layers
+from fusednn.kernels.random import draw_seed
+
+pytestmark = pytest.mark.kernels
+_ops = torch.ops.fusednn
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_aot_results_equal_eager(case: Case, layout: str, device: str) -> None:
+    if case.name == "rrelu":
+        case = Case("rrelu", {"lower": 0.25, "upper": 0.25, "training": True})
+    compiled = torch.compile(lambda *operands: case.ours(*operands) + 1, fullgraph=True, backend="aot_eager")
+    x, *rest = case.operands(LAYOUTS[layout](random_tensor((2, 3, 8, 5), torch.float32, device)))
+    results = []
+    for function in (compiled, lambda *operands: case.ours(*operands) + 1):
+        operands = [leaf(x), *map(leaf, rest)]
+        y = function(*operands)
+        results.append((y, *torch.autograd.grad(y.square().sum(), operands)))
+        assert y.stride() == x.clone().stride()
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "elu", "rrelu"])
+def test_inplace(name: str, device: str) -> None:
+    options = {"lower": 0.25, "upper": 0.25, "training": True} if name == "rrelu" else {}
+    function = Case(name, options).ours
+
+    def network(x: Tensor) -> Tensor:
+        hidden = x * 2
+        function(hidden, inplace=True)
+        return hidden * 3
+
+    results = []
+    for run in (torch.compile(network, fullgraph=True, backend="aot_eager"), network):
+        x = leaf(random_tensor((4, 5), torch.float32, device))
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_inductor_on_a_replaced_network_with_dynamic_batches(device: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(4), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten()).to(device)
+    model.append(nn.Linear(144, 5).to(device)).append(nn.Softplus()).append(nn.LogSigmoid())
+    fusednn.replace_layers(model)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for batch in (8, 6, 7):
+        x = torch.randn(batch, 1, 8, 8, device=device)
+        y, y_eager = compiled(x), eager(x)
+        torch.testing.assert_close(y, y_eager)
+        y.sum().backward()
+        y_eager.sum().backward()
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_graph_holds_our_operators(device: str) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(layers.ReLU(), fullgraph=True, backend=backend)(torch.ones(3, device=device))
+    targets = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert [target for target in targets if "fusednn" in str(target)] == [_ops.activation]
+    assert not any("relu" in str(target) for target in targets)
+
+
+def test_compiled_func_transforms_take_the_stock_path(device: str) -> None:
+    x = torch.randn(4, 5, device=device)
+    compiled = torch.compile(torch.vmap(layers.ReLU()), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), x.relu())
+
+
+def _operator_calls() -> list[object]:
+    def tensor(*shape: int) -> Tensor:
+        return random_tensor(shape, torch.float32, "cpu")
+
+    x, strided = tensor(3, 5, 700), tensor(4, 6, 5)[:, ::2]
+    calls = []
+    for t in (x, strided):
+        mask = torch.zeros(4096, dtype=torch.uint8)
+        strides = t.clone().stride()
+        seed = draw_seed(torch.device("cpu"))
+        calls += [
+            (_ops.activation, (t, "silu", 0.0, 0.0)),
+            (_ops.activation_masked, (t, None, "relu", 0.0, 0.0)),
+            (_ops.activation_masked, (t, seed, "rrelu", 0.1, 0.3)),
+            (_ops.activation_backward, (t, t, "silu", 0.0, 0.0)),
+            (_ops.activation_masked_backward, (t, mask, None, strides, "relu", 0.0, 0.0)),
+            (_ops.activation_masked_backward, (t, mask, seed, strides, "rrelu", 0.1, 0.3)),
+            (_ops.prelu, (t, tensor(t.shape[1]))),
+            (_ops.prelu_backward, (t, t, tensor(t.shape[1]))),
+        ]
+    calls.append((_ops.activation_, (x.clone(), "silu", 0.0, 0.0)))
+    calls.append((_ops.activation_masked_, (x.clone(), None, "relu", 0.0, 0.0)))
+    return calls
+
+
+@pytest.mark.parametrize(("operator", "arguments"), _operator_calls(), ids=lambda value: getattr(value, "__name__", ""))
+def test_opcheck(operator: object, arguments: tuple, device: str) -> None:
+    moved = tuple(argument.to(device) if isinstance(argument, Tensor) else argument for argument in arguments)
+    torch.library.opcheck(operator.default, moved)

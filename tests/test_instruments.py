@@ -1,0 +1,105 @@
+"""The tests' tests: for each instrument and standing check, a broken kernel that must make it fail."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import broken
+from support.samples import random_tensor
+from support.standing import check_against_stock
+
+from fusednn import kernels
+
+
+def faulty_relu(fault: str) -> partial:
+    return partial(lambda x, fault: broken.FaultyReLU.apply(x, fault), fault=fault)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ("a wrong value", "value: error"),
+        ("wrong gradient", "gradient: error"),
+        ("random gradient", "gradient, run twice"),
+        ("an unwritten tail", "value, run twice over different memory"),
+        ("a modified input", "operand, after the call"),
+    ],
+)
+def test_standing_checks_see_a_broken_kernel(fault: str, complaint: str, device: str) -> None:
+    x, gradient = (random_tensor((2, 3, 5, 50), torch.float32, device, seed) for seed in (0, 1))
+    check_against_stock(faulty_relu("no fault"), F.relu, [x], gradient)
+    ours = faulty_relu(fault) if fault != "a wrong value" else lambda x: faulty_relu("no fault")(x) * 1.00001
+    with pytest.raises(AssertionError, match=complaint):
+        check_against_stock(ours, F.relu, [x], gradient)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+def test_traffic_meter_sees_an_extra_pass(device: str) -> None:
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+    x = random_tensor((1024,), torch.float32, device)
+    budget = 2 * x.numel() * x.itemsize
+    moved = {}
+    for fault in ("no fault", "an extra pass"):
+        with measure_traffic() as traffic:
+            faulty_relu(fault)(x)
+        moved[fault] = traffic.bytes
+    assert moved["no fault"] == budget
+    assert moved["an extra pass"] > budget * 1.05
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+def test_traffic_meter_sees_an_extra_launch(device: str) -> None:
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+    x = random_tensor((1000,), torch.float32, device)
+    with measure_traffic() as traffic:
+        faulty_relu("no fault")(faulty_relu("no fault")(x))
+    assert traffic.launches == 2
+    assert [launch.programs for launch in traffic.kernel_launches] == [4, 4]
+    with measure_traffic() as copied:
+        faulty_relu("no fault")(x.clone())
+    assert [operation.name for operation in copied.operations] == ["clone"]
+
+
+@pytest.mark.compiles
+def test_compile_check_sees_a_spilling_tile() -> None:
+    from fusednn.kernels.instruments.compile_check import compile_configuration
+
+    result = compile_configuration(broken.spilling_configuration(), "sm_90")
+    assert any(problem.startswith("spills") for problem in result.problems)
+
+
+@pytest.mark.compiles
+def test_compile_check_sees_narrow_accesses() -> None:
+    from fusednn.kernels.instruments.compile_check import compile_configuration
+
+    result = compile_configuration(broken.scalar_access_configuration(), "sm_90")
+    assert result.problems == ["0 loads of 128 bits, 1 promised", "0 stores of 128 bits, 1 promised"]
+
+
+@pytest.mark.compiles
+def test_compile_check_sees_missing_tensor_cores_and_compiler_errors() -> None:
+    from fusednn.kernels.instruments.compile_check import compile_configuration
+
+    sound = broken.relu_configuration("no fault")
+    assert not compile_configuration(sound, "sm_90").problems
+    matrix = dataclasses.replace(sound, tensor_cores=True)
+    assert compile_configuration(matrix, "sm_90").problems == ["no tensor-core instructions"]
+    wrong_type = dataclasses.replace(sound, signature=(("x_pointer", "fp32"), *sound.signature[1:]))
+    (problem,) = compile_configuration(wrong_type, "sm_90").problems
+    assert "Error" in problem
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="about the interpreter")
+def test_compile_check_refuses_interpreted_functions() -> None:
+    from fusednn.kernels.instruments.compile_check import compile_configuration
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_configuration(broken.relu_configuration("no fault"), "sm_90")

@@ -1,0 +1,163 @@
+"""Bytes and launches, held to the budgets; and what is saved for the backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.device import ON_GPU
+from support.samples import CASES, Case, random_tensor
+from support.standing import leaf
+from torch import Tensor
+
+from fusednn import autograd, kernels
+from fusednn.kernels.activation import ACTIVATIONS
+from fusednn.kernels.instruments.saved_tensors import saved_tensors
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter"),
+]
+
+if kernels.INTERPRETING:
+    from fusednn.kernels.instruments.traffic import Traffic, measure_traffic
+
+SLACK = 1.05
+SHAPE = (8, 16, 64, 16)  # 64 whole tiles
+
+
+def kernel_name(case: Case) -> str:
+    name = "gelu_tanh" if case.arguments.get("approximate") == "tanh" else case.name
+    return "leaky_relu" if name == "rrelu" else name  # in evaluation
+
+
+def traffic_of(case: Case, dtype: torch.dtype, device: str) -> tuple["Traffic", "Traffic", int]:
+    operands = [leaf(operand) for operand in case.operands(random_tensor(SHAPE, dtype, device))]
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = case.ours(*operands)
+    gradient = random_tensor(SHAPE, dtype, device, seed=1)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, operands, gradient)
+    return forward, backward, saved.bytes
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.slopes], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_keep_their_budget(case: Case, dtype: torch.dtype, device: str) -> None:
+    forward, backward, saved = traffic_of(case, dtype, device)
+    numel = torch.Size(SHAPE).numel()
+    row = ACTIVATIONS[kernel_name(case)]
+    forward_budget, backward_budget = row.budget(numel, dtype)
+    assert forward_budget / SLACK < forward.bytes <= forward_budget * SLACK
+    assert backward_budget / SLACK < backward.bytes <= backward_budget * SLACK
+    assert (forward.launches, backward.launches) == (1, 1)
+    assert not forward.operations
+    assert not backward.operations
+    assert saved == (numel / 8 if row.saves == "mask" else numel * dtype.itemsize)
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "hardtanh", "threshold", "hardsigmoid"])
+def test_one_bit_is_saved(name: str) -> None:
+    assert ACTIVATIONS[name].saves == "mask"
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "elu"])
+def test_the_output_is_saved(name: str, device: str) -> None:
+    x = leaf(random_tensor(SHAPE, torch.float32, device))
+    with saved_tensors() as saved:
+        y = getattr(autograd, name)(x)
+    assert saved.bytes_beside(y) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("slopes", [1, 16])
+def test_prelu_keeps_its_budget(slopes: int, layout: torch.memory_format, dtype: torch.dtype, device: str) -> None:
+    x = leaf(random_tensor(SHAPE, dtype, device).contiguous(memory_format=layout))
+    weight = leaf(torch.rand(slopes, dtype=dtype, device=device))
+    gradient = random_tensor(SHAPE, dtype, device, seed=1).contiguous(memory_format=layout)
+    with measure_traffic() as forward:
+        y = autograd.prelu(x, weight)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, weight), gradient)
+    tensor = x.numel() * x.itemsize
+    statistics = sum(operation.read_bytes for operation in backward.operations)  # partial sums: apart
+    assert forward.bytes <= 2 * tensor * SLACK
+    assert backward.bytes - statistics <= 3 * tensor * SLACK
+    assert statistics <= 0.05 * tensor
+    assert (forward.launches, backward.launches) == (1, 1)
+    assert {operation.name for operation in backward.operations} <= {"sum", "_to_copy"}
+
+
+def test_rrelu_saves_bits_and_a_seed(device: str) -> None:
+    x = leaf(random_tensor(SHAPE, torch.float32, device))
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = autograd.rrelu(x, training=True)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y.sum(), x)
+    tensor = x.numel() * x.itemsize
+    assert saved.bytes == x.numel() / 8 + 8
+    assert forward.bytes <= (2 * tensor + x.numel() / 8) * SLACK
+    # The gradient of a sum is expanded, and copied once: beside the kernel, not in it.
+    assert backward.bytes <= (2 * tensor + x.numel() / 8) * SLACK
+    assert [operation.name for operation in forward.operations] == ["randint"]
+
+
+def test_no_gradient_no_mask(device: str) -> None:
+    x = random_tensor(SHAPE, torch.float32, device)
+    with measure_traffic() as traffic, torch.no_grad():
+        autograd.relu(x.requires_grad_())
+    assert traffic.bytes == 2 * x.numel() * x.itemsize
+
+
+def test_inplace_allocates_and_moves_no_more(device: str) -> None:
+    x = random_tensor(SHAPE, torch.float32, device)
+    with measure_traffic() as traffic:
+        autograd.relu(x, inplace=True)
+    assert traffic.bytes == 2 * x.numel() * x.itemsize
+    assert not traffic.operations
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, "permuted"], ids=str)
+def test_dense_memory_is_never_copied(layout: object, device: str) -> None:
+    x = random_tensor(SHAPE, torch.float32, device)
+    x = x.permute(2, 0, 3, 1) if layout == "permuted" else x.contiguous(memory_format=layout)
+    with measure_traffic() as traffic:
+        autograd.silu(x)
+    assert not traffic.operations
+
+
+def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests and users launch is what the compile check compiles."""
+    launched = []
+    original = kernels.launch.launch
+
+    def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
+        launched.append((configuration, arguments))
+        original(configuration, programs, *arguments)
+
+    for module in (kernels.activation, kernels.prelu, kernels.rrelu):
+        monkeypatch.setattr(module, "launch", record)
+    for case in [*CASES, Case("rrelu", {"training": True})]:
+        for dtype in (torch.float16, torch.float32):
+            operands = [leaf(operand) for operand in case.operands(random_tensor((2, 3, 40), dtype, device))]
+            case.ours(*operands).sum().backward()
+            case.ours(*[operand.detach() for operand in operands])
+    shipped = set(kernels.shipped())
+    assert launched
+    for configuration, arguments in launched:
+        assert configuration in shipped
+        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
+            expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+
+
+def test_eager_counts_follow_from_the_formulae(device: str) -> None:
+    """The meter's count of PyTorch's own operators, on a composition that is easily counted by hand."""
+    x = leaf(random_tensor((1000,), torch.float32, device))
+    with measure_traffic() as forward:
+        y = F.softsign(x)
+    assert [operation.name for operation in forward.operations] == ["abs", "add", "div"]
+    assert forward.aten_bytes == (2 + 2 + 3) * 4000
+    repeated = torch.ones((), device=device).expand(1000)  # one number, however often it is repeated
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, x, repeated)
+    assert 4000 + 4 in [operation.read_bytes for operation in backward.operations if operation.name == "div"]
