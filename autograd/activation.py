@@ -54,7 +54,7 @@ def _fake_mask(x: Tensor) -> Tensor:
     "activation(Tensor x, str name, float a, float b) -> Tensor",
     fake=lambda x, name, a, b: torch.empty_like(x),
 )
-def _activation(x: Tensor, name: str, a: float, b: float) -> Tensor:
+def _forward(x: Tensor, name: str, a: float, b: float) -> Tensor:
     return kernels.activation_forward(x, name, a, b)
 
 
@@ -62,7 +62,7 @@ def _activation(x: Tensor, name: str, a: float, b: float) -> Tensor:
     "activation_(Tensor(a!) x, str name, float a, float b) -> ()",
     fake=lambda x, name, a, b: None,
 )
-def _activation_inplace(x: Tensor, name: str, a: float, b: float) -> None:
+def _forward_inplace(x: Tensor, name: str, a: float, b: float) -> None:
     kernels.activation_forward(x, name, a, b, inplace=True)
 
 
@@ -70,7 +70,7 @@ def _activation_inplace(x: Tensor, name: str, a: float, b: float) -> None:
     "activation_masked(Tensor x, Tensor? seed, str name, float a, float b) -> (Tensor, Tensor)",
     fake=lambda x, seed, name, a, b: (torch.empty_like(x), _fake_mask(x)),
 )
-def _activation_masked(x: Tensor, seed: Tensor | None, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
+def _masked_forward(x: Tensor, seed: Tensor | None, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
     if seed is not None:
         return rrelu_kernels.rrelu_forward(x, seed, a, b)
     return kernels.activation_masked_forward(x, name, a, b)
@@ -80,7 +80,7 @@ def _activation_masked(x: Tensor, seed: Tensor | None, name: str, a: float, b: f
     "activation_masked_(Tensor(a!) x, Tensor? seed, str name, float a, float b) -> Tensor",
     fake=lambda x, seed, name, a, b: _fake_mask(x),
 )
-def _activation_masked_inplace(x: Tensor, seed: Tensor | None, name: str, a: float, b: float) -> Tensor:
+def _masked_forward_inplace(x: Tensor, seed: Tensor | None, name: str, a: float, b: float) -> Tensor:
     if seed is not None:
         return rrelu_kernels.rrelu_forward(x, seed, a, b, inplace=True)[1]
     return kernels.activation_masked_forward(x, name, a, b, inplace=True)[1]
@@ -90,7 +90,7 @@ def _activation_masked_inplace(x: Tensor, seed: Tensor | None, name: str, a: flo
     "activation_backward(Tensor g, Tensor saved, str name, float a, float b) -> Tensor",
     fake=lambda g, saved, name, a, b: torch.empty_like(saved),
 )
-def _activation_backward(g: Tensor, saved: Tensor, name: str, a: float, b: float) -> Tensor:
+def _backward(g: Tensor, saved: Tensor, name: str, a: float, b: float) -> Tensor:
     return kernels.activation_backward(g, saved, name, a, b)
 
 
@@ -99,15 +99,13 @@ def _activation_backward(g: Tensor, saved: Tensor, name: str, a: float, b: float
     " -> Tensor",
     fake=lambda g, mask, seed, strides, name, a, b: g.new_empty_strided(g.shape, strides),
 )
-def _activation_masked_backward(
+def _masked_backward(
     g: Tensor, mask: Tensor, seed: Tensor | None, strides: Sequence[int], name: str, a: float, b: float
 ) -> Tensor:
     if seed is not None:
         return rrelu_kernels.rrelu_backward(g, mask, seed, strides, a, b)
     return kernels.activation_masked_backward(g, mask, strides, name, a, b)
 
-
-_ops = torch.ops.fusednn
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
 
@@ -120,10 +118,10 @@ class MaskedActivation(Function):
         ctx: Any, x: Tensor, seed: Tensor | None, name: str, a: float, b: float, inplace: bool
     ) -> tuple[Tensor, Tensor]:
         if inplace:
-            y, mask = x, _ops.activation_masked_(x, seed, name, a, b)
+            y, mask = x, _masked_forward_inplace(x, seed, name, a, b)
             ctx.mark_dirty(x)
         else:
-            y, mask = _ops.activation_masked(x, seed, name, a, b)
+            y, mask = _masked_forward(x, seed, name, a, b)
         # A second derivative with respect to x is zero, but must exist.  No tensor is saved that depends on x; so this
         # empty output is, for the gradient's graph to hang on.
         anchor = x.new_empty(0)
@@ -141,7 +139,7 @@ class MaskedActivation(Function):
         elif torch.is_grad_enabled():
             dx = MaskedGradient.apply(g, anchor, mask, seed, *ctx.arguments)
         else:
-            dx = _ops.activation_masked_backward(g, mask, seed, *ctx.arguments)
+            dx = _masked_backward(g, mask, seed, *ctx.arguments)
         return dx, None, None, None, None, None
 
 
@@ -162,7 +160,7 @@ class MaskedGradient(Function):
     ) -> Tensor:
         ctx.save_for_backward(anchor, mask, seed)
         ctx.arguments = (strides, name, a, b)
-        result: Tensor = _ops.activation_masked_backward(g, mask, seed, strides, name, a, b)
+        result: Tensor = _masked_backward(g, mask, seed, strides, name, a, b)
         return result
 
     @staticmethod
@@ -181,11 +179,11 @@ class SavedActivation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, original: Tensor | None, name: str, a: float, b: float, inplace: bool) -> Tensor:
         if inplace:
-            _ops.activation_(x, name, a, b)
+            _forward_inplace(x, name, a, b)
             ctx.mark_dirty(x)
             y = x
         else:
-            y = _ops.activation(x, name, a, b)
+            y = _forward(x, name, a, b)
         saves_input = ACTIVATIONS[name].saves == "input"
         ctx.save_for_backward((x if original is None else original) if saves_input else y)
         ctx.from_copy = original is not None
@@ -198,7 +196,7 @@ class SavedActivation(Function):
         if torch.is_grad_enabled():
             dx = _differentiable_gradient(g, saved, *ctx.arguments)
         else:
-            dx = _ops.activation_backward(g, saved, *ctx.arguments)
+            dx = _backward(g, saved, *ctx.arguments)
         return (None, dx, None, None, None, None) if ctx.from_copy else (dx, None, None, None, None, None)
 
 
@@ -262,12 +260,12 @@ def apply_kernel(input: Tensor, name: str, a: float, b: float, inplace: bool, se
         original = input.clone() if inplace and saves == "input" else None
         y = SavedActivation.apply(input, original, name, a, b, inplace)
     elif inplace:
-        _ops.activation_(input, name, a, b)
+        _forward_inplace(input, name, a, b)
         if not input.is_inference():
             torch.autograd.graph.increment_version(input)
         y = input
     else:
-        y = _ops.activation(input, name, a, b)
+        y = _forward(input, name, a, b)
     return y
 
 

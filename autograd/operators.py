@@ -6,9 +6,10 @@ several.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 __all__ = ["operator"]
 
@@ -16,21 +17,20 @@ _LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
 # Kernels take any strides, so the compiler needn't copy; but results follow them, so it mustn't change them either.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
 
-
-def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[_Launcher], _Launcher]:
-    """Register the decorated function as the operator that ``schema`` declares, for CUDA and (interpreted) CPU tensors.
+def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], OpOverload[..., Any]]:
+    """Make the decorated function the operator that ``schema`` declares, for CUDA and (interpreted) CPU tensors.
 
     ``fake`` makes results of the right shape, strides and dtype without computing them.
     """
 
-    def register(function: _Launcher) -> _Launcher:
+    def register(function: Callable[..., Any]) -> OpOverload[..., Any]:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=_TAGS)
         for key in ("CUDA", "CPU"):
             _LIBRARY.impl(name, function, key)
         torch.library.register_fake(f"fusednn::{name}", fake, lib=_LIBRARY)
-        return function
+        overload: OpOverload[..., Any] = getattr(torch.ops.fusednn, name).default
+        return overload
 
     return register

@@ -15,7 +15,7 @@ __all__ = ["prelu"]
 
 
 @operator("prelu(Tensor x, Tensor weight) -> Tensor", fake=lambda x, weight: torch.empty_like(x))
-def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
     return kernels.prelu_forward(x, weight)
 
 
@@ -23,11 +23,8 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     "prelu_backward(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)",
     fake=lambda g, x, weight: (torch.empty_like(x), torch.empty_like(weight)),
 )
-def _prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return kernels.prelu_backward(g, x, weight)
-
-
-_ops = torch.ops.fusednn
 
 
 class PReLU(Function):
@@ -36,7 +33,7 @@ class PReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y: Tensor = _ops.prelu(x, weight)
+        y: Tensor = _forward(x, weight)
         return y
 
     @staticmethod
@@ -49,7 +46,7 @@ class PReLU(Function):
             gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             dx, dw = (next(gradients) if needed else None for needed in ctx.needs_input_grad)
         else:
-            dx, dw = _ops.prelu_backward(g, x, weight)
+            dx, dw = _backward(g, x, weight)
         return dx if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None
 
 
@@ -63,7 +60,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
         input, weight = (t.to(dtype) if t.dtype in _CAST else t for t in (input, weight))
     if not takes_kernel("prelu", input, weight, refusal=_refusal(input, weight)):
         return F.prelu(input, weight)
-    y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _ops.prelu(input, weight)
+    y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _forward(input, weight)
     return y
 
 

@@ -1,0 +1,73 @@
+"""Writes the support table into README.md, from the code.  ``python docs/support_table.py [--check]``."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fusednn import autograd
+from fusednn.kernels.activation import ACTIVATIONS, Activation
+from fusednn.layers.twin import TWINS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- support table: begin (docs/support_table.py) -->", "<!-- support table: end -->"
+
+# What the families with kernels of their own save and move; the table of activations knows the others'.
+OWN_KERNELS = {
+    "prelu": ("the input", "2e", "3e"),
+    "rrelu": ("1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
+}
+
+
+def support_table() -> str:
+    """A Markdown table: a row per layer."""
+    lines = [
+        "| layer | function | keeps for the backward pass | bytes an element, forward | backward |",
+        "|---|---|---|---|---|",
+    ]
+    functions = {name.replace("_", ""): name for name in autograd.__all__}
+    for stock in sorted(TWINS, key=lambda cls: cls.__name__.lower()):
+        function = functions[stock.__name__.lower()]
+        lines.append(f"| `{stock.__name__}` | `{function}` | {' | '.join(_facts(function))} |")
+    return "\n".join(lines)
+
+
+def _facts(function: str) -> tuple[str, str, str]:
+    if function in OWN_KERNELS:
+        return OWN_KERNELS[function]
+    row = ACTIVATIONS[function]
+    keeps = _keeps(row)
+    half = ACTIVATIONS[row.name_for(torch.bfloat16)]
+    if half is not row:
+        keeps += f" ({_keeps(half)} in 16 bits)"
+    forward, backward = (_in_elements(bytes_) for bytes_ in row.budget(8, torch.float32))
+    return keeps, forward, backward
+
+
+def _keeps(row: Activation) -> str:
+    return "1 bit an element" if row.saves == "mask" else f"the {row.saves}"
+
+
+def _in_elements(bytes_of_eight_floats: float) -> str:
+    """Bytes as a multiple of the element size e, and what is left over as bits."""
+    elements, rest = divmod(bytes_of_eight_floats, 32)
+    return f"{elements:.0f}e" + (" + 1/8" if rest else "")
+
+
+def updated(readme: str) -> str:
+    """The README's text with the table as it should be."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{support_table()}\n{END}{after}"
+
+
+def main() -> int:
+    text = README.read_text()
+    if "--check" in sys.argv[1:]:
+        return int(updated(text) != text)
+    README.write_text(updated(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Documents that are generated from the code, and examples in them, are up to date."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fusednn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def support_table() -> object:
+    spec = importlib.util.spec_from_file_location("support_table", ROOT / "docs" / "support_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_support_table_is_current(support_table: object) -> None:
+    text = support_table.README.read_text()
+    assert support_table.updated(text) == text, "run: python docs/support_table.py"
+
+
+def test_support_table_has_a_row_per_layer(support_table: object) -> None:
+    rows = support_table.support_table().splitlines()[2:]
+    assert len(rows) == 20
+    assert "| `ReLU` | `relu` | 1 bit an element | 2e + 1/8 | 2e + 1/8 |" in rows
+
+
+def test_the_readmes_first_example(device: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).to(device)
+    fusednn.replace_layers(model)
+    assert "relu" in str(fusednn.explain(model, torch.ones(2, 4, device=device)))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/adding-an-operator.md"])
+def test_links_point_to_files(document: str) -> None:
+    path = ROOT / document
+    targets = [part.partition(")")[0] for part in path.read_text().split("](")[1:]]
+    local = [target for target in targets if not target.startswith("http")]
+    assert all((path.parent / target).exists() for target in local), local
