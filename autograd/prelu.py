@@ -67,7 +67,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _refusal(input: Tensor, weight: Tensor) -> str | None:
+def _refusal(input: object, weight: object) -> str | None:
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
         return "not a tensor"
     if weight.dim() > 1 or (weight.numel() != 1 and (input.dim() < 2 or weight.numel() != input.shape[1])):

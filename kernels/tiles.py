@@ -71,6 +71,7 @@ def load_tile(pointer, offsets, inside, whole):
 
 @triton.jit
 def store_tile(pointer, offsets, tile, inside, whole):
+    """Store a tile; where it isn't ``whole``, only the elements that are ``inside``."""
     if whole:
         tl.store(pointer + offsets, tile)
     else:

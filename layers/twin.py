@@ -26,7 +26,7 @@ class Twin(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in our place: the stock layer, with the same parameters and buffers."""
-        stock = copy.copy(self)
+        stock: nn.Module = copy.copy(self)
         stock.__class__ = stock_class(type(self))
         return stock
 

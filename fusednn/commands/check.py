@@ -17,6 +17,9 @@ from ..layers.table import format_table
 __all__ = ["Outcome", "add_arguments", "run"]
 
 
+Figures = tuple[int | None, int | None, int | None, int | None, int | None, int | None]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One configuration on one target.  Counts are of sm_90's machine code, None elsewhere."""
@@ -76,18 +79,17 @@ def _compile_one(family: str | None, index: int, target: str) -> Outcome:
 
     result = compile_configuration(list(kernels.shipped(family))[index], target)
     code = result.machine_code
-    return Outcome(
-        kernel=result.configuration.label,
-        target=target,
-        seconds=round(result.seconds, 2),
-        registers=code and code.registers,
-        spills=code and code.spills,
-        shared_bytes=code and code.shared_bytes,
-        wide_loads=code and code.wide_loads,
-        wide_stores=code and code.wide_stores,
-        instructions=code and sum(code.opcodes.values()),
-        problems=tuple(result.problems),
-    )
+    figures: Figures = (None, None, None, None, None, None)
+    if code:
+        figures = (
+            code.registers,
+            code.spills,
+            code.shared_bytes,
+            code.wide_loads,
+            code.wide_stores,
+            sum(code.opcodes.values()),
+        )
+    return Outcome(result.configuration.label, target, round(result.seconds, 2), *figures, tuple(result.problems))
 
 
 def _table(outcomes: list[Outcome]) -> str:

@@ -1,0 +1,94 @@
+# Everything a developer runs; `make` alone lists it.
+#
+# Environments are made when they are missing, and again when their pins or pyproject.toml change.
+#   PYTHON=python3.12 make .venv            another interpreter
+#   make test PYTEST_ARGS="-k prelu -x"     arguments for every pytest run
+#   make test WORKERS=4                     test processes (default: one a core, 8 at most)
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+WORKERS ?= auto
+PYTEST_ARGS ?=
+
+FOLDERS := fusednn kernels autograd layers optim
+SOURCES := pyproject.toml README.md LICENSE $(FOLDERS)
+
+# Kernels in the interpreter are many small operations: threads within one would only get in the other workers' way.
+# $(call pytest,ENVIRONMENT)
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- Environments ----------------------------------------------------------------------------------------------------
+
+.PHONY: .venv
+.venv: .venv/.complete ## the environment to develop in, with an editable install
+
+# Build tools first, from the pins: otherwise pip would fetch the newest for the build.
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo]'
+	touch $@
+
+.venv-oldest/.complete: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --requirement constraints-oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# --- Use -------------------------------------------------------------------------------------------------------------
+
+.PHONY: demo bench check
+demo: .venv/.complete ## train a network on handwritten digits, stock beside fusednn
+	.venv/bin/python -m fusednn demo
+
+bench: .venv/.complete ## run the benchmarks: timings on a GPU, counts without one
+	.venv/bin/python -m fusednn bench
+
+check: .venv/.complete ## compile every kernel ahead of time and check the machine code
+	.venv/bin/python -m fusednn check
+
+# --- Tests -----------------------------------------------------------------------------------------------------------
+
+.PHONY: test test-interpreter test-stock test-oldest test-gpu lint
+test: lint test-interpreter test-stock ## everything that needs no GPU: lint, and the suite in both modes
+
+test-interpreter: .venv/.complete
+	TRITON_INTERPRET=1 $(call pytest,.venv)
+
+test-stock: .venv/.complete
+	TRITON_INTERPRET=0 $(call pytest,.venv)
+
+test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton
+	TRITON_INTERPRET=0 $(call pytest,.venv-oldest) -m compiles
+	TRITON_INTERPRET=1 $(call pytest,.venv-oldest) -m smoke
+
+test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
+	$(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest tests -m "not compiles" $(PYTEST_ARGS)
+
+# The type checker can't follow an editable install, nor know that kernels/ is fusednn.kernels: it gets a real install.
+# Its messages are turned back to the sources' paths.
+lint: .venv/.complete ## ruff, and mypy on the installed package
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	rm -rf .build/source .build/installed
+	mkdir -p .build/source
+	cp -R $(SOURCES) .build/source
+	.venv/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile \
+		--target .build/installed .build/source
+	cd .build && MYPYPATH=installed ../.venv/bin/mypy --config-file ../pyproject.toml --cache-dir mypy_cache \
+		--package fusednn | sed -E 's,^installed/fusednn/(kernels|autograd|layers|optim)/,\1/,; s,^installed/,,'
+
+.PHONY: clean
+clean: ## remove what the targets made, except the environments
+	rm -rf .build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks demo-output
+	find $(FOLDERS) tests bench examples -name __pycache__ -prune -exec rm -rf {} +

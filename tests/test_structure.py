@@ -1,0 +1,307 @@
+"""The house rules: who may import what, what has a docstring, and which files share a name.  Read off the sources."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FACE = "fusednn"
+
+
+class Floor(NamedTuple):
+    """What a folder of the library may import: other folders of it, and other packages."""
+
+    floors: frozenset[str]
+    packages: frozenset[str]
+
+
+def floor(floors: str, packages: str) -> Floor:
+    return Floor(frozenset(floors.split()), frozenset(packages.split()))
+
+
+FLOORS = {
+    "kernels": floor("kernels", "numpy torch triton"),
+    "autograd": floor("autograd kernels", "torch"),
+    "layers": floor("layers autograd", "torch"),
+    "optim": floor("optim kernels", "torch"),
+    FACE: floor("fusednn kernels autograd layers optim", "matplotlib numpy sklearn torch tqdm"),
+}
+OUTSIDE = ("bench", "examples", "tests")
+#: Private, but for all who write kernels, which tests do too: Triton, or stand-ins for it where it isn't installed.
+SHARED = "fusednn.kernels._triton"
+#: The functions that each module of ``fusednn.commands`` has; that package's docstring describes them.
+OF_EACH_COMMAND = {"add_arguments", "run"}
+
+Sources = dict[str, str]  # text by path from the root, with slashes
+
+
+def read_sources(folders: tuple[str, ...]) -> Sources:
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+# --- Imports ----------------------------------------------------------------------------------------------------------
+
+
+class Import(NamedTuple):
+    """One imported name: ``from ..kernels import prelu`` in ``autograd`` has module ``fusednn.kernels``."""
+
+    module: str
+    name: str | None
+    relative: bool
+
+
+def imports(path: str, text: str) -> Iterator[Import]:
+    """Everything that a source imports, in functions too; relative imports resolved."""
+    folder = path.split("/")[:-1]
+    package = folder if folder[0] == FACE else [FACE, *folder]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, None, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (Import(module, alias.name, node.level > 0) for alias in node.names)
+
+
+def floor_of(imported: Import) -> str:
+    """The folder that an import from within fusednn reaches."""
+    parts = [*imported.module.split("."), *filter(None, [imported.name])]
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else FACE
+
+
+def library_violations(sources: Sources) -> list[str]:
+    """Imports in the library that go up, that aren't relative, or that need a package we don't depend on."""
+    violations = []
+    for path, text in sources.items():
+        here = path.split("/")[0]
+        for imported in imports(path, text):
+            top = imported.module.split(".")[0]
+            if imported.relative:
+                if floor_of(imported) not in FLOORS[here].floors:
+                    violations.append(f"{path}: {here} imports {floor_of(imported)}")
+            elif top in FLOORS:
+                violations.append(f"{path}: imports {imported.module}, not relative")
+            elif top not in sys.stdlib_module_names | FLOORS[here].packages:
+                violations.append(f"{path}: {here} imports {top}")
+    return violations
+
+
+def outside_violations(sources: Sources) -> list[str]:
+    """Imports in tests, benchmarks and examples that reach the library by anything but public absolute names."""
+    violations = []
+    for path, text in sources.items():
+        here = path.split("/")[0]
+        for imported in imports(path, text):
+            top, *rest = imported.module.split(".")
+            if imported.relative:
+                # Within their own helpers only: never out of tests/ or bench/.
+                if not (rest and rest[0] == here):
+                    violations.append(f"{path}: a relative import leaves {here}")
+            elif top != FACE and top in FLOORS:
+                violations.append(f"{path}: imports {top}, whose name is fusednn.{top}")
+            elif top == FACE and imported.module != SHARED:
+                names = [*rest, *filter(None, [imported.name])]
+                private = [name for name in names if name.startswith("_") and not name.endswith("__")]
+                violations += [f"{path}: imports the private {imported.module}.{name}" for name in private]
+    return violations
+
+
+def test_nothing_imports_upward() -> None:
+    sources = read_sources(tuple(FLOORS))
+    assert {path.split("/")[0] for path in sources} == set(FLOORS)
+    assert not library_violations(sources)
+
+
+def test_outside_uses_public_names() -> None:
+    assert not outside_violations(read_sources(OUTSIDE))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "violation"),
+    [
+        ("kernels/prelu.py", "from ..autograd.prelu import prelu", "kernels imports autograd"),
+        ("kernels/prelu.py", "def f():\n    from .. import layers", "kernels imports layers"),
+        ("kernels/instruments/meter.py", "from ...optim import RMSprop", "kernels imports optim"),
+        ("kernels/prelu.py", "from .. import __version__", "kernels imports fusednn"),
+        ("kernels/prelu.py", "import scipy.special", "kernels imports scipy"),
+        ("autograd/prelu.py", "from ..layers import PReLU", "autograd imports layers"),
+        ("autograd/prelu.py", "import triton.language as tl", "autograd imports triton"),
+        ("layers/prelu.py", "from ..kernels import prelu", "layers imports kernels"),
+        ("layers/prelu.py", "from .. import autograd, kernels", "layers imports kernels"),
+        ("optim/rmsprop.py", "from ..autograd import relu", "optim imports autograd"),
+        ("autograd/prelu.py", "from fusednn.kernels import prelu", "imports fusednn.kernels, not relative"),
+        ("autograd/prelu.py", "import kernels.prelu", "imports kernels.prelu, not relative"),
+    ],
+)
+def test_notices_bad_imports(path: str, text: str, violation: str) -> None:
+    assert library_violations({path: text}) == [f"{path}: {violation}"]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "violation"),
+    [
+        ("tests/test_prelu.py", "from kernels import prelu", "imports kernels, whose name is fusednn.kernels"),
+        ("bench/bench_prelu.py", "import layers.prelu", "imports layers, whose name is fusednn.layers"),
+        ("examples/digits.py", "from ..fusednn import layers", "a relative import leaves examples"),
+        ("tests/support/samples.py", "from ...kernels import prelu", "a relative import leaves tests"),
+        ("tests/test_info.py", "from fusednn._version import x", "imports the private fusednn._version._version"),
+        ("tests/test_prelu.py", "from fusednn.kernels.prelu import _f", "imports the private fusednn.kernels.prelu._f"),
+    ],
+)
+def test_notices_bad_imports_outside(path: str, text: str, violation: str) -> None:
+    assert outside_violations({path: text}) == [f"{path}: {violation}"]
+
+
+def test_accepts_good_imports() -> None:
+    good = {
+        "kernels/prelu.py": "import math, torch\nfrom . import tiles\nfrom ._triton import tl, triton",
+        "kernels/instruments/meter.py": "from .. import INTERPRETING\nfrom ..launch import launch\nimport numpy as np",
+        "autograd/prelu.py": "from ..kernels import prelu as kernels\nfrom .dispatch import takes_kernel",
+        "layers/prelu.py": "from torch import nn\nfrom ..autograd.prelu import prelu\nfrom .twin import Twin",
+        "fusednn/__init__.py": "from . import autograd, kernels, layers\nfrom ._version import __version__",
+        "fusednn/commands/demo.py": "from .. import kernels\nfrom .info import environment",
+    }
+    assert not library_violations(good)
+    outside = {
+        "tests/test_prelu.py": "import fusednn\nfrom fusednn import __version__, layers\nfrom support import samples",
+        "tests/support/samples.py": "from fusednn.kernels.prelu import prelu_forward\nfrom .standing import leaf",
+        "bench/fusednn_bench/cases.py": "from . import results",
+    }
+    assert not outside_violations(outside)
+
+
+# --- Docstrings -------------------------------------------------------------------------------------------------------
+
+
+def undocumented(sources: Sources) -> list[str]:
+    """Functions and classes in a module's ``__all__`` that it defines without a docstring.
+
+    Constants can't have one, and imported names have theirs where they are defined.
+    """
+    missing = []
+    for path, text in sources.items():
+        body = ast.parse(text).body
+        exempt = OF_EACH_COMMAND if path.startswith("fusednn/commands/") else set()
+        public = public_names(body) - exempt
+        definitions = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+        bare = [node.name for node in definitions if node.name in public and not ast.get_docstring(node)]
+        missing += [f"{path}: {name} has no docstring" for name in bare]
+    return missing
+
+
+def public_names(body: list[ast.stmt]) -> set[str]:
+    """What a module's ``__all__`` lists; nothing where there is none."""
+    for node in body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == "__all__":
+            assert isinstance(node, ast.Assign | ast.AnnAssign)
+            assert node.value is not None
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_public_names_have_docstrings() -> None:
+    sources = read_sources(tuple(FLOORS))
+    assert "prelu" in public_names(ast.parse(sources["autograd/__init__.py"]).body)
+    assert not undocumented(sources)
+
+
+def test_notices_missing_docstrings() -> None:
+    text = """
+__all__ = ["LIMIT", "Bare", "Described", "bare", "imported"]
+from .x import imported
+LIMIT = 3
+class Bare: pass
+class Described:
+    "Described."
+def bare(): "" or "not a docstring"
+def _private(): pass
+def not_listed(): pass
+"""
+    expected = ["kernels/x.py: Bare has no docstring", "kernels/x.py: bare has no docstring"]
+    assert undocumented({"kernels/x.py": text}) == expected
+    assert undocumented({"kernels/x.py": text.replace("__all__ =", "__all__: list[str] =")}) == expected
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+def families(sources: Sources) -> dict[str, set[str]]:
+    """The files that hold a family, by floor.
+
+    Kernels: those that register configurations with ``ships``.  Autograd and optim: those that their package exports
+    public names from.  Layers: those that define twins.
+    """
+    found: dict[str, set[str]] = {name: set() for name in FLOORS}
+    for path, text in sources.items():
+        here, *rest = path.removesuffix(".py").split("/")
+        tree = ast.parse(text)
+        if here in ("autograd", "optim") and rest == ["__init__"]:
+            exported = public_names(tree.body)
+            found[here] |= {
+                node.module
+                for node in tree.body
+                if isinstance(node, ast.ImportFrom) and node.module and {alias.name for alias in node.names} & exported
+            }
+        elif here == "kernels" and shipped_families(tree):
+            found[here].add(rest[-1])
+        if here == "layers" and twins(tree):
+            found[here].add(rest[-1])
+    return found
+
+
+def shipped_families(tree: ast.Module) -> list[str]:
+    """The names that a module registers with ``@ships("name")``."""
+    return [
+        ast.literal_eval(decorator.args[0])
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == "ships"
+    ]
+
+
+def twins(tree: ast.Module) -> list[str]:
+    """The classes of a module that derive from ``Twin``."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [one.name for one in classes if any(isinstance(base, ast.Name) and base.id == "Twin" for base in one.bases)]
+
+
+def name_violations(sources: Sources) -> list[str]:
+    """Families that are called differently on different floors, or where they register their configurations."""
+    found = families(sources)
+    upper = found["autograd"] | found["optim"]
+    violations = [f"kernels/{name}.py has no namesake in autograd or optim" for name in found["kernels"] - upper]
+    violations += [f"layers/{name}.py has no namesake in autograd" for name in found["layers"] - found["autograd"]]
+    for path, text in sources.items():
+        stem = path.split("/")[-1].removesuffix(".py")
+        violations += [f"{path} ships {name}" for name in shipped_families(ast.parse(text)) if name != stem]
+    return sorted(violations)
+
+
+def test_families_have_one_name() -> None:
+    sources = read_sources(tuple(FLOORS))
+    known = {"activation", "prelu", "rrelu"}
+    assert all(known <= families(sources)[name] for name in ("kernels", "autograd", "layers"))
+    assert not name_violations(sources)
+
+
+def test_notices_other_names() -> None:
+    sources = {
+        "kernels/softmax.py": "@ships('softmax')\ndef configurations(): ...",
+        "autograd/__init__.py": "from .softmaxes import softmax\n__all__ = ['softmax']",
+        "layers/softmax.py": "class Softmax(Twin, nn.Softmax): ...",
+    }
+    assert name_violations(sources) == [
+        "kernels/softmax.py has no namesake in autograd or optim",
+        "layers/softmax.py has no namesake in autograd",
+    ]
+    sources["autograd/__init__.py"] = "from .softmax import softmax\n__all__ = ['softmax']"
+    assert not name_violations(sources)
+    sources["kernels/softmax.py"] = "@ships('max')\ndef configurations(): ..."
+    assert name_violations(sources) == ["kernels/softmax.py ships max"]
