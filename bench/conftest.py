@@ -13,7 +13,7 @@ import torch
 
 # Triton decides for its interpreter when it is imported, so this comes before anything that imports it.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fusednn_bench.cases import Case

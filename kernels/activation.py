@@ -20,6 +20,7 @@ from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import erf, exp, expm1, log1p, narrow, scalar, sigmoid, tanh, widen
 from .tiles import (
+    flat_tile,
     load_bits,
     load_tile,
     mask_bytes,
@@ -27,7 +28,6 @@ from .tiles import (
     store_bits,
     store_tile,
     threads_for,
-    tile_offsets,
     tile_shape,
 )
 
@@ -384,11 +384,7 @@ def activation_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index = tl.program_id(0).to(tl.int64)
-    start = tile_index * ROWS * COLUMNS
-    offsets = tile_offsets(ROWS, COLUMNS)
-    inside = offsets < numel - start
-    whole = start + ROWS * COLUMNS <= numel
+    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 
@@ -413,11 +409,7 @@ def activation_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index = tl.program_id(0).to(tl.int64)
-    start = tile_index * ROWS * COLUMNS
-    offsets = tile_offsets(ROWS, COLUMNS)
-    inside = offsets < numel - start
-    whole = start + ROWS * COLUMNS <= numel
+    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 

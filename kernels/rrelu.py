@@ -16,6 +16,7 @@ from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import uniform_tile
 from .tiles import (
+    flat_tile,
     load_bits,
     load_tile,
     mask_bytes,
@@ -23,7 +24,6 @@ from .tiles import (
     store_bits,
     store_tile,
     threads_for,
-    tile_offsets,
     tile_shape,
 )
 
@@ -53,11 +53,7 @@ def rrelu_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index = tl.program_id(0).to(tl.int64)
-    start = tile_index * ROWS * COLUMNS
-    offsets = tile_offsets(ROWS, COLUMNS)
-    inside = offsets < numel - start
-    whole = start + ROWS * COLUMNS <= numel
+    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
 
     x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
     slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
@@ -79,11 +75,7 @@ def rrelu_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index = tl.program_id(0).to(tl.int64)
-    start = tile_index * ROWS * COLUMNS
-    offsets = tile_offsets(ROWS, COLUMNS)
-    inside = offsets < numel - start
-    whole = start + ROWS * COLUMNS <= numel
+    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
 
     g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
     slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)

@@ -16,6 +16,7 @@ from ._triton import tl, triton
 __all__ = [
     "MASK_BYTES",
     "TILE",
+    "flat_tile",
     "load_bits",
     "load_tile",
     "mask_bytes",
@@ -23,7 +24,6 @@ __all__ = [
     "store_bits",
     "store_tile",
     "threads_for",
-    "tile_offsets",
     "tile_shape",
 ]
 
@@ -54,9 +54,12 @@ def mask_bytes(numel: int) -> int:
 
 
 @triton.jit
-def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of a flat tile from its start, (ROWS, COLUMNS)."""
-    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def flat_tile(numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's tile: its index, start, offsets from there (ROWS, COLUMNS), which are inside, and whether all."""
+    tile_index = tl.program_id(0).to(tl.int64)
+    start = tile_index * ROWS * COLUMNS
+    offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return tile_index, start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel
 
 
 @triton.jit
