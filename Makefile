@@ -72,8 +72,9 @@ test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the ol
 	TRITON_INTERPRET=1 $(call pytest,.venv-oldest) -m smoke
 
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
+	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU here")'
 	$(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest tests -m "not compiles" $(PYTEST_ARGS)
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests -m "not compiles" $(PYTEST_ARGS)
 
 # The type checker can't follow an editable install, nor know that kernels/ is fusednn.kernels: it gets a real install.
 # Its messages are turned back to the sources' paths.

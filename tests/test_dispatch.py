@@ -153,6 +153,18 @@ def test_export_and_fx_see_stock_operators(device: str) -> None:
     torch.testing.assert_close(traced(x), model(x))
 
 
+def test_the_choice_is_traced_on_either_path(device: str) -> None:
+    """``test_compile.py`` runs where kernels do; this runs on the stock path too."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(True), nn.PReLU(8), nn.RReLU(), nn.Softplus(), nn.Hardtanh())
+    fusednn.replace_layers(model.to(device).eval())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4, device=device)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_choices_are_not_observed_after_the_block(device: str) -> None:
     choices: list[Choice] = []
     with observe_choices(choices.append):
