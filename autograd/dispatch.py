@@ -105,4 +105,6 @@ def _transform_refusal() -> str | None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The low-precision dtype of the autocast region that ``tensor``'s device is in, or None outside one."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -112,6 +112,12 @@ def test_functional_call(device: str) -> None:
 
 
 @every_case
+def test_devices_without_kernels_or_autocast_take_the_stock_path(case: Case) -> None:
+    x = torch.ones(2, 3, device="meta")
+    assert case.ours(*case.operands(x)).shape == case.stock(*case.operands(x)).shape
+
+
+@every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_stocks_dtypes(case: Case, dtype: torch.dtype, device: str) -> None:
     for input_dtype in (torch.float32, dtype):
