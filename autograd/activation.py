@@ -319,14 +319,20 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """max(0, x) + min(0, alpha (exp(x) - 1)).  As `torch.nn.functional.elu`; saves the output."""
+    """max(0, x) + min(0, alpha (exp(x) - 1)).  As `torch.nn.functional.elu`.
+
+    Saves the output, or the input in 16 bits.
+    """
     if not _takes_kernel("elu", input, alpha, 1.0, inplace):
         return F.elu(input, alpha, inplace)
     return apply_kernel(input, "elu", alpha, 1.0, inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
-    """scale (max(0, x) + min(0, alpha (exp(x) - 1))).  As `torch.nn.functional.selu`; saves the output."""
+    """scale (max(0, x) + min(0, alpha (exp(x) - 1))).  As `torch.nn.functional.selu`.
+
+    Saves the output, or the input in 16 bits.
+    """
     a, b = ACTIVATIONS["selu"].defaults
     if not _takes_kernel("selu", input, a, b, inplace):
         return F.selu(input, inplace)
@@ -334,7 +340,10 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """max(0, x) + min(0, alpha (exp(x / alpha) - 1)).  As `torch.nn.functional.celu`; saves the output."""
+    """max(0, x) + min(0, alpha (exp(x / alpha) - 1)).  As `torch.nn.functional.celu`.
+
+    Saves the output, or the input in 16 bits.
+    """
     if not _takes_kernel("celu", input, alpha, 0.0, inplace):
         return F.celu(input, alpha, inplace)
     return apply_kernel(input, "celu", alpha, 0.0, inplace)

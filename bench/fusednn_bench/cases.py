@@ -66,6 +66,20 @@ class Case:
     def id(self) -> str:
         return f"{self.operation.name}-{self.dtype_name}-{self.size}"
 
+    def record(self, contestant: str, direction: Direction) -> dict[str, Any]:
+        """What a result file says of the case, whatever was measured."""
+        return {
+            "family": self.operation.family,
+            "operation": self.operation.name,
+            "contestant": contestant,
+            "direction": direction,
+            "dtype": self.dtype_name,
+            "size": self.size,
+            "shape": list(self.shape),
+            "channels_last": self.operation.memory_format is torch.channels_last,
+            "budget_bytes": self.budget(direction),
+        }
+
     def budget(self, direction: Direction) -> float:
         """Bytes that the direction must move: each operand once."""
         forward, backward = self.operation.budget(self.numel, self.dtype)

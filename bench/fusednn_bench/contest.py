@@ -158,15 +158,7 @@ def _time(
     host_us = {name: [] for name in runners} if large else interleave(runners, effort.host_rounds, host)
     return [
         {
-            "family": case.operation.family,
-            "operation": case.operation.name,
-            "contestant": name,
-            "direction": direction,
-            "dtype": case.dtype_name,
-            "size": case.size,
-            "shape": list(case.shape),
-            "channels_last": case.operation.memory_format is torch.channels_last,
-            "budget_bytes": case.budget(direction),
+            **case.record(name, direction),
             "device_us": device_us[name],
             "host_us": host_us[name],
             "calls_per_sample": group,

@@ -27,16 +27,8 @@ def count_case(case: Case) -> list[dict[str, Any]]:
         for direction, counts in _count(case, function).items():
             records.append(
                 {
-                    "family": case.operation.family,
-                    "operation": case.operation.name,
-                    "contestant": name,
-                    "direction": direction,
-                    "dtype": case.dtype_name,
-                    "size": case.size,
-                    "shape": list(case.shape),
-                    "channels_last": case.operation.memory_format is torch.channels_last,
+                    **case.record(name, direction),
                     "elements": case.numel,
-                    "budget_bytes": case.budget(direction),
                     **counts,
                     **({"error_epsilons": error} if name == "fusednn" else {}),
                 }
