@@ -19,8 +19,8 @@ FOLDERS := fusednn kernels autograd layers optim
 SOURCES := pyproject.toml README.md LICENSE $(FOLDERS)
 
 # Kernels in the interpreter are many small operations: threads within one would only get in the other workers' way.
-# $(call pytest,ENVIRONMENT)
-pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+# $(call pytest,ENVIRONMENT,MARKERS)
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -m "$(2)" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: help
 help: ## list the targets
@@ -58,18 +58,22 @@ check: .venv/.complete ## compile every kernel ahead of time and check the machi
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-interpreter test-stock test-oldest test-gpu lint
-test: lint test-interpreter test-stock ## everything that needs no GPU: lint, and the suite in both modes
+.PHONY: test test-interpreter test-stock test-thorough test-oldest test-gpu lint
+test: lint test-interpreter test-stock ## lint, and the suite in both modes; needs no GPU
 
 test-interpreter: .venv/.complete
-	TRITON_INTERPRET=1 $(call pytest,.venv)
+	TRITON_INTERPRET=1 $(call pytest,.venv,not thorough)
 
 test-stock: .venv/.complete
-	TRITON_INTERPRET=0 $(call pytest,.venv)
+	TRITON_INTERPRET=0 $(call pytest,.venv,not thorough)
+
+test-thorough: .venv/.complete ## what `make test` leaves out for time
+	TRITON_INTERPRET=1 $(call pytest,.venv,thorough)
+	TRITON_INTERPRET=0 $(call pytest,.venv,thorough)
 
 test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton
-	TRITON_INTERPRET=0 $(call pytest,.venv-oldest) -m compiles
-	TRITON_INTERPRET=1 $(call pytest,.venv-oldest) -m smoke
+	TRITON_INTERPRET=0 $(call pytest,.venv-oldest,compiles)
+	TRITON_INTERPRET=1 $(call pytest,.venv-oldest,smoke)
 
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU here")'
