@@ -23,6 +23,7 @@ from .activation import (
     tanh,
     threshold,
 )
+from .nll_loss import nll_loss
 from .pointwise_loss import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -51,6 +52,7 @@ __all__ = [
     "logsigmoid",
     "mish",
     "mse_loss",
+    "nll_loss",
     "prelu",
     "relu",
     "relu6",

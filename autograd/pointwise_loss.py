@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import _reduction
 
 from ..kernels import pointwise_loss as kernels
 from ..kernels.launch import DeviceAssertionError
 from ..kernels.partial_sums import ACCUMULATOR
 from .dispatch import autocast_dtype, takes_kernel
+from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator
 
 __all__ = [
@@ -234,21 +234,19 @@ def _try_kernel(
 ) -> Tensor | None:
     """The loss by kernels, or None where ``operation`` has to take the stock path; ``refusal`` as in `takes_kernel`."""
     operands = (input, target, weight, positive_weight)
+    name = reduction_name(size_average, reduce, reduction)
     refusal = _refusal(*operands) or refusal
     if refusal is None and autocast_dtype(input):
         if weight is not None and row in _UNWEIGHTED_UNDER_AUTOCAST:
             refusal = "autocast takes a weighted loss apart"
         elif row == "binary_cross_entropy" and input.is_cuda:
             refusal = "autocast rejects it"
-        operands = tuple(_single_precision(operand) for operand in operands)  # type: ignore[assignment]
-    legacy = size_average is not None or reduce is not None
-    name = _reduction.legacy_get_string(size_average, reduce, emit_warning=False) if legacy else reduction
+        operands = tuple(single_precision(operand) for operand in operands)  # type: ignore[assignment]
     if name not in ("none", "mean", "sum") and not (name == "batchmean" and operation == "kl_div"):
         refusal = "unknown reduction"
     if not takes_kernel(operation, *(operand for operand in operands if operand is not None), refusal=refusal):
         return None
-    if legacy:
-        _reduction.legacy_get_string(size_average, reduce)  # warns
+    warn_of_deprecated(size_average, reduce)
     return _apply_kernel(row, name, *operands, a=a, b=b)
 
 
@@ -290,12 +288,6 @@ def _threshold_refusal(threshold: object) -> str | None:
     if type(threshold) not in (float, int):
         return "a parameter is not a Python number"
     return None if threshold > 0 else "the threshold is not positive"  # type: ignore[operator]
-
-
-def _single_precision(operand: Tensor | None) -> Tensor | None:
-    """The operand as autocast gives it to a loss."""
-    halves = (torch.float16, torch.bfloat16)
-    return operand.float() if operand is not None and operand.dtype in halves else operand
 
 
 # --- Functions ------------------------------------------------------------------------------------------------------
