@@ -357,10 +357,12 @@ def pointwise_loss_sum_kernel(
 ):
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
-    totals = tl.zeros((ROWS, COLUMNS), COMPUTE)
-    weight_totals = tl.zeros((ROWS, COLUMNS), COMPUTE)
+    totals = tl.zeros((COLUMNS,), COMPUTE)
+    weight_totals = tl.zeros((COLUMNS,), COMPUTE)
     first = tl.program_id(0).to(tl.int64)
-    for tile_index in range(first, tl.cdiv(numel, ROWS * COLUMNS), tl.num_programs(0).to(tl.int64)):
+    tiles = tl.cdiv(numel, ROWS * COLUMNS)
+    # Hoisted out of the loop, the addresses of the masked branches would take twice the registers.
+    for tile_index in tl.range(first, tiles, tl.num_programs(0).to(tl.int64), disable_licm=True):
         start, offsets, inside, whole = place_tile(tile_index, numel, ROWS, COLUMNS)
         x, t, w, p = load_operands(
             x_pointer,
@@ -382,10 +384,10 @@ def pointwise_loss_sum_kernel(
         )
         if VALID is not None:
             require(VALID(x, t), COMPLAINT)
-        totals += tl.where(inside, w * VALUE(x, t, p, a, b), 0.0)
-        weight_totals += tl.where(inside, w, 0.0)
-    total = tl.sum(tl.sum(totals, axis=1), axis=0)
-    weight_total = tl.sum(tl.sum(weight_totals, axis=1), axis=0)
+        totals += tl.sum(tl.where(inside, w * VALUE(x, t, p, a, b), 0.0), axis=0)
+        weight_totals += tl.sum(tl.where(inside, w, 0.0), axis=0)
+    total = tl.sum(totals, axis=0)
+    weight_total = tl.sum(weight_totals, axis=0)
     finish_sum(partial_pointer, value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
 
 
