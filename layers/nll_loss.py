@@ -12,8 +12,8 @@ class NLLLoss(Twin, nn.NLLLoss):
     """nll(x, t) = -weight[t] x[t] of log-probabilities x and class indices t; the mean is over the weights.
 
     Twin of `torch.nn.NLLLoss`: input (C), (N, C) or (N, C, d1, ...), target without C.  Targets that are
-    ``ignore_index`` count for nothing; others out of bounds raise IndexError on the CPU, and a device assertion on CUDA.
-    Source: PyTorch's page of ``torch.nn.NLLLoss``.
+    ``ignore_index`` count for nothing; others out of bounds raise IndexError on the CPU, and a device assertion on
+    CUDA.  Source: PyTorch's page of ``torch.nn.NLLLoss``.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

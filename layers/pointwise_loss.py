@@ -1,8 +1,8 @@
 """Pointwise losses as layers: drop-in subclasses of ``torch.nn``'s.
 
 Each compares an input with a target of the same shape, in any strides, in float16, bfloat16, float32 or float64, and
-gives the loss of each element (``reduction="none"``), their sum or their mean; whatever else PyTorch accepts goes to the
-stock operator, which raises the stock errors.  The operands are all that is kept for the backward pass.
+gives the loss of each element (``reduction="none"``), their sum or their mean; whatever else PyTorch accepts goes to
+the stock operator, which raises the stock errors.  The operands are all that is kept for the backward pass.
 """
 
 from torch import Tensor, nn
