@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.accuracy import assert_accurate, assert_same_bits
-from support.device import FLOAT_DTYPES
+from support.device import FLOAT_DTYPES, KERNELS_RUN
 from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_errors, module_samples
 from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleErrorEnum
@@ -89,6 +89,8 @@ def compare(ours: Outcome, stock: Outcome, reference: Outcome, inherent: float) 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.smoke
 def test_module_info_samples(stock_class: type[nn.Module], dtype: torch.dtype, training: bool, device: str) -> None:
+    if stock_class is nn.RReLU and training and dtype is torch.float16 and not KERNELS_RUN:
+        pytest.skip("stock has no random RReLU in float16 on a CPU")
     count = 0
     for sample in module_samples(stock_class, device, dtype, training=training):
         arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
