@@ -126,19 +126,25 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def excess(t, p):
+    """(p - 1) t, and 0 where p is 1, of infinite targets too."""
+    return tl.where(p == 1, 0.0, (p - 1) * t)
+
+
+@triton.jit
 def bce_with_logits_value(x, t, p, a, b):
-    return (1 - t) * x - ((p - 1) * t + 1) * log_sigmoid(x)
+    return (1 - t) * x - (excess(t, p) + 1) * log_sigmoid(x)
 
 
 @triton.jit
 def bce_with_logits_gradient(x, t, p, a, b):
     # (1 + (p - 1) t) sigmoid(x) - p t, arranged so that nothing cancels, and nothing is left of p where it is 1.
-    return (sigmoid(x) - t) - (p - 1) * t * sigmoid(-x)
+    return (sigmoid(x) - t) - excess(t, p) * sigmoid(-x)
 
 
 @triton.jit
 def bce_with_logits_target_gradient(x, t, p, a, b):
-    return -x - (p - 1) * log_sigmoid(x)
+    return -x - excess(log_sigmoid(x), p)
 
 
 @triton.jit
