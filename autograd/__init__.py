@@ -33,6 +33,7 @@ from .pointwise_loss import (
     mse_loss,
     smooth_l1_loss,
 )
+from .pool import max_pool1d, max_pool2d
 from .prelu import prelu
 from .rrelu import rrelu
 
@@ -50,6 +51,8 @@ __all__ = [
     "l1_loss",
     "leaky_relu",
     "logsigmoid",
+    "max_pool1d",
+    "max_pool2d",
     "mish",
     "mse_loss",
     "nll_loss",

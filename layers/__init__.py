@@ -31,6 +31,7 @@ from .pointwise_loss import (
     MSELoss,
     SmoothL1Loss,
 )
+from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -53,6 +54,8 @@ __all__ = [
     "LeakyReLU",
     "LogSigmoid",
     "MSELoss",
+    "MaxPool1d",
+    "MaxPool2d",
     "Mish",
     "NLLLoss",
     "PReLU",

@@ -1,0 +1,264 @@
+"""Max pooling with the signatures of ``torch.nn.functional``, and its gradient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import pool as kernels
+from ..kernels.pool import Window
+from .dispatch import takes_kernel
+from .operators import operator
+
+__all__ = ["Pair", "max_pool1d", "max_pool2d", "pairs", "window_of", "window_refusal"]
+
+#: What PyTorch takes for a size in each direction: one for all, or one for each.
+Pair = int | Sequence[int]
+
+_WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+
+
+def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
+    """From an operator's arguments, whose pairs are lists."""
+    return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+
+
+def _fake_forward(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    keeps_code: bool,
+    emits_indices: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    results = kernels.pooled_like(x, window, None, keeps_code, False, emits_indices)
+    return results.y, results.code, results.indices
+
+
+@operator(
+    f"max_pool(Tensor x, {_WINDOW}, bool keeps_code, bool emits_indices) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+)
+def _forward(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    keeps_code: bool,
+    emits_indices: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    results = kernels.pool_forward(x, None, window, keeps_code=keeps_code, emits_indices=emits_indices)
+    return results.y, results.code, results.indices
+
+
+@operator(
+    f"max_pool_backward(Tensor g, Tensor code, SymInt[] size, bool channels_last, {_WINDOW}) -> Tensor",
+    fake=lambda g, code, size, channels_last, *_: torch.empty(
+        (*g.shape[:2], *size),
+        dtype=g.dtype,
+        device=g.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    ),
+)
+def _backward(
+    g: Tensor,
+    code: Tensor,
+    size: Any,
+    channels_last: bool,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+) -> Tensor:
+    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    return kernels.pool_backward(g, code, None, tuple(size), channels_last, window)[0]
+
+
+class MaxPool(Function):
+    """Saves the code of each window, at most a byte."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, channels_last: bool, window: Window, emits_indices: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, code, indices = _forward(x, *window, True, emits_indices)
+        # As in `MaskedActivation`: something for the graph of a second derivative, which is zero, to hang on.
+        anchor = x.new_empty(0)
+        ctx.save_for_backward(code, anchor)
+        ctx.shape = x.shape
+        ctx.arguments = (channels_last, window)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return y, indices, anchor
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor, None, None, None]:
+        code, anchor = ctx.saved_tensors
+        channels_last, window = ctx.arguments
+        size = ctx.shape[2:]
+        if g is None:  # only the anchor was differentiated
+            dx = anchor.new_zeros(ctx.shape)
+        elif torch.is_grad_enabled():
+            dx = MaxPoolGradient.apply(g, anchor, code, size, channels_last, window)
+        else:
+            dx = _backward(g, code, size, channels_last, *window)
+        return dx, None, None, None
+
+
+class MaxPoolGradient(Function):
+    """The gradient of `MaxPool` as a differentiable function: its derivative takes what lies at the maxima."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, anchor: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, window: Window
+    ) -> Tensor:
+        ctx.save_for_backward(anchor, code)
+        ctx.arguments = (g.shape, size, channels_last, window)
+        dx: Tensor = _backward(g, code, size, channels_last, *window)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+        anchor, code = ctx.saved_tensors
+        indices = kernels.winner_indices(code, *ctx.arguments)
+        dg = gg.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+        return dg, torch.zeros_like(anchor), None, None, None, None
+
+
+# --- Functions --------------------------------------------------------------------------------------------------------
+
+
+def pairs(value: object, dims: int) -> tuple[int, int] | None:
+    """(along the height, along the width) from an argument of ``dims`` dimensions, or None where it isn't integers.
+
+    What has one dimension is an image of height 1, where every size is 1 and the padding 0: see `window_of`.
+    """
+    values = (value,) if type(value) is int else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims or any(type(item) is not int for item in values):
+        return None
+    return values[0], values[-1]
+
+
+def window_of(
+    dims: int, kernel_size: object, stride: object, padding: object, dilation: object, ceil_mode: object
+) -> Window | None:
+    """The windows of a pooling layer of ``dims`` dimensions, or None where an argument isn't what PyTorch takes."""
+    stride = kernel_size if stride is None or stride in ((), []) else stride
+    found = [pairs(argument, dims) for argument in (kernel_size, stride, padding, dilation)]
+    if any(pair is None for pair in found) or type(ceil_mode) is not bool:
+        return None
+    kernel, step, border, spread = (pair for pair in found if pair is not None)
+    if dims == 1:
+        kernel, step, border, spread = (1, kernel[1]), (1, step[1]), (0, border[1]), (1, spread[1])
+    return Window(kernel, step, border, spread, ceil_mode)
+
+
+def window_refusal(window: Window, height: int, width: int, *, masked: bool = False) -> str | None:
+    """Why the kernels don't take these windows on images of this size, or None."""
+    if min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0:
+        return "a size of the window is not positive"
+    if window.positions > kernels.most_positions(masked):
+        return "the window has more positions than a byte can tell"
+    for size, kernel, padding, dilation in zip(
+        (height, width), window.kernel, window.padding, window.dilation, strict=True
+    ):
+        if 2 * padding > dilation * (kernel - 1) + 1:
+            return "the padding is more than half of the window"
+        if padding and dilation > size:
+            return "a window may lie beside the image"
+        if max(size, kernel * dilation) > kernels.LARGEST_EXTENT:
+            return "the image is too large"
+    if min(window.pooled(height, width)) < 1:
+        return "the image is smaller than the window"
+    return None
+
+
+def _max_pool(
+    dims: int,
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    return_indices: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Maxima and their indices (empty unless asked for), or None where the stock operator has to be taken."""
+    window = window_of(dims, kernel_size, stride, padding, dilation, ceil_mode)
+    refusal = None
+    if not isinstance(input, Tensor) or input.dim() not in (dims + 1, dims + 2):
+        refusal = "not a batch of images"
+    elif window is None or type(return_indices) is not bool:
+        refusal = "a size is not an integer for each direction"
+    elif input.numel():
+        height, width = (1, *input.shape[-dims:])[-2:]
+        refusal = window_refusal(window, height, width)
+    if not takes_kernel(f"max_pool{dims}d", input, refusal=refusal):
+        return None
+    assert window is not None
+    unbatched = input.dim() == dims + 1
+    x = input.unsqueeze(0) if unbatched else input
+    x, channels_last = kernels.images(x.unsqueeze(2) if dims == 1 else x)
+    if torch.is_grad_enabled() and input.requires_grad:
+        y, indices, _ = MaxPool.apply(x, channels_last, window, return_indices)
+    else:
+        y, _, indices = _forward(x, *window, False, return_indices)
+    if dims == 1:
+        y, indices = y.squeeze(2), indices.squeeze(2) if return_indices else indices
+    if unbatched:
+        y, indices = y.squeeze(0), indices.squeeze(0) if return_indices else indices
+    return y, indices
+
+
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The maximum of each window of (C, L) or (N, C, L).  As `torch.nn.functional.max_pool1d`.
+
+    Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices.  Saves at most a byte
+    for each window; windows of more than 256 positions take the stock operator.
+    """
+    arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    results = _max_pool(1, *arguments)
+    if results is None:
+        return F.max_pool1d(*arguments)  # type: ignore[no-any-return]
+    return results if return_indices else results[0]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The maximum of each window of (C, H, W) or (N, C, H, W).  As `torch.nn.functional.max_pool2d`.
+
+    Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices in their channel's
+    H x W.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
+    """
+    arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    results = _max_pool(2, *arguments)
+    if results is None:
+        return F.max_pool2d(*arguments)  # type: ignore[no-any-return]
+    return results if return_indices else results[0]
