@@ -239,6 +239,18 @@ def test_broadcasting_is_stocks(name: str, device: str) -> None:
     torch.testing.assert_close(outcomes[0][0], outcomes[1][0])
 
 
+@every_loss
+@every_reduction
+def test_empty_tensors(loss: Loss, reduction: str, device: str) -> None:
+    x, t = loss.operands((0, 5), torch.float32, device)
+    results = []
+    for function in (loss.ours(reduction=reduction), loss.stock(reduction=reduction)):
+        operand = leaf(x)
+        y = function(operand, t)
+        results.append((y, *torch.autograd.grad(y.sum(), operand)))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 def outcome(function: Callable[..., Tensor], *arguments: object, **options: object) -> object:
     try:
         with warnings.catch_warnings():
