@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -599,3 +601,80 @@ def test_explain_names_the_path(device: str) -> None:
         warnings.simplefilter("ignore")
         (row,) = fusednn.explain(layers.MSELoss(), x, x[:1])
     assert row.path == "stock"
+
+
+# --- What only a GPU can show -----------------------------------------------------------------------------------------
+
+
+def step(loss: Loss, x: Tensor, t: Tensor, **options: object) -> tuple[Tensor, ...]:
+    y = loss.ours(**options)(x, t)
+    return (y, *torch.autograd.grad(y.sum(), (x, t)))
+
+
+@pytest.mark.gpu
+@every_loss
+def test_no_host_synchronisation_and_graph_capture(loss: Loss, device: str) -> None:
+    # Weights come from the host in `Loss`: of no interest here.
+    loss = Loss(loss.name, loss.arguments)
+    x, t = (leaf(operand) for operand in loss.operands((64, 500), torch.float32, device))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step(loss, x, t)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(loss, x, t)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(loss, x, t)
+    graph.replay()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_no_recompilation_over_fifty_steps(device: str) -> None:
+    distinct = {
+        configuration.kernel for name in ("pointwise_loss", "nll_loss") for configuration in kernels.shipped(name)
+    }
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    def train(index: int, batch: int) -> None:
+        x = torch.randn(batch, 10, device=device, requires_grad=True)
+        t = torch.rand(batch, 10, device=device)
+        autograd.smooth_l1_loss(x, t, beta=0.5 + index).backward()
+        weights = torch.rand(batch, 1, device=device)
+        autograd.binary_cross_entropy_with_logits(x, t, weights, pos_weight=torch.rand(10, device=device)).backward()
+        labels = torch.randint(10, (batch,), device=device)
+        autograd.nll_loss(x.log_softmax(1), labels, ignore_index=index).backward()
+
+    for batch in (3200, 17, 16, 1):
+        train(0, batch)
+    before = compiled()
+    for index in range(50):
+        train(index, (3200, 1700, 16, 1)[index % 4])
+    assert compiled() == before
+
+
+ASSERTIONS = [
+    "autograd.binary_cross_entropy(torch.full((5,), 1.5, device='cuda'), torch.zeros(5, device='cuda'))",
+    "autograd.nll_loss(torch.zeros(4, 3, device='cuda'), torch.full((4,), 3, device='cuda'))",
+    "autograd.nll_loss(torch.zeros(4, 3, device='cuda'), torch.full((4,), -1, device='cuda'), reduction='none')",
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", ASSERTIONS)
+def test_wrong_operands_fail_a_device_assertion(call: str) -> None:
+    """In a process of its own: a failed assertion ends its use of the GPU."""
+    script = f"import torch\nfrom fusednn import autograd\n{call}\ntorch.cuda.synchronize()"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert "device-side assert" in process.stderr
