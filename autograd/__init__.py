@@ -23,6 +23,7 @@ from .activation import (
     tanh,
     threshold,
 )
+from .conv import conv1d, conv2d, conv_act_pool2d
 from .nll_loss import nll_loss
 from .pointwise_loss import (
     binary_cross_entropy,
@@ -41,6 +42,9 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "conv1d",
+    "conv2d",
+    "conv_act_pool2d",
     "elu",
     "gelu",
     "hardsigmoid",

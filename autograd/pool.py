@@ -13,7 +13,17 @@ from ..kernels.pool import Window
 from .dispatch import takes_kernel
 from .operators import operator
 
-__all__ = ["Pair", "max_pool1d", "max_pool2d", "pairs", "window_of", "window_refusal"]
+__all__ = [
+    "Pair",
+    "activate_",
+    "max_pool1d",
+    "max_pool2d",
+    "pairs",
+    "pool",
+    "pool_backward",
+    "window_of",
+    "window_refusal",
+]
 
 #: What PyTorch takes for a size in each direction: one for all, or one for each.
 Pair = int | Sequence[int]
@@ -21,67 +31,87 @@ Pair = int | Sequence[int]
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 
+# --- Operators --------------------------------------------------------------------------------------------------------
+
+
 def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
     """From an operator's arguments, whose pairs are lists."""
     return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
 
-def _fake_forward(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    ceil_mode: bool,
-    keeps_code: bool,
-    emits_indices: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-    results = kernels.pooled_like(x, window, None, keeps_code, False, emits_indices)
-    return results.y, results.code, results.indices
+def _fake_pool(
+    x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *sizes, keeps_code, keeps_raw, emits_indices = arguments
+    window = _window(*sizes)
+    return tuple(kernels.pooled_like(x, window, activation, keeps_code, keeps_raw, emits_indices))
 
 
 @operator(
-    f"max_pool(Tensor x, {_WINDOW}, bool keeps_code, bool emits_indices) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_forward,
+    f"pool(Tensor x, Tensor? bias, str? activation, {_WINDOW}, bool keeps_code, bool keeps_raw, bool emits_indices)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_pool,
 )
-def _forward(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    ceil_mode: bool,
-    keeps_code: bool,
-    emits_indices: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-    results = kernels.pool_forward(x, None, window, keeps_code=keeps_code, emits_indices=emits_indices)
-    return results.y, results.code, results.indices
+def pool(
+    x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *sizes, keeps_code, keeps_raw, emits_indices = arguments
+    window = _window(*sizes)
+    flags = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
+    return tuple(kernels.pool_forward(x, bias, window, activation, **flags))
+
+
+def _fake_activate(
+    x: Tensor, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
+) -> tuple[Tensor, Tensor]:
+    results = kernels.pooled_like(x, kernels.POINT, activation, keeps_code, keeps_raw, False)
+    return results.code, results.raw
 
 
 @operator(
-    f"max_pool_backward(Tensor g, Tensor code, SymInt[] size, bool channels_last, {_WINDOW}) -> Tensor",
-    fake=lambda g, code, size, channels_last, *_: torch.empty(
-        (*g.shape[:2], *size),
-        dtype=g.dtype,
-        device=g.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    ),
+    "activate_(Tensor(a!) x, Tensor? bias, str? activation, bool keeps_code, bool keeps_raw) -> (Tensor, Tensor)",
+    fake=_fake_activate,
 )
-def _backward(
+def activate_(
+    x: Tensor, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
+) -> tuple[Tensor, Tensor]:
+    """`pool` with windows of one position, in place: bias and activation."""
+    results = kernels.pool_forward(
+        x, bias, kernels.POINT, activation, keeps_code=keeps_code, keeps_raw=keeps_raw, inplace=True
+    )
+    return results.code, results.raw
+
+
+def _fake_backward(
+    g: Tensor, code: Tensor, saved: Tensor | None, size: Any, channels_last: bool, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (*g.shape[:2], *size)
+    dx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=memory_format)
+    sums_bias = arguments[-1]
+    return dx, g.new_empty(g.shape[1] if sums_bias else 0)
+
+
+@operator(
+    "pool_backward(Tensor g, Tensor code, Tensor? saved, SymInt[] size, bool channels_last, str? activation,"
+    f" {_WINDOW}, bool sums_bias) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+)
+def pool_backward(
     g: Tensor,
     code: Tensor,
+    saved: Tensor | None,
     size: Any,
     channels_last: bool,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    ceil_mode: bool,
-) -> Tensor:
-    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
-    return kernels.pool_backward(g, code, None, tuple(size), channels_last, window)[0]
+    activation: str | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    *sizes, sums_bias = arguments
+    window = _window(*sizes)
+    return kernels.pool_backward(g, code, saved, tuple(size), channels_last, window, activation, sums_bias=sums_bias)
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
 
 
 class MaxPool(Function):
@@ -91,7 +121,7 @@ class MaxPool(Function):
     def forward(
         ctx: Any, x: Tensor, channels_last: bool, window: Window, emits_indices: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, code, indices = _forward(x, *window, True, emits_indices)
+        y, code, _, indices = pool(x, None, None, *window, True, False, emits_indices)
         # As in `MaskedActivation`: something for the graph of a second derivative, which is zero, to hang on.
         anchor = x.new_empty(0)
         ctx.save_for_backward(code, anchor)
@@ -111,7 +141,7 @@ class MaxPool(Function):
         elif torch.is_grad_enabled():
             dx = MaxPoolGradient.apply(g, anchor, code, size, channels_last, window)
         else:
-            dx = _backward(g, code, size, channels_last, *window)
+            dx, _ = pool_backward(g, code, None, size, channels_last, None, *window, False)
         return dx, None, None, None
 
 
@@ -124,7 +154,8 @@ class MaxPoolGradient(Function):
     ) -> Tensor:
         ctx.save_for_backward(anchor, code)
         ctx.arguments = (g.shape, size, channels_last, window)
-        dx: Tensor = _backward(g, code, size, channels_last, *window)
+        dx: Tensor
+        dx, _ = pool_backward(g, code, None, size, channels_last, None, *window, False)
         return dx
 
     @staticmethod
@@ -214,7 +245,7 @@ def _max_pool(
     if torch.is_grad_enabled() and input.requires_grad:
         y, indices, _ = MaxPool.apply(x, channels_last, window, return_indices)
     else:
-        y, _, indices = _forward(x, *window, False, return_indices)
+        y, _, _, indices = pool(x, None, None, *window, False, False, return_indices)
     if dims == 1:
         y, indices = y.squeeze(2), indices.squeeze(2) if return_indices else indices
     if unbatched:

@@ -40,6 +40,7 @@ from .numerics import narrow, scalar, widen
 
 __all__ = [
     "LARGEST_EXTENT",
+    "POINT",
     "Pooled",
     "Window",
     "code_bits",
@@ -90,12 +91,14 @@ def tile_place(rows, columns, height, width, CHANNELS_LAST: tl.constexpr, HEIGHT
 
 
 @triton.jit
-def element(plane, line, place, column, columns, height, width, CHANNELS_LAST: tl.constexpr):
-    """Offset of an element of images of this height and width."""
-    offset = (plane * height + line) * width + place
+def place_images(plane, column, columns, height, width, CHANNELS_LAST: tl.constexpr):
+    """Where a plane of images of this height and width begins, and the distance of neighbouring places."""
+    start = plane * height * width
+    distance = 1
     if CHANNELS_LAST:
-        offset = offset * columns + column
-    return offset
+        start = start * columns + column
+        distance = columns
+    return start, distance
 
 
 @triton.jit
@@ -125,19 +128,11 @@ def store_codes(
 ):
     """Pack the codes (HEIGHT, WIDTH), 0 outside, and store them."""
     per_byte: tl.constexpr = 8 // BITS
-    pitch = tl.cdiv(columns, per_byte)
+    pitch = (columns + per_byte - 1) // per_byte
     shifts = tl.arange(0, per_byte)[None, None, :] * BITS
     packed = tl.sum(tl.reshape(code, (HEIGHT, WIDTH // per_byte, per_byte)) << shifts, axis=2)
     byte = first_column // per_byte + tl.arange(0, WIDTH // per_byte)[None, :]
     tl.store(pointer + row * pitch + byte, packed.to(tl.uint8), mask=(row < rows) & (byte < pitch))
-
-
-@triton.jit
-def load_codes(pointer, row, column, columns, inside, BITS: tl.constexpr):
-    """Codes of windows that lie anywhere."""
-    per_byte: tl.constexpr = 8 // BITS
-    byte = tl.load(pointer + row * tl.cdiv(columns, per_byte) + column // per_byte, mask=inside, other=0)
-    return (byte.to(tl.int32) >> (column % per_byte * BITS)) & (2**BITS - 1)
 
 
 @triton.jit
@@ -162,19 +157,24 @@ def load_gradient(
 ):
     """Of the windows at these lines and places of pooled images: the position of the maximum, and its gradient."""
     inside = inside & (line >= 0) & (line < height) & (place >= 0) & (place < width)
-    offset = element(plane, line, place, column, columns, height, width, CHANNELS_LAST)
+    row = plane * height + line
+    if CHANNELS_LAST:
+        row = row * width + place
+    else:
+        column = place
+        columns = width
+    offset = row * columns + column
     g = widen(tl.load(g_pointer + offset, mask=inside, other=0), COMPUTE)
-    position = tl.zeros(g.shape, tl.int32)
+    position = 0
     if BITS:
-        if CHANNELS_LAST:
-            code = load_codes(code_pointer, (plane * height + line) * width + place, column, columns, inside, BITS)
-        else:
-            code = load_codes(code_pointer, plane * height + line, place, width, inside, BITS)
-        position = code
+        per_byte: tl.constexpr = 8 // BITS
+        byte = row * ((columns + per_byte - 1) // per_byte) + column // per_byte
+        code = tl.load(code_pointer + byte, mask=inside, other=0).to(tl.int32)
+        position = (code >> (column % per_byte * BITS)) & (2**BITS - 1)
     if GRADIENT is not None:
         if saved_pointer is None:
-            position = code & (2 ** (BITS - 1) - 1)
-            saved = (code >> (BITS - 1)) != 0
+            saved = (position >> (BITS - 1)) != 0
+            position = position & (2 ** (BITS - 1) - 1)
         else:
             saved = widen(tl.load(saved_pointer + offset, mask=inside, other=0), COMPUTE)
         g = tl.where(inside, GRADIENT(g, saved, a, b), 0.0)
@@ -261,6 +261,7 @@ def pool_forward_kernel(
     top = line * stride_height - padding_height
     left = place * stride_width - padding_width
 
+    start, distance = place_images(plane, column, columns, height, width, CHANNELS_LAST)
     best = tl.full((HEIGHT, WIDTH), float("-inf"), COMPUTE)
     raw = best
     position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
@@ -269,8 +270,8 @@ def pool_forward_kernel(
         pair = first_column * 2 + tl.arange(0, 2 * WIDTH)[None, :]
         for tap_line in tl.static_range(2):
             line_inside = (row < rows) & (top + tap_line < height)
-            offset = element(plane, top + tap_line, pair, pair, columns, height, width, CHANNELS_LAST)
-            x = tl.load(x_pointer + offset, mask=line_inside & (pair < width), other=0)
+            offset = (top + tap_line).to(tl.int64) * width + pair
+            x = tl.load(x_pointer + start + offset, mask=line_inside & (pair < width), other=0)
             first, second = tl.split(tl.reshape(x, (HEIGHT, WIDTH, 2)))
             within = inside & line_inside
             best, raw, position = contend(first, 2 * tap_line, within, bias, best, raw, position, a, b, VALUE, COMPUTE)
@@ -285,16 +286,16 @@ def pool_forward_kernel(
                 tap_line = top + tap // KERNEL
                 tap_place = left + tap % KERNEL
                 within = inside & (tap_line >= 0) & (tap_line < height) & (tap_place >= 0) & (tap_place < width)
-                offset = element(plane, tap_line, tap_place, column, columns, height, width, CHANNELS_LAST)
-                x = tl.load(x_pointer + offset, mask=within, other=0)
+                offset = (tap_line.to(tl.int64) * width + tap_place) * distance
+                x = tl.load(x_pointer + start + offset, mask=within, other=0)
                 best, raw, position = contend(x, tap, within, bias, best, raw, position, a, b, VALUE, COMPUTE)
         else:
             for tap in range(kernel_height * kernel_width):
                 tap_line = top + tap // kernel_width * dilation_height
                 tap_place = left + tap % kernel_width * dilation_width
                 within = inside & (tap_line >= 0) & (tap_line < height) & (tap_place >= 0) & (tap_place < width)
-                offset = element(plane, tap_line, tap_place, column, columns, height, width, CHANNELS_LAST)
-                x = tl.load(x_pointer + offset, mask=within, other=0)
+                offset = (tap_line.to(tl.int64) * width + tap_place) * distance
+                x = tl.load(x_pointer + start + offset, mask=within, other=0)
                 best, raw, position = contend(x, tap, within, bias, best, raw, position, a, b, VALUE, COMPUTE)
 
     offset = row * columns + column
@@ -368,6 +369,7 @@ def pool_backward_cells_kernel(
                     sums += (dx,)
             cell = sums
 
+    start, distance = place_images(plane, column, columns, height, width, CHANNELS_LAST)
     total = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for y in tl.static_range(STRIDE):
         image_line = line * STRIDE + y - padding_height
@@ -377,8 +379,8 @@ def pool_backward_cells_kernel(
                 dx = cell[y * STRIDE + x]
                 image_place = place * STRIDE + x - padding_width
                 within = inside & line_inside & (image_place >= 0) & (image_place < width)
-                offset = element(plane, image_line, image_place, column, columns, height, width, CHANNELS_LAST)
-                tl.store(dx_pointer + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
+                offset = (image_line.to(tl.int64) * width + image_place) * distance
+                tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
                 total += dx
         else:
             # Neighbouring places are put side by side, and stored as they lie.
@@ -387,8 +389,8 @@ def pool_backward_cells_kernel(
             if KERNEL != 2:  # pairs have no padding
                 image_place -= padding_width
             within = line_inside & (image_place >= 0) & (image_place < width)
-            offset = element(plane, image_line, image_place, image_place, columns, height, width, CHANNELS_LAST)
-            tl.store(dx_pointer + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
+            offset = image_line.to(tl.int64) * width + image_place
+            tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
             total += cell[y * STRIDE] + cell[y * STRIDE + 1]
     if partial_pointer is not None:
         store_sums(partial_pointer, total, first_row, first_column, rows, columns, CHANNELS_LAST, HEIGHT, WIDTH)
@@ -490,6 +492,9 @@ class Window(NamedTuple):
 
 _FIXED = ((1, 1), (2, 2), (3, 2))
 
+#: Windows of one position: no pooling.
+POINT = Window((1, 1), (1, 1))
+
 
 def most_positions(masked: bool) -> int:
     """The largest window whose code fits into a byte; ``masked`` where a bit of it is the activation's."""
@@ -521,15 +526,23 @@ def images(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def pooled_like(
-    x: Tensor, window: Window, activation: str | None, keeps_code: bool, keeps_raw: bool, emits_indices: bool
+    x: Tensor,
+    window: Window,
+    activation: str | None,
+    keeps_code: bool,
+    keeps_raw: bool,
+    emits_indices: bool,
+    *,
+    y: Tensor | None = None,
 ) -> Pooled:
-    """Memory for the results of `pool_forward`.  Shapes may be symbolic."""
+    """Memory for the results of `pool_forward`, ``y`` itself where it is given.  Shapes may be symbolic."""
     x, channels_last = images(x)
     samples, channels, height, width = x.shape
     pooled_height, pooled_width = window.pooled(height, width)
     shape = (samples, channels, pooled_height, pooled_width)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if y is None:
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     bits = code_bits(window, _masked(activation))
     code_bytes = 0
     if keeps_code and bits:
@@ -680,14 +693,16 @@ def pool_forward(
     keeps_code: bool,
     keeps_raw: bool = False,
     emits_indices: bool = False,
+    inplace: bool = False,
 ) -> Pooled:
     """max over windows of activation(x + bias), and what was asked for besides.
 
     ``activation`` is a row of the table, with its default parameters.  ``keeps_raw``: keep the maxima before the
-    activation, which must be one that saves its input.
+    activation, which must be one that saves its input.  ``inplace``, for windows of one position: write over the images
+    ``x``, which must be in one of the memory formats.
     """
     x, channels_last = images(x)
-    results = pooled_like(x, window, activation, keeps_code, keeps_raw, emits_indices)
+    results = pooled_like(x, window, activation, keeps_code, keeps_raw, emits_indices, y=x if inplace else None)
     _, channels, height, width = x.shape
     rows, columns = _matrix(results.y.shape, channels_last)
     pooled_height, pooled_width = results.y.shape[2:]

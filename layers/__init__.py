@@ -20,6 +20,7 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .conv import Conv1d, Conv2d, ConvAct2d, ConvMaxPool2d
 from .explain import Explanation, ExplanationRow, explain
 from .nll_loss import NLLLoss
 from .pointwise_loss import (
@@ -43,6 +44,10 @@ __all__ = [
     "SELU",
     "BCELoss",
     "BCEWithLogitsLoss",
+    "Conv1d",
+    "Conv2d",
+    "ConvAct2d",
+    "ConvMaxPool2d",
     "Explanation",
     "ExplanationRow",
     "Hardsigmoid",

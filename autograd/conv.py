@@ -1,0 +1,303 @@
+"""Convolution with the signatures of ``torch.nn.functional``, and fused with bias, activation and max pooling.
+
+A plain convolution is cuDNN's: no kernel here was measured faster.  With an activation or pooling behind it, the bias,
+the activation and the pooling are one pass over cuDNN's result, which is then forgotten: the backward pass needs the
+code of each pooling window (see `fusednn.kernels.pool`), and makes from it, in one kernel, the gradient of the
+convolution's result and that of the bias.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels.activation import ACTIVATIONS
+from ..kernels.pool import POINT, Window, images
+from .dispatch import autocast_dtype, takes_kernel
+from .pool import Pair, activate_, pairs, pool, pool_backward, window_of, window_refusal
+
+__all__ = ["conv1d", "conv2d", "conv_act_pool2d"]
+
+
+class Convolution(NamedTuple):
+    """The arguments of a convolution besides its operands; each pair is (along the height, along the width)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def size(self, height: int, width: int, kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the result."""
+        first, second = (
+            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, stride, padding, dilation in zip(
+                (height, width), kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return first, second
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+class ConvActPool(Function):
+    """Saves the operands of the convolution and the code of each window.
+
+    Beside these the result, for an activation whose gradient needs that, or the maxima before the activation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        convolution: Convolution,
+        activation: str | None,
+        window: Window,
+    ) -> Tensor:
+        y, code, raw, layout = _forward(x, weight, bias, convolution, activation, window, keeps=True)
+        saves = _saves(activation)
+        ctx.save_for_backward(x, weight, bias, code, {"output": y, "input": raw}.get(saves))
+        ctx.arguments = (convolution, activation, window)
+        ctx.layout = layout
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _, code, saved = ctx.saved_tensors
+        convolution, activation, window = ctx.arguments
+        x_needed, weight_needed, bias_needed, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return (*_differentiable_gradients(ctx, g), None, None, None)
+        dz, db = pool_backward(g, code, saved, *ctx.layout, activation, *window, bias_needed)
+        dx, dw = None, None
+        if x_needed or weight_needed:
+            stride, padding, dilation, groups = convolution
+            dx, dw, _ = torch.ops.aten.convolution_backward(
+                *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
+                (x_needed, weight_needed, False),
+            )
+        return dx, dw, db if bias_needed else None, None, None, None
+
+
+def _saves(activation: str | None) -> str | None:
+    return ACTIVATIONS[activation].saves if activation else None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    convolution: Convolution,
+    activation: str | None,
+    window: Window,
+    *,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Sequence[int], bool]]:
+    """The result; the windows' codes, and the maxima before the activation, where these are kept; and the layout of the
+    convolution's result: its size, and whether channels are last.
+    """
+    z, channels_last = images(F.conv2d(x, weight, None, *convolution))
+    layout = (z.shape[2:], channels_last)
+    keeps_raw = keeps and _saves(activation) == "input"
+    if window == POINT:
+        code, raw = activate_(z, bias, activation, keeps, keeps_raw)
+        return z, code, raw, layout
+    y, code, raw, _ = pool(z, bias, activation, *window, keeps, keeps_raw, False)
+    return y, code, raw, layout
+
+
+def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
+    """Gradients of x, weight and bias, from stock operators that can be differentiated again."""
+    x, weight, bias, *_ = ctx.saved_tensors
+    convolution, activation, window = ctx.arguments
+    with torch.enable_grad():
+        y = _stock(x, weight, bias, convolution, activation, window)
+    operands = (x, weight, bias)
+    needed = ctx.needs_input_grad[:3]
+    wanted = [operand for operand, need in zip(operands, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _stock(
+    x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Any, activation: str | None, window: Window | None
+) -> Tensor:
+    """activation and max pooling of the convolution, by stock operators."""
+    y = apply_activation(F.conv2d(x, weight, bias, *convolution), None, activation)
+    if window is not None and window != POINT:
+        y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
+    return y
+
+
+# --- Functions --------------------------------------------------------------------------------------------------------
+
+_CUDNN = "cuDNN: no kernel of a plain convolution was measured faster"
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The cross-correlation of (N, C, L) or (C, L) with filters (O, C / groups, K).  `torch.nn.functional.conv1d`.
+
+    cuDNN computes it.
+    """
+    takes_kernel("conv1d", input, refusal=_CUDNN)
+    return F.conv1d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The cross-correlation of (N, C, H, W) or (C, H, W) with filters (O, C / groups, K, L).
+    `torch.nn.functional.conv2d`.
+
+    cuDNN computes it.
+    """
+    takes_kernel("conv2d", input, refusal=_CUDNN)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def conv_act_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = "relu",
+    pool_size: Pair | None = None,
+    pool_stride: Pair | None = None,
+    pool_padding: Pair = 0,
+) -> Tensor:
+    """max_pool(activation(conv(x) + bias)), in one.
+
+    Arguments as of `conv2d`, and:
+
+    activation: a name of `fusednn.autograd`'s activations, with its default arguments, ``"gelu_tanh"``, or None.
+    pool_size, pool_stride, pool_padding: as of `max_pool2d`; a ``pool_size`` of None leaves the pooling out.
+
+    Only the pooled result is written, and the code of each window, which the backward pass needs: at most a byte, a bit
+    where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
+    """
+    check_activation(activation)
+    operands = (input, weight, bias)
+    if all(isinstance(operand, Tensor) for operand in operands[:2]) and (dtype := autocast_dtype(input)):
+        operands = tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in operands)  # type: ignore[assignment]
+    input, weight, bias = operands
+    window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
+    padded, border = _padded(input, weight, stride, padding, dilation)
+    convolution = _convolution(stride, border, dilation, groups)
+    refusal = _refusal(padded, weight, bias, convolution, activation, window)
+    given = (input, weight) if bias is None else (input, weight, bias)
+    if not takes_kernel("conv_act_pool2d", *given, refusal=refusal):
+        y = apply_activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups), None, activation)  # type: ignore[arg-type]
+        return y if pool_size is None else F.max_pool2d(y, pool_size, pool_stride, pool_padding)
+    assert convolution is not None
+    assert window is not None
+    name = ACTIVATIONS[activation].name_for(input.dtype) if activation else None
+    x = padded if padded.dim() == 4 else padded.unsqueeze(0)
+    y: Tensor
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in given):
+        y = ConvActPool.apply(x, weight, bias, convolution, name, window)
+    else:
+        y, *_ = _forward(x, weight, bias, convolution, name, window, keeps=False)
+    return y if input.dim() == 4 else y.squeeze(0)
+
+
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _padded(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, Any]:
+    """For a padding in words: the input, padded where the two ends differ, and the padding that is left in numbers."""
+    if padding == "valid":
+        return input, 0
+    if padding != "same" or not isinstance(weight, Tensor) or weight.dim() != 4:
+        return input, padding
+    spread = pairs(dilation, 2)
+    if pairs(stride, 2) != (1, 1) or spread is None:
+        return input, None
+    totals = [step * (size - 1) for step, size in zip(spread, weight.shape[2:], strict=True)]
+    height, width = totals
+    odd = (0, width % 2, 0, height % 2)
+    return F.pad(input, odd) if any(odd) else input, (height // 2, width // 2)
+
+
+def _convolution(stride: Any, padding: Any, dilation: Any, groups: Any) -> Convolution | None:
+    """The arguments, or None where one isn't what PyTorch takes."""
+    found = [pairs(argument, 2) for argument in (stride, padding, dilation)]
+    if any(pair is None for pair in found) or type(groups) is not int:
+        return None
+    step, border, spread = (pair for pair in found if pair is not None)
+    return Convolution(step, border, spread, groups)
+
+
+def _refusal(
+    input: Any, weight: Any, bias: Any, convolution: Convolution | None, activation: str | None, window: Window | None
+) -> str | None:
+    """Why the kernels don't take these arguments, or None."""
+    if not all(isinstance(operand, Tensor) for operand in (input, weight)) or not isinstance(
+        bias, (Tensor, type(None))
+    ):
+        return "not a tensor"
+    if convolution is None or window is None:
+        return "a size is not an integer for each direction"
+    if activation is None and window == POINT:
+        return _CUDNN
+    if min(*convolution.stride, *convolution.dilation, convolution.groups) < 1 or min(convolution.padding) < 0:
+        return "a size of the convolution is not positive"
+    if input.dim() not in (3, 4) or weight.dim() != 4 or input.numel() == 0 or weight.numel() == 0:
+        return "not a batch of images and their filters"
+    filters, channels, *kernel = weight.shape
+    if input.shape[-3] != channels * convolution.groups or filters % convolution.groups:
+        return "the filters don't fit the channels"
+    if bias is not None and bias.shape != (filters,):
+        return "the bias is not one for each filter"
+    size = convolution.size(*input.shape[-2:], kernel)
+    if min(size) < 1:
+        return "the image is smaller than the filter"
+    masked = activation is not None and ACTIVATIONS[activation].saves == "mask"
+    return window_refusal(window, *size, masked=masked)
+
+
+# --- Activations by name ----------------------------------------------------------------------------------------------
+
+#: The stock function of each activation that a convolution can be fused with, with the defaults of its module.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: getattr(F, name) for name in ACTIVATIONS if hasattr(F, name)},
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "threshold": partial(F.threshold, threshold=0.0, value=0.0),
+}
+
+
+def apply_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual), by stock operators."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+
+
+def check_activation(name: str | None) -> None:
+    """Raise ValueError unless ``name`` is an activation that a convolution can be fused with, or None."""
+    if name is not None and name not in ACTIVATION_FUNCTIONS:
+        raise ValueError(f"no activation is called {name!r}; known: {', '.join(sorted(ACTIVATION_FUNCTIONS))}")

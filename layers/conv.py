@@ -1,0 +1,144 @@
+"""Convolution layers: drop-in subclasses of ``torch.nn``'s, and forms with bias, activation and max pooling in one.
+
+Images (N, C, H, W) or (C, H, W), contiguous or channels-last, in float16, bfloat16, float32 or float64; whatever else
+PyTorch accepts goes to the stock operators, which raise the stock errors.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..autograd.conv import check_activation, conv1d, conv2d, conv_act_pool2d
+from .twin import Twin
+
+__all__ = ["Conv1d", "Conv2d", "ConvAct2d", "ConvMaxPool2d"]
+
+
+def _padded(layer: _ConvNd, input: Tensor) -> tuple[Tensor, Any]:
+    """The input, padded where that isn't with zeros, and the padding that is left to the convolution."""
+    if layer.padding_mode == "zeros":
+        return input, layer.padding
+    return F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+
+
+class Conv1d(Twin, nn.Conv1d):
+    """y[n, o, i] = bias[o] + sum over (c, k) of weight[o, c, k] x[n, c, stride i + dilation k - padding].
+
+    Twin of `torch.nn.Conv1d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.Conv1d``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = _padded(self, input)
+        return conv1d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class Conv2d(Twin, nn.Conv2d):
+    """y[n, o, i, j] = bias[o] + sum over (c, k, l) of weight[o, c, k, l] x[n, c, i', j'], with
+    i' = stride i + dilation k - padding, and j' likewise.
+
+    Twin of `torch.nn.Conv2d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.Conv2d``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = _padded(self, input)
+        return conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class ConvAct2d(Conv2d):
+    """activation(conv(x) + bias), in one.
+
+    Args as of `torch.nn.Conv2d`, and keyword-only:
+
+    activation: a name as of `fusednn.autograd.conv_act_pool2d`, or None.  Raises ValueError for other names.
+
+    Keeps for the backward pass what the activation's gradient needs: a bit an element for ReLU and its like.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+    ) -> None:
+        check_activation(activation)
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = _padded(self, input)
+        return conv_act_pool2d(
+            *(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups),
+            activation=self.activation,
+            **self._pooling(),
+        )
+
+    def _pooling(self) -> dict[str, Any]:
+        """The pooling's arguments."""
+        return {}
+
+    def extra_repr(self) -> str:
+        fused = {"activation": self.activation, **self._pooling()}
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in fused.items())])
+
+
+class ConvMaxPool2d(ConvAct2d):
+    """max_pool(activation(conv(x) + bias)), in one.
+
+    Args as of `torch.nn.Conv2d`, and keyword-only:
+
+    activation: as of `ConvAct2d`.
+    pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_stride`` of None is the size.
+
+    Only the pooled result is written, and for the backward pass the code of each window, at most a byte.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+        pool_size: int | tuple[int, int] = 2,
+        pool_stride: int | tuple[int, int] | None = None,
+        pool_padding: int | tuple[int, int] = 0,
+    ) -> None:
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+            activation=activation,
+        )
+        self.pool_size = pool_size
+        self.pool_stride = pool_stride
+        self.pool_padding = pool_padding
+
+    def _pooling(self) -> dict[str, Any]:
+        return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}

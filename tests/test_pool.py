@@ -1,0 +1,317 @@
+"""Max pooling against PyTorch's: values, gradients, indices, NaN, ties, memory formats, codes, bytes."""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.accuracy import assert_same_bits
+from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.layouts import LAYOUTS
+from support.samples import random_tensor
+from support.standing import check_against_stock, leaf
+from torch import Tensor, nn
+
+import fusednn
+from fusednn import autograd, kernels, layers
+from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.kernels.instruments.saved_tensors import saved_tensors
+
+if kernels.INTERPRETING:
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+Options = dict[str, Any]
+
+# The first are quick to run, and between them take every kernel.
+WINDOWS: list[Options] = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": (1, 0), "ceil_mode": True},
+    {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0), "dilation": (2, 1)},
+    {"kernel_size": 3, "stride": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 2, "ceil_mode": True},
+    {"kernel_size": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 1, "padding": 1},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 1},
+    {"kernel_size": (5, 4), "stride": (4, 5), "padding": 2, "dilation": (1, 2), "ceil_mode": True},
+]
+every_window = pytest.mark.parametrize(
+    "window", [*WINDOWS[:3], *(pytest.param(window, marks=pytest.mark.thorough) for window in WINDOWS[3:])], ids=str
+)
+needs_kernels = pytest.mark.kernels
+counts_bytes = pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+
+
+def pooling(function: Callable[..., Any], window: Options) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(x, **window)
+
+
+def check(x: Tensor, window: Options, ours: Callable[..., Any] = autograd.max_pool2d, *, indices: bool = False) -> None:
+    stock = F.max_pool1d if ours is autograd.max_pool1d else F.max_pool2d
+    gradient = random_tensor(tuple(stock(x, **window).shape), x.dtype, x.device.type, seed=1)
+    check_against_stock(pooling(ours, window), pooling(stock, window), [x], gradient)
+    y, *mine = ours(x, **window, return_indices=True) if indices else (ours(x, **window),)
+    if x.dim() == 4:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if indices:
+        assert_same_bits(mine[0], stock(x, **window, return_indices=True)[1], "indices")
+
+
+@needs_kernels
+@every_window
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.smoke
+def test_values_gradients_and_indices(window: Options, layout: str, device: str) -> None:
+    check(LAYOUTS[layout](random_tensor((2, 3, 11, 10), torch.float32, device)), window, indices=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 33, 6, 8), *(pytest.param(s, marks=pytest.mark.thorough) for s in ((1, 2, 5, 67), (1, 1, 3, 3)))],
+    ids=str,
+)
+def test_dtypes_and_tiles(shape: tuple[int, ...], window: Options, dtype: torch.dtype, device: str) -> None:
+    x = random_tensor(shape, dtype, device)
+    for layout in ("contiguous", "channels_last"):
+        check(LAYOUTS[layout](x), window)
+
+
+@needs_kernels
+@every_window
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=pytest.mark.thorough)])
+def test_ties_nan_and_infinities(window: Options, layout: str, device: str) -> None:
+    """The first of equal maxima wins, and the last NaN; a window of negative infinities has its first element."""
+    x = random_tensor((2, 2, 8, 9), torch.float32, device).div(3).round()
+    x[0, 0] = -float("inf")
+    x[:, 1][x[:, 1] > 0] = float("nan")
+    x[1, :, :4] = 2.0
+    check(LAYOUTS[layout](x), window, indices=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [WINDOWS[0], pytest.param(WINDOWS[1], marks=pytest.mark.thorough)], ids=str)
+def test_layouts_of_inputs_and_gradients(window: Options, layout: str, device: str) -> None:
+    x = LAYOUTS[layout](random_tensor((2, 3, 6, 8), torch.float32, device))
+    shape = tuple(F.max_pool2d(x, **window).shape)
+    gradient = LAYOUTS[layout](random_tensor(shape, torch.float32, device, seed=1))
+    check_against_stock(pooling(autograd.max_pool2d, window), pooling(F.max_pool2d, window), [x], gradient)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 3, 11), pytest.param((3, 11), marks=pytest.mark.thorough)], ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": (3,), "stride": (2,), "padding": 1, "ceil_mode": True},
+        {"kernel_size": 3, "stride": 2, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_one_dimension(shape: tuple[int, ...], window: Options, device: str) -> None:
+    x = random_tensor(shape, torch.float32, device)
+    check(x, window, autograd.max_pool1d)
+    check(x.transpose(-1, -2).contiguous().transpose(-1, -2), window, autograd.max_pool1d, indices=True)
+
+
+@needs_kernels
+def test_unbatched(device: str) -> None:
+    check(random_tensor((3, 8, 7), torch.float32, device), WINDOWS[0])
+    check(random_tensor((3, 8, 7), torch.float32, device).transpose(0, 2), WINDOWS[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("positions", [17, 256, 257])
+def test_codes_reach_the_last_position(positions: int, device: str) -> None:
+    """A window of more than 256 positions, which a byte can't tell apart, takes the stock operator."""
+    choices: list[Choice] = []
+    x = torch.arange(2.0 * positions, device=device).view(1, 2, positions)
+    with observe_choices(choices.append):
+        check(x, {"kernel_size": positions}, autograd.max_pool1d)
+    assert {choice.kernel for choice in choices} == {positions <= 256}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        ({"kernel_size": 0}, "a size of the window is not positive"),
+        ({"kernel_size": 2, "padding": 2}, "the padding is more than half of the window"),
+        ({"kernel_size": 9}, "the image is smaller than the window"),
+        (
+            {"kernel_size": (1, 2), "padding": (0, 1), "stride": 1, "dilation": (1, 9)},
+            "a window may lie beside the image",
+        ),
+        ({"kernel_size": 2.0}, "a size is not an integer for each direction"),
+        ({"kernel_size": (1, 2, 3)}, "a size is not an integer for each direction"),
+        ({"kernel_size": 2, "ceil_mode": 1}, "a size is not an integer for each direction"),
+    ],
+    ids=str,
+)
+def test_refusals_give_their_reason(window: Options, reason: str, device: str) -> None:
+    choices: list[Choice] = []
+    x = torch.ones(1, 2, 8, 8, device=device)
+    errors = []
+    for function in (autograd.max_pool2d, F.max_pool2d):
+        with observe_choices(choices.append):
+            try:
+                function(x, **window)
+            except Exception as error:
+                errors.append(type(error))
+    assert [(choice.path, choice.reason) for choice in choices] == [("stock", reason)]
+    assert len(errors) in (0, 2)
+    assert len(set(errors)) < 2
+
+
+@needs_kernels
+def test_gradcheck_and_gradgradcheck(device: str) -> None:
+    x = leaf(random_tensor((1, 1, 4, 4), torch.float64, device))
+    for window in WINDOWS[:3]:
+        for layout in ("contiguous", "channels_last"):
+            operand = leaf(LAYOUTS[layout](x))
+            assert torch.autograd.gradcheck(pooling(autograd.max_pool2d, window), operand)
+            assert torch.autograd.gradgradcheck(pooling(autograd.max_pool2d, window), operand)
+    assert torch.autograd.gradgradcheck(pooling(autograd.max_pool1d, {"kernel_size": 2}), leaf(x[0]))
+
+
+@needs_kernels
+@counts_bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bytes_and_launches(layout: str, dtype: torch.dtype, device: str) -> None:
+    """2x2: 1.25e + 1/16 an element in each direction, and 1/16 saved: two bits a window."""
+    x = leaf(LAYOUTS[layout](random_tensor((2, 32, 16, 64), dtype, device)))
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = autograd.max_pool2d(x, 2)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    budget = x.numel() * (1.25 * dtype.itemsize + 1 / 16)
+    for traffic in (forward, backward):
+        assert budget / 1.05 < traffic.bytes <= budget * 1.05
+        assert traffic.launches == 1
+        assert not [operation for operation in traffic.operations if operation.name != "ones_like"]
+    assert saved.bytes == x.numel() / 16
+
+
+@needs_kernels
+@counts_bytes
+def test_three_by_three_saves_half_a_byte(device: str) -> None:
+    x = leaf(random_tensor((2, 32, 15, 15), torch.float32, device).contiguous(memory_format=torch.channels_last))
+    with saved_tensors() as saved:
+        y = autograd.max_pool2d(x, 3, 2)
+    assert saved.bytes == y.numel() / 2
+    with measure_traffic() as inference, torch.no_grad():
+        autograd.max_pool2d(x, 3, 2)
+    assert inference.stored_bytes == 4 * y.numel()  # no code
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_compiled(layout: str, device: str) -> None:
+    torch._dynamo.reset()
+
+    def network(x: Tensor) -> Tensor:
+        y, indices = autograd.max_pool2d(x, 3, 2, 1, return_indices=True)
+        return (autograd.max_pool2d(y, 2) * 2).sum((2, 3)) + indices.sum()
+
+    x = leaf(LAYOUTS[layout](random_tensor((2, 3, 9, 8), torch.float32, device)))
+    compiled = torch.compile(network, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+    results = [(y, *torch.autograd.grad(y.sum(), x)) for y in (compiled(x), network(x))]
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@needs_kernels
+def test_opcheck(device: str) -> None:
+    window = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+    for layout in ("contiguous", "channels_last", "strided"):
+        x = LAYOUTS[layout](random_tensor((2, 3, 6, 8), torch.float32, device))
+        bias = torch.ones(3, device=device)
+        torch.library.opcheck(torch.ops.fusednn.pool.default, (x, bias, "silu", *window, True, True, True))
+        _, code, raw, _ = torch.ops.fusednn.pool(x, bias, "silu", *window, True, True, False)
+        arguments = (x[:, :, :3, :4], code, raw, [6, 8], layout == "channels_last", "silu", *window, True)
+        torch.library.opcheck(torch.ops.fusednn.pool_backward.default, arguments)
+    torch.library.opcheck(torch.ops.fusednn.activate_.default, (x.clone(), bias, "relu", True, False))
+
+
+def test_layers_are_drop_in(device: str) -> None:
+    stock = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Flatten(2), nn.MaxPool1d(2))
+    model = copy.deepcopy(stock)
+    assert len(fusednn.replace_layers(model).replaced) == 3
+    x = random_tensor((2, 3, 12, 13), torch.float32, device)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.jit.script(model)):
+        torch.testing.assert_close(twin(x), stock(x))
+    assert repr(layers.MaxPool2d(3, 2)) == repr(nn.MaxPool2d(3, 2))
+    for mine, theirs in zip(
+        layers.MaxPool2d(2, return_indices=True)(x), nn.MaxPool2d(2, return_indices=True)(x), strict=True
+    ):
+        assert_same_bits(mine, theirs)
+
+
+def test_checkpoint_autocast_and_transforms(device: str) -> None:
+    x = leaf(random_tensor((2, 3, 6, 8), torch.float32, device))
+    expected = torch.autograd.grad(F.max_pool2d(x, 2).sum(), x)[0]
+    y = torch.utils.checkpoint.checkpoint(layers.MaxPool2d(2), x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert autograd.max_pool2d(x, 2).dtype is F.max_pool2d(x, 2).dtype
+    batched = torch.vmap(layers.MaxPool2d(2))(x.detach()[None])
+    torch.testing.assert_close(batched[0], F.max_pool2d(x, 2))
+    torch.testing.assert_close(torch.func.grad(lambda x: autograd.max_pool2d(x, 2).sum())(x.detach()), expected)
+
+
+@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d"])
+def test_signature(name: str) -> None:
+    """``F.max_pool2d`` itself only dispatches; the function behind it has the names and defaults."""
+    stock = inspect.signature(getattr(F, f"{name}_with_indices")).parameters.values()
+    ours = inspect.signature(getattr(autograd, name)).parameters.values()
+    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in stock]
+
+
+def test_empty_batches_and_integers(device: str) -> None:
+    assert autograd.max_pool2d(torch.ones(0, 3, 4, 4, device=device), 2).shape == (0, 3, 2, 2)
+    x = torch.arange(16, device=device).view(1, 1, 4, 4)
+    if not ON_GPU:  # CUDA has no integer max pooling
+        assert autograd.max_pool2d(x, 2).flatten().tolist() == [5, 7, 13, 15]
+    assert autograd.max_pool2d(x.float(), 2).flatten().tolist() == [5, 7, 13, 15]
+
+
+@pytest.mark.gpu
+def test_graph_capture_and_no_synchronisation(device: str) -> None:
+    x = leaf(random_tensor((2, 3, 32, 32), torch.float32, device))
+
+    def step() -> tuple[Tensor, ...]:
+        y = autograd.max_pool2d(x, 2)
+        return (y, *torch.autograd.grad(y, x, torch.ones_like(y)))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+
+
+def test_kernels_or_stock_as_the_machine_has_it(device: str) -> None:
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        layers.MaxPool1d(2)(torch.ones(2, 3, 4, device=device))
+    assert [choice.kernel for choice in choices] == [KERNELS_RUN]
