@@ -14,10 +14,12 @@ from .dispatch import takes_kernel
 from .operators import operator
 
 __all__ = [
+    "WINDOW",
     "Pair",
     "activate_",
     "max_pool1d",
     "max_pool2d",
+    "operator_window",
     "pairs",
     "pool",
     "pool_backward",
@@ -28,13 +30,14 @@ __all__ = [
 #: What PyTorch takes for a size in each direction: one for all, or one for each.
 Pair = int | Sequence[int]
 
-_WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+#: A `Window` in an operator's schema.
+WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 
 # --- Operators --------------------------------------------------------------------------------------------------------
 
 
-def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
+def operator_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
     """From an operator's arguments, whose pairs are lists."""
     return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
@@ -43,12 +46,13 @@ def _fake_pool(
     x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
-    window = _window(*sizes)
-    return tuple(kernels.pooled_like(x, window, activation, keeps_code, keeps_raw, emits_indices))
+    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
+    x, channels_last = kernels.images(x)
+    return tuple(kernels.pooled_like(x, x.shape, channels_last, operator_window(*sizes), activation, **kept))
 
 
 @operator(
-    f"pool(Tensor x, Tensor? bias, str? activation, {_WINDOW}, bool keeps_code, bool keeps_raw, bool emits_indices)"
+    f"pool(Tensor x, Tensor? bias, str? activation, {WINDOW}, bool keeps_code, bool keeps_raw, bool emits_indices)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_pool,
 )
@@ -56,15 +60,16 @@ def pool(
     x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
-    window = _window(*sizes)
-    flags = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
-    return tuple(kernels.pool_forward(x, bias, window, activation, **flags))
+    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
+    return tuple(kernels.pool_forward(x, bias, operator_window(*sizes), activation, **kept))
 
 
 def _fake_activate(
     x: Tensor, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
 ) -> tuple[Tensor, Tensor]:
-    results = kernels.pooled_like(x, kernels.POINT, activation, keeps_code, keeps_raw, False)
+    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw}
+    _, channels_last = kernels.images(x)
+    results = kernels.pooled_like(x, x.shape, channels_last, kernels.POINT, activation, **kept)
     return results.code, results.raw
 
 
@@ -94,7 +99,7 @@ def _fake_backward(
 
 @operator(
     "pool_backward(Tensor g, Tensor code, Tensor? saved, SymInt[] size, bool channels_last, str? activation,"
-    f" {_WINDOW}, bool sums_bias) -> (Tensor, Tensor)",
+    f" {WINDOW}, bool sums_bias) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )
 def pool_backward(
@@ -107,7 +112,7 @@ def pool_backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     *sizes, sums_bias = arguments
-    window = _window(*sizes)
+    window = operator_window(*sizes)
     return kernels.pool_backward(g, code, saved, tuple(size), channels_last, window, activation, sums_bias=sums_bias)
 
 

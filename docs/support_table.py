@@ -27,6 +27,22 @@ OWN_KERNELS = {
             "SmoothL1Loss": "smooth_l1_loss",
         }.items()
     },
+    "Conv1d": ("conv1d", "the operands", "cuDNN's", "cuDNN's"),
+    "Conv2d": ("conv2d", "the operands", "cuDNN's", "cuDNN's"),
+    "ConvAct2d": (
+        "conv_act_pool2d",
+        "the operands, 1 bit an element (ReLU)",
+        "2e + 1/8 (after cuDNN's)",
+        "2e + 1/8 (before cuDNN's)",
+    ),
+    "ConvMaxPool2d": (
+        "conv_act_pool2d",
+        "the operands, 4 bits a window (ReLU, 2 x 2)",
+        "1.25e + 1/8 (after cuDNN's)",
+        "1.25e + 1/8 (before cuDNN's)",
+    ),
+    "MaxPool1d": ("max_pool1d", "1 byte a window", "e + (e + 1) / stride", "e + (e + 1) / stride"),
+    "MaxPool2d": ("max_pool2d", "2 bits a window (2 x 2), at most 1 byte", "1.25e + 1/16", "1.25e + 1/16"),
     "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),
     "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),

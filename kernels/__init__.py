@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, nll_loss, pointwise_loss, pool, prelu, rrelu
+from . import activation, conv, nll_loss, pointwise_loss, pool, prelu, rrelu
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -13,6 +13,7 @@ __all__ = [
     "INTERPRETING",
     "Configuration",
     "activation",
+    "conv",
     "nll_loss",
     "pointwise_loss",
     "pool",

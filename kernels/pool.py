@@ -27,6 +27,7 @@ fixed order.
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +45,15 @@ __all__ = [
     "Pooled",
     "Window",
     "code_bits",
+    "contend",
     "images",
+    "is_masked",
     "most_positions",
     "pool_backward",
     "pool_forward",
     "pooled_like",
+    "store_codes",
+    "tile_place",
     "winner_indices",
 ]
 
@@ -526,37 +531,41 @@ def images(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def pooled_like(
-    x: Tensor,
+    like: Tensor,
+    shape: tuple[int, ...],
+    channels_last: bool,
     window: Window,
     activation: str | None,
-    keeps_code: bool,
-    keeps_raw: bool,
-    emits_indices: bool,
     *,
+    keeps_code: bool,
+    keeps_raw: bool = False,
+    emits_indices: bool = False,
     y: Tensor | None = None,
 ) -> Pooled:
-    """Memory for the results of `pool_forward`, ``y`` itself where it is given.  Shapes may be symbolic."""
-    x, channels_last = images(x)
-    samples, channels, height, width = x.shape
-    pooled_height, pooled_width = window.pooled(height, width)
-    shape = (samples, channels, pooled_height, pooled_width)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    """Memory for what pooling makes of images of this ``shape``, of the type and on the device of ``like``.
+
+    ``y`` itself where it is given.  Shapes may be symbolic.
+    """
+    samples, channels, height, width = shape
+    pooled_shape = (samples, channels, *window.pooled(height, width))
     if y is None:
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-    bits = code_bits(window, _masked(activation))
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        y = torch.empty(pooled_shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    bits = code_bits(window, is_masked(activation))
     code_bytes = 0
     if keeps_code and bits:
-        rows, columns = _matrix(shape, channels_last)
+        rows, columns = _matrix(pooled_shape, channels_last)
         code_bytes = rows * ((columns * bits + 7) // 8)
     return Pooled(
         y,
-        torch.empty(code_bytes, dtype=torch.uint8, device=x.device),
-        torch.empty_like(y) if keeps_raw else x.new_empty(0),
-        torch.empty_like(y, dtype=torch.int64) if emits_indices else x.new_empty(0, dtype=torch.int64),
+        torch.empty(code_bytes, dtype=torch.uint8, device=like.device),
+        torch.empty_like(y) if keeps_raw else like.new_empty(0),
+        torch.empty_like(y, dtype=torch.int64) if emits_indices else like.new_empty(0, dtype=torch.int64),
     )
 
 
-def _masked(activation: str | None) -> bool:
+def is_masked(activation: str | None) -> bool:
+    """Whether a bit of the code is the activation's."""
     return activation is not None and ACTIVATIONS[activation].saves == "mask"
 
 
@@ -583,7 +592,7 @@ def _configuration(
     """``biased``: a bias is added, or its gradient is summed."""
     element, accumulator = "*" + TRITON_TYPE[dtype], "*fp64" if dtype is torch.float64 else "*fp32"
     row = ACTIVATIONS[activation] if activation else None
-    masked = _masked(activation)
+    masked = is_masked(activation)
     kernel, stride = fixed
     pointers: dict[str, str | None]
     constants: tuple[tuple[str, Any], ...]
@@ -667,14 +676,31 @@ def _configuration(
     )
 
 
+def _code_bits(fixed: tuple[int, int], activation: str | None) -> int:
+    kernel, stride = fixed
+    return code_bits(Window((kernel or 4, kernel or 4), (stride or 4, stride or 4)), is_masked(activation))
+
+
+# The types that are compiled where kernels differ in nothing else.
+_COMMON_DTYPES = (torch.bfloat16, torch.float32)
+
+
 @ships("pool")
 def configurations() -> Iterator[Configuration]:
-    for direction in ("forward", "backward"):
-        for fixed in (*_FIXED[1:], (0, 0)):
-            for channels_last in (True, False):
-                for dtype in DTYPES:
-                    bits = {2: 2, 3: 4}.get(fixed[0], 8)
-                    yield _configuration(direction, dtype, None, fixed, bits, channels_last, False, False)
+    for direction, channels_last in product(("forward", "backward"), (True, False)):
+        for fixed, dtype in product(_FIXED[1:], DTYPES):
+            yield _configuration(direction, dtype, None, fixed, _code_bits(fixed, None), channels_last, False, False)
+        for dtype in _COMMON_DTYPES:
+            yield _configuration(direction, dtype, None, (0, 0), 8, channels_last, False, False)
+        # Behind a convolution: each window with one activation, and the other activations, which know nothing of the
+        # window around them, with one window.
+        for fixed, dtype in zip((*_FIXED, (0, 0)), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
+            yield _configuration(direction, dtype, "relu", fixed, _code_bits(fixed, "relu"), channels_last, True, False)
+    for direction, (name, row) in product(("forward", "backward"), ACTIVATIONS.items()):
+        dtype = torch.bfloat16 if name.endswith("_half") else torch.float32
+        keeps_raw = direction == "forward" and row.saves == "input"
+        if name != "relu":
+            yield _configuration(direction, dtype, name, (2, 2), _code_bits((2, 2), name), True, True, keeps_raw)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -702,12 +728,13 @@ def pool_forward(
     ``x``, which must be in one of the memory formats.
     """
     x, channels_last = images(x)
-    results = pooled_like(x, window, activation, keeps_code, keeps_raw, emits_indices, y=x if inplace else None)
+    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
+    results = pooled_like(x, x.shape, channels_last, window, activation, **kept, y=x if inplace else None)
     _, channels, height, width = x.shape
     rows, columns = _matrix(results.y.shape, channels_last)
     pooled_height, pooled_width = results.y.shape[2:]
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
-    bits = code_bits(window, _masked(activation))
+    bits = code_bits(window, is_masked(activation))
     launch(
         _configuration("forward", x.dtype, activation, window.fixed, bits, channels_last, bias is not None, keeps_raw),
         _programs(rows, columns),
@@ -752,7 +779,7 @@ def pool_backward(
     sums = _partial_shape(rows, columns, channels_last) if sums_bias else (0,)
     partial = torch.empty(sums, dtype=accumulator, device=g.device)
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
-    bits = code_bits(window, _masked(activation))
+    bits = code_bits(window, is_masked(activation))
     launch(
         _configuration("backward", g.dtype, activation, window.fixed, bits, channels_last, sums_bias, False),
         _programs(rows, columns),

@@ -175,13 +175,11 @@ def test_refusals_give_their_reason(window: Options, reason: str, device: str) -
 
 @needs_kernels
 def test_gradcheck_and_gradgradcheck(device: str) -> None:
-    x = leaf(random_tensor((1, 1, 4, 4), torch.float64, device))
-    for window in WINDOWS[:3]:
-        for layout in ("contiguous", "channels_last"):
-            operand = leaf(LAYOUTS[layout](x))
-            assert torch.autograd.gradcheck(pooling(autograd.max_pool2d, window), operand)
-            assert torch.autograd.gradgradcheck(pooling(autograd.max_pool2d, window), operand)
-    assert torch.autograd.gradgradcheck(pooling(autograd.max_pool1d, {"kernel_size": 2}), leaf(x[0]))
+    x = random_tensor((1, 1, 3, 4), torch.float64, device)
+    for window, layout in ((WINDOWS[0], "contiguous"), (WINDOWS[1], "channels_last")):
+        operand = leaf(LAYOUTS[layout](x))
+        assert torch.autograd.gradcheck(pooling(autograd.max_pool2d, window), operand)
+        assert torch.autograd.gradgradcheck(pooling(autograd.max_pool2d, window), operand)
 
 
 @needs_kernels

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.accuracy import assert_accurate, assert_same_bits
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_errors, module_samples
+from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_errors, module_samples, operator_samples
 from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleErrorEnum
 from torch.utils._pytree import tree_leaves, tree_map
@@ -139,7 +139,7 @@ def test_op_info_samples(info: Any, dtype: torch.dtype, device: str) -> None:
     ours = our_function(info)
     others = {torch.int64, torch.complex64} if dtype is torch.float32 else set()
     for kind in info.dtypes & ({dtype} | others):
-        for sample in info.sample_inputs(device, kind, requires_grad=kind.is_floating_point):
+        for sample in operator_samples(info, device, kind):
             if draws(info.name, sample):
                 continue  # other numbers than stock's
             options = dict(sample.kwargs)

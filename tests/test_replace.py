@@ -27,7 +27,9 @@ class LoudReLU(nn.ReLU):
 class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.MaxPool2d(2))
+        # Beside the PReLU, layers that have no twin.
+        shrink = nn.ConvTranspose2d(1, 4, 3, padding=2)
+        self.features = nn.Sequential(shrink, nn.GroupNorm(2, 4), nn.PReLU(4), nn.AvgPool2d(2))
         self.shared = nn.ReLU()
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.GELU("tanh"), nn.Linear(8, 3))
         self.loud = LoudReLU()

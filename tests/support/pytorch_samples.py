@@ -28,6 +28,7 @@ from torch.testing._internal.common_modules import (
 from fusednn import autograd
 from fusednn.layers.twin import TWINS
 
+from .device import ON_GPU
 from .samples import LAYERS
 
 _INPUTS = {info.module_cls: info.module_inputs_func for info in module_db}
@@ -42,6 +43,15 @@ def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: b
     if cls is nn.RReLU:  # equal bounds, so that training, too, has one right answer
         return [ModuleInput(FunctionInput(0.25, 0.25), item.forward_input, item.desc) for item in sample]
     return list(sample)
+
+
+def operator_samples(info: Any, device: str, dtype: torch.dtype) -> list[Any]:
+    """OpInfo's samples; off a GPU only some of those that are the product of many arguments.
+
+    The step is prime, so that every value of every argument is met.
+    """
+    samples = list(info.sample_inputs(device, dtype, requires_grad=dtype.is_floating_point))
+    return samples if ON_GPU or len(samples) < 500 else samples[::97]
 
 
 def module_errors(cls: type[nn.Module], device: str) -> list[Any]:

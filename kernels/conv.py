@@ -1,0 +1,279 @@
+"""Convolution, bias, activation and max pooling in a single kernel.
+
+The convolution is a matrix product, of which neither operand is written out: (pooled places) x (taps and channels) of
+the images, gathered as it is needed, times (taps and channels) x (filters).  A program holds an accumulator for each
+position of the pooling window, and all of them share each tile of the filters.  So the maximum and its position are
+selections between registers, and nothing but the pooled result and its code reaches memory.
+
+Images are channels-last, and filters (filters, height, width, channels): taps and channels are then one dimension, in
+which neighbours lie together as far as a tap's channels reach.  Three channels, as in a first layer, are gathered one
+by one.
+
+`takes_single` chooses between this kernel and cuDNN's convolution followed by a pass (`fusednn.kernels.pool`).
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import INTERPRETED, tl, triton
+from .activation import ACTIVATIONS
+from .launch import TRITON_TYPE, Configuration, launch, ships
+from .numerics import narrow, scalar, widen
+from .pool import Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
+
+__all__ = ["conv_pool_forward", "takes_single"]
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("rows", "height", "width", "conv_height", "conv_width", "pooled_height", "pooled_width", "kernel_width"),
+        *("stride_height", "stride_width", "padding_height", "padding_width"),
+        *("pool_padding_height", "pool_padding_width", "has_bias", "keeps_code", "keeps_raw"),
+    ]
+)
+def conv_pool_kernel(
+    x_pointer,  # images, (samples, height, width, channels)
+    w_pointer,  # filters, (filters, kernel_height, kernel_width, channels), or seen as (filters, depth)
+    bias_pointer,  # one of each filter; not read unless has_bias
+    y_pointer,  # pooled images, (rows, filters)
+    code_pointer,  # packed codes, see `fusednn.kernels.pool`; not written unless keeps_code
+    raw_pointer,  # the maxima before the activation, like ``y``; not written unless keeps_raw
+    rows: tl.int64,
+    filters,
+    channels,
+    depth,
+    height: tl.int32,
+    width: tl.int32,
+    conv_height: tl.int32,
+    conv_width: tl.int32,
+    pooled_height: tl.int32,
+    pooled_width: tl.int32,
+    kernel_width: tl.int32,
+    stride_height: tl.int32,
+    stride_width: tl.int32,
+    padding_height: tl.int32,
+    padding_width: tl.int32,
+    pool_padding_height: tl.int32,
+    pool_padding_width: tl.int32,
+    has_bias: tl.int32,
+    keeps_code: tl.int32,
+    keeps_raw: tl.int32,
+    a: tl.float64,
+    b: tl.float64,
+    VALUE: tl.constexpr,
+    KEEPS: tl.constexpr,
+    POOL: tl.constexpr,
+    POOL_STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    _, first_filter, row, column, plane, line, place, inside = tile_place(
+        rows, filters, pooled_height, pooled_width, True, HEIGHT, WIDTH
+    )
+    filter_ = first_filter + tl.arange(0, WIDTH)[:, None]
+    # Of the window's first position: its place in the convolution's result, and in the image.
+    line = line * POOL_STRIDE - pool_padding_height
+    place = place * POOL_STRIDE - pool_padding_width
+    top = line * stride_height - padding_height
+    left = place * stride_width - padding_width
+    start = ((plane * height + top) * width + left) * channels
+
+    products = ()
+    for _ in tl.static_range(POOL * POOL):
+        products += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)[None, :]
+        tap = k // channels
+        tap_line = top + tap // kernel_width
+        tap_place = left + tap % kernel_width
+        x_offset = start + (tap // kernel_width * width + tap % kernel_width) * channels + k % channels
+        w_inside = (filter_ < filters) & (k < depth)
+        w = tl.load(w_pointer + filter_.to(tl.int64) * depth + k, mask=w_inside, other=0)
+        if INTERPRETED:
+            w = widen(w, tl.float32)
+        x_inside = (row < rows) & (k < depth)
+        sums = ()
+        for y in tl.static_range(POOL):
+            for x in tl.static_range(POOL):
+                image_line = tap_line + y * stride_height
+                image_place = tap_place + x * stride_width
+                within = (image_line >= 0) & (image_line < height) & (image_place >= 0) & (image_place < width)
+                step = (y * stride_height * width + x * stride_width) * channels
+                tile = tl.load(x_pointer + x_offset + step, mask=x_inside & within, other=0)
+                if INTERPRETED:
+                    tile = widen(tile, tl.float32)
+                sums += (tl.dot(tile, tl.trans(w), products[y * POOL + x], input_precision=PRECISION),)
+        products = sums
+
+    a = scalar(a, tl.float32)
+    b = scalar(b, tl.float32)
+    bias = tl.zeros((1, WIDTH), tl.float32)
+    if has_bias:
+        bias += widen(tl.load(bias_pointer + column, mask=column < filters, other=0), tl.float32)
+    best = tl.full((HEIGHT, WIDTH), float("-inf"), tl.float32)
+    raw = best
+    position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
+    for y in tl.static_range(POOL):
+        for x in tl.static_range(POOL):
+            within = (line + y >= 0) & (line + y < conv_height) & (place + x >= 0) & (place + x < conv_width)
+            best, raw, position = contend(
+                *(products[y * POOL + x], y * POOL + x, inside & within, bias, best, raw, position),
+                *(a, b, VALUE, tl.float32),
+            )
+
+    offset = row * filters + column
+    tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
+    if keeps_raw:
+        tl.store(raw_pointer + offset, narrow(raw, raw_pointer.dtype.element_ty), mask=inside)
+    if BITS:  # noqa: SIM102 (a constant)
+        if keeps_code:
+            code = position
+            if KEEPS is not None:
+                code += KEEPS(raw, a, b).to(tl.int32) << (BITS - 1)
+            store_codes(code_pointer, tl.where(inside, code, 0), row, first_filter, rows, filters, BITS, HEIGHT, WIDTH)
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    height: int  # pooled places
+    width: int  # filters
+    depth: int  # taps and channels, of 16 bits; half as many of 32
+
+
+# By the size of the pooling window: the accumulators of all its positions fit into the registers, and beside them, where
+# tiles are narrow, the arithmetic of smooth activations.  A program has four warps: with eight, tap loops like this one
+# were seen to be miscompiled (PyTorch #173068, #183989).
+_TILES = {1: _Tile(128, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(32, 32, 32)}
+_NARROW = 32
+_THREADS = 128
+
+
+def _tile(pool: int, activation: str | None) -> _Tile:
+    smooth = activation is not None and not is_masked(activation)
+    return _TILES[pool]._replace(width=_NARROW) if smooth else _TILES[pool]
+
+
+# AMD's multiprocessors have a third of the shared memory.
+_STAGES = 2 if torch.version.hip else 3
+
+# The largest depth, taps times channels, at which the single kernel is taken, by the size of the pooling window.  It
+# saves the convolution's result being written and read again, about 1.7e bytes for each of its elements, but multiplies
+# at a lower rate than cuDNN: 2 depth operations an element, 9/4 as many where windows of 3 x 3 overlap.  On an H200 (790
+# TFLOP/s in 16 bits, half of that in TF32; 4.3 TB/s), at half of the full rate where cuDNN has four fifths, the two are
+# equal at a depth of 416, or 96 where windows overlap.  Predicted, not measured.
+_MOST_DEPTH = {1: 416, 2: 416, 3: 96}
+_PRECISIONS = ("fp16", "bf16", "tf32")
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """The precision of a convolution's products, as cuDNN's have it: TF32 only where it is allowed."""
+    if dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return TRITON_TYPE[dtype]
+
+
+def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int, window: Window) -> bool:
+    """Whether convolution and pooling are made by the single kernel, rather than by cuDNN and a pass."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    pool, _ = window.fixed
+    depth = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    plain = channels_last and groups == 1 and dilation == (1, 1)
+    return plain and _precision(x.dtype) in _PRECISIONS and depth <= _MOST_DEPTH.get(pool, 0)
+
+
+@cache
+def _configuration(precision: str, activation: str | None, fixed: tuple[int, int]) -> Configuration:
+    pool, pool_stride = fixed
+    tile = _tile(pool, activation)
+    element = "*fp32" if precision == "tf32" else f"*{precision}"
+    row = ACTIVATIONS[activation] if activation else None
+    masked = is_masked(activation)
+    bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), masked)
+    arguments = conv_pool_kernel.arg_names
+    return Configuration(
+        label=f"conv pool {pool}x{pool}{f' {activation}' if activation else ''} {precision}",
+        kernel=conv_pool_kernel,
+        signature=(
+            *((name, element) for name in ("x_pointer", "w_pointer", "bias_pointer", "y_pointer")),
+            ("code_pointer", "*u8"),
+            ("raw_pointer", element),
+            ("rows", "i64"),
+            *((name, "i32") for name in arguments[arguments.index("filters") : arguments.index("a")]),
+            ("a", "fp64"),
+            ("b", "fp64"),
+        ),
+        constants=(
+            ("VALUE", row.value if row else None),
+            ("KEEPS", row.keeps if row and masked else None),
+            ("POOL", pool),
+            ("POOL_STRIDE", pool_stride),
+            ("BITS", bits),
+            ("HEIGHT", tile.height),
+            ("WIDTH", tile.width),
+            ("DEPTH", tile.depth // 2 if precision == "tf32" else tile.depth),
+            ("PRECISION", "tf32" if precision == "tf32" else "ieee"),
+        ),
+        threads=_THREADS,
+        num_stages=_STAGES,
+        divisible=("filters", "channels", "depth"),
+        tensor_cores=True,
+    )
+
+
+@ships("conv")
+def configurations() -> Iterator[Configuration]:
+    # Activations know nothing of the product before them: one of them stands for the others.
+    for precision in _PRECISIONS:
+        for fixed in ((1, 1), (2, 2), (3, 2)):
+            yield _configuration(precision, "relu", fixed)
+    yield _configuration("bf16", None, (2, 2))
+    yield _configuration("tf32", "gelu", (2, 2))
+
+
+def conv_pool_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    activation: str | None,
+    window: Window,
+    *,
+    keeps_code: bool,
+    keeps_raw: bool,
+) -> Pooled:
+    """max over windows of activation(conv(x) + bias), channels last; otherwise as `fusednn.kernels.pool.pool_forward`.
+
+    ``window`` is one of the sizes that have kernels; dilation 1, one group.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = weight.permute(0, 2, 3, 1).contiguous()
+    samples, channels, height, width = x.shape
+    filters, kernel_height, kernel_width, _ = weight.shape
+    conv_height = (height + 2 * padding[0] - kernel_height) // stride[0] + 1
+    conv_width = (width + 2 * padding[1] - kernel_width) // stride[1] + 1
+    shape = (samples, filters, conv_height, conv_width)
+    results = pooled_like(x, shape, True, window, activation, keeps_code=keeps_code, keeps_raw=keeps_raw)
+    pooled_height, pooled_width = results.y.shape[2:]
+    rows = samples * pooled_height * pooled_width
+    configuration = _configuration(_precision(x.dtype), activation, window.fixed)
+    tile = _tile(window.fixed[0], activation)
+    a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
+    launch(
+        configuration,
+        triton.cdiv(rows, tile.height) * triton.cdiv(filters, tile.width),
+        *(x, weight, x if bias is None else bias, results.y, results.code, results.raw),
+        *(rows, filters, channels, kernel_height * kernel_width * channels, height, width, conv_height, conv_width),
+        *(pooled_height, pooled_width, kernel_width, *stride, *padding, *window.padding),
+        *(int(bias is not None), int(keeps_code), int(keeps_raw), a, b),
+    )
+    return results
