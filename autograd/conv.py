@@ -1,9 +1,10 @@
 """Convolution with the signatures of ``torch.nn.functional``, and fused with bias, activation and max pooling.
 
-A plain convolution is cuDNN's: no kernel here was measured faster.  With an activation or pooling behind it, the bias,
-the activation and the pooling are one pass over cuDNN's result, which is then forgotten: the backward pass needs the
-code of each pooling window (see `fusednn.kernels.pool`), and makes from it, in one kernel, the gradient of the
-convolution's result and that of the bias.
+A plain convolution is cuDNN's: no kernel here was measured faster.  With an activation or pooling behind it, it is made
+by a single kernel together with them, or the bias, the activation and the pooling are one pass over cuDNN's result,
+which is then forgotten (`fusednn.kernels.conv.takes_single` chooses).  Either way the backward pass needs the code of
+each pooling window (see `fusednn.kernels.pool`), and makes from it, in one kernel, the gradient of the convolution's
+result and that of the bias; cuDNN does the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ..kernels import conv as kernels
 from ..kernels.activation import ACTIVATIONS
-from ..kernels.pool import POINT, Window, images
+from ..kernels.pool import POINT, Pooled, Window, images
 from .dispatch import autocast_dtype, takes_kernel
-from .pool import Pair, activate_, pairs, pool, pool_backward, window_of, window_refusal
+from .operators import operator
+from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
 
 __all__ = ["conv1d", "conv2d", "conv_act_pool2d"]
 
@@ -31,15 +34,29 @@ class Convolution(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
-    def size(self, height: int, width: int, kernel: Sequence[int]) -> tuple[int, int]:
-        """Height and width of the result."""
-        first, second = (
-            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-            for size, taps, stride, padding, dilation in zip(
-                (height, width), kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return first, second
+
+# --- Operators --------------------------------------------------------------------------------------------------------
+
+
+def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """``function`` of an operator's arguments."""
+    *given, stride, padding, activation, kernel_size, pool_stride, pool_padding, keeps_code, keeps_raw = arguments
+    window = operator_window(kernel_size, pool_stride, pool_padding, (1, 1), False)
+    results = function(
+        *(x, weight, *given, tuple(stride), tuple(padding), activation, window),
+        keeps_code=keeps_code,
+        keeps_raw=keeps_raw,
+    )
+    return results.y, results.code, results.raw
+
+
+@operator(
+    "conv_pool(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, str? activation, int[] kernel_size,"
+    " int[] pool_stride, int[] pool_padding, bool keeps_code, bool keeps_raw) -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, weight, bias, *arguments: _conv_pool(kernels.conv_pooled_like, x, weight, *arguments),
+)
+def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    return _conv_pool(kernels.conv_pool_forward, x, weight, bias, *arguments)
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
@@ -103,9 +120,13 @@ def _forward(
     """The result; the windows' codes, and the maxima before the activation, where these are kept; and the layout of the
     convolution's result: its size, and whether channels are last.
     """
+    keeps_raw = keeps and _saves(activation) == "input"
+    stride, padding, dilation, groups = convolution
+    if kernels.takes_single(x, weight, dilation, groups, window):
+        y, code, raw = conv_pool(x, weight, bias, stride, padding, activation, *window[:3], keeps, keeps_raw)
+        return y, code, raw, (kernels.conv_size(x.shape, weight.shape, stride, padding), True)
     z, channels_last = images(F.conv2d(x, weight, None, *convolution))
     layout = (z.shape[2:], channels_last)
-    keeps_raw = keeps and _saves(activation) == "input"
     if window == POINT:
         code, raw = activate_(z, bias, activation, keeps, keeps_raw)
         return z, code, raw, layout
@@ -268,12 +289,12 @@ def _refusal(
         return "a size of the convolution is not positive"
     if input.dim() not in (3, 4) or weight.dim() != 4 or input.numel() == 0 or weight.numel() == 0:
         return "not a batch of images and their filters"
-    filters, channels, *kernel = weight.shape
+    filters, channels, *_ = weight.shape
     if input.shape[-3] != channels * convolution.groups or filters % convolution.groups:
         return "the filters don't fit the channels"
     if bias is not None and bias.shape != (filters,):
         return "the bias is not one for each filter"
-    size = convolution.size(*input.shape[-2:], kernel)
+    size = kernels.conv_size(input.shape, weight.shape, *convolution[:3])
     if min(size) < 1:
         return "the image is smaller than the filter"
     masked = activation is not None and ACTIVATIONS[activation].saves == "mask"

@@ -25,7 +25,7 @@ from .launch import TRITON_TYPE, Configuration, launch, ships
 from .numerics import narrow, scalar, widen
 from .pool import Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
 
-__all__ = ["conv_pool_forward", "takes_single"]
+__all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "takes_single"]
 
 
 @triton.jit(
@@ -149,10 +149,10 @@ class _Tile(NamedTuple):
     depth: int  # taps and channels, of 16 bits; half as many of 32
 
 
-# By the size of the pooling window: the accumulators of all its positions fit into the registers, and beside them, where
-# tiles are narrow, the arithmetic of smooth activations.  A program has four warps: with eight, tap loops like this one
-# were seen to be miscompiled (PyTorch #173068, #183989).
-_TILES = {1: _Tile(128, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(32, 32, 32)}
+# By the size of the pooling window: the accumulators of all its positions fit into the registers, and beside them,
+# where tiles are narrow, the arithmetic of smooth activations.  A program has four warps: with eight, tap loops like
+# this were seen to be miscompiled (PyTorch #173068, #183989).
+_TILES = {1: _Tile(128, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(16, 64, 32)}
 _NARROW = 32
 _THREADS = 128
 
@@ -167,9 +167,9 @@ _STAGES = 2 if torch.version.hip else 3
 
 # The largest depth, taps times channels, at which the single kernel is taken, by the size of the pooling window.  It
 # saves the convolution's result being written and read again, about 1.7e bytes for each of its elements, but multiplies
-# at a lower rate than cuDNN: 2 depth operations an element, 9/4 as many where windows of 3 x 3 overlap.  On an H200 (790
-# TFLOP/s in 16 bits, half of that in TF32; 4.3 TB/s), at half of the full rate where cuDNN has four fifths, the two are
-# equal at a depth of 416, or 96 where windows overlap.  Predicted, not measured.
+# at a lower rate than cuDNN: 2 depth operations an element, 9/4 as many where windows of 3 x 3 overlap.  On an H200
+# (790 TFLOP/s in 16 bits, half of that in TF32; 4.3 TB/s), at half of the full rate where cuDNN has four fifths, the
+# two are equal at a depth of 416, or 96 where windows overlap.  Predicted, not measured.
 _MOST_DEPTH = {1: 416, 2: 416, 3: 96}
 _PRECISIONS = ("fp16", "bf16", "tf32")
 
@@ -239,6 +239,37 @@ def configurations() -> Iterator[Configuration]:
     yield _configuration("tf32", "gelu", (2, 2))
 
 
+def conv_size(
+    shape: tuple[int, ...],
+    filters: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+) -> tuple[int, int]:
+    """Height and width of the convolution of images and filters of these shapes.  May be symbolic."""
+    height, width = (
+        (size + 2 * border - spread * (taps - 1) - 1) // step + 1
+        for size, taps, step, border, spread in zip(shape[-2:], filters[-2:], stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def conv_pooled_like(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    activation: str | None,
+    window: Window,
+    *,
+    keeps_code: bool,
+    keeps_raw: bool,
+) -> Pooled:
+    """Memory for the results of `conv_pool_forward`.  Shapes may be symbolic."""
+    shape = (x.shape[0], weight.shape[0], *conv_size(x.shape, weight.shape, stride, padding))
+    return pooled_like(x, shape, True, window, activation, keeps_code=keeps_code, keeps_raw=keeps_raw)
+
+
 def conv_pool_forward(
     x: Tensor,
     weight: Tensor,
@@ -255,14 +286,14 @@ def conv_pool_forward(
 
     ``window`` is one of the sizes that have kernels; dilation 1, one group.
     """
+    results = conv_pooled_like(
+        x, weight, stride, padding, activation, window, keeps_code=keeps_code, keeps_raw=keeps_raw
+    )
+    samples, channels, height, width = x.shape
+    filters, _, kernel_height, kernel_width = weight.shape
+    conv_height, conv_width = conv_size(x.shape, weight.shape, stride, padding)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.permute(0, 2, 3, 1).contiguous()
-    samples, channels, height, width = x.shape
-    filters, kernel_height, kernel_width, _ = weight.shape
-    conv_height = (height + 2 * padding[0] - kernel_height) // stride[0] + 1
-    conv_width = (width + 2 * padding[1] - kernel_width) // stride[1] + 1
-    shape = (samples, filters, conv_height, conv_width)
-    results = pooled_like(x, shape, True, window, activation, keeps_code=keeps_code, keeps_raw=keeps_raw)
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
     configuration = _configuration(_precision(x.dtype), activation, window.fixed)

@@ -263,9 +263,10 @@ def pool_forward_kernel(
             bias = widen(tl.load(bias_pointer + column, mask=column < columns, other=0), COMPUTE)
         else:
             bias = widen(tl.load(bias_pointer + plane % channels), COMPUTE)
-    top = line * stride_height - padding_height
-    left = place * stride_width - padding_width
-
+    top, left = line, place
+    if KERNEL != 1:
+        top = line * stride_height - padding_height
+        left = place * stride_width - padding_width
     start, distance = place_images(plane, column, columns, height, width, CHANNELS_LAST)
     best = tl.full((HEIGHT, WIDTH), float("-inf"), COMPUTE)
     raw = best
@@ -377,12 +378,16 @@ def pool_backward_cells_kernel(
     start, distance = place_images(plane, column, columns, height, width, CHANNELS_LAST)
     total = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for y in tl.static_range(STRIDE):
-        image_line = line * STRIDE + y - padding_height
+        image_line = line * STRIDE + y
+        if KERNEL == 3:  # the smaller windows have no padding
+            image_line -= padding_height
         line_inside = (row < rows) & (image_line >= 0) & (image_line < height)
         if CHANNELS_LAST or STRIDE == 1:
             for x in tl.static_range(STRIDE):
                 dx = cell[y * STRIDE + x]
-                image_place = place * STRIDE + x - padding_width
+                image_place = place * STRIDE + x
+                if KERNEL == 3:
+                    image_place -= padding_width
                 within = inside & line_inside & (image_place >= 0) & (image_place < width)
                 offset = (image_line.to(tl.int64) * width + image_place) * distance
                 tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
@@ -391,7 +396,7 @@ def pool_backward_cells_kernel(
             # Neighbouring places are put side by side, and stored as they lie.
             dx = tl.reshape(tl.join(cell[y * STRIDE], cell[y * STRIDE + 1]), (HEIGHT, 2 * WIDTH))
             image_place = first_column * 2 + tl.arange(0, 2 * WIDTH)[None, :]
-            if KERNEL != 2:  # pairs have no padding
+            if KERNEL == 3:
                 image_place -= padding_width
             within = line_inside & (image_place >= 0) & (image_place < width)
             offset = image_line.to(tl.int64) * width + image_place

@@ -234,6 +234,102 @@ def test_bytes_launches_and_what_is_saved(layout: str, device: str) -> None:
     assert saved.bytes_beside(*leaves) == dense / 8
 
 
+def random_convolution(seed: int) -> tuple[list[Tensor], tuple[Any, ...], Options]:
+    """Operands and arguments: any filter, stride, padding and pooling that the single kernel is for."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=draw))]
+
+    kernel = pick(1, 3, 5, 7, 11)
+    stride, padding = (pick(1, 2, 3, 4), pick(1, 2)), (pick(0, 1, kernel // 2), pick(0, kernel // 2, kernel))
+    pool = pick({}, {"pool_size": 2}, {"pool_size": 3, "pool_stride": 2, "pool_padding": pick(0, 1)})
+    size = [kernel + 2 * step + pick(0, 1, 3) for step in stride]
+    shape = (pick(1, 2), pick(1, 3, 5, 16), *size)
+    tensors = operands(torch.float32, "cpu", shape=shape, filters=pick(1, 5, 8), kernel=(kernel, kernel))
+    return tensors[: pick(2, 3)], (stride, padding), {"activation": pick("relu", "leaky_relu", "silu", None), **pool}
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(s, marks=pytest.mark.thorough) for s in range(8, 64))])
+def test_single_kernel_on_any_convolution(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters, strides, paddings and windows at random, whatever the table would choose."""
+    tensors, arguments, options = random_convolution(seed)
+    monkeypatch.setattr(kernels.conv, "takes_single", lambda *_: True)
+    x, *parameters = (tensor.to(device) for tensor in tensors)
+    if options["activation"] is None and "pool_size" not in options:
+        options["activation"] = "tanh"
+    fixed = [lambda *t, f=f: f(*t[:2], t[2] if len(t) > 2 else None, *arguments, **options) for f in FUNCTIONS]
+    gradient = random_tensor(tuple(fixed[1](x, *parameters).shape), torch.float32, device, seed=3)
+    check_against_stock(*fixed, [LAYOUTS["channels_last"](x), *parameters], gradient)
+
+
+FUNCTIONS = (autograd.conv_act_pool2d, stock)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_single_kernel_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    x, *parameters = operands(dtype, device, shape=(2, 3, 12, 10), filters=70)
+    check([LAYOUTS["channels_last"](x), *parameters], 1, 1, pool_size=2)
+
+
+@needs_kernels
+@counts_bytes
+@pytest.mark.parametrize("pool", POOLS[:3], ids=str)
+def test_single_kernel_moves_input_weights_result_and_code(pool: Options, device: str) -> None:
+    x, weight, bias = operands(torch.float32, device, shape=(2, 3, 12, 10), filters=64)
+    leaves = [leaf(LAYOUTS["channels_last"](t)) for t in (x, weight)] + [leaf(bias)]
+    with measure_traffic() as traffic, saved_tensors() as saved:
+        y = autograd.conv_act_pool2d(*leaves, 1, 1, **pool)
+    (launch,) = traffic.kernel_launches
+    code = {0: 1, 2: 4, 3: 8}[pool.get("pool_size", 0)] * y.numel() // 8
+    assert launch.kernel == "conv_pool_kernel"
+    assert not traffic.operations
+    assert launch.stored_bytes == 4 * y.numel() + code
+    assert launch.distinct_loaded_bytes == sum(4 * t.numel() for t in leaves)
+    assert saved.bytes_beside(*leaves) == code
+
+
+@needs_kernels
+@counts_bytes
+@pytest.mark.parametrize(
+    ("channels", "kernel", "layout", "options", "single"),
+    [
+        (3, 3, "channels_last", {"pool_size": 2}, True),
+        (3, 3, "contiguous", {"pool_size": 2}, False),
+        (64, 3, "channels_last", {"pool_size": 2}, False),
+        (16, 5, "channels_last", {}, True),
+        (3, 11, "channels_last", {"pool_size": 3, "pool_stride": 2}, False),
+        (3, 3, "channels_last", {"pool_size": 4}, False),
+    ],
+)
+def test_the_table_chooses(
+    channels: int, kernel: int, layout: str, options: Options, single: bool, device: str
+) -> None:
+    tensors = operands(torch.float32, device, shape=(1, channels, 14, 14), kernel=(kernel, kernel), filters=2)
+    with measure_traffic() as traffic:
+        autograd.conv_act_pool2d(LAYOUTS[layout](tensors[0]), *tensors[1:], **options)
+    assert ("conv_pool_kernel" in {launch.kernel for launch in traffic.kernel_launches}) == single
+
+
+@needs_kernels
+def test_float32_is_exact_unless_tf32_is_allowed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = operands(torch.float32, device)
+    arguments = (LAYOUTS["channels_last"](x), weight, (1, 1), 1, kernels.pool.POINT)
+    for precision, single in (("tf32", True), ("ieee", False)):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        assert kernels.conv.takes_single(*arguments) == single
+
+
+@needs_kernels
+def test_opcheck(device: str) -> None:
+    x, weight, bias = operands(torch.float32, device)
+    for t in (x, LAYOUTS["channels_last"](x)):
+        arguments = (t, weight, bias, [1, 1], [1, 1], "silu", [2, 2], [2, 2], [0, 0], True, True)
+        torch.library.opcheck(torch.ops.fusednn.conv_pool.default, arguments)
+
+
 @needs_kernels
 def test_a_vgg_needs_at_most_60_percent_of_the_memory(device: str) -> None:
     """VGG-16's layers, a quarter as wide, on small images: both counts scale alike."""

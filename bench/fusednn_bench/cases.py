@@ -124,7 +124,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     operation = case.operation
     x = torch.randn(case.shape, **options).mul_(2).to(case.dtype).contiguous(memory_format=operation.memory_format)
     g = torch.rand(tuple(operation.output_shape(x.shape)), **options).add_(0.5).to(case.dtype)
-    if g.shape == x.shape:
+    if g.dim() == x.dim():
         g = g.contiguous(memory_format=operation.memory_format)
     return Inputs(operation.operands(x), g)
 

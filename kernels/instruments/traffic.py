@@ -2,8 +2,9 @@
 
 Every load and store of the interpreter passes through two functions, which the meter wraps.  An access counts the
 distinct elements that it touches: a slope that all lanes of a tile read is read once, but a second pass over memory
-counts again, since a GPU would fetch it again.  ATen operators that a call makes are counted beside, for comparison:
-the tensors each reads, and those it writes.
+counts again, since a GPU would fetch it again.  Where a GPU's caches serve most of that, as in a convolution, whose
+windows overlap, ``Launch.distinct_loaded_bytes`` counts it once.  ATen operators that a call makes are counted beside,
+for comparison: the tensors each reads, and those it writes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ class Launch:
     programs: int
     loaded_bytes: int = 0
     stored_bytes: int = 0
+    addresses: dict[int, list[Any]] = field(default_factory=dict)  # that were loaded, by the size of the element
+
+    @property
+    def distinct_loaded_bytes(self) -> int:
+        """Bytes loaded, those that were loaded more than once counted once."""
+        return sum(size * len(np.unique(np.concatenate(found))) for size, found in self.addresses.items())
 
 
 @dataclass(frozen=True)
@@ -113,23 +120,26 @@ class _CountingMemory:
         return getattr(self._memory, name)
 
     def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._traffic.kernel_launches[-1].loaded_bytes += _distinct(pointers, mask) * np.dtype(dtype).itemsize
+        launch, size = self._traffic.kernel_launches[-1], np.dtype(dtype).itemsize
+        addresses = _distinct(pointers, mask)
+        launch.loaded_bytes += len(addresses) * size
+        launch.addresses.setdefault(size, []).append(addresses)
         return self._memory.load(pointers, mask, other, dtype)
 
     def store(self, pointers: Any, values: Any, mask: Any) -> Any:
-        self._traffic.kernel_launches[-1].stored_bytes += _distinct(pointers, mask) * values.dtype.itemsize
+        self._traffic.kernel_launches[-1].stored_bytes += len(_distinct(pointers, mask)) * values.dtype.itemsize
         return self._memory.store(pointers, values, mask)
 
     def atomic_rmw(self, operation: Any, pointers: Any, values: Any, mask: Any, semantics: Any) -> Any:
-        touched = _distinct(pointers, mask) * values.dtype.itemsize
+        touched = len(_distinct(pointers, mask)) * values.dtype.itemsize
         self._traffic.kernel_launches[-1].loaded_bytes += touched
         self._traffic.kernel_launches[-1].stored_bytes += touched
         return self._memory.atomic_rmw(operation, pointers, values, mask, semantics)
 
 
-def _distinct(pointers: Any, mask: Any) -> int:
-    """How many different addresses the active lanes of an access touch."""
-    return len(np.unique(np.asarray(pointers)[np.asarray(mask, dtype=bool)]))
+def _distinct(pointers: Any, mask: Any) -> Any:
+    """The different addresses that the active lanes of an access touch."""
+    return np.unique(np.asarray(pointers)[np.asarray(mask, dtype=bool)])
 
 
 class _OperatorCounter(TorchDispatchMode):

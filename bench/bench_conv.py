@@ -1,0 +1,169 @@
+"""Convolution + bias + ReLU + max pooling: the stages of AlexNet, VGG-16, LeNet, and ResNet-50's stem.
+
+Channels-last on both sides; float32 multiplies as PyTorch's switch for TF32 says, which the result file records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusednn_bench.cases import DIRECTIONS, Case, Direction, Inputs, Operation
+from fusednn_bench.replay import device_clock, replay
+from fusednn_bench.validity import WrongResultError
+from torch import Tensor
+
+from fusednn import autograd
+
+BATCHES = (32, 256, 1)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution of images (channels, size, size), and the pooling behind it."""
+
+    channels: int
+    size: int
+    filters: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    pool: tuple[int, int, int] = (2, 2, 0)  # size, stride, padding
+
+    @property
+    def dense(self) -> int:
+        """Height and width of the convolution's result."""
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def pooled(self) -> int:
+        size, stride, padding = self.pool
+        return (self.dense + 2 * padding - size) // stride + 1
+
+    def output_shape(self, shape: torch.Size) -> Sequence[int]:
+        return shape[0], self.filters, self.pooled, self.pooled
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The images, filters that keep their deviation, and a bias."""
+        generator = torch.Generator(x.device).manual_seed(0)
+        options: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": torch.float32}
+        depth = self.channels * self.kernel**2
+        weight = torch.randn((self.filters, self.channels, self.kernel, self.kernel), **options) / depth**0.5
+        bias = torch.randn(self.filters, **options)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return tuple(t.to(x.dtype).requires_grad_() for t in (x, weight, bias))
+
+    def budget(self, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+        """Forward input, weights, pooled result and code; backward these, the dense gradient, written and read twice by
+        cuDNN, and the gradients.
+        """
+        images, weights = shape.numel(), self.filters * (self.channels * self.kernel**2 + 1)
+        pooled = shape[0] * self.filters * self.pooled**2
+        dense = shape[0] * self.filters * self.dense**2
+        code = pooled * (0.5 if self.pool[0] == 2 else 1)
+        forward = (images + weights + pooled) * dtype.itemsize + code
+        return forward, forward + (3 * dense + images + weights) * dtype.itemsize
+
+    def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        size, stride, padding = self.pool
+        return autograd.conv_act_pool2d(
+            x, weight, bias, self.stride, self.padding, pool_size=size, pool_stride=stride, pool_padding=padding
+        )
+
+    def stock(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, self.stride, self.padding), inplace=True), *self.pool)
+
+
+STAGES = {
+    "vgg_early": Stage(3, 224, 64, 3, padding=1),
+    "vgg_middle": Stage(128, 56, 256, 3, padding=1),
+    "vgg16_1": Stage(64, 224, 64, 3, padding=1),
+    "vgg16_2": Stage(128, 112, 128, 3, padding=1),
+    "vgg16_3": Stage(256, 56, 256, 3, padding=1),
+    "vgg16_4": Stage(512, 28, 512, 3, padding=1),
+    "vgg16_5": Stage(512, 14, 512, 3, padding=1),
+    "alexnet_1": Stage(3, 224, 64, 11, 4, 2, (3, 2, 0)),
+    "alexnet_2": Stage(64, 27, 192, 5, padding=2, pool=(3, 2, 0)),
+    "alexnet_5": Stage(256, 13, 256, 3, padding=1, pool=(3, 2, 0)),
+    "lenet_1": Stage(1, 28, 6, 5, padding=2),
+    "lenet_2": Stage(6, 14, 16, 5),
+    "resnet50_stem": Stage(3, 224, 64, 7, 2, 3, (3, 2, 1)),
+}
+COUNTED = {"counted_early": Stage(3, 24, 32, 3, padding=1), "counted_middle": Stage(64, 12, 32, 3, padding=1)}
+QUICK = ("vgg_early", "vgg_middle", "alexnet_1", "lenet_2", "resnet50_stem")
+
+
+def _check(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -> float:
+    """Windows whose two largest elements are a rounding apart may give their gradient to either: so gradients are
+    compared by their norms, and the value element by element.
+    """
+    exact = inputs.upcast()
+    reference = case.operation.stock(*exact.operands)
+    epsilon = 2.0**-11 if case.dtype is torch.float32 else torch.finfo(case.dtype).eps  # TF32, where it is allowed
+    error = float(((y.double() - reference).abs() / (1 + reference.abs())).max()) / epsilon
+    expected = torch.autograd.grad(reference, exact.differentiable, exact.g)
+    apart = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True))
+    if not (error <= 8 and apart <= 0.2):
+        raise WrongResultError(f"{case.id}: value {error:.3g} epsilons, gradients {apart:.1%} from eager PyTorch's")
+    return error
+
+
+def _operation(name: str, stage: Stage) -> Operation:
+    return Operation(
+        f"conv_{name}",
+        "conv",
+        stage.ours,
+        stage.stock,
+        stage.budget,
+        operands=stage.operands,
+        output_shape=stage.output_shape,
+        memory_format=torch.channels_last,
+        check=_check,
+    )
+
+
+OPERATIONS = {stage: _operation(stage, description) for stage, description in STAGES.items()}
+
+
+def _shape(stage: Stage, batch: int) -> tuple[int, ...]:
+    return batch, stage.channels, stage.size, stage.size
+
+
+def timed_cases(full: bool) -> list[Case]:
+    """The most important first: a time limit cuts the end."""
+    return [
+        Case(OPERATIONS[name], dtype, f"batch_{batch}", _shape(stage, batch))
+        for dtype in DTYPES
+        for batch in BATCHES
+        for name, stage in STAGES.items()
+        if full or (name in QUICK and batch == 32 and dtype is torch.bfloat16)
+    ]
+
+
+def counted_cases() -> list[Case]:
+    return [
+        Case(_operation(name, stage), torch.float32, "counted", _shape(stage, 1)) for name, stage in COUNTED.items()
+    ]
+
+
+@pytest.mark.benchmark(timer=device_clock)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_device_time(
+    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
+) -> None:
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info["budget_bytes"] = case.budget(direction)
+    replay(benchmark, device_samples[direction])
+
+
+def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
+    """Fewer bytes than eager, but for the forward pass of the single kernel, which rereads the images from caches."""
+    by_direction = {(record["contestant"], record["direction"]): record["bytes"] for record in counts}
+    for direction in ("forward", "backward"):
+        if (case.operation.name, direction) != ("conv_counted_early", "forward"):
+            assert by_direction["fusednn", direction] < by_direction["eager", direction]

@@ -1,0 +1,85 @@
+"""Max pooling: windows of 2 x 2, and of 3 x 3 with a stride of 2, in both memory formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
+from fusednn_bench.replay import device_clock, replay
+
+from fusednn import autograd
+
+SIZES = {"large": (64, 64, 112, 112), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
+COUNTED_SHAPE = (2, 32, 16, 64)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+FORMATS = {"": torch.contiguous_format, "_channels_last": torch.channels_last}
+WINDOWS = {"2x2": (2, 2), "3x3": (3, 2)}
+CODE_BITS = {2: 2, 3: 4}
+
+
+def _pooled(shape: torch.Size, kernel: int, stride: int) -> Sequence[int]:
+    return (*shape[:2], *((size - kernel) // stride + 1 for size in shape[2:]))
+
+
+def _budget(shape: torch.Size, dtype: torch.dtype, kernel: int, stride: int) -> tuple[float, float]:
+    """The images once, the pooled images and the code."""
+    windows = torch.Size(_pooled(shape, kernel, stride)).numel()
+    moved = (shape.numel() + windows) * dtype.itemsize + windows * CODE_BITS[kernel] / 8
+    return moved, moved
+
+
+def _operation(window: str, suffix: str) -> Operation:
+    kernel, stride = WINDOWS[window]
+    ours, stock = (
+        partial(module.max_pool2d, kernel_size=kernel, stride=stride)  # type: ignore[attr-defined]
+        for module in (autograd, F)
+    )
+    return Operation(
+        f"max_pool2d_{window}{suffix}",
+        "pool",
+        ours,
+        stock,
+        partial(_budget, kernel=kernel, stride=stride),
+        output_shape=partial(_pooled, kernel=kernel, stride=stride),
+        memory_format=FORMATS[suffix],
+    )
+
+
+OPERATIONS = {operation.name: operation for operation in (_operation(w, f) for w in WINDOWS for f in FORMATS)}
+
+
+def timed_cases(full: bool) -> list[Case]:
+    """The most important first: a time limit cuts the end."""
+    return [
+        Case(operation, dtype, size, shape)
+        for size, shape in SIZES.items()
+        for dtype in DTYPES
+        for operation in OPERATIONS.values()
+        if full or (size == "large" and dtype is not torch.float16) or "2x2_channels_last" in operation.name
+    ]
+
+
+def counted_cases() -> list[Case]:
+    return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
+
+
+@pytest.mark.benchmark(timer=device_clock)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_device_time(
+    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
+) -> None:
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info["budget_bytes"] = case.budget(direction)
+    replay(benchmark, device_samples[direction])
+
+
+def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
+    """Windows side by side keep the budget (5% over at most); overlapping ones leave rereading to the caches."""
+    for record in counts:
+        if record["contestant"] == "fusednn" and "2x2" in case.operation.name:
+            assert record["bytes"] <= 1.05 * record["budget_bytes"]
