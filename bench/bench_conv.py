@@ -103,10 +103,11 @@ def _check(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -
     compared by their norms, and the value element by element.
     """
     exact = inputs.upcast()
-    reference = case.operation.stock(*exact.operands)
+    graph = case.operation.stock(*exact.operands)
+    reference = graph.detach()
     epsilon = 2.0**-11 if case.dtype is torch.float32 else torch.finfo(case.dtype).eps  # TF32, where it is allowed
-    error = float(((y.double() - reference).abs() / (1 + reference.abs())).max()) / epsilon
-    expected = torch.autograd.grad(reference, exact.differentiable, exact.g)
+    error = float(((y.detach().double() - reference).abs() / (1 + reference.abs())).max()) / epsilon
+    expected = torch.autograd.grad(graph, exact.differentiable, exact.g)
     apart = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True))
     if not (error <= 8 and apart <= 0.2):
         raise WrongResultError(f"{case.id}: value {error:.3g} epsilons, gradients {apart:.1%} from eager PyTorch's")
@@ -162,8 +163,7 @@ def test_device_time(
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
-    """Fewer bytes than eager, but for the forward pass of the single kernel, which rereads the images from caches."""
+    """Fewer bytes than eager, though the single kernel's counts hold all that it rereads from caches."""
     by_direction = {(record["contestant"], record["direction"]): record["bytes"] for record in counts}
     for direction in ("forward", "backward"):
-        if (case.operation.name, direction) != ("conv_counted_early", "forward"):
-            assert by_direction["fusednn", direction] < by_direction["eager", direction]
+        assert by_direction["fusednn", direction] < by_direction["eager", direction]

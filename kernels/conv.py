@@ -174,9 +174,15 @@ _MOST_DEPTH = {1: 416, 2: 416, 3: 96}
 _PRECISIONS = ("fp16", "bf16", "tf32")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _allows_tf32() -> bool:
+    """PyTorch's switch, which its compiler can't read while it traces."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
 def _precision(dtype: torch.dtype) -> str:
     """The precision of a convolution's products, as cuDNN's have it: TF32 only where it is allowed."""
-    if dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if dtype is torch.float32 and _allows_tf32():
         return "tf32"
     return TRITON_TYPE[dtype]
 

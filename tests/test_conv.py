@@ -215,7 +215,7 @@ def test_gradients_only_where_needed(needed: tuple[bool, bool, bool], device: st
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bytes_launches_and_what_is_saved(layout: str, device: str) -> None:
     """One pass over the convolution's result forward, and one backward; it isn't kept."""
-    x, weight, bias = operands(torch.float32, device, shape=(2, 8, 16, 64), filters=32)
+    x, weight, bias = operands(torch.float32, device, shape=(2, 48, 16, 64), filters=32)
     leaves = [leaf(t) for t in (LAYOUTS[layout](x), weight, bias)]
     dense, pooled = 2 * 32 * 16 * 64, 2 * 32 * 8 * 32
     with measure_traffic() as forward, saved_tensors() as saved:
@@ -314,12 +314,16 @@ def test_the_table_chooses(
 
 
 @needs_kernels
-def test_float32_is_exact_unless_tf32_is_allowed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_is_exact_unless_tf32_is_allowed(device: str) -> None:
     x, weight, _ = operands(torch.float32, device)
     arguments = (LAYOUTS["channels_last"](x), weight, (1, 1), 1, kernels.pool.POINT)
-    for precision, single in (("tf32", True), ("ieee", False)):
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
-        assert kernels.conv.takes_single(*arguments) == single
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert kernels.conv.takes_single(*arguments) == (precision == "tf32")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @needs_kernels

@@ -36,7 +36,9 @@ class Launch:
     programs: int
     loaded_bytes: int = 0
     stored_bytes: int = 0
-    addresses: dict[int, list[Any]] = field(default_factory=dict)  # that were loaded, by the size of the element
+    addresses: dict[int, list[Any]] = field(
+        default_factory=dict, repr=False
+    )  # that were loaded, by the size of the element
 
     @property
     def distinct_loaded_bytes(self) -> int:
