@@ -80,7 +80,7 @@ class ConvActPool(Function):
     ) -> Tensor:
         y, code, raw, layout = _forward(x, weight, bias, convolution, activation, window, keeps=True)
         saves = _saves(activation)
-        ctx.save_for_backward(x, weight, bias, code, {"output": y, "input": raw}.get(saves))
+        ctx.save_for_backward(x, weight, bias, code, y if saves == "output" else raw if saves == "input" else None)
         ctx.arguments = (convolution, activation, window)
         ctx.layout = layout
         return y
@@ -176,7 +176,7 @@ def conv1d(
     cuDNN computes it.
     """
     takes_kernel("conv1d", input, refusal=_CUDNN)
-    return F.conv1d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d(
@@ -194,7 +194,7 @@ def conv2d(
     cuDNN computes it.
     """
     takes_kernel("conv2d", input, refusal=_CUDNN)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_act_pool2d(
@@ -232,8 +232,8 @@ def conv_act_pool2d(
     refusal = _refusal(padded, weight, bias, convolution, activation, window)
     given = (input, weight) if bias is None else (input, weight, bias)
     if not takes_kernel("conv_act_pool2d", *given, refusal=refusal):
-        y = apply_activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups), None, activation)  # type: ignore[arg-type]
-        return y if pool_size is None else F.max_pool2d(y, pool_size, pool_stride, pool_padding)
+        chained = apply_activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups), None, activation)
+        return chained if pool_size is None else F.max_pool2d(chained, pool_size, pool_stride, pool_padding)
     assert convolution is not None
     assert window is not None
     name = ACTIVATIONS[activation].name_for(input.dtype) if activation else None

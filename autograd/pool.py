@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: What PyTorch takes for a size in each direction: one for all, or one for each.
-Pair = int | Sequence[int]
+Pair = int | tuple[int, ...] | list[int]
 
 #: A `Window` in an operator's schema.
 WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
@@ -42,9 +42,7 @@ def operator_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, 
     return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
 
-def _fake_pool(
-    x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_pool(x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any) -> tuple[Tensor, ...]:
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
     kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
     x, channels_last = kernels.images(x)
@@ -56,9 +54,7 @@ def _fake_pool(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_pool,
 )
-def pool(
-    x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pool(x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any) -> tuple[Tensor, ...]:
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
     kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
     return tuple(kernels.pool_forward(x, bias, operator_window(*sizes), activation, **kept))
@@ -67,9 +63,10 @@ def pool(
 def _fake_activate(
     x: Tensor, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
 ) -> tuple[Tensor, Tensor]:
-    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw}
     _, channels_last = kernels.images(x)
-    results = kernels.pooled_like(x, x.shape, channels_last, kernels.POINT, activation, **kept)
+    results = kernels.pooled_like(
+        x, x.shape, channels_last, kernels.POINT, activation, keeps_code=keeps_code, keeps_raw=keeps_raw
+    )
     return results.code, results.raw
 
 
@@ -275,7 +272,7 @@ def max_pool1d(
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     results = _max_pool(1, *arguments)
     if results is None:
-        return F.max_pool1d(*arguments)  # type: ignore[no-any-return]
+        return F.max_pool1d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]
 
 
@@ -296,5 +293,5 @@ def max_pool2d(
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     results = _max_pool(2, *arguments)
     if results is None:
-        return F.max_pool2d(*arguments)  # type: ignore[no-any-return]
+        return F.max_pool2d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]

@@ -87,7 +87,7 @@ def conv_pool_kernel(
 
     products = ()
     for _ in tl.static_range(POOL * POOL):
-        products += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+        products += (tl.zeros((HEIGHT, WIDTH), tl.float32),)  # type: ignore[assignment]
     for first in range(0, depth, DEPTH):
         k = first + tl.arange(0, DEPTH)[None, :]
         tap = k // channels
@@ -109,7 +109,8 @@ def conv_pool_kernel(
                 tile = tl.load(x_pointer + x_offset + step, mask=x_inside & within, other=0)
                 if INTERPRETED:
                     tile = widen(tile, tl.float32)
-                sums += (tl.dot(tile, tl.trans(w), products[y * POOL + x], input_precision=PRECISION),)
+                product = tl.dot(tile, tl.trans(w), products[y * POOL + x], input_precision=PRECISION)
+                sums += (product,)  # type: ignore[assignment]
         products = sums
 
     a = scalar(a, tl.float32)
@@ -174,10 +175,10 @@ _MOST_DEPTH = {1: 416, 2: 416, 3: 96}
 _PRECISIONS = ("fp16", "bf16", "tf32")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
     """PyTorch's switch, which its compiler can't read while it traces."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -358,7 +358,7 @@ def pool_backward_cells_kernel(
     # Element (y, x) of cell (i, j) is position (y + STRIDE q, x + STRIDE r) of window (i - q, j - r).
     cell = ()
     for _ in tl.static_range(STRIDE * STRIDE):
-        cell += (tl.zeros((HEIGHT, WIDTH), COMPUTE),)
+        cell += (tl.zeros((HEIGHT, WIDTH), COMPUTE),)  # type: ignore[assignment]
     reach: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     for q in tl.static_range(reach):
         for r in tl.static_range(reach):
@@ -369,10 +369,10 @@ def pool_backward_cells_kernel(
             sums = ()
             for y in tl.static_range(STRIDE):
                 for x in tl.static_range(STRIDE):
-                    dx = cell[y * STRIDE + x]
+                    dx = cell[y * STRIDE + x]  # type: ignore[var-annotated]
                     if y + STRIDE * q < KERNEL and x + STRIDE * r < KERNEL:
                         dx += tl.where(position == (y + STRIDE * q) * KERNEL + x + STRIDE * r, g, 0.0)
-                    sums += (dx,)
+                    sums += (dx,)  # type: ignore[assignment]
             cell = sums
 
     start, distance = place_images(plane, column, columns, height, width, CHANNELS_LAST)
@@ -819,7 +819,8 @@ def winner_indices(
     )
     line = top[:, None] + position // window.kernel[1] * window.dilation[0]
     place = left + position % window.kernel[1] * window.dilation[1]
-    return line * size[1] + place
+    indices: Tensor = line * size[1] + place
+    return indices
 
 
 def _partial_shape(rows: int, columns: int, channels_last: bool) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Images (N, C, H, W) or (C, H, W), contiguous or channels-last, in float16, bfloa
 PyTorch accepts goes to the stock operators, which raise the stock errors.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class ConvAct2d(Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -95,8 +95,9 @@ class ConvAct2d(Conv2d):
         return {}
 
     def extra_repr(self) -> str:
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
         fused = {"activation": self.activation, **self._pooling()}
-        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in fused.items())])
+        return ", ".join([inherited, *(f"{name}={value!r}" for name, value in fused.items())])
 
 
 class ConvMaxPool2d(ConvAct2d):
@@ -120,7 +121,7 @@ class ConvMaxPool2d(ConvAct2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
