@@ -55,6 +55,7 @@ def _fake_pool(x: Tensor, bias: Tensor | None, activation: str | None, *argument
     fake=_fake_pool,
 )
 def pool(x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """`fusednn.kernels.pool.pool_forward`."""
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
     kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
     return tuple(kernels.pool_forward(x, bias, operator_window(*sizes), activation, **kept))
@@ -108,6 +109,7 @@ def pool_backward(
     activation: str | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
+    """`fusednn.kernels.pool.pool_backward`."""
     *sizes, sums_bias = arguments
     window = operator_window(*sizes)
     return kernels.pool_backward(g, code, saved, tuple(size), channels_last, window, activation, sums_bias=sums_bias)

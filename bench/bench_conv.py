@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def _check(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -
 
 def _operation(name: str, stage: Stage) -> Operation:
     return Operation(
-        f"conv_{name}",
+        f"conv_act_pool2d_{name}",
         "conv",
         stage.ours,
         stage.stock,
@@ -128,7 +129,41 @@ def _operation(name: str, stage: Stage) -> Operation:
     )
 
 
-OPERATIONS = {stage: _operation(stage, description) for stage, description in STAGES.items()}
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, module: Any, function: str) -> Tensor:
+    result: Tensor = getattr(module, function)(x, weight, bias)
+    return result
+
+
+def _plain_operation(function: str, stage: Stage) -> Operation:
+    """A convolution alone, which is cuDNN's: what the choice costs."""
+
+    def operands(x: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias = (t.detach() for t in stage.operands(x))
+        if function == "conv1d":
+            x, weight = x.flatten(2), weight[:, :, 0].contiguous()
+        return tuple(t.requires_grad_() for t in (x, weight, bias))
+
+    def output_shape(shape: torch.Size) -> Sequence[int]:
+        if function == "conv1d":
+            return shape[0], stage.filters, shape[2] * shape[3] - stage.kernel + 1
+        return shape[0], stage.filters, stage.dense, stage.dense
+
+    def budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+        images, result = shape.numel() * dtype.itemsize, torch.Size(output_shape(shape)).numel() * dtype.itemsize
+        return images + result, 2 * (images + result)
+
+    ours, stock = (partial(_plain, module=module, function=function) for module in (autograd, F))
+    return Operation(function, "conv", ours, stock, budget, operands=operands, output_shape=output_shape, check=_check)
+
+
+PLAIN = Stage(6, 14, 16, 5)
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        *(_operation(name, stage) for name, stage in STAGES.items()),
+        *(_plain_operation(function, PLAIN) for function in ("conv2d", "conv1d")),
+    )
+}
 
 
 def _shape(stage: Stage, batch: int) -> tuple[int, ...]:
@@ -137,12 +172,14 @@ def _shape(stage: Stage, batch: int) -> tuple[int, ...]:
 
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
+    stages = {f"conv_act_pool2d_{name}": stage for name, stage in STAGES.items()} | {"conv2d": PLAIN, "conv1d": PLAIN}
+    quick = {f"conv_act_pool2d_{name}" for name in QUICK}
     return [
         Case(OPERATIONS[name], dtype, f"batch_{batch}", _shape(stage, batch))
         for dtype in DTYPES
         for batch in BATCHES
-        for name, stage in STAGES.items()
-        if full or (name in QUICK and batch == 32 and dtype is torch.bfloat16)
+        for name, stage in stages.items()
+        if full or (name in quick and batch == 32 and dtype is torch.bfloat16)
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
 from fusednn_bench.replay import device_clock, replay
+from torch import Tensor
 
 from fusednn import autograd
 
@@ -50,7 +51,33 @@ def _operation(window: str, suffix: str) -> Operation:
     )
 
 
-OPERATIONS = {operation.name: operation for operation in (_operation(w, f) for w in WINDOWS for f in FORMATS)}
+def _lines(x: Tensor, module: Any) -> Tensor:
+    y: Tensor = module.max_pool1d(x.flatten(2), 2)
+    return y
+
+
+def _pooled_lines(shape: torch.Size) -> Sequence[int]:
+    return *shape[:2], shape[2] * shape[3] // 2
+
+
+def _lines_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    moved = shape.numel() * (1.5 * dtype.itemsize + 0.5)
+    return moved, moved
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        *(_operation(window, suffix) for window in WINDOWS for suffix in FORMATS),
+        Operation(
+            "max_pool1d",
+            "pool",
+            *(partial(_lines, module=module) for module in (autograd, F)),
+            budget=_lines_budget,
+            output_shape=_pooled_lines,
+        ),
+    )
+}
 
 
 def timed_cases(full: bool) -> list[Case]:
