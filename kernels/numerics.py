@@ -44,6 +44,13 @@ def exp(x):
 
 
 @triton.jit
+def log(x):
+    if INTERPRETED:
+        return tl.log(x)
+    return libdevice.log(x)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1, without cancellation near 0."""
     if INTERPRETED:
@@ -84,3 +91,21 @@ def erf(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0."""
     return 1 / (1 + exp(-x))
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, correctly rounded: compiled, ``/`` is so in float64 alone."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def square_root(x):
+    """The square root, correctly rounded: compiled, ``tl.sqrt`` is so in float64 alone."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
