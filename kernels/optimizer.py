@@ -91,6 +91,9 @@ _GROUPS = tl.constexpr(int(Penalty.GROUPS))
 SQUARES = 512
 _SQUARES = tl.constexpr(SQUARES)
 
+# What isn't aligned, or a whole tile, is walked in smaller ones: an address for each element takes many registers.
+_NARROW = tl.constexpr(512)
+
 # --- Algorithms: coefficients of a step (float64 scalars), and the update of elements with them ------------------------
 
 
@@ -434,7 +437,7 @@ def update_tile(
     ELEMENTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Update a tile; returns the new weights."""
+    """Update a tile; returns the sum of the new weights' squares where there is a penalty on groups, otherwise 0."""
     w = load_weights(addresses, place, COMPUTE, ELEMENTS, MASTER, WIDE)
     g = load_operand(addresses[1], place, COMPUTE, ELEMENTS[1], WIDE)
     states = ()
@@ -456,7 +459,11 @@ def update_tile(
     store_weights(
         w, addresses, place, average_share, COMPUTE, ELEMENTS, MASTER, 0 if PENALTY == _GROUPS else AVERAGE, WIDE
     )
-    return w
+    if PENALTY == _GROUPS:
+        total = tl.sum(tl.where(place[2], w * w, 0.0), axis=0)
+    else:
+        total = threshold * 0
+    return total
 
 
 @triton.jit
@@ -535,16 +542,31 @@ def update_kernel(
     weight = [number.to(COMPUTE) for number in weight]
 
     count = tl.where(tl.load(settings_pointer + _FOUND_INF) != 0, 0, count)  # after an overflow: empty loops
+    squares_of_weights = (lr * 0).to(COMPUTE)
     offsets = tl.arange(0, TILE)
-    squared = tl.zeros((TILE,), COMPUTE)
+    few_offsets = tl.arange(0, _NARROW)
     for done in range(0, count, TILE):
-        place = (done, offsets, offsets < count - done)
-        wide = aligned & (done + TILE <= count)
-        for WIDE in tl.static_range(2):
-            if wide == (WIDE == 1):
-                w = update_tile(
+        if aligned & (done + TILE <= count):
+            squares_of_weights += update_tile(
+                addresses,
+                (done, offsets, offsets < TILE),
+                gradient,
+                weight,
+                coefficients,
+                UPDATE,
+                STATES,
+                MASTER,
+                AVERAGE,
+                PENALTY,
+                COMPUTE,
+                ELEMENTS,
+                True,
+            )
+        else:
+            for start in range(done, tl.minimum(done + TILE, count), _NARROW):
+                squares_of_weights += update_tile(
                     addresses,
-                    place,
+                    (start, few_offsets, few_offsets < count - start),
                     gradient,
                     weight,
                     coefficients,
@@ -555,21 +577,19 @@ def update_kernel(
                     PENALTY,
                     COMPUTE,
                     ELEMENTS,
-                    WIDE,
+                    False,
                 )
-                if PENALTY == _GROUPS:
-                    squared += tl.where(place[2], w * w, 0.0)
 
     if PENALTY == _GROUPS:
         # The program owns the whole group.  What its threads stored is visible to all of them after the barrier.
         tl.debug_barrier()
-        norm = square_root(tl.sum(squared, axis=0))
+        norm = square_root(squares_of_weights)
         bound = (lr * tl.load(settings_pointer + _GROUP_LASSO) * tl.sqrt(group.to(tl.float64))).to(COMPUTE)
         factor = tl.where(norm <= bound, 0.0, 1 - divide(bound, norm))
-        for done in range(0, count, TILE):
-            place = (done, offsets, offsets < count - done)
-            w = load_weights(addresses, place, COMPUTE, ELEMENTS, MASTER, 0)
-            store_weights(w * factor, addresses, place, weight[3], COMPUTE, ELEMENTS, MASTER, AVERAGE, 0)
+        for start in range(0, count, _NARROW):
+            place = (start, few_offsets, few_offsets < count - start)
+            w = load_weights(addresses, place, COMPUTE, ELEMENTS, MASTER, False)
+            store_weights(w * factor, addresses, place, weight[3], COMPUTE, ELEMENTS, MASTER, AVERAGE, False)
 
 
 @triton.jit(do_not_specialize=["tensors", "chunks"])
@@ -591,10 +611,11 @@ def squares_kernel(
         for done in range(0, count, TILE):
             place = (done, offsets, offsets < count - done)
             wide = ((address & 15) == 0) & (done + TILE <= count)
-            for WIDE in tl.static_range(2):
-                if wide == (WIDE == 1):
-                    g = load_operand(address, place, COMPUTE, ELEMENT, WIDE)
-                    squared += g * g
+            if wide:
+                g = load_operand(address, place, COMPUTE, ELEMENT, True)
+            else:
+                g = load_operand(address, place, COMPUTE, ELEMENT, False)
+            squared += g * g
     tl.store(partial_pointer + tl.program_id(0), tl.sum(squared, axis=0).to(tl.float64))
 
 
@@ -617,8 +638,9 @@ def _update(
     columns = [parameter, gradient, *[state] * states, *[compute] * (master + averaged)]
     types = " ".join(dict.fromkeys(TRITON_TYPE[dtype] for dtype in (parameter, gradient, *[state] * bool(states))))
     options = [*([f"penalty on {penalty.name.lower()}"] if penalty else []), *["master"] * master]
-    threads = threads_for(compute)
+    threads = 2 * threads_for(compute)
     # A thread's 128-bit accesses to a tile, over the columns that it reads or writes.
+    late = averaged and penalty is Penalty.GROUPS
     wide = [TILE * dtype.itemsize // 16 // threads for dtype in columns]
     return Configuration(
         label=" + ".join([f"{name} {types}", *options, *["average"] * averaged]),
@@ -648,8 +670,9 @@ def _update(
             ("TILE", TILE),
         ),
         threads=threads,
-        wide_loads=sum(wide[1:]) if master else sum(wide),  # the parameter isn't read where it has a master copy
-        wide_stores=sum(wide) - wide[1],
+        # The parameter isn't read where it has a master copy; the average waits for the penalty on groups.
+        wide_loads=sum(wide) - wide[0] * master - wide[-1] * late,
+        wide_stores=sum(wide) - wide[1] - wide[-1] * late,
     )
 
 
