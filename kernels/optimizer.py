@@ -393,7 +393,9 @@ def store_operand(address, place, tile, ELEMENT: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
-def load_weights(addresses, place, COMPUTE: tl.constexpr, ELEMENTS: tl.constexpr, MASTER: tl.constexpr, WIDE: tl.constexpr):
+def load_weights(
+    addresses, place, COMPUTE: tl.constexpr, ELEMENTS: tl.constexpr, MASTER: tl.constexpr, WIDE: tl.constexpr
+):
     """The master copy where there is one, otherwise the parameter itself."""
     column: tl.constexpr = MASTER if MASTER else 0
     return load_operand(addresses[column], place, COMPUTE, ELEMENTS[column], WIDE)
@@ -777,7 +779,9 @@ class Update:
         )
         self._flat = FlatOperands(operands.parameters, rows=penalty is Penalty.GROUPS)
         self._bases, scalars, self._device_scalars = _relative(counters, self._tensors)
-        columns = [self._flat.addresses(column, written=column is not operands.gradients) for column in operands._columns()]
+        columns = [
+            self._flat.addresses(column, written=column is not operands.gradients) for column in operands._columns()
+        ]
         elements, chunks, groups = _extents(operands.parameters, penalty)
         programs = program_words(elements, chunks)
         rows = [np.array(settings).view(np.int64), *columns, elements, chunks, groups, *scalars, programs]
@@ -793,9 +797,7 @@ class Update:
         launch(configuration, programs, self._words, partial, self._tensors, self._programs)
         return partial
 
-    def run(
-        self, lr: float, on_device: dict[str, Tensor], averages: Tensor | None, squares: Tensor | None
-    ) -> None:
+    def run(self, lr: float, on_device: dict[str, Tensor], averages: Tensor | None, squares: Tensor | None) -> None:
         """Launch the update.  ``on_device`` are `Settings` that only the device knows, by name."""
         words = self._words.view(torch.float64)
         settings = words[:SETTINGS]

@@ -1,5 +1,6 @@
 """The optimizers.  A class says how its parameter groups become numbers for the kernels; the rest is inherited."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import optim
@@ -59,6 +60,11 @@ class RMSprop(FusedOptimizer, optim.RMSprop):
     """
 
     options = {**OPTIONS, "nesterov": False}
+
+    def _set_options(self, given: Mapping[str, Any]) -> None:
+        super()._set_options(given)
+        if any(group.get("nesterov") and not group["momentum"] > 0 for group in self.param_groups):
+            raise ValueError("Nesterov momentum requires a momentum")
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         algorithm = "rmsprop_centered" if group["centered"] else "rmsprop"

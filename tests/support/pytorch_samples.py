@@ -23,6 +23,9 @@ from torch.testing._internal.common_modules import (
     ModuleInput,
     module_db,
 )
+from torch.testing._internal.common_optimizers import optim_db
+
+from fusednn import optim
 
 from .samples import CASES, LAYERS
 
@@ -42,3 +45,5 @@ def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: b
 MODULES = sorted(LAYERS, key=lambda cls: cls.__name__)
 _NAMES = {case.name for case in CASES}
 OPERATORS = [info for info in op_db if info.name.removeprefix("nn.functional.") in _NAMES]
+#: Descriptions of the optimizers that have twins.
+OPTIMIZERS = [info for info in optim_db if info.name in optim.__all__]
