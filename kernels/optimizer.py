@@ -9,7 +9,7 @@ program of the update adds up in the same order.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -94,7 +94,7 @@ _SQUARES = tl.constexpr(SQUARES)
 # What isn't aligned, or a whole tile, is walked in smaller ones: an address for each element takes many registers.
 _NARROW = tl.constexpr(512)
 
-# --- Algorithms: coefficients of a step (float64 scalars), and the update of elements with them ------------------------
+# --- Algorithms: coefficients of a step (float64 scalars), and the update of elements with them -----------------------
 
 
 @triton.jit
@@ -427,8 +427,8 @@ def store_weights(
 def update_tile(
     addresses,
     place,
-    gradient,  # factor, limit, and weight decay, that make the gradient used of that given
-    weight,  # factor that decays weights, threshold and factor of the penalty, share in the average
+    of_gradient,  # factor, limit, and weight decay: what makes the gradient used of that given
+    of_weight,  # factor that decays weights, threshold and factor of the penalty, share in the average
     coefficients,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -442,15 +442,15 @@ def update_tile(
     """Update a tile; returns the sum of the new weights' squares where there is a penalty on groups, otherwise 0."""
     w = load_weights(addresses, place, COMPUTE, ELEMENTS, MASTER, WIDE)
     g = load_operand(addresses[1], place, COMPUTE, ELEMENTS[1], WIDE)
-    states = ()
+    states = ()  # grown by sums of tuples: Triton knows no stars
     for i in tl.static_range(STATES):
-        states = states + (load_operand(addresses[2 + i], place, COMPUTE, ELEMENTS[2 + i], WIDE),)
+        states = states + (load_operand(addresses[2 + i], place, COMPUTE, ELEMENTS[2 + i], WIDE),)  # type: ignore[assignment]  # noqa: RUF005
 
-    factor, limit, weight_decay = gradient
+    factor, limit, weight_decay = of_gradient
     g = g * factor
     g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays
     g = tl.where(weight_decay != 0, g + weight_decay * w, g)
-    kept, threshold, shrinkage, average_share = weight
+    kept, threshold, shrinkage, average_share = of_weight
     w, states = UPDATE(w * kept, g, states, coefficients)
     if PENALTY:
         w = tl.where(w > threshold, w - threshold, tl.where(w < -threshold, w + threshold, w * 0)) * shrinkage
@@ -507,7 +507,7 @@ def update_kernel(
     low_bits = start * 0
     for column in tl.static_range(COLUMNS):
         address = operand_address(table_pointer, column, tensors, tensor, start, ELEMENTS[column])
-        addresses = addresses + (address,)
+        addresses = addresses + (address,)  # type: ignore[assignment]  # noqa: RUF005
         low_bits = low_bits | address
     aligned = (low_bits & 15) == 0
 
@@ -523,7 +523,7 @@ def update_kernel(
     )
     scale = tl.load(settings_pointer + _SCALE)
     clip = clip_coefficient(squares_pointer, squares, scale, tl.load(settings_pointer + _CLIP_NORM))
-    gradient = (
+    of_gradient_exactly = (
         tl.load(settings_pointer + _SIGN) * clip / scale,
         tl.load(settings_pointer + _CLIP_VALUE),
         tl.load(settings_pointer + _WEIGHT_DECAY),
@@ -533,15 +533,15 @@ def update_kernel(
         average_decay = tl.load(settings_pointer + _AVERAGE_DECAY)
         averages = tl.load(averages_pointer + tensor)
         average_share = tl.where((average_decay < 0) | (averages <= 1), 1 / averages, 1 - average_decay)
-    weight = (
+    of_weight_exactly = (
         1 - lr * tl.load(settings_pointer + _DECOUPLED_WEIGHT_DECAY),
         lr * tl.load(settings_pointer + _L1),
         1 / (1 + lr * tl.load(settings_pointer + _L2)),
         average_share,
     )
     coefficients = [number.to(COMPUTE) for number in coefficients]
-    gradient = [number.to(COMPUTE) for number in gradient]
-    weight = [number.to(COMPUTE) for number in weight]
+    of_gradient = [number.to(COMPUTE) for number in of_gradient_exactly]
+    of_weight = [number.to(COMPUTE) for number in of_weight_exactly]
 
     count = tl.where(tl.load(settings_pointer + _FOUND_INF) != 0, 0, count)  # after an overflow: empty loops
     squares_of_weights = (lr * 0).to(COMPUTE)
@@ -552,8 +552,8 @@ def update_kernel(
             squares_of_weights += update_tile(
                 addresses,
                 (done, offsets, offsets < TILE),
-                gradient,
-                weight,
+                of_gradient,
+                of_weight,
                 coefficients,
                 UPDATE,
                 STATES,
@@ -569,8 +569,8 @@ def update_kernel(
                 squares_of_weights += update_tile(
                     addresses,
                     (start, few_offsets, few_offsets < count - start),
-                    gradient,
-                    weight,
+                    of_gradient,
+                    of_weight,
                     coefficients,
                     UPDATE,
                     STATES,
@@ -591,7 +591,7 @@ def update_kernel(
         for start in range(0, count, _NARROW):
             place = (start, few_offsets, few_offsets < count - start)
             w = load_weights(addresses, place, COMPUTE, ELEMENTS, MASTER, False)
-            store_weights(w * factor, addresses, place, weight[3], COMPUTE, ELEMENTS, MASTER, AVERAGE, False)
+            store_weights(w * factor, addresses, place, of_weight[3], COMPUTE, ELEMENTS, MASTER, AVERAGE, False)
 
 
 @triton.jit(do_not_specialize=["tensors", "chunks"])

@@ -1,7 +1,7 @@
 """The optimizers.  A class says how its parameter groups become numbers for the kernels; the rest is inherited."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import optim
 
@@ -59,7 +59,7 @@ class RMSprop(FusedOptimizer, optim.RMSprop):
         nesterov: look ahead, w = w - lr (d + momentum b).  Wants a momentum; ValueError without.
     """
 
-    options = {**OPTIONS, "nesterov": False}
+    options: ClassVar[Mapping[str, Any]] = {**OPTIONS, "nesterov": False}
 
     def _set_options(self, given: Mapping[str, Any]) -> None:
         super()._set_options(given)

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..kernels import AVAILABLE, INTERPRETING
 from ..kernels.launch import DTYPES
@@ -89,7 +90,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     #: Keywords of ours, and the values that ask for nothing.
-    options: Mapping[str, Any] = OPTIONS
+    options: ClassVar[Mapping[str, Any]] = OPTIONS
+    _lists: ClassVar[int]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -105,7 +107,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # --- A step ------------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters; ``closure``, if given, first evaluates the loss anew, which is returned."""
         loss = None
@@ -133,7 +135,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _stock_step(self, group: Group, squares: Tensor | None) -> None:
         """The stock class's own step, for one group."""
-        step = stock_class(type(self)).step
+        step: Any = stock_class(type(self)).step
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # the hooks of this step have been called
         groups, fused = self.param_groups, group.get("fused")
@@ -163,9 +165,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _stock_group(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and gradients of a group as stock finds them: it makes their state, and checks what it can."""
-        lists: list[list[Any]] = [[] for _ in range(_list_count(stock_class(type(self))))]
+        lists: list[list[Any]] = [[] for _ in range(self._list_count())]
         self._init_group(group, *lists)  # type: ignore[attr-defined]
         return lists[0], lists[1]
+
+    @classmethod
+    def _list_count(cls) -> int:
+        """How many lists stock's ``_init_group`` fills: parameters, gradients, and its state."""
+        if "_lists" not in cls.__dict__:
+            cls._lists = len(inspect.signature(stock_class(cls)._init_group).parameters) - 2  # type: ignore[attr-defined]
+        return cls._lists
 
     def _kernel_step(self, indices: Sequence[int], squares: Tensor | None) -> None:
         """Update groups by kernels."""
@@ -207,9 +216,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             prepare_options(group, parameters, self.state)
         combinations: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            state = self.state[parameter].get(states[0]) if states else parameter
-            layout = (parameter.device_mesh, parameter.placements) if _is_distributed(parameter) else None
-            key = (parameter.device, parameter.dtype, gradient.dtype, state.dtype, layout)
+            state = self.state[parameter][states[0]] if states else parameter
+            key = (parameter.device, parameter.dtype, gradient.dtype, state.dtype, _layout(parameter))
             combinations.setdefault(key, []).append((parameter, gradient))
         for key, pairs in combinations.items():
             tables: dict[Any, Table] = self.__dict__.setdefault("_tables", {})
@@ -226,7 +234,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         table: Table,
     ) -> _Launch:
         device = parameters[0].device
-        own = [self.state[parameter] for parameter in parameters]
+        own = [self.state.get(parameter, {}) for parameter in parameters]  # SGD may need none, and shall make none
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
         averaged = wants(group, "averaging") is not None
@@ -313,7 +321,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len({tensor.dtype for tensor in tensors}) > 1:
             return "states differ in dtype"
         for tensor in (parameter.grad, *tensors, *(own[key] for key in ("master", "average") if key in own)):
-            if tensor.shape != parameter.shape or tensor.device != parameter.device:  # type: ignore[union-attr]
+            if tensor.shape != parameter.shape or tensor.device != parameter.device:
                 return "gradient or state is not like its parameter"
             if refusal := _tensor_refusal(tensor):
                 return refusal
@@ -457,19 +465,11 @@ def _constructor(stock: type[torch.optim.Optimizer], options: Mapping[str, Any])
     return __init__
 
 
-@functools.cache
-def _list_count(stock: type[torch.optim.Optimizer]) -> int:
-    """How many lists the stock class's ``_init_group`` fills: parameters, gradients, and its state."""
-    return len(inspect.signature(stock._init_group).parameters) - 2  # type: ignore[attr-defined]
-
-
 def _split_numbers(**values: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Settings by name: numbers that the host knows, and those that only the device knows.  None is left out."""
     numbers, on_device = {}, {}
     for name, value in values.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            on_device[name] = value
-        elif isinstance(value, Tensor) and name in ("scale", "found_inf"):
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or name in ("scale", "found_inf")):
             on_device[name] = value
         elif value is not None:
             numbers[name] = float(value)
@@ -517,7 +517,8 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 def _local(tensor: Any) -> Tensor:
     """The memory that this process has of a tensor: without gradients to record, ``to_local`` makes no copy."""
-    return tensor.to_local() if _is_distributed(tensor) else tensor
+    local: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor
+    return local
 
 
 def _layout(tensor: Any) -> Any:
@@ -538,7 +539,8 @@ def _sum_over_mesh(sums: Tensor, like: Any) -> Tensor:
     module = sys.modules["torch.distributed.tensor"]
     placements = [module.Partial() if placement.is_shard() else module.Replicate() for placement in like.placements]
     total = module.DTensor.from_local(sums.sum().reshape(1), like.device_mesh, placements, run_check=False)
-    return total.full_tensor()
+    everywhere: Tensor = total.full_tensor()
+    return everywhere
 
 
 def _tensor_refusal(tensor: Any) -> str | None:

@@ -54,14 +54,17 @@ def prepare_options(group: Mapping[str, Any], parameters: Iterable[Tensor], stat
     ``master`` is a float32 copy of a 16-bit parameter, beside which all state is float32.  ``average`` is float32 for
     16-bit parameters too; ``averages`` counts the weights that it is of.
     """
+    averaged = wants(group, "averaging") is not None
     for parameter in parameters:
+        if not (averaged or has_master(group, parameter)):
+            continue
         own = state[parameter]
         if has_master(group, parameter) and "master" not in own:
             for key, value in own.items():
                 if isinstance(value, Tensor) and value.dtype == parameter.dtype and value.shape == parameter.shape:
                     own[key] = value.float()
             own["master"] = parameter.detach().float()
-        if wants(group, "averaging") is not None and "average" not in own:
+        if averaged and "average" not in own:
             wide = torch.float32 if parameter.itemsize == 2 else parameter.dtype
             own["average"] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
             own["averages"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -110,8 +113,9 @@ def plain_options(group: Mapping[str, Any], state: Any, squares: Tensor | None) 
                 state[parameter]["master"] = master
             parameter.grad = gradient
     prepare_options(group, parameters, state)
-    for parameter in parameters:
-        _average(parameter, group, state[parameter])
+    if wants(group, "averaging") is not None:
+        for parameter in parameters:
+            _average(parameter, group, state[parameter])
 
 
 def _clipped(gradient: Any, group: Mapping[str, Any], squares: Tensor | None) -> Any:
@@ -137,8 +141,6 @@ def _apply_penalties(parameter: Tensor, group: Mapping[str, Any]) -> None:
 
 def _average(parameter: Tensor, group: Mapping[str, Any], own: dict[str, Any]) -> None:
     averaging = wants(group, "averaging")
-    if averaging is None:
-        return
     own["averages"] += 1
     share = 1 / own["averages"]
     if averaging != "mean":
