@@ -1,8 +1,10 @@
 """The optimizers.  A class says how its parameter groups become numbers for the kernels; the rest is inherited."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import optim
 
 from .optimizer import FusedOptimizer, Recipe
@@ -65,6 +67,24 @@ class RMSprop(FusedOptimizer, optim.RMSprop):
         super()._set_options(given)
         if any(group.get("nesterov") and not group["momentum"] > 0 for group in self.param_groups):
             raise ValueError("Nesterov momentum requires a momentum")
+
+    @contextmanager
+    def _around_stock(self, group: dict[str, Any]) -> Iterator[None]:
+        if not group.get("nesterov"):
+            yield
+            return
+        # d + momentum b = b + momentum (b - b'), with b' the buffer before: the second term is missing from stock.
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        before = {
+            p: self.state[p]["momentum_buffer"].clone()
+            for p in parameters
+            if "momentum_buffer" in self.state.get(p, {})
+        }
+        yield
+        with torch.no_grad():
+            for p in parameters:
+                change = self.state[p]["momentum_buffer"] - before.get(p, 0.0)
+                p.sub_(group["lr"] * group["momentum"] * change)
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         algorithm = "rmsprop_centered" if group["centered"] else "rmsprop"

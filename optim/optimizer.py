@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -105,6 +105,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _recipe(self, group: Group) -> Recipe:
         raise NotImplementedError
 
+    def _around_stock(self, group: Group) -> AbstractContextManager[None]:
+        """What turns the stock update of a group into this optimizer's, where they differ."""
+        return nullcontext()
+
     # --- A step ------------------------------------------------------------------------------------------------------
 
     @_disable_dynamo
@@ -143,6 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self._has_options(group):
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(plain_options(group, self.state, squares))
+            stack.enter_context(self._around_stock(group))
             try:
                 self.param_groups = [group]
                 if self._bypasses_fused(group):
@@ -161,7 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     def _has_options(self, group: Group) -> bool:
-        return any(wants(group, name) for name in OPTIONS)
+        return any(wants(group, name) != nothing for name, nothing in OPTIONS.items())
 
     def _stock_group(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and gradients of a group as stock finds them: it makes their state, and checks what it can."""
@@ -238,12 +243,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
         averaged = wants(group, "averaging") is not None
+        distributed = _is_distributed(parameters[0])
+
+        def memory(tensors: list[Any]) -> list[Tensor]:
+            return [_local(tensor) for tensor in tensors] if distributed else tensors
+
         operands = Operands(
-            [_local(parameter) for parameter in parameters],
-            [_local(gradient) for gradient in gradients],
-            [[_local(state[key]) for state in own] for key in ALGORITHMS[recipe.algorithm].states],
-            [_local(state["master"]) for state in own] if has_master(group, parameters[0]) else None,
-            [_local(state["average"]) for state in own] if averaged else None,
+            memory(parameters),
+            memory(gradients),
+            [memory([state[key] for state in own]) for key in ALGORITHMS[recipe.algorithm].states],
+            memory([state["master"] for state in own]) if has_master(group, parameters[0]) else None,
+            memory([state["average"] for state in own]) if averaged else None,
         )
         numbers, on_device = _split_numbers(
             lr=group["lr"],
@@ -274,7 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             counts = [state["averages"] for state in own]
             torch._foreach_add_(counts, _one(found_inf, counts[0]))
             averages = torch.stack(counts).double()
-        wrapped = [tensor for tensor in (*parameters, *_tensors(own)) if _is_distributed(tensor)]
+        wrapped = [tensor for tensor in (*parameters, *_tensors(own)) if _is_distributed(tensor)] if distributed else []
         return _Launch(group, device, update, lr, on_device, averages, wrapped)
 
     # --- Kernel or stock ---------------------------------------------------------------------------------------------
@@ -288,28 +298,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:
             return "no gradients"
+        recipe = self._recipe(group)
+        accepted: dict[Tensor, Any] = self.__dict__.setdefault("_accepted", {})
         for parameter in parameters:
-            if refusal := _tensor_refusal(parameter) or _tensor_refusal(parameter.grad):
+            own = self.state.get(parameter, {})
+            traits = (recipe.algorithm, *own, *map(_traits, (parameter, parameter.grad, *own.values())))
+            if accepted.get(parameter) == traits:
+                continue
+            refusal = _tensor_refusal(parameter) or _tensor_refusal(parameter.grad)
+            if refusal or (refusal := self._state_refusal(group, recipe, parameter)):
                 return refusal
-            if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-                return "a parameter's memory overlaps itself"
-            if refusal := self._state_refusal(group, parameter):
-                return refusal
-        if len({_address(parameter) for parameter in parameters if parameter.numel()}) != sum(
-            parameter.numel() > 0 for parameter in parameters
-        ):
+            accepted[parameter] = traits
+        if _share_memory(parameters):
             return "parameters share memory"
         if group.get("capturable") and parameters[0].device.type == "cpu":
             return "capturable is for GPUs"
-        for value in (group["lr"], *self._recipe(group)):
+        for value in (group["lr"], *recipe):
             if isinstance(value, Tensor) and (value.numel() != 1 or type(value) not in _PLAIN_TYPES):
                 return "a hyperparameter is not one number"
         return None
 
-    def _state_refusal(self, group: Group, parameter: Tensor) -> str | None:
+    def _state_refusal(self, group: Group, recipe: Recipe, parameter: Tensor) -> str | None:
         """Why the kernels don't take a parameter's gradient and state beside it, or None."""
+        if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            return "a parameter's memory overlaps itself"
         own = self.state.get(parameter, {})
-        states = ALGORITHMS[self._recipe(group).algorithm].states
+        states = ALGORITHMS[recipe.algorithm].states
         if own and not all(key in own for key in states) and states != ("momentum_buffer",):
             return "state is missing"
         step = own.get("step")
@@ -323,10 +337,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for tensor in (parameter.grad, *tensors, *(own[key] for key in ("master", "average") if key in own)):
             if tensor.shape != parameter.shape or tensor.device != parameter.device:
                 return "gradient or state is not like its parameter"
-            if refusal := _tensor_refusal(tensor):
-                return refusal
-            if _layout(tensor) != _layout(parameter):
-                return "gradient or state is distributed otherwise than its parameter"
+            if (refusal := _tensor_refusal(tensor)) or _layout(tensor) != _layout(parameter):
+                return refusal or "gradient or state is distributed otherwise than its parameter"
         return None
 
     @property
@@ -525,9 +537,25 @@ def _layout(tensor: Any) -> Any:
     return (tensor.device_mesh, tensor.placements) if _is_distributed(tensor) else None
 
 
-def _address(tensor: Tensor) -> int:
+def _traits(tensor: Any) -> Any:
+    """All of a plain tensor that the choice of path depends on.  Anything else is judged anew in each step."""
+    if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
+        return object()
+    return (
+        tensor.dtype,
+        tensor.device,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_neg(),
+        tensor.is_inference(),
+    )
+
+
+def _share_memory(parameters: Sequence[Any]) -> bool:
+    """Whether two parameters begin at the same place."""
     with torch.no_grad():
-        return _local(tensor).data_ptr()
+        addresses = [_local(p).data_ptr() if _is_distributed(p) else p.data_ptr() for p in parameters if p.numel()]
+    return len(set(addresses)) < len(addresses)
 
 
 def _tensors(own: Sequence[dict[str, Any]]) -> list[Tensor]:
