@@ -21,6 +21,16 @@ from .activation import (
     Threshold,
 )
 from .explain import Explanation, ExplanationRow, explain
+from .nll_loss import NLLLoss
+from .pointwise_loss import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -30,14 +40,21 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "Explanation",
     "ExplanationRow",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
     "LeakyReLU",
     "LogSigmoid",
+    "MSELoss",
     "Mish",
+    "NLLLoss",
     "PReLU",
     "RReLU",
     "ReLU",
@@ -46,6 +63,7 @@ __all__ = [
     "ReplacementRow",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softplus",
     "Softsign",
     "Tanh",
