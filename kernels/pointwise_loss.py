@@ -529,7 +529,7 @@ def configurations() -> Iterator[Configuration]:
     for dtype in DTYPES:
         for name in LOSSES:
             for kind in _KERNELS:
-                yield _configuration(kind, name, dtype)  # type: ignore[arg-type]
+                yield _configuration(kind, name, dtype)
         yield combination(dtype)
 
 
@@ -553,7 +553,7 @@ def _weights(weight: Tensor | None, x: Tensor) -> Weights:
         return Weights(x, 0, 0)
     # Dimensions from the outermost in memory to the innermost, without those of one element.
     expanded = weight.expand(x.shape)
-    order = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: -x.stride(d))
+    order = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: x.stride()[d], reverse=True)
     varies = [expanded.stride(d) != 0 for d in order]
     outer = varies.index(True) if any(varies) else len(order)
     last = len(order) - varies[::-1].index(True) if any(varies) else len(order)
