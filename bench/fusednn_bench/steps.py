@@ -119,7 +119,7 @@ def check_step(case: StepCase, make: Callable[[Sequence[Tensor]], Callable[[], A
     Returns the worst error in epsilons of the dtype; raises WrongResultError where it is too large.
     """
     few = sorted(case.shapes, key=math.prod)
-    small = StepCase(case.operation, case.dtype, case.size, tuple([*few[:4], few[len(few) // 2]]))
+    small = StepCase(case.operation, case.dtype, case.size, (*few[:4], few[len(few) // 2]))
     ours, exact = small.parameters(device), small.parameters(device, torch.float64)
     steps = (make(ours), case.operation.contestants()["for_loop"](exact))
     for step in steps:
