@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .layout import dense_like, is_dense
 
-__all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table", "program_words"]
+__all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table"]
 
 #: Elements that a program takes: several tiles, so that its scalars are computed once for many elements.
 CHUNK = 8192
@@ -48,40 +48,50 @@ class Table:
         self._words: Tensor | None = None
         self._reserve: Tensor | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
+        self._extents = self._programs = np.empty(0, dtype=np.int64)
 
     def upload(self, rows: Sequence[Words]) -> Tensor:
         """The words of all rows, on the device; only rows that changed since the last call are sent there."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._upload_captured(rows)
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return self._upload_captured(np.concatenate(rows))
         if self._words is None or [row.size for row in rows] != [row.size for row in self._rows]:
-            self._words = self._send(np.concatenate(rows))
-            if self._device.type == "cuda":
-                # Pinned memory can't be had while a graph is captured: have some in reserve.
-                self._reserve = torch.empty(self._words.numel(), dtype=torch.int64, pin_memory=True)
+            words = np.concatenate(rows)
+            self._words = torch.empty(words.size, dtype=torch.int64, device=self._device)
+            self._send(words, self._words)
         else:
             start = 0
             for row, known in zip(rows, self._rows, strict=True):
-                if not np.array_equal(row, known):
-                    self._words[start : start + row.size].copy_(self._send(row))
+                if row is not known and not np.array_equal(row, known):
+                    self._send(row, self._words[start : start + row.size])
                 start += row.size
+        if on_gpu and (self._reserve is None or self._reserve.numel() != self._words.numel()):
+            # Pinned memory can't be had while a graph is captured: have some in reserve.
+            self._reserve = torch.empty(self._words.numel(), dtype=torch.int64, pin_memory=True)
         self._rows = list(rows)
         return self._words
 
-    def _send(self, words: Words) -> Tensor:
+    def _send(self, words: Words, target: Tensor) -> None:
         host = torch.from_numpy(words)
         # The allocator of pinned memory doesn't hand it out again before the copy is done.
-        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host.clone()
+        target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
-    def _upload_captured(self, rows: Sequence[Words]) -> Tensor:
-        words = torch.from_numpy(np.concatenate(rows))
+    def _upload_captured(self, words: Words) -> Tensor:
         host, self._reserve = self._reserve, None
-        if host is None or host.numel() != words.numel():
-            host = words.pin_memory()
+        if host is None or host.numel() != words.size:
+            host = torch.from_numpy(words).pin_memory()
         else:
-            host.copy_(words)
+            host.copy_(torch.from_numpy(words))
         device_words = host.to(self._device, non_blocking=True)
         self._captured.append((host, device_words))  # alive, and unchanged, as long as the graph may be replayed
         return device_words
+
+    def programs(self, elements: Words, chunks: Words) -> Words:
+        """`program_words`, which are made anew only where tensors or chunks changed since the last call."""
+        extents = np.concatenate([elements, chunks])
+        if not np.array_equal(extents, self._extents):
+            self._extents, self._programs = extents, program_words(elements, chunks)
+        return self._programs
 
 
 def program_words(elements: Words, chunks: Words) -> Words:
@@ -101,14 +111,14 @@ class FlatOperands:
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, rows: bool = False) -> None:
-        self._parameters = parameters
         self._rows = rows
-        self._strides = [self._order(parameter) for parameter in parameters]
+        self._contiguous = all(map(Tensor.is_contiguous, parameters))
+        self._strides = [None if self._contiguous else self._order(parameter) for parameter in parameters]
         self._kept: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def _order(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """Strides to walk a parameter in; None where it is contiguous, by far the most frequent case."""
+        """Strides to walk a parameter in; None where it is contiguous."""
         if parameter.is_contiguous():
             return None
         if not is_dense(parameter) or (self._rows and parameter.stride(0) * parameter.shape[0] != parameter.numel()):
@@ -117,19 +127,17 @@ class FlatOperands:
 
     def addresses(self, operands: Sequence[Tensor], *, written: bool = True) -> Words:
         """A row of the table: the operands' addresses, or those of their copies."""
-        return np.fromiter(
-            (
-                operand.data_ptr()
-                if strides is None and operand.is_contiguous()
-                else self._laid_out(operand, strides, written).data_ptr()
+        if not (self._contiguous and all(map(Tensor.is_contiguous, operands))):
+            operands = [
+                self._laid_out(operand, strides, written)
                 for operand, strides in zip(operands, self._strides, strict=True)
-            ),
-            dtype=np.int64,
-            count=len(operands),
-        )
+            ]
+        return np.array([operand.data_ptr() for operand in operands], dtype=np.int64)
 
     def _laid_out(self, operand: Tensor, strides: tuple[int, ...] | None, written: bool) -> Tensor:
         if strides is None:
+            if operand.is_contiguous():
+                return operand
             strides = torch.empty(operand.shape, device="meta").stride()
         flat = dense_like(operand, strides)
         if flat is not operand:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
-from .multi_tensor import CHUNK, SETTINGS, FlatOperands, Table, program_words
+from .multi_tensor import CHUNK, SETTINGS, FlatOperands, Table
 from .numerics import divide, exp, expm1, log, narrow, scalar, square_root, widen
 from .tiles import TILE, threads_for
 
@@ -587,7 +587,8 @@ def update_kernel(
         tl.debug_barrier()
         norm = square_root(squares_of_weights)
         bound = (lr * tl.load(settings_pointer + _GROUP_LASSO) * tl.sqrt(group.to(tl.float64))).to(COMPUTE)
-        factor = tl.where(norm <= bound, 0.0, 1 - divide(bound, norm))
+        shrunk = tl.where(norm <= bound, 0.0, 1 - divide(bound, norm))
+        factor = tl.where(group > 0, shrunk, 1.0)  # parameters of one dimension have no groups
         for start in range(0, count, _NARROW):
             place = (start, few_offsets, few_offsets < count - start)
             w = load_weights(addresses, place, COMPUTE, ELEMENTS, MASTER, False)
@@ -708,7 +709,10 @@ _ELEMENT = {
 def configurations() -> Iterator[Configuration]:
     """Every algorithm in the types that models are mostly trained in; what our options add, where it matters."""
     for name in ALGORITHMS:
-        for dtype in DTYPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            yield _update(name, dtype, dtype, dtype)
+    for name in ("sgd_momentum", "adagrad", "adadelta", "rmsprop", "adam", "adamax", "nadam", "radam"):
+        for dtype in (torch.float16, torch.float64):
             yield _update(name, dtype, dtype, dtype)
     for name in ("sgd_momentum", "adam"):
         yield _update(name, torch.float32, torch.float32, torch.float32, Penalty.ELEMENTS, averaged=True)
@@ -783,7 +787,7 @@ class Update:
             self._flat.addresses(column, written=column is not operands.gradients) for column in operands._columns()
         ]
         elements, chunks, groups = _extents(operands.parameters, penalty)
-        programs = program_words(elements, chunks)
+        programs = table.programs(elements, chunks)
         rows = [np.array(settings).view(np.int64), *columns, elements, chunks, groups, *scalars, programs]
         self._words = table.upload(rows)
         self._columns = len(columns)

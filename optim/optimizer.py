@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,7 +31,12 @@ __all__ = ["TWINS", "FusedOptimizer", "GroupPath", "Recipe", "explain", "stock_c
 TWINS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {}
 
 Group = dict[str, Any]
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_NO_GRADIENTS = "no gradients"
+#: Warns, or raises, where a graph is captured without ``capturable``.  Older versions of PyTorch know CUDA's only.
+_check_capture: Callable[[torch.optim.Optimizer], None] = getattr(
+    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
+) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
 
 
 class Recipe(NamedTuple):
@@ -114,27 +120,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters; ``closure``, if given, first evaluates the loss anew, which is returned."""
+        if "_swapped" in self.__dict__:
+            raise RuntimeError("the averaged parameters are swapped in: leave averaged_parameters() before a step")
+        if all("capturable" in group for group in self.param_groups):
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if "_swapped" in self.__dict__:
-            raise RuntimeError("the averaged parameters are swapped in: leave averaged_parameters() before a step")
-        if all("capturable" in group for group in self.param_groups):
-            self._accelerator_graph_capture_health_check()
         refusals = [self._refusal(group) for group in self.param_groups]
-        clipped = any(wants(group, "clip_norm") is not None for group in self.param_groups)
-        if clipped and any(refusals):
-            # Their norm is that of all gradients.  Where stock operators have to compute it, it serves all groups.
+        taken = [i for i, refusal in enumerate(refusals) if refusal is None]
+        squares = None
+        if any(refusal not in (None, _NO_GRADIENTS) for refusal in refusals):
+            # The norm is that of all gradients: where stock operators have to compute it, it serves all groups.
             with torch.no_grad():
                 squares = clip_norm_squares(self.param_groups)
-        else:
-            squares = None
         for group, refusal in zip(self.param_groups, refusals, strict=True):
             if refusal is not None:
                 self._stock_step(group, squares)
         with torch.no_grad():
-            self._kernel_step([i for i, refusal in enumerate(refusals) if refusal is None], squares)
+            self._kernel_step(taken, squares)
         return loss
 
     def _stock_step(self, group: Group, squares: Tensor | None) -> None:
@@ -151,7 +156,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             try:
                 self.param_groups = [group]
                 if self._bypasses_fused(group):
-                    self._stock_group(group)  # the checks and the state that `fused` asks for
+                    self._make_state(group)  # with the checks that `fused` asks for
                     group["fused"] = False
                 step(self)
             finally:
@@ -161,18 +166,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _bypasses_fused(self, group: Group) -> bool:
         """Whether stock's fused CPU kernels would be called, which are wrong for some 16-bit types and strides."""
-        return bool(group.get("fused")) and any(
-            parameter.device.type == "cpu" for parameter in group["params"] if parameter.grad is not None
-        )
+        return bool(group.get("fused")) and any(parameter.device.type == "cpu" for parameter in _with_gradients(group))
 
     def _has_options(self, group: Group) -> bool:
         return any(wants(group, name) != nothing for name, nothing in OPTIONS.items())
 
-    def _stock_group(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters and gradients of a group as stock finds them: it makes their state, and checks what it can."""
+    def _make_state(self, group: Group) -> None:
+        """Let stock make the state that its step would make, with the checks that it then does."""
         lists: list[list[Any]] = [[] for _ in range(self._list_count())]
         self._init_group(group, *lists)  # type: ignore[attr-defined]
-        return lists[0], lists[1]
 
     @classmethod
     def _list_count(cls) -> int:
@@ -206,40 +208,38 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _launches(self, index: int) -> Iterator[_Launch]:
         """What a group's update launches: a launch for each combination of device and dtypes."""
         group = self.param_groups[index]
-        fresh = {parameter for parameter in group["params"] if not self.state.get(parameter)}
-        parameters, gradients = self._stock_group(group)
+        parameters = _with_gradients(group)
         recipe = self._recipe(group)
         states = ALGORITHMS[recipe.algorithm].states
+        fresh = [not self.state.get(parameter) for parameter in parameters]
+        if any(fresh):
+            self._make_state(group)
         if states == ("momentum_buffer",):  # stock leaves it to the update to make it
-            for parameter in parameters:
+            for i, parameter in enumerate(parameters):
                 if self.state[parameter].get("momentum_buffer") is None:
-                    fresh.add(parameter)
+                    fresh[i] = True
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(
                         parameter, memory_format=torch.preserve_format
                     )
         if self._has_options(group):
             prepare_options(group, parameters, self.state)
-        combinations: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            state = self.state[parameter][states[0]] if states else parameter
+        combinations: dict[Any, _Batch] = {}
+        for parameter, is_fresh in zip(parameters, fresh, strict=True):
+            own = self.state.get(parameter, {})  # SGD may need none, and shall make none
+            gradient = parameter.grad
+            state = own[states[0]] if states else parameter
             key = (parameter.device, parameter.dtype, gradient.dtype, state.dtype, _layout(parameter))
-            combinations.setdefault(key, []).append((parameter, gradient))
-        for key, pairs in combinations.items():
+            combinations.setdefault(key, _Batch()).add(parameter, gradient, own, is_fresh)
+        for key, batch in combinations.items():
             tables: dict[Any, Table] = self.__dict__.setdefault("_tables", {})
-            table = tables.setdefault((index, *key), Table(key[0]))
-            yield self._launch(group, recipe, [p for p, _ in pairs], [g for _, g in pairs], fresh, table)
+            place = (index, *key)
+            if place not in tables:
+                tables[place] = Table(batch.parameters[0].device)
+            yield self._launch(group, recipe, batch, tables[place])
 
-    def _launch(
-        self,
-        group: Group,
-        recipe: Recipe,
-        parameters: list[Tensor],
-        gradients: list[Tensor],
-        fresh: set[Tensor],
-        table: Table,
-    ) -> _Launch:
+    def _launch(self, group: Group, recipe: Recipe, batch: _Batch, table: Table) -> _Launch:
+        parameters, own = batch.parameters, batch.own
         device = parameters[0].device
-        own = [self.state.get(parameter, {}) for parameter in parameters]  # SGD may need none, and shall make none
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
         averaged = wants(group, "averaging") is not None
@@ -250,7 +250,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         operands = Operands(
             memory(parameters),
-            memory(gradients),
+            memory(batch.gradients),
             [memory([state[key] for state in own]) for key in ALGORITHMS[recipe.algorithm].states],
             memory([state["master"] for state in own]) if has_master(group, parameters[0]) else None,
             memory([state["average"] for state in own]) if averaged else None,
@@ -272,7 +272,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "step" in own[0]:
             counters = _advance(own, device, recipe, found_inf)
         else:
-            counters = Counters([1.0 if parameter in fresh else 2.0 for parameter in parameters])
+            counters = Counters([1.0 if is_fresh else 2.0 for is_fresh in batch.fresh])
         penalty = Penalty.NONE
         if wants(group, "l1") or wants(group, "l2"):
             penalty = Penalty.ELEMENTS
@@ -295,22 +295,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             return "Triton is not installed"
         if group.get("differentiable"):
             return "differentiable"
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        parameters = _with_gradients(group)
         if not parameters:
-            return "no gradients"
+            return _NO_GRADIENTS
         recipe = self._recipe(group)
-        accepted: dict[Tensor, Any] = self.__dict__.setdefault("_accepted", {})
-        for parameter in parameters:
-            own = self.state.get(parameter, {})
-            traits = (recipe.algorithm, *own, *map(_traits, (parameter, parameter.grad, *own.values())))
-            if accepted.get(parameter) == traits:
-                continue
-            refusal = _tensor_refusal(parameter) or _tensor_refusal(parameter.grad)
-            if refusal or (refusal := self._state_refusal(group, recipe, parameter)):
-                return refusal
-            accepted[parameter] = traits
-        if _share_memory(parameters):
-            return "parameters share memory"
+        own = [self.state.get(parameter, {}) for parameter in parameters]
+        traits = (recipe.algorithm, group.get("capturable"), [tuple(state) for state in own], *_traits(parameters, own))
+        accepted: dict[int, Any] = self.__dict__.setdefault("_accepted", {})
+        if accepted.get(id(group)) != traits:
+            for parameter in parameters:
+                refusal = _tensor_refusal(parameter) or _tensor_refusal(parameter.grad)
+                if refusal := refusal or self._state_refusal(group, recipe, parameter):
+                    return refusal
+            if _overlap(parameters):
+                return "parameters share memory"
+            accepted[id(group)] = traits
         if group.get("capturable") and parameters[0].device.type == "cpu":
             return "capturable is for GPUs"
         for value in (group["lr"], *recipe):
@@ -322,6 +321,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Why the kernels don't take a parameter's gradient and state beside it, or None."""
         if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
             return "a parameter's memory overlaps itself"
+        if wants(group, "group_lasso") and not _has_whole_rows(parameter):
+            return "a group of the group lasso is spread over processes"
         own = self.state.get(parameter, {})
         states = ALGORITHMS[recipe.algorithm].states
         if own and not all(key in own for key in states) and states != ("momentum_buffer",):
@@ -346,14 +347,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether a GradScaler leaves unscaling, and skipping the step, to us."""
         stock = self.__dict__.get("_step_supports_amp_scaling", False)
         for group in self.param_groups:
-            if not any(parameter.grad is not None for parameter in group["params"]):
+            refusal = self._refusal(group)
+            if refusal == _NO_GRADIENTS:
                 continue
-            if self._refusal(group) is not None:
+            if refusal is not None:
                 if not stock or self._bypasses_fused(group) or self._has_options(group):
                     return False
             elif group.get("dampening") and any(
-                parameter.grad is not None and self.state.get(parameter, {}).get("momentum_buffer") is None
-                for parameter in group["params"]
+                self.state.get(parameter, {}).get("momentum_buffer") is None for parameter in _with_gradients(group)
             ):
                 return False  # whether the next step is the first, which isn't dampened, only the device would know
         return True
@@ -444,6 +445,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 @dataclass
+class _Batch:
+    """Parameters that one launch updates, with their gradients and state; ``fresh`` ones are in their first step."""
+
+    parameters: list[Any] = field(default_factory=list)
+    gradients: list[Any] = field(default_factory=list)
+    own: list[dict[str, Any]] = field(default_factory=list)
+    fresh: list[bool] = field(default_factory=list)
+
+    def add(self, parameter: Any, gradient: Any, own: dict[str, Any], fresh: bool) -> None:
+        self.parameters.append(parameter)
+        self.gradients.append(gradient)
+        self.own.append(own)
+        self.fresh.append(fresh)
+
+
+@dataclass
 class _Launch:
     """An update that is ready to be launched."""
 
@@ -496,13 +513,14 @@ def _one(found_inf: Tensor | None, like: Tensor) -> Any:
 def _advance(own: Sequence[dict[str, Any]], device: torch.device, recipe: Recipe, found_inf: Tensor | None) -> Counters:
     """Advance the counters in the state, and give them to the kernel: where they are, without a synchronisation."""
     keys = [key for key in ("step", "mu_product") if key in own[0]]
-    if found_inf is not None:
+    on_host = found_inf is None and all(state[key].device.type == "cpu" for state in own for key in keys)
+    if not on_host:
         for state in own:
             for key in keys:
                 state[key] = state[key].to(device, non_blocking=True)
     steps = [state["step"] for state in own]
     products = [state[key] for state in own for key in keys[1:]]
-    if found_inf is None and all(counter.device.type == "cpu" for counter in (*steps, *products)):
+    if on_host:
         torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)  # as stock does: 1 is wrapped once
         counts = [step.item() for step in steps]
         if products:
@@ -511,14 +529,14 @@ def _advance(own: Sequence[dict[str, Any]], device: torch.device, recipe: Recipe
             torch._foreach_mul_(products, [mus[count] for count in counts])
         return Counters(counts, [product.item() for product in products] or None)
     torch._foreach_add_(steps, _one(found_inf, steps[0]))
-    step = torch.stack(steps).to(device, torch.float64, non_blocking=True)
+    step = torch.stack(steps).double()
     if not products:
         return Counters(step)
     mu = recipe.a * (1 - 0.5 * torch.pow(0.96, step * recipe.c))
     if found_inf is not None:
         mu = torch.where(found_inf == 0, mu, 1.0)
-    torch._foreach_mul_(products, list(mu.to(products[0].device, products[0].dtype).unbind()))
-    return Counters(step, torch.stack(products).to(device, torch.float64, non_blocking=True))
+    torch._foreach_mul_(products, list(mu.to(products[0].dtype).unbind()))
+    return Counters(step, torch.stack(products).double())
 
 
 def _is_distributed(tensor: Tensor) -> bool:
@@ -533,29 +551,50 @@ def _local(tensor: Any) -> Tensor:
     return local
 
 
+def _has_whole_rows(tensor: Any) -> bool:
+    """Whether a row, all elements with one index of the first dimension, is in one process."""
+    placements = tensor.placements if _is_distributed(tensor) else ()
+    return all(placement.is_shard(0) or placement.is_replicate() for placement in placements)
+
+
 def _layout(tensor: Any) -> Any:
     return (tensor.device_mesh, tensor.placements) if _is_distributed(tensor) else None
 
 
-def _traits(tensor: Any) -> Any:
-    """All of a plain tensor that the choice of path depends on.  Anything else is judged anew in each step."""
-    if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
-        return object()
-    return (
-        tensor.dtype,
-        tensor.device,
-        tensor.shape,
-        tensor.stride(),
-        tensor.is_neg(),
-        tensor.is_inference(),
-    )
+def _with_gradients(group: Group) -> list[Any]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 
-def _share_memory(parameters: Sequence[Any]) -> bool:
-    """Whether two parameters begin at the same place."""
-    with torch.no_grad():
-        addresses = [_local(p).data_ptr() if _is_distributed(p) else p.data_ptr() for p in parameters if p.numel()]
-    return len(set(addresses)) < len(addresses)
+def _traits(parameters: Sequence[Any], own: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """All that the choice of path depends on of parameters, their gradients and state: the same traits, the same path.
+
+    Tensors that aren't plain are unlike any other.  This runs in every step over every tensor, hence list by list.
+    """
+    values = [value for state in own for value in state.values()]
+    tensors = [*parameters, *(parameter.grad for parameter in parameters)]
+    tensors += [value for value in values if isinstance(value, Tensor)]
+    plain = _PLAIN_TYPES.issuperset(map(type, tensors))
+    if not plain or any(tensor.layout is not torch.strided for tensor in tensors):
+        yield object()
+        return
+    yield [type(value) for value in values]
+    yield [tensor.dtype for tensor in tensors]
+    yield [tensor.device for tensor in tensors]
+    yield [tensor.shape for tensor in tensors]
+    yield [tensor.stride() for tensor in tensors]
+    yield [tensor.is_neg() or tensor.is_inference() for tensor in tensors]
+    yield [parameter.data_ptr() for parameter in parameters]
+
+
+def _overlap(parameters: Sequence[Any]) -> bool:
+    """Whether the memory of two parameters, from the first element to the last, has bytes in common."""
+    extents = []
+    for tensor in map(_local, parameters):
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            extents.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
+    extents.sort()
+    return any(here == there and end > start for (here, _, end), (there, start, _) in pairwise(extents))
 
 
 def _tensors(own: Sequence[dict[str, Any]]) -> list[Tensor]:
@@ -565,7 +604,7 @@ def _tensors(own: Sequence[dict[str, Any]]) -> list[Tensor]:
 def _sum_over_mesh(sums: Tensor, like: Any) -> Tensor:
     """Partial sums of one process's shards, added up over those of all processes."""
     module = sys.modules["torch.distributed.tensor"]
-    placements = [module.Partial() if placement.is_shard() else module.Replicate() for placement in like.placements]
+    placements = [module.Replicate() if placement.is_replicate() else module.Partial() for placement in like.placements]
     total = module.DTensor.from_local(sums.sum().reshape(1), like.device_mesh, placements, run_check=False)
     everywhere: Tensor = total.full_tensor()
     return everywhere
