@@ -33,6 +33,8 @@ TWINS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {}
 Group = dict[str, Any]
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _NO_GRADIENTS = "no gradients"
+#: Averages that stock takes with ``lerp_``, which refuses gradients of another dtype.
+_LERPED = {"exp_avg", "grad_avg"}
 #: Warns, or raises, where a graph is captured without ``capturable``.  Older versions of PyTorch know CUDA's only.
 _check_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
@@ -88,7 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             decay of an exponential one, in [0, 1).  `averaged_parameters` swaps it in.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters, and float32 state, in the state.
 
-    Raises ValueError where one of them is out of its range.
+    Raises ValueError where one of them is out of its range, or the step is to be ``differentiable``.
 
     Sources: Parikh and Boyd, "Proximal Algorithms" (2014); Yuan and Lin, "Model selection and estimation in regression
     with grouped variables" (2006); Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging"
@@ -169,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return bool(group.get("fused")) and any(parameter.device.type == "cpu" for parameter in _with_gradients(group))
 
     def _has_options(self, group: Group) -> bool:
-        return any(wants(group, name) != nothing for name, nothing in OPTIONS.items())
+        return any(group.get(name, nothing) != nothing for name, nothing in self.options.items())
 
     def _make_state(self, group: Group) -> None:
         """Let stock make the state that its step would make, with the checks that it then does."""
@@ -219,7 +221,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if self.state[parameter].get("momentum_buffer") is None:
                     fresh[i] = True
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(
-                        parameter, memory_format=torch.preserve_format
+                        parameter,
+                        dtype=torch.float32 if has_master(group, parameter) else _gradient_dtype(group, parameter),
+                        memory_format=torch.preserve_format,
                     )
         if self._has_options(group):
             prepare_options(group, parameters, self.state)
@@ -325,7 +329,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return "a group of the group lasso is spread over processes"
         own = self.state.get(parameter, {})
         states = ALGORITHMS[recipe.algorithm].states
-        if own and not all(key in own for key in states) and states != ("momentum_buffer",):
+        counted = () if issubclass(type(self), torch.optim.SGD) else ("step",)
+        if own and not all(key in own for key in (*states, *counted)) and states != ("momentum_buffer",):
             return "state is missing"
         step = own.get("step")
         if step is not None and not isinstance(step, Tensor):
@@ -335,6 +340,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensors = [own[key] for key in states if own.get(key) is not None]
         if len({tensor.dtype for tensor in tensors}) > 1:
             return "states differ in dtype"
+        state_dtype = tensors[0].dtype if tensors else parameter.dtype
+        if _LERPED & set(states) and parameter.grad.dtype != state_dtype and not has_master(group, parameter):
+            return "the gradient differs in dtype from its average"
         for tensor in (parameter.grad, *tensors, *(own[key] for key in ("master", "average") if key in own)):
             if tensor.shape != parameter.shape or tensor.device != parameter.device:
                 return "gradient or state is not like its parameter"
@@ -345,19 +353,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves unscaling, and skipping the step, to us."""
-        stock = self.__dict__.get("_step_supports_amp_scaling", False)
-        for group in self.param_groups:
-            refusal = self._refusal(group)
-            if refusal == _NO_GRADIENTS:
-                continue
-            if refusal is not None:
+        stock: bool = self.__dict__.get("_step_supports_amp_scaling", False)
+        groups = [group for group in self.param_groups if _with_gradients(group)]
+        for group in groups:
+            parameters = _with_gradients(group)
+            if self._refusal(group) is not None:
                 if not stock or self._bypasses_fused(group) or self._has_options(group):
                     return False
+            elif not stock and any(p.grad.dtype is torch.float16 and not has_master(group, p) for p in parameters):
+                return False  # stock's error follows: there would be no telling small gradients from zeros
             elif group.get("dampening") and any(
-                self.state.get(parameter, {}).get("momentum_buffer") is None for parameter in _with_gradients(group)
+                self.state.get(p, {}).get("momentum_buffer") is None for p in parameters
             ):
                 return False  # whether the next step is the first, which isn't dampened, only the device would know
-        return True
+        return bool(groups) or stock
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -371,6 +380,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_options(given)
         self.defaults.update(given)
         self._complete_groups()
+        if any(group.get("differentiable") and self._has_options(group) for group in self.param_groups):
+            raise ValueError("a differentiable step has none of: " + ", ".join(self.options))
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
@@ -549,6 +560,12 @@ def _local(tensor: Any) -> Tensor:
     """The memory that this process has of a tensor: without gradients to record, ``to_local`` makes no copy."""
     local: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor
     return local
+
+
+def _gradient_dtype(group: Group, parameter: Any) -> torch.dtype:
+    """Of the gradient as the update sees it: weight decay adds the parameter."""
+    dtype: torch.dtype = parameter.grad.dtype
+    return torch.promote_types(dtype, parameter.dtype) if group["weight_decay"] != 0 else dtype
 
 
 def _has_whole_rows(tensor: Any) -> bool:

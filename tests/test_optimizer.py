@@ -266,6 +266,36 @@ def test_swapped_memory_and_mixed_dtypes(device: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 2e-5, atol=1e-6)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("SGD", {"momentum": 0.9}), ("SGD", {"momentum": 0.9, "weight_decay": 0.1}), ("RMSprop", {}), ("Adam", {})],
+    ids=["momentum", "decay", "RMSprop", "Adam"],
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_gradients_of_another_dtype(
+    name: str, arguments: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype], device: str
+) -> None:
+    """As stock takes them, with state of the same dtype, or refuses them."""
+    (mine,), (theirs,) = (parameters([(30,)], dtypes[0], device) for _ in range(2))
+    if not hasattr(mine, "grad_dtype"):
+        pytest.skip("this version of PyTorch has gradients of the parameter's dtype only")
+    ours, stock = (getattr(module, name)([p], **arguments) for module, p in ((optim, mine), (torch.optim, theirs)))
+    for p in (mine, theirs):
+        p.grad_dtype = dtypes[1]
+    for _ in range(2):
+        mine.grad = theirs.grad = torch.randn(30, device=device).to(dtypes[1])
+        if name == "Adam":
+            for optimizer in (ours, stock):
+                with pytest.raises(RuntimeError, match="expected dtype"):
+                    optimizer.step()
+            return
+        assert optim.explain(ours)[0].kernel
+        ours.step()
+        stock.step()
+    assert_like_stock(ours, stock, rtol=1e-2, atol=1e-2)
+
+
 # --- In a training loop -----------------------------------------------------------------------------------------------
 
 
@@ -406,6 +436,15 @@ def test_what_the_kernels_leave_to_stock(device: str) -> None:
         p.grad = torch.ones(2, 2, device=device)
         with pytest.raises(RuntimeError, match="size"):
             optimizer.step()
+        del optimizer.state[p]["step"]
+        with pytest.raises(KeyError, match="step"):
+            optimizer.step()
+        overlapping = torch.zeros(5, device=device)
+        pair = [nn.Parameter(overlapping[:3]), nn.Parameter(overlapping[2:])]
+        for parameter in pair:
+            parameter.grad = torch.ones(3, device=device)
+        module.SGD(pair, lr=0.5, **({} if module is optim else {"foreach": False})).step()
+        assert overlapping.tolist() == [-0.5, -0.5, -1.0, -0.5, -0.5]
 
 
 def test_reasons(device: str) -> None:
@@ -461,6 +500,64 @@ def test_grad_scaler(name: str, device: str) -> None:
     for p, q in zip(mine, theirs, strict=True):
         if "step" in stock.state[q]:
             assert ours.state[p]["step"].item() == stock.state[q]["step"].item() == 3
+
+
+def test_grad_scaler_without_gradients(device: str) -> None:
+    scaler = torch.amp.GradScaler(device)
+    ours = optim.SGD(parameters([(4,)], torch.float32, device))
+    scaler.scale(torch.ones((), device=device))
+    with pytest.raises(AssertionError, match="No inf checks"):
+        scaler.step(ours)
+
+
+def test_grad_scaler_and_options(device: str) -> None:
+    """What the options do, they do to unscaled gradients, and not at all after an overflow."""
+
+    def run() -> None:
+        dtype = torch.bfloat16
+        (p,) = parameters([(4, 3)], dtype, device)
+        (weights,) = stock_parameters = [nn.Parameter(p.detach().float())]
+        ours = optim.Adam([p], lr=0.1, clip_norm=0.5, clip_value=0.3, l1=0.2, averaging="mean", master_weights=True)
+        stock = torch.optim.Adam(stock_parameters, lr=0.1)
+        mean = torch.zeros(4, 3, device=device)
+        for step in range(4):
+            set_gradients(step, stock_parameters)
+            overflow = step in (0, 2)
+            p.grad = (weights.grad * (float("inf") if overflow else 8.0)).to(dtype)
+            weights.grad = p.grad.float() / 8.0
+            scaler = torch.amp.GradScaler(device, init_scale=8.0)
+            scaler.scale(torch.ones((), device=device))
+            scaler.step(ours)
+            if overflow:
+                continue
+            nn.utils.clip_grad_norm_(stock_parameters, 0.5)
+            nn.utils.clip_grad_value_(stock_parameters, 0.3)
+            stock.step()
+            with torch.no_grad():
+                weights.copy_(proximal(weights, 0.1, 0.2, 0.0, 0.0))
+                mean += (weights - mean) / stock.state[weights]["step"].to(device)
+        state = ours.state[p]
+        torch.testing.assert_close(state["master"], weights.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state["average"], mean, rtol=1e-3, atol=1e-4)
+        assert state["averages"].item() == state["step"].item() == 2
+
+    in_both_paths(run)
+
+
+def test_grad_scaler_takes_float16_gradients_for_master_weights_only(device: str) -> None:
+    for options in ({}, {"master_weights": True}):
+        (p,) = parameters([(4,)], torch.float16, device)
+        ours = optim.SGD([p], lr=1.0, **options)
+        p.grad = torch.ones_like(p)
+        scaler = torch.amp.GradScaler(device, init_scale=8.0)
+        scaler.scale(torch.ones((), device=device))
+        if options and KERNELS_RUN:
+            before = p.detach().clone()
+            scaler.step(ours)
+            torch.testing.assert_close(p.detach(), before - 0.125)
+        else:
+            with pytest.raises(ValueError, match="unscale FP16"):  # stock's error
+                scaler.step(ours)
 
 
 def test_a_dampened_first_step_that_overflows(device: str) -> None:
@@ -563,6 +660,27 @@ def test_penalties(strengths: tuple[float, float, float], device: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
 
     in_both_paths(run)
+
+
+def test_an_element_that_is_no_number_stays_alone(device: str) -> None:
+    def run() -> None:
+        (matrix, vector) = mine = parameters([(2, 3), (6,)], torch.float32, device)
+        ours = optim.SGD(mine, lr=0.1, group_lasso=0.1)
+        set_gradients(0, mine)
+        for p in mine:
+            p.grad.view(-1)[0] = float("nan")
+        ours.step()
+        assert vector.isnan().tolist() == [True, False, False, False, False, False]
+        assert matrix.isnan().tolist() == [[True] * 3, [False] * 3]  # a group has one norm
+
+    in_both_paths(run)
+
+
+def test_options_do_not_go_with_differentiable_steps() -> None:
+    with pytest.raises(ValueError, match="differentiable"):
+        optim.SGD([nn.Parameter(torch.ones(3))], differentiable=True, l1=0.1)
+    with pytest.raises(ValueError, match="differentiable"):
+        optim.RMSprop([nn.Parameter(torch.ones(3))], differentiable=True, momentum=0.9, nesterov=True)
 
 
 @pytest.mark.parametrize("averaging", ["mean", 0.9, 0.0])
