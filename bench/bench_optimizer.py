@@ -20,15 +20,15 @@ COUNTED_SHAPES = ((128, 128), (16384,))  # whole tiles; the interpreter is slow
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        StepOperation("adamw", "AdamW", {"lr": 1e-3}, "adam"),
-        StepOperation("sgd_momentum", "SGD", {"lr": 1e-3, "momentum": 0.9}, "sgd_momentum"),
-        StepOperation("rmsprop", "RMSprop", {"lr": 1e-3}, "rmsprop"),
-        StepOperation("adam", "Adam", {"lr": 1e-3}, "adam"),
-        StepOperation("nadam", "NAdam", {"lr": 1e-3}, "nadam"),
-        StepOperation("adagrad", "Adagrad", {"lr": 1e-3}, "adagrad"),
-        StepOperation("adadelta", "Adadelta", {"lr": 1e-3}, "adadelta"),
-        StepOperation("adamax", "Adamax", {"lr": 1e-3}, "adamax"),
-        StepOperation("radam", "RAdam", {"lr": 1e-3}, "radam"),
+        StepOperation("adamw", "AdamW", "adam"),
+        StepOperation("sgd_momentum", "SGD", "sgd_momentum", {"momentum": 0.9}),
+        StepOperation("rmsprop", "RMSprop", "rmsprop", checked_lr=0.05),
+        StepOperation("adam", "Adam", "adam"),
+        StepOperation("nadam", "NAdam", "nadam"),
+        StepOperation("adagrad", "Adagrad", "adagrad"),
+        StepOperation("adadelta", "Adadelta", "adadelta", checked_lr=100.0),
+        StepOperation("adamax", "Adamax", "adamax"),
+        StepOperation("radam", "RAdam", "radam"),
     )
 }
 QUICK = ("adamw", "sgd_momentum", "rmsprop")

@@ -36,5 +36,9 @@ def transformer_1b() -> list[Shape]:
     return [(vocabulary, width), *layer * layers, (width,), (vocabulary, width)]
 
 
+def networks() -> dict[str, list[Shape]]:
+    return {"resnet50": resnet50(), "transformer_1b": transformer_1b()}
+
+
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({"resnet50": resnet50(), "transformer_1b": transformer_1b()}) + "\n")
+    FILE.write_text(json.dumps(networks()) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,51 +16,65 @@ from .contest import Contest, Effort
 from .timing import DEVICE, DeviceTimer, host_times
 from .validity import WrongResultError
 
-__all__ = ["StepCase", "StepOperation", "count_step_case", "run_step_contest"]
+__all__ = ["StepCase", "StepOperation", "check_step", "count_step_case", "run_step_contest"]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _LIMIT = {torch.bfloat16: 8.0, torch.float32: 128.0}
 _HOST_SIZES = ("resnet50",)
-#: apex's multi-tensor optimizers, by our names.
-_APEX = {"sgd_momentum": "FusedSGD", "adagrad": "FusedAdagrad", "adam": "FusedAdam", "adamw": "FusedAdam"}
+_LR = 1e-3
+#: Those of stock that have ``fused=True``, and apex's multi-tensor optimizers.
+_FUSED = ("SGD", "Adagrad", "Adam", "AdamW")
+_APEX = {"SGD": "FusedSGD", "Adagrad": "FusedAdagrad", "Adam": "FusedAdam", "AdamW": "FusedAdam"}
+
+
+#: What makes a contestant's step, from parameters and a learning rate.
+Maker = Callable[[Sequence[Tensor], float], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class StepOperation:
-    """An optimizer with arguments: a class of ``fusednn.optim`` and of ``torch.optim`` alike, and its budget.
+    """An optimizer with arguments: a class of ``fusednn.optim`` and of ``torch.optim`` alike.
 
-    ``bytes_per_parameter(itemsize)`` must be moved.
+    ``algorithm`` names its row in the kernels' table, which knows the budget.  Steps are checked at ``checked_lr``,
+    where they change weights by about 1/2: much more than a rounding.
     """
 
     name: str
     cls: str
-    arguments: dict[str, Any]
     algorithm: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    checked_lr: float = 0.5
     family: str = "optimizer"
 
-    def contestants(self) -> dict[str, Callable[[Sequence[Tensor]], Callable[[], Any]]]:
-        """How to make the step of each contestant on given parameters.  ``eager`` is stock's default, foreach."""
+    def contestants(self) -> dict[str, Maker]:
+        """How to make each contestant's step.  ``eager`` is what stock does on a GPU by itself: foreach."""
         from fusednn import optim
 
         stock = getattr(torch.optim, self.cls)
-        makers: dict[str, Callable[[Sequence[Tensor]], Callable[[], Any]]] = {
-            "fusednn": lambda parameters: getattr(optim, self.cls)(parameters, **self.arguments).step,
-            "eager": lambda parameters: stock(parameters, foreach=True, **self.arguments).step,
-            "compile": lambda parameters: torch.compile(stock(parameters, foreach=True, **self.arguments).step),
-            "for_loop": lambda parameters: stock(parameters, foreach=False, **self.arguments).step,
+        makers = {
+            "fusednn": self._maker(getattr(optim, self.cls)),
+            "eager": self._maker(stock, foreach=True),
+            "compile": self._compiled(self._maker(stock, foreach=True)),
+            "for_loop": self._maker(stock, foreach=False),
         }
-        if self.cls in ("SGD", "Adagrad", "Adam", "AdamW"):
-            makers["fused"] = lambda parameters: stock(parameters, fused=True, **self.arguments).step
-        if self.name in _APEX and find_spec("apex") is not None:
-            makers["apex"] = self._apex
+        if self.cls in _FUSED:
+            makers["fused"] = self._maker(stock, fused=True)
+        if self.cls in _APEX and find_spec("apex") is not None:
+            from apex import optimizers
+
+            decoupled = {"adam_w_mode": self.cls == "AdamW"} if self.cls.startswith("Adam") else {}
+            makers["apex"] = self._maker(getattr(optimizers, _APEX[self.cls]), **decoupled)
         return makers
 
-    def _apex(self, parameters: Sequence[Tensor]) -> Callable[[], Any]:
-        from apex import optimizers
+    def _maker(self, cls: Any, **more: Any) -> Maker:
+        def make(parameters: Sequence[Tensor], lr: float) -> Callable[[], Any]:
+            step: Callable[[], Any] = cls(parameters, lr=lr, **self.arguments, **more).step
+            return step
 
-        decoupled = {"adam_w_mode": self.cls == "AdamW"} if self.cls.startswith("Adam") else {}
-        step: Callable[[], Any] = getattr(optimizers, _APEX[self.name])(parameters, **self.arguments, **decoupled).step
-        return step
+        return make
+
+    def _compiled(self, maker: Maker) -> Maker:
+        return lambda parameters, lr: torch.compile(maker(parameters, lr))
 
     def peers(self) -> dict[str, Any]:
         return {name: make for name, make in self.contestants().items() if name in ("for_loop", "fused", "apex")}
@@ -113,7 +127,7 @@ class StepCase:
         return parameters
 
 
-def check_step(case: StepCase, make: Callable[[Sequence[Tensor]], Callable[[], Any]], device: torch.device) -> float:
+def check_step(case: StepCase, make: Maker, device: torch.device) -> float:
     """Two steps on the smallest and the largest few parameters, against stock's for-loop in float64.
 
     Returns the worst error in epsilons of the dtype; raises WrongResultError where it is too large.
@@ -121,8 +135,8 @@ def check_step(case: StepCase, make: Callable[[Sequence[Tensor]], Callable[[], A
     few = sorted(case.shapes, key=math.prod)
     small = StepCase(case.operation, case.dtype, case.size, (*few[:4], few[len(few) // 2]))
     ours, exact = small.parameters(device), small.parameters(device, torch.float64)
-    steps = (make(ours), case.operation.contestants()["for_loop"](exact))
-    for step in steps:
+    lr = case.operation.checked_lr
+    for step in (make(ours, lr), case.operation.contestants()["for_loop"](exact, lr)):
         step()
         step()
     epsilon = torch.finfo(case.dtype).eps
@@ -156,10 +170,8 @@ def run_step_contest(case: StepCase, timer: DeviceTimer, names: tuple[str, ...],
     return contest
 
 
-def _time(
-    case: StepCase, make: Callable[[Sequence[Tensor]], Callable[[], Any]], timer: DeviceTimer, effort: Effort
-) -> dict[str, Any]:
-    step = make(case.parameters(DEVICE))
+def _time(case: StepCase, make: Maker, timer: DeviceTimer, effort: Effort) -> dict[str, Any]:
+    step = make(case.parameters(DEVICE), _LR)
     torch.cuda.synchronize()
     step()
     before = torch.cuda.memory_allocated()
@@ -182,7 +194,18 @@ def _time(
         "rotated_bytes": case.budget(),
         "peak_bytes": peak,
         "kept_bytes": 0,
+        **_path(step),
     }
+
+
+def _path(step: Any) -> dict[str, str]:
+    """Whether fusednn took its kernel or stock's step."""
+    from fusednn import optim
+
+    optimizer = getattr(step, "__self__", None)
+    if not isinstance(optimizer, optim.FusedOptimizer):
+        return {}
+    return {"path": "; ".join(f"{group.path}: {group.reason}" for group in optim.explain(optimizer))}
 
 
 def count_step_case(case: StepCase) -> list[dict[str, Any]]:
@@ -197,7 +220,7 @@ def count_step_case(case: StepCase) -> list[dict[str, Any]]:
     error = check_step(case, makers["fusednn"], device)
     records = []
     for name in ("fusednn", "eager"):
-        step = makers[name](case.parameters(device))
+        step = makers[name](case.parameters(device), _LR)
         step()
         with measure_traffic() as traffic:
             step()
