@@ -79,7 +79,13 @@ def clip_norm_squares(groups: Iterable[Mapping[str, Any]]) -> Tensor | None:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    return torch.nn.utils.get_total_norm(gradients).double().square() if gradients else None
+    if not gradients:
+        return None
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # of distributed gradients
+        norm = norm.full_tensor()
+    squares: Tensor = norm.double().square()
+    return squares
 
 
 @contextmanager

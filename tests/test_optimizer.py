@@ -5,7 +5,8 @@ import inspect
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -965,9 +966,37 @@ def _train_sharded(rank: int, path: str) -> None:
             stock.step()
         for p, q in zip(mine, full, strict=True):
             torch.testing.assert_close(p.full_tensor(), q, rtol=2e-5, atol=1e-6)
+        _train_with_shards_of_all_kinds(mesh)
         _train_fully_sharded(mesh)
     finally:
         dist.destroy_process_group()
+
+
+def _train_with_shards_of_all_kinds(mesh: Any) -> None:
+    """A process without a row, and a matrix whose rows are divided between processes: one norm for all of them."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    full = parameters([(1, 4), (5, 2), (4, 6)], torch.float32, "cpu")
+    placements = [[Shard(0)], [Shard(0)], [Shard(1)]]
+    mine = [nn.Parameter(distribute_tensor(p.detach(), mesh, place)) for p, place in zip(full, placements, strict=True)]
+    groups = [{"params": mine[:2]}, {"params": mine[2:]}]
+    ours = optim.SGD(groups, lr=0.1, clip_norm=0.5, group_lasso=0.7)
+    stock = torch.optim.SGD(full, lr=0.1)
+    for step in range(2):
+        set_gradients(step, full)
+        for p, q, place in zip(mine, full, placements, strict=True):
+            p.grad = distribute_tensor(q.grad, mesh, place)
+        if KERNELS_RUN:
+            assert [path.kernel for path in optim.explain(ours)] == [True, False]
+            assert "spread over processes" in optim.explain(ours)[1].reason
+        ours.step()
+        nn.utils.clip_grad_norm_(full, 0.5)
+        stock.step()
+        with torch.no_grad():
+            for q in full:
+                q.copy_(proximal(q, 0.1, 0.0, 0.0, 0.7))
+    for p, q in zip(mine, full, strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=2e-5, atol=1e-6)
 
 
 def _train_fully_sharded(mesh: Any) -> None:
@@ -996,6 +1025,22 @@ def test_two_processes(tmp_path: Any) -> None:
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Any call that waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled_kernels() -> int:
+    """How many updates Triton has compiled for this process."""
+    return sum(len(cache[0]) for cache in kernels.optimizer.update_kernel.device_caches.values())
+
+
 @every_name
 @pytest.mark.gpu
 def test_no_synchronisation_and_no_recompilation(name: str, device: str) -> None:
@@ -1006,19 +1051,36 @@ def test_no_synchronisation_and_no_recompilation(name: str, device: str) -> None
         set_gradients(step, mine)
         ours.step()
         schedule.step()
-    kernel = kernels.optimizer.update_kernel
-    compiled = sum(len(cache[0]) for cache in kernel.device_caches.values())
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    compiled = compiled_kernels()
+    with no_synchronisation():
         for _ in range(50):
             for p in mine:
                 p.grad = p.grad * 0.9
             ours.step()
             schedule.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert sum(len(cache[0]) for cache in kernel.device_caches.values()) == compiled
+    assert compiled_kernels() == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+def test_a_grad_scaler_waits_for_nothing(name: str, device: str) -> None:
+    mine = parameters([(300,), (4, 5)], torch.float32, device)
+    ours = getattr(optim, name)(mine, clip_norm=1.0)
+    scaler = torch.amp.GradScaler(device, init_scale=8.0)
+
+    def train() -> None:
+        scaler.scale(sum((p**2).sum() for p in mine)).backward()
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad()
+
+    for _ in range(2):
+        train()
+    compiled = compiled_kernels()
+    with no_synchronisation():
+        for _ in range(50):
+            train()
+    assert compiled_kernels() == compiled
 
 
 @pytest.mark.gpu

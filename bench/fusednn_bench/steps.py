@@ -128,7 +128,7 @@ class StepCase:
 
 
 def check_step(case: StepCase, make: Maker, device: torch.device) -> float:
-    """Two steps on the smallest and the largest few parameters, against stock's for-loop in float64.
+    """Two steps on a few of the parameters, against stock's for-loop in float64.
 
     Returns the worst error in epsilons of the dtype; raises WrongResultError where it is too large.
     """
