@@ -222,7 +222,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     fresh[i] = True
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(
                         parameter,
-                        dtype=torch.float32 if has_master(group, parameter) else _gradient_dtype(group, parameter),
+                        dtype=torch.float32 if has_master(group, parameter) else _gradient_dtype(recipe, parameter),
                         memory_format=torch.preserve_format,
                     )
         if self._has_options(group):
@@ -341,7 +341,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len({tensor.dtype for tensor in tensors}) > 1:
             return "states differ in dtype"
         state_dtype = tensors[0].dtype if tensors else parameter.dtype
-        if _LERPED & set(states) and parameter.grad.dtype != state_dtype and not has_master(group, parameter):
+        lerped = _LERPED & set(states) and not has_master(group, parameter)
+        if lerped and _gradient_dtype(recipe, parameter) != state_dtype:
             return "the gradient differs in dtype from its average"
         for tensor in (parameter.grad, *tensors, *(own[key] for key in ("master", "average") if key in own)):
             if tensor.shape != parameter.shape or tensor.device != parameter.device:
@@ -562,10 +563,10 @@ def _local(tensor: Any) -> Tensor:
     return local
 
 
-def _gradient_dtype(group: Group, parameter: Any) -> torch.dtype:
-    """Of the gradient as the update sees it: weight decay adds the parameter."""
+def _gradient_dtype(recipe: Recipe, parameter: Any) -> torch.dtype:
+    """Of the gradient as stock's update sees it: weight decay adds the parameter."""
     dtype: torch.dtype = parameter.grad.dtype
-    return torch.promote_types(dtype, parameter.dtype) if group["weight_decay"] != 0 else dtype
+    return torch.promote_types(dtype, parameter.dtype) if recipe.weight_decay != 0 else dtype
 
 
 def _has_whole_rows(tensor: Any) -> bool:
