@@ -86,7 +86,7 @@ def assert_like_stock(ours: torch.optim.Optimizer, stock: torch.optim.Optimizer,
                 torch.testing.assert_close(ours.state[p][key], value, msg=lambda m, key=key: f"{key}: {m}", **tolerance)
 
 
-# The bounds, relative to stock's single-tensor update; where numbers cancel, to what they were computed from.
+# Relative to stock's single-tensor update; where numbers cancel, to what they were computed from.
 TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-6}, torch.float64: {"rtol": 1e-9, "atol": 1e-12}}
 
 
