@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusednn import autograd
 
-BATCHES = (32, 256, 1)
+SIZES = {"batch_32": 32, "batch_256": 256, "batch_1": 1}
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -175,9 +175,9 @@ def timed_cases(full: bool) -> list[Case]:
     stages = {f"conv_act_pool2d_{name}": stage for name, stage in STAGES.items()} | {"conv2d": PLAIN, "conv1d": PLAIN}
     quick = {f"conv_act_pool2d_{name}" for name in QUICK}
     return [
-        Case(OPERATIONS[name], dtype, f"batch_{batch}", _shape(stage, batch))
+        Case(OPERATIONS[name], dtype, size, _shape(stage, batch))
         for dtype in DTYPES
-        for batch in BATCHES
+        for size, batch in SIZES.items()
         for name, stage in stages.items()
         if full or (name in quick and batch == 32 and dtype is torch.bfloat16)
     ]

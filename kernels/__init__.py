@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, conv, nll_loss, pointwise_loss, pool, prelu, rrelu
+from . import activation, conv, nll_loss, optimizer, pointwise_loss, pool, prelu, rrelu
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -15,6 +15,7 @@ __all__ = [
     "activation",
     "conv",
     "nll_loss",
+    "optimizer",
     "pointwise_loss",
     "pool",
     "prelu",
