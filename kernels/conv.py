@@ -125,8 +125,7 @@ def conv_pool_kernel(
         for x in tl.static_range(POOL):
             within = (line + y >= 0) & (line + y < conv_height) & (place + x >= 0) & (place + x < conv_width)
             best, raw, position = contend(
-                *(products[y * POOL + x], y * POOL + x, inside & within, bias, best, raw, position),
-                *(a, b, VALUE, tl.float32),
+                products[y * POOL + x] + bias, y * POOL + x, inside & within, best, raw, position, a, b, VALUE
             )
 
     offset = row * filters + column

@@ -36,7 +36,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .activation import ACTIVATIONS
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
-from .layout import dense
+from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 
 __all__ = [
@@ -107,11 +107,24 @@ def place_images(plane, column, columns, height, width, CHANNELS_LAST: tl.conste
 
 
 @triton.jit
-def contend(x, tap, inside, bias, best, raw, position, a, b, VALUE: tl.constexpr, COMPUTE: tl.constexpr):
+def load_inputs(
+    x_pointer, residual_pointer, offset, inside, mean, scale, bias, NORMALISES: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """What the activation is applied to: elements of the images, normalised, with bias and residual."""
+    x = widen(tl.load(x_pointer + offset, mask=inside, other=0), COMPUTE)
+    if NORMALISES:
+        x = (x - mean) * scale
+    x += bias
+    if residual_pointer is not None:
+        x += widen(tl.load(residual_pointer + offset, mask=inside, other=0), COMPUTE)
+    return x
+
+
+@triton.jit
+def contend(x, tap, inside, best, raw, position, a, b, VALUE: tl.constexpr):
     """Let the elements at position ``tap`` contend for the maximum: its value, what that was before the activation, and
     its position.
     """
-    x = widen(x, COMPUTE) + bias
     value = x
     if VALUE is not None:
         value = VALUE(x, a, b)
@@ -219,7 +232,10 @@ _WINDOW += ["padding_height", "padding_width", "dilation_height", "dilation_widt
 @triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, *_WINDOW, "keeps_code", "emits_indices"])
 def pool_forward_kernel(
     x_pointer,  # images
-    bias_pointer,  # one of each channel, or None
+    residual_pointer,  # added to them, like ``x``, or None
+    mean_pointer,  # of each channel, or None: with ``scale``, (x - mean) scale takes the place of x
+    scale_pointer,
+    bias_pointer,  # of each channel, or None
     y_pointer,  # pooled images; may be the images themselves where KERNEL is 1
     code_pointer,  # packed codes; not written unless keeps_code
     raw_pointer,  # the maxima before the activation, like ``y``, or None
@@ -257,12 +273,18 @@ def pool_forward_kernel(
     )
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
-    bias = scalar(0.0, COMPUTE)
+    if CHANNELS_LAST:
+        channel = column
+    else:
+        channel = plane % channels
+    mean = scalar(0.0, COMPUTE)
+    scale = mean
+    bias = mean
+    if mean_pointer is not None:
+        mean = tl.load(mean_pointer + channel, mask=channel < channels, other=0).to(COMPUTE)
+        scale = tl.load(scale_pointer + channel, mask=channel < channels, other=0).to(COMPUTE)
     if bias_pointer is not None:
-        if CHANNELS_LAST:
-            bias = widen(tl.load(bias_pointer + column, mask=column < columns, other=0), COMPUTE)
-        else:
-            bias = widen(tl.load(bias_pointer + plane % channels), COMPUTE)
+        bias = widen(tl.load(bias_pointer + channel, mask=channel < channels, other=0), COMPUTE)
     top, left = line, place
     if KERNEL != 1:
         top = line * stride_height - padding_height
@@ -277,14 +299,15 @@ def pool_forward_kernel(
         for tap_line in tl.static_range(2):
             line_inside = (row < rows) & (top + tap_line < height)
             offset = (top + tap_line).to(tl.int64) * width + pair
-            x = tl.load(x_pointer + start + offset, mask=line_inside & (pair < width), other=0)
+            x = load_inputs(
+                *(x_pointer, residual_pointer, start + offset, line_inside & (pair < width), mean, scale, bias),
+                *(mean_pointer is not None, COMPUTE),
+            )
             first, second = tl.split(tl.reshape(x, (HEIGHT, WIDTH, 2)))
             within = inside & line_inside
-            best, raw, position = contend(first, 2 * tap_line, within, bias, best, raw, position, a, b, VALUE, COMPUTE)
+            best, raw, position = contend(first, 2 * tap_line, within, best, raw, position, a, b, VALUE)
             within = within & (left + 1 < width)
-            best, raw, position = contend(
-                second, 2 * tap_line + 1, within, bias, best, raw, position, a, b, VALUE, COMPUTE
-            )
+            best, raw, position = contend(second, 2 * tap_line + 1, within, best, raw, position, a, b, VALUE)
     else:
         if KERNEL:
             taps: tl.constexpr = KERNEL * KERNEL
@@ -293,16 +316,22 @@ def pool_forward_kernel(
                 tap_place = left + tap % KERNEL
                 within = inside & (tap_line >= 0) & (tap_line < height) & (tap_place >= 0) & (tap_place < width)
                 offset = (tap_line.to(tl.int64) * width + tap_place) * distance
-                x = tl.load(x_pointer + start + offset, mask=within, other=0)
-                best, raw, position = contend(x, tap, within, bias, best, raw, position, a, b, VALUE, COMPUTE)
+                x = load_inputs(
+                    *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
+                    *(mean_pointer is not None, COMPUTE),
+                )
+                best, raw, position = contend(x, tap, within, best, raw, position, a, b, VALUE)
         else:
             for tap in range(kernel_height * kernel_width):
                 tap_line = top + tap // kernel_width * dilation_height
                 tap_place = left + tap % kernel_width * dilation_width
                 within = inside & (tap_line >= 0) & (tap_line < height) & (tap_place >= 0) & (tap_place < width)
                 offset = (tap_line.to(tl.int64) * width + tap_place) * distance
-                x = tl.load(x_pointer + start + offset, mask=within, other=0)
-                best, raw, position = contend(x, tap, within, bias, best, raw, position, a, b, VALUE, COMPUTE)
+                x = load_inputs(
+                    *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
+                    *(mean_pointer is not None, COMPUTE),
+                )
+                best, raw, position = contend(x, tap, within, best, raw, position, a, b, VALUE)
 
     offset = row * columns + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
@@ -593,6 +622,8 @@ def _configuration(
     channels_last: bool,
     biased: bool,
     keeps_raw: bool,
+    normalises: bool = False,
+    residual: bool = False,
 ) -> Configuration:
     """``biased``: a bias is added, or its gradient is summed."""
     element, accumulator = "*" + TRITON_TYPE[dtype], "*fp64" if dtype is torch.float64 else "*fp32"
@@ -610,7 +641,10 @@ def _configuration(
         wide_loads, wide_stores = max(kernel * kernel, 1) if aligned else 0, 1
         pointers = {
             "x_pointer": element,
-            "bias_pointer": element if biased else None,
+            "residual_pointer": element if residual else None,
+            "mean_pointer": accumulator if normalises else None,
+            "scale_pointer": accumulator if normalises else None,
+            "bias_pointer": accumulator if normalises else element if biased else None,
             "y_pointer": element,
             "code_pointer": "*u8",
             "raw_pointer": element if keeps_raw else None,
@@ -652,6 +686,8 @@ def _configuration(
             for part in (
                 f"pool {direction} {window} {memory}",
                 biased and "+ bias",
+                normalises and "normalised",
+                residual and "+ residual",
                 activation,
                 TRITON_TYPE[dtype],
             )
@@ -725,14 +761,21 @@ def pool_forward(
     keeps_raw: bool = False,
     emits_indices: bool = False,
     inplace: bool = False,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Pooled:
-    """max over windows of activation(x + bias), and what was asked for besides.
+    """max over windows of activation((x - mean) scale + bias + residual), and what was asked for besides.
+
+    ``mean`` and ``scale`` go together; they and the bias are then float32, or float64 where the images are.
 
     ``activation`` is a row of the table, with its default parameters.  ``keeps_raw``: keep the maxima before the
     activation, which must be one that saves its input.  ``inplace``, for windows of one position: write over the images
     ``x``, which must be in one of the memory formats.
     """
     x, channels_last = images(x)
+    if residual is not None:
+        residual = dense_like(residual, x.stride())
     kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
     results = pooled_like(x, x.shape, channels_last, window, activation, **kept, y=x if inplace else None)
     _, channels, height, width = x.shape
@@ -741,9 +784,13 @@ def pool_forward(
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
     bits = code_bits(window, is_masked(activation))
     launch(
-        _configuration("forward", x.dtype, activation, window.fixed, bits, channels_last, bias is not None, keeps_raw),
+        _configuration(
+            *("forward", x.dtype, activation, window.fixed, bits, channels_last, bias is not None, keeps_raw),
+            normalises=mean is not None,
+            residual=residual is not None,
+        ),
         _programs(rows, columns),
-        *(tensor for tensor in (x, bias, results.y, results.code) if tensor is not None),
+        *(tensor for tensor in (x, residual, mean, scale, bias, results.y, results.code) if tensor is not None),
         *((results.raw,) if keeps_raw else ()),
         *(results.indices, rows, columns, channels, height, width, pooled_height, pooled_width, *window.arguments),
         *(int(keeps_code), int(emits_indices), a, b),
