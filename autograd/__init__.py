@@ -23,11 +23,15 @@ from .activation import (
     tanh,
     threshold,
 )
+from .batch_norm import batch_norm, batch_norm_act, channel_statistics
 from .prelu import prelu
 from .rrelu import rrelu
 
 __all__ = [
+    "batch_norm",
+    "batch_norm_act",
     "celu",
+    "channel_statistics",
     "elu",
     "gelu",
     "hardsigmoid",

@@ -84,3 +84,21 @@ def erf(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0."""
     return 1 / (1 + exp(-x))
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, correctly rounded: compiled, ``/`` is so in float64 alone."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def square_root(x):
+    """The square root, correctly rounded: compiled, ``tl.sqrt`` is so in float64 alone."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)

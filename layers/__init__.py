@@ -20,6 +20,7 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .explain import Explanation, ExplanationRow, explain
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
@@ -30,6 +31,12 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "Explanation",
     "ExplanationRow",
     "Hardsigmoid",

@@ -1,0 +1,132 @@
+"""Batch norm as layers: drop-in subclasses of ``torch.nn``'s, and forms with an activation and a residual in one.
+
+Inputs (N, C), (N, C, L), (N, C, H, W) and (N, C, D, H, W) in float16, bfloat16, float32 or float64, in any memory
+format; the parameters and running statistics of 16-bit inputs may be float32.  Whatever else PyTorch accepts goes to
+the stock operator, which raises the stock errors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..autograd.batch_norm import batch_norm_act, check_activation
+from .twin import Twin
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+
+
+def count_batch(layer: _BatchNorm) -> float | Tensor:
+    """Count a batch in training, and return the momentum: the number of batches where they are to be averaged."""
+    if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:
+            return layer.num_batches_tracked
+    return 0.0 if layer.momentum is None else layer.momentum
+
+
+def uses_batch_statistics(layer: _BatchNorm) -> bool:
+    """Whether the layer normalises with the batch's statistics: in training, and where it tracks none."""
+    return layer.training or (layer.running_mean is None and layer.running_var is None)
+
+
+def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that a forward pass uses or updates: none where the layer stopped tracking them."""
+    if layer.training and not layer.track_running_stats:
+        return None, None
+    return layer.running_mean, layer.running_var
+
+
+def forward(layer: _BatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    layer._check_input_dim(input)
+    momentum = count_batch(layer)
+    return batch_norm_act(
+        input,
+        *running_statistics(layer),
+        layer.weight,
+        layer.bias,
+        uses_batch_statistics(layer),
+        momentum,
+        layer.eps,
+        residual=residual,
+        activation=activation,
+    )
+
+
+class BatchNorm1d(Twin, nn.BatchNorm1d):
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel of (N, C) or (N, C, L).
+
+    Twin of `torch.nn.BatchNorm1d`; saves the input.  Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return forward(self, input, None, None)
+
+
+class BatchNorm2d(Twin, nn.BatchNorm2d):
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel of (N, C, H, W).
+
+    Twin of `torch.nn.BatchNorm2d`; saves the input.  Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return forward(self, input, None, None)
+
+
+class BatchNorm3d(Twin, nn.BatchNorm3d):
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel of (N, C, D, H, W).
+
+    Twin of `torch.nn.BatchNorm3d`; saves the input.  Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return forward(self, input, None, None)
+
+
+class _Activated(_BatchNorm):
+    """What the fused forms share; before a batch norm among their bases."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+        **options: bool,  # those that the installed PyTorch's batch norm has besides
+    ) -> None:
+        check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return forward(self, input, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class BatchNormAct1d(_Activated, BatchNorm1d):
+    """activation(batch_norm(x) + residual) for (N, C) or (N, C, L), in one.
+
+    Args as of `torch.nn.BatchNorm1d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    """
+
+
+class BatchNormAct2d(_Activated, BatchNorm2d):
+    """activation(batch_norm(x) + residual) for (N, C, H, W), in one.
+
+    Args as of `torch.nn.BatchNorm2d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    """
+
+
+class BatchNormAct3d(_Activated, BatchNorm3d):
+    """activation(batch_norm(x) + residual) for (N, C, D, H, W), in one.
+
+    Args as of `torch.nn.BatchNorm3d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    """
