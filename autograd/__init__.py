@@ -24,12 +24,25 @@ from .activation import (
     threshold,
 )
 from .batch_norm import batch_norm, batch_norm_act, channel_statistics
+from .nll_loss import nll_loss
+from .pointwise_loss import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from .prelu import prelu
 from .rrelu import rrelu
+from .sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "batch_norm",
     "batch_norm_act",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "celu",
     "channel_statistics",
     "elu",
@@ -37,9 +50,14 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
     "leaky_relu",
     "logsigmoid",
     "mish",
+    "mse_loss",
+    "nll_loss",
     "prelu",
     "relu",
     "relu6",
@@ -47,8 +65,10 @@ __all__ = [
     "selu",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "softplus",
     "softsign",
+    "sync_batch_norm",
     "tanh",
     "threshold",
 ]

@@ -43,7 +43,7 @@ def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     " float momentum) -> (Tensor, Tensor)",
     fake=lambda x, running_mean, running_var, batches, momentum: _fake_statistics(x),
 )
-def _statistics(
+def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     return kernels.merge_statistics(kernels.partial_statistics(x), running_mean, running_var, batches, momentum)
@@ -57,7 +57,7 @@ def _statistics(
         torch.empty_like(partial[0, 0]),
     ),
 )
-def merge(
+def merge_statistics(
     partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     return kernels.merge_statistics(partial, running_mean, running_var, batches, momentum)
@@ -213,10 +213,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         else:
             dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
             y = F.batch_norm(x, mean.to(dtype), variance.to(dtype), weight, bias, False, 0.0, eps)
-        if residual is not None:
-            y = y + residual
-        if activation is not None:
-            y = ACTIVATION_FUNCTIONS[activation](y)
+        y = apply_activation(y, residual, activation)
     operands = (x, residual, weight, bias)
     wanted = [t for t, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed and t is not None]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=True)) if wanted else iter(())
@@ -293,6 +290,11 @@ def batch_norm_act(
     if batches is not None:
         plain = 1.0 / float(batches)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, plain, eps)
+    return apply_activation(y, residual, activation)
+
+
+def apply_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual), by stock operators."""
     if residual is not None:
         y = y + residual
     return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
@@ -311,7 +313,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """
     input = input.detach()
     if takes_kernel("channel_statistics", input, refusal="no dimension of channels" if input.dim() < 2 else None):
-        mean, variance = _statistics(input, None, None, None, 0.0)
+        mean, variance = statistics(input, None, None, None, 0.0)
     else:
         others = [dim for dim in range(input.dim()) if dim != 1]
         variance, mean = torch.var_mean(input.to(kernels.accumulator(input.dtype)), others, correction=0)
@@ -336,7 +338,7 @@ def _apply(
     batches: Tensor | None = None,
 ) -> Tensor:
     if training:
-        mean, variance = _statistics(input.detach(), running_mean, running_var, batches, float(momentum))
+        mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))
         mark_updated(running_mean, running_var)
     else:
         assert running_mean is not None

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import ACTIVATIONS, Activation
+from .activation import ACTIVATIONS
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, narrow, scalar, square_root, widen

@@ -44,6 +44,13 @@ def exp(x):
 
 
 @triton.jit
+def log(x):
+    if INTERPRETED:
+        return tl.log(x)
+    return libdevice.log(x)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1, without cancellation near 0."""
     if INTERPRETED:
@@ -102,3 +109,13 @@ def square_root(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def require(condition, MESSAGE: tl.constexpr):
+    """A device assertion on a tensor of booleans.  The kernel's `Configuration` has to say that it ``asserts``."""
+    if INTERPRETED:
+        # The interpreter ignores ``tl.device_assert``, but stops at Python's own statement.
+        assert tl.min(condition.to(tl.int32)) == 1, MESSAGE
+    else:
+        tl.device_assert(condition, MESSAGE)

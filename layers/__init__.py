@@ -22,15 +22,30 @@ from .activation import (
 )
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .explain import Explanation, ExplanationRow, explain
+from .fold import FoldedBatchNorm, fold_batch_norm
+from .input_norm import GlobalContrastNorm, InputNorm
+from .nll_loss import NLLLoss
+from .pointwise_loss import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .sync_batch_norm import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -39,12 +54,20 @@ __all__ = [
     "BatchNormAct3d",
     "Explanation",
     "ExplanationRow",
+    "FoldedBatchNorm",
+    "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
+    "InputNorm",
+    "KLDivLoss",
+    "L1Loss",
     "LeakyReLU",
     "LogSigmoid",
+    "MSELoss",
     "Mish",
+    "NLLLoss",
     "PReLU",
     "RReLU",
     "ReLU",
@@ -53,11 +76,15 @@ __all__ = [
     "ReplacementRow",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softplus",
     "Softsign",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "Tanh",
     "Threshold",
     "explain",
+    "fold_batch_norm",
     "replace_layers",
     "restore_layers",
 ]

@@ -7,6 +7,8 @@ the stock operator, which raises the stock errors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -84,7 +86,7 @@ class BatchNorm3d(Twin, nn.BatchNorm3d):
         return forward(self, input, None, None)
 
 
-class _Activated(_BatchNorm):
+class Activated(_BatchNorm):
     """What the fused forms share; before a batch norm among their bases."""
 
     def __init__(
@@ -98,10 +100,12 @@ class _Activated(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
-        **options: bool,  # those that the installed PyTorch's batch norm has besides
+        **options: Any,  # those that the installed PyTorch's batch norm has besides
     ) -> None:
         check_activation(activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
+        )
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -111,21 +115,21 @@ class _Activated(_BatchNorm):
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
-class BatchNormAct1d(_Activated, BatchNorm1d):
+class BatchNormAct1d(Activated, BatchNorm1d):
     """activation(batch_norm(x) + residual) for (N, C) or (N, C, L), in one.
 
     Args as of `torch.nn.BatchNorm1d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
     """
 
 
-class BatchNormAct2d(_Activated, BatchNorm2d):
+class BatchNormAct2d(Activated, BatchNorm2d):
     """activation(batch_norm(x) + residual) for (N, C, H, W), in one.
 
     Args as of `torch.nn.BatchNorm2d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
     """
 
 
-class BatchNormAct3d(_Activated, BatchNorm3d):
+class BatchNormAct3d(Activated, BatchNorm3d):
     """activation(batch_norm(x) + residual) for (N, C, D, H, W), in one.
 
     Args as of `torch.nn.BatchNorm3d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
