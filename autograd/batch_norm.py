@@ -157,6 +157,7 @@ class BatchNorm(Function):
     ) -> Tensor:
         joined = residual is not None and activation is not None
         masked = joined and activation is not None and ACTIVATIONS[activation].saves == "mask"
+        y: Tensor
         y, mask = _forward(x, residual, mean, variance, weight, bias, eps, activation, masked)
         kept = residual if joined and not masked else None
         ctx.save_for_backward(x, kept, mask if masked else None, weight, bias, mean, variance)
@@ -182,19 +183,20 @@ def gradients(
     training, eps, activation = ctx.arguments
     x_needed, residual_needed, weight_needed, bias_needed, *_ = ctx.needs_input_grad
     vectors = (mean, variance, weight, bias, eps)
-    dx, sums, share = None, None, 0.0
+    dx, dweight, dbias, sums, share = None, None, None, None, 0.0
     joined = residual is not None or mask is not None
     if weight_needed or bias_needed or joined or (x_needed and training):
         sums, dz = _reduce(g, x, residual, mask, *vectors, activation)
+        dweight = sums[1].to(weight.dtype) if weight_needed else None
+        dbias = sums[0].to(bias.dtype) if bias_needed else None
         if joined:
             g, activation = dz, None
     if x_needed:
-        total = None
-        if training:
-            total, share = combine(sums, x)
-        dx = _backward(g, x, total, share, *vectors, activation)
-    dweight = sums[1].to(weight.dtype) if weight_needed else None
-    dbias = sums[0].to(bias.dtype) if bias_needed else None
+        if not training:
+            sums = None
+        elif sums is not None:
+            sums, share = combine(sums, x)
+        dx = _backward(g, x, sums, share, *vectors, activation)
     return dx, g if residual_needed else None, dweight, dbias, None, None, None, None, None
 
 
@@ -379,15 +381,15 @@ def mark_updated(*statistics: Tensor | None) -> None:
 
 
 def _refusal(
-    input: object,
-    running_mean: object,
-    running_var: object,
-    weight: object,
-    bias: object,
-    training: object,
-    momentum: object,
-    eps: object,
-    residual: object,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]

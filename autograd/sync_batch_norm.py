@@ -28,7 +28,7 @@ class SyncBatchNorm(Function):
         return BatchNorm.forward(ctx, *common)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         def combine(sums: Tensor, x: Tensor) -> tuple[Tensor, float]:
             everywhere = sums.clone()

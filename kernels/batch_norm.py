@@ -709,7 +709,7 @@ class _Plan:
         )
 
 
-def _plan(x: Tensor) -> _Plan:
+def plan_of(x: Tensor) -> _Plan:
     channels = x.shape[1]
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
     inner = x.numel() if channels == 1 else x.stride(1)
@@ -754,7 +754,7 @@ def partial_statistics(x: Tensor) -> Tensor:
     x = dense(x)
     if not x.numel():
         return torch.zeros((1, 3, x.shape[1]), dtype=accumulator(x.dtype), device=x.device)
-    plan = _plan(x)
+    plan = plan_of(x)
     partial = torch.empty((plan.splits, 3, plan.channels), dtype=accumulator(x.dtype), device=x.device)
     _launch(_statistics(x.dtype, plan.tiling), plan, (x, partial))
     return partial
@@ -789,7 +789,7 @@ def mask_bytes(x: Tensor) -> int:
     """Bytes of the packed mask for the dense ``x``, whole tiles.  Sizes may be symbolic."""
     if not x.numel():
         return 0
-    plan = _plan(x)
+    plan = plan_of(x)
     return plan.tracks * plan.length * plan.channel_blocks * MASK_BYTES
 
 
@@ -814,7 +814,7 @@ def batch_norm_forward(
     mask = torch.empty(mask_bytes(x), dtype=torch.uint8, device=x.device) if masked else None
     if not x.numel():
         return y, mask
-    plan = _plan(x)
+    plan = plan_of(x)
     if residual is not None:
         residual = dense_like(residual, x.stride())
     vectors = _vectors(x.dtype, mean, variance, weight, bias)
@@ -845,7 +845,7 @@ def batch_norm_reduce(
     dz = torch.empty_like(x) if residual is not None or mask is not None else None
     if not x.numel():
         return torch.zeros((2, x.shape[1]), dtype=accumulator(x.dtype), device=x.device), dz
-    plan = _plan(x)
+    plan = plan_of(x)
     if residual is not None:
         residual = dense_like(residual, x.stride())
     partial = torch.empty((plan.splits, 2, plan.channels), dtype=accumulator(x.dtype), device=x.device)
@@ -878,7 +878,7 @@ def batch_norm_backward(
     dx = torch.empty_like(x)
     if not x.numel():
         return dx
-    plan = _plan(x)
+    plan = plan_of(x)
     vectors = _vectors(x.dtype, mean, variance, weight, bias)
     configuration = _gradient(x.dtype, plan.tiling, activation, sums is not None, vectors[2] is not None)
     _launch(configuration, plan, (g, x, dx, sums, *vectors), share, eps, *_defaults(activation))

@@ -112,7 +112,8 @@ class Activated(_BatchNorm):
         return forward(self, input, residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, activation={self.activation!r}"
 
 
 class BatchNormAct1d(Activated, BatchNorm1d):

@@ -23,7 +23,6 @@ _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 _FOLDED = "folded into the layer before it"
-_UNSEEN = "not called, or the code around it can't be traced"
 
 
 class FoldedBatchNorm(nn.Module):
@@ -72,7 +71,7 @@ def fold_batch_norm(model: nn.Module) -> ReplacementReport:
             if node.op != "call_module" or not isinstance(norm := root.get_submodule(node.target), _BatchNorm):
                 continue
             before = node.args[0] if node.args else None
-            layer = None
+            layer, once = None, False
             if isinstance(before, fx.Node) and before.op == "call_module":
                 layer = root.get_submodule(str(before.target))
                 once = calls[node.target] == calls[before.target] == len(before.users) == 1
@@ -84,14 +83,11 @@ def fold_batch_norm(model: nn.Module) -> ReplacementReport:
                 _fold(layer, norm)
                 parent, _, name = names[norm].rpartition(".")
                 setattr(model.get_submodule(parent), name, _remainder(norm, layer))
-    return ReplacementReport(
-        [
-            ReplacementRow(
-                (names[norm],), type(norm).__name__, reasons.get(norm) == _FOLDED, reasons.get(norm, _UNSEEN)
-            )
-            for norm in norms
-        ]
-    )
+    rows = []
+    for norm in norms:
+        reason = reasons.get(norm, "not called, or the code around it can't be traced")
+        rows.append(ReplacementRow((names[norm],), type(norm).__name__, reason == _FOLDED, reason))
+    return ReplacementReport(rows)
 
 
 class _Tracer(fx.Tracer):

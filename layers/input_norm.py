@@ -115,7 +115,8 @@ class GlobalContrastNorm(nn.Module):
             weight = torch.full_like(matrix[:, 0], self.scale)
         normed = batch_norm(matrix.unsqueeze(0), None, None, weight, training=True, eps=self.eps)
         inverse = [1 + order.index(dim) for dim in range(1, input.dim())]
-        return normed.view(matrix.shape).unflatten(1, [input.shape[dim] for dim in order]).permute(0, *inverse)
+        result: Tensor = normed.squeeze(0).unflatten(1, [input.shape[dim] for dim in order]).permute(0, *inverse)
+        return result
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, eps={self.eps}"

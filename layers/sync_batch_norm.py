@@ -82,5 +82,5 @@ def _group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
     """The ranks that the layer's statistics are over, or None where there is but this process."""
     if not (layer.training and dist.is_available() and dist.is_initialized()):
         return None
-    group: dist.ProcessGroup = layer.process_group or dist.group.WORLD
+    group: dist.ProcessGroup | None = layer.process_group or dist.group.WORLD
     return group
