@@ -38,6 +38,7 @@ from .numerics import divide, narrow, scalar, square_root, widen
 from .tiles import MASK_BYTES, TILE, load_bits, store_bits, threads_for, tile_shape
 
 __all__ = [
+    "Plan",
     "accumulator",
     "batch_norm_backward",
     "batch_norm_forward",
@@ -45,6 +46,7 @@ __all__ = [
     "mask_bytes",
     "merge_statistics",
     "partial_statistics",
+    "plan_of",
 ]
 
 _TILE = tl.constexpr(TILE)
@@ -674,7 +676,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A dense tensor seen as (outer, channels, inner), and its division into programs."""
 
     tiling: _Tiling
@@ -709,7 +711,8 @@ class _Plan:
         )
 
 
-def plan_of(x: Tensor) -> _Plan:
+def plan_of(x: Tensor) -> Plan:
+    """The division of the dense ``x`` into programs: a function of its shape and strides."""
     channels = x.shape[1]
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
     inner = x.numel() if channels == 1 else x.stride(1)
@@ -725,10 +728,10 @@ def plan_of(x: Tensor) -> _Plan:
         tracks, length = sorted((outer, triton.cdiv(columns, width)))
     steps = triton.cdiv(length, max(1, _PROGRAMS // (channel_blocks * tracks)))
     along_inner = axis == 1 and length != outer
-    return _Plan(tiling, outer, channels, columns, channel_blocks, tracks, length, steps, along_inner)
+    return Plan(tiling, outer, channels, columns, channel_blocks, tracks, length, steps, along_inner)
 
 
-def _launch(configuration: Configuration, plan: _Plan, pointers: tuple[Tensor | None, ...], *scalars: float) -> None:
+def _launch(configuration: Configuration, plan: Plan, pointers: tuple[Tensor | None, ...], *scalars: float) -> None:
     given = (pointer for pointer in pointers if pointer is not None)
     launch(configuration, plan.programs, *given, *plan.extents, *scalars)
 
@@ -790,7 +793,8 @@ def mask_bytes(x: Tensor) -> int:
     if not x.numel():
         return 0
     plan = plan_of(x)
-    return plan.tracks * plan.length * plan.channel_blocks * MASK_BYTES
+    tiles: int = plan.tracks * plan.length * plan.channel_blocks
+    return tiles * MASK_BYTES
 
 
 def batch_norm_forward(
