@@ -15,7 +15,6 @@ from torch.autograd import Function
 
 from ..kernels import pointwise_loss as kernels
 from ..kernels.launch import DeviceAssertionError
-from ..kernels.partial_sums import ACCUMULATOR
 from .dispatch import autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator
@@ -87,7 +86,7 @@ def _elements(
     " float b, str reduction) -> (Tensor, Tensor)",
     fake=lambda x, target, weight, positive_weight, name, a, b, reduction: (
         x.new_empty(()),
-        x.new_empty((), dtype=ACCUMULATOR[x.dtype]),
+        x.new_empty((), dtype=torch.float64),
     ),
 )
 def _reduced(
@@ -104,7 +103,7 @@ def _reduced(
         return kernels.pointwise_loss_reduced(x, target, weight, positive_weight, name, a, b, reduction)
     except DeviceAssertionError:
         loss = _stock_loss(x, target, weight, positive_weight, name, a, b, reduction)  # raises the stock error
-        return loss, loss.new_empty((), dtype=ACCUMULATOR[x.dtype])
+        return loss, loss.new_empty((), dtype=torch.float64)
 
 
 @operator(
