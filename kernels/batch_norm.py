@@ -19,12 +19,14 @@ exchanged between threads until the end.  Programs write (count, mean, squared d
 them in a fixed order (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
 Variances", 1979).  Sums of squares, which cancel, never appear: a constant channel has a variance of exactly 0.
 
-Means and variances are float32 (float64 for float64).
+Means and variances are float32 (float64 for float64).  Sums for the gradients leave a program in float64: little is
+left of the rounding where large terms cancel.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -383,8 +385,8 @@ def reduce_kernel(
 
     target = partial_pointer + split * 2 * channels + channel
     mask = channel < channels
-    tl.store(target, tl.sum(sums, axis=AXIS, keep_dims=True), mask=mask)
-    tl.store(target + channels, tl.sum(products, axis=AXIS, keep_dims=True), mask=mask)
+    tl.store(target, tl.sum(sums.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
+    tl.store(target + channels, tl.sum(products.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
@@ -424,10 +426,9 @@ def gradient_kernel(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     if sums_pointer is not None:
-        mean_dz = tl.load(sums_pointer + channel, mask=channel < channels, other=0) * scalar(share, COMPUTE)
-        mean_product = tl.load(sums_pointer + channels + channel, mask=channel < channels, other=0) * scalar(
-            share, COMPUTE
-        )
+        mask = channel < channels
+        mean_dz = (tl.load(sums_pointer + channel, mask=mask, other=0) * share).to(COMPUTE)
+        mean_product = (tl.load(sums_pointer + channels + channel, mask=mask, other=0) * share).to(COMPUTE)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
     for ahead in range(first, end):
@@ -612,7 +613,7 @@ def _normalise(
 def _reduce(
     dtype: torch.dtype, tiling: _Tiling, activation: str | None, residual: bool, masked: bool, affine: bool
 ) -> Configuration:
-    element, statistic = _types(dtype)
+    element, _ = _types(dtype)
     parts = ("reduce", activation, residual and "+ residual", masked and "+ mask", not affine and "not affine")
     pointers = {
         "g_pointer": element,
@@ -620,7 +621,7 @@ def _reduce(
         "residual_pointer": element if residual else None,
         "mask_pointer": "*u8" if masked else None,
         "dz_pointer": element if residual or masked else None,
-        "partial_pointer": statistic,
+        "partial_pointer": "*fp64",
         **_parameters(dtype, affine),
     }
     return _configuration(
@@ -640,13 +641,13 @@ def _reduce(
 def _gradient(
     dtype: torch.dtype, tiling: _Tiling, activation: str | None, training: bool, affine: bool
 ) -> Configuration:
-    element, statistic = _types(dtype)
+    element, _ = _types(dtype)
     parts = ("backward", activation, not training and "evaluation", not affine and "not affine")
     pointers = {
         "g_pointer": element,
         "x_pointer": element,
         "dx_pointer": element,
-        "sums_pointer": statistic if training else None,
+        "sums_pointer": "*fp64" if training else None,
         **_parameters(dtype, affine),
     }
     return _configuration(
@@ -662,14 +663,33 @@ def _gradient(
     )
 
 
+# Tiles that the activations are compiled with, one of each axis: device functions know nothing of the tile around them,
+# and the tiles' own code is compiled, for every type, without an activation.
+_COMMON_TILINGS = (_Tiling(0, 64), _Tiling(1, 256))
+_COMMON_DTYPES = (torch.bfloat16, torch.float32)
+
+
 @ships("batch_norm")
 def configurations() -> Iterator[Configuration]:
-    for dtype in DTYPES:
-        for tiling in _TILINGS:
-            yield _statistics(dtype, tiling)
-            yield _normalise(dtype, tiling, None, False, False, True)
-            yield _reduce(dtype, tiling, None, False, False, True)
-            yield _gradient(dtype, tiling, None, True, True)
+    for dtype in (torch.float32, torch.float64):
+        for tracked, averaged in ((False, False), (True, False), (True, True)):
+            yield _merge(dtype, tracked, averaged)
+    for dtype, tiling in product(DTYPES, _TILINGS):
+        yield _statistics(dtype, tiling)
+        yield _normalise(dtype, tiling, None, False, False, True)
+        yield _reduce(dtype, tiling, None, False, False, True)
+        yield _gradient(dtype, tiling, None, True, True)
+    for dtype, tiling in product(_COMMON_DTYPES, _COMMON_TILINGS):
+        yield _normalise(dtype, tiling, None, False, False, False)
+        yield _gradient(dtype, tiling, None, True, False)
+        yield _gradient(dtype, tiling, None, False, True)
+        for name, row in ACTIVATIONS.items():
+            masked = row.saves == "mask"
+            yield _normalise(dtype, tiling, name, False, False, True)
+            yield _reduce(dtype, tiling, name, False, False, True)
+            yield _gradient(dtype, tiling, name, True, True)
+            yield _normalise(dtype, tiling, name, True, masked, True)
+            yield _reduce(dtype, tiling, name, not masked, masked, True)
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -848,11 +868,11 @@ def batch_norm_reduce(
     g = dense_like(g, x.stride())
     dz = torch.empty_like(x) if residual is not None or mask is not None else None
     if not x.numel():
-        return torch.zeros((2, x.shape[1]), dtype=accumulator(x.dtype), device=x.device), dz
+        return torch.zeros((2, x.shape[1]), dtype=torch.float64, device=x.device), dz
     plan = plan_of(x)
     if residual is not None:
         residual = dense_like(residual, x.stride())
-    partial = torch.empty((plan.splits, 2, plan.channels), dtype=accumulator(x.dtype), device=x.device)
+    partial = torch.empty((plan.splits, 2, plan.channels), dtype=torch.float64, device=x.device)
     vectors = _vectors(x.dtype, mean, variance, weight, bias)
     affine = vectors[2] is not None
     configuration = _reduce(x.dtype, plan.tiling, activation, residual is not None, mask is not None, affine)

@@ -566,7 +566,7 @@ def _operator_calls() -> list[object]:
     mask = torch.zeros(4096, dtype=torch.uint8)
     partial_ = torch.rand(5, 3, 4) + 1
     given = (mean, variance, weight, bias, 1e-5)
-    sums = torch.rand(2, 4)
+    sums = torch.rand(2, 4, dtype=torch.float64)
     return [
         (ops.batch_norm_statistics, (x, mean.clone(), variance.clone(), None, 0.1)),
         (ops.batch_norm_statistics, (x[:, ::2], None, None, None, 0.1)),
