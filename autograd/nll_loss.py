@@ -136,7 +136,7 @@ def nll_loss(
     if torch.is_grad_enabled() and x.requires_grad:
         loss = NLLLoss.apply(x, target, weight, ignore_index, name)
     else:
-        loss, _ = _forward(x, target, weight, ignore_index, name)
+        loss, _ = _forward(x, target, weight, ignore_index, name)  # type: ignore[arg-type]
     return loss
 
 
