@@ -33,34 +33,43 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # Where a result is optional, an empty tensor stands for None.
 
 
-def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean, variance = (x.new_empty(x.shape[1], dtype=kernels.accumulator(x.dtype)) for _ in range(2))
+def _fake_statistics(operand: Tensor, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean, variance = (operand.new_empty(channels, dtype=dtype) for _ in range(2))
     return mean, variance
 
 
 @operator(
-    "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
-    " float momentum) -> (Tensor, Tensor)",
-    fake=lambda x, running_mean, running_var, batches, momentum: _fake_statistics(x),
+    "batch_norm_statistics(Tensor x, ScalarType dtype, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor? batches, float momentum) -> (Tensor, Tensor)",
+    fake=lambda x, dtype, *_: _fake_statistics(x, x.shape[1], dtype),
 )
 def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
+    x: Tensor,
+    dtype: torch.dtype,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    return kernels.merge_statistics(kernels.partial_statistics(x), running_mean, running_var, batches, momentum)
+    """Mean and biased variance of each channel, in ``dtype``."""
+    return kernels.merge_statistics(kernels.partial_statistics(x), dtype, running_mean, running_var, batches, momentum)
 
 
 @operator(
-    "batch_norm_merge(Tensor partial, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
-    " float momentum) -> (Tensor, Tensor)",
-    fake=lambda partial, running_mean, running_var, batches, momentum: (
-        torch.empty_like(partial[0, 0]),
-        torch.empty_like(partial[0, 0]),
-    ),
+    "batch_norm_merge(Tensor partial, ScalarType dtype, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor? batches, float momentum) -> (Tensor, Tensor)",
+    fake=lambda partial, dtype, *_: _fake_statistics(partial, partial.shape[2], dtype),
 )
 def merge_statistics(
-    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
+    partial: Tensor,
+    dtype: torch.dtype,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    return kernels.merge_statistics(partial, running_mean, running_var, batches, momentum)
+    """Mean and biased variance of each channel, from (parts, 3, channels): count, mean, sum of squared deviations."""
+    return kernels.merge_statistics(partial, dtype, running_mean, running_var, batches, momentum)
 
 
 @operator(
@@ -187,8 +196,8 @@ def gradients(
     joined = residual is not None or mask is not None
     if weight_needed or bias_needed or joined or (x_needed and training):
         sums, dz = _reduce(g, x, residual, mask, *vectors, activation)
-        dweight = sums[1].to(weight.dtype) if weight_needed else None
-        dbias = sums[0].to(bias.dtype) if bias_needed else None
+        if weight_needed or bias_needed:
+            dbias, dweight = sums.to((weight if weight_needed else bias).dtype).unbind()
         if joined:
             g, activation = dz, None
     if x_needed:
@@ -197,7 +206,13 @@ def gradients(
         elif sums is not None:
             sums, share = combine(sums, x)
         dx = _backward(g, x, sums, share, *vectors, activation)
-    return dx, g if residual_needed else None, dweight, dbias, None, None, None, None, None
+    return (
+        dx,
+        g if residual_needed else None,
+        dweight if weight_needed else None,
+        dbias if bias_needed else None,
+        *[None] * 5,
+    )
 
 
 def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,7 +262,7 @@ def batch_norm(
     ``momentum`` (the variance with the unbiased one); otherwise they are the running ones.  Saves the input.  Source:
     Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
     """
-    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps, None)
+    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps)
     vectors = _given(running_mean, running_var, weight, bias)
     if not takes_kernel("batch_norm", input, parameters=vectors, refusal=refusal):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -282,7 +297,7 @@ def batch_norm_act(
     check_activation(activation)
     batches = momentum if isinstance(momentum, Tensor) else None
     plain = 0.0 if isinstance(momentum, Tensor) else momentum
-    refusal = _refusal(input, running_mean, running_var, weight, bias, training, plain, eps, residual)
+    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
     operands = _given(input, residual)
     name = "batch_norm" if activation is None and residual is None else "batch_norm_act"
     if takes_kernel(name, *operands, parameters=_given(running_mean, running_var, weight, bias), refusal=refusal):
@@ -315,7 +330,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """
     input = input.detach()
     if takes_kernel("channel_statistics", input, refusal="no dimension of channels" if input.dim() < 2 else None):
-        mean, variance = statistics(input, None, None, None, 0.0)
+        mean, variance = statistics(input, kernels.accumulator(input.dtype), None, None, None, 0.0)
     else:
         others = [dim for dim in range(input.dim()) if dim != 1]
         variance, mean = torch.var_mean(input.to(kernels.accumulator(input.dtype)), others, correction=0)
@@ -340,7 +355,8 @@ def _apply(
     batches: Tensor | None = None,
 ) -> Tensor:
     if training:
-        mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))
+        dtype = kernels.accumulator(input.dtype)
+        mean, variance = statistics(input.detach(), dtype, running_mean, running_var, batches, float(momentum))
         mark_updated(running_mean, running_var)
     else:
         assert running_mean is not None
@@ -389,27 +405,49 @@ def _refusal(
     training: Any,
     momentum: Any,
     eps: Any,
-    residual: Any,
+    residual: Any = None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
+    if type(training) is not bool:
+        return "training is not a boolean"
+    reason = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual)
+    if reason is None and not training and running_mean is None:
+        return "running statistics are missing"
+    if reason is None and training and input.numel() == input.shape[1]:
+        return "one value per channel"
+    return reason
+
+
+def argument_refusal(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any,
+) -> str | None:
+    """Why the kernels take these arguments neither in training nor in evaluation, or None."""
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     vectors = [*running, *(tensor for tensor in (weight, bias) if tensor is not None)]
     if not isinstance(input, Tensor) or not all(isinstance(tensor, Tensor) for tensor in vectors):
         return "not a tensor"
-    if type(training) is not bool or type(momentum) not in (float, int) or type(eps) not in (float, int):
-        return "training, momentum or eps is not a Python number"
+    if isinstance(momentum, Tensor):
+        if momentum.dtype is not torch.int64 or momentum.numel() != 1 or momentum.device != input.device:
+            return "the number of batches is not one int64 beside the input"
+    elif type(momentum) not in (float, int):
+        return "momentum is not a Python number"
+    if type(eps) not in (float, int) or eps <= 0:
+        return "eps is not a positive Python number"
     if input.dim() < 2:
         return "no dimension of channels"
     if any(vector.shape != input.shape[1:2] for vector in vectors):
         return "statistics and parameters are not vectors of the channels"
-    if len(running) == 1 or (not training and not running):
+    if len(running) == 1:
         return "running statistics are missing"
     if any(statistic.requires_grad or not statistic.is_contiguous() for statistic in running):
         return "running statistics require gradients, or are strided"
-    if eps <= 0:
-        return "eps is not positive"
-    if training and input.numel() == input.shape[1]:
-        return "one value per channel"
     if residual is not None and (not isinstance(residual, Tensor) or residual.shape != input.shape):
         return "the residual has another shape"
     return None

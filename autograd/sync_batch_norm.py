@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .batch_norm import BatchNorm, gradients, mark_updated, merge_statistics, normalise, statistics
+from ..kernels.batch_norm import accumulator
+from .batch_norm import BatchNorm, argument_refusal, gradients, mark_updated, merge_statistics, normalise, statistics
 from .dispatch import takes_kernel
 
 __all__ = ["sync_batch_norm", "sync_takes_kernel"]
@@ -38,13 +39,24 @@ class SyncBatchNorm(Function):
         return (*gradients(ctx, g, combine), None, None)
 
 
-def sync_takes_kernel(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether `sync_batch_norm` takes these tensors: it has no stock path of its own.
+def sync_takes_kernel(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,
+) -> bool:
+    """Whether `sync_batch_norm` takes these arguments: it has no stock path of its own.
 
     The answer must be the same on every rank, so it doesn't depend on the size of the batch.
     """
-    parameters = [tensor for tensor in (weight, bias) if tensor is not None]
-    return takes_kernel("sync_batch_norm", input, parameters=parameters, empty=True)
+    refusal = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual)
+    operands = [input] if residual is None else [input, residual]
+    parameters = [tensor for tensor in (running_mean, running_var, weight, bias) if tensor is not None]
+    return takes_kernel("sync_batch_norm", *operands, parameters=parameters, empty=True, refusal=refusal)
 
 
 def sync_batch_norm(
@@ -70,7 +82,8 @@ def sync_batch_norm(
     dist.all_gather(list(gathered.unbind()), local, group)
     batches = momentum if isinstance(momentum, Tensor) else None
     plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
-    mean, variance = merge_statistics(gathered, running_mean, running_var, batches, plain)
+    dtype = accumulator(input.dtype)
+    mean, variance = merge_statistics(gathered, dtype, running_mean, running_var, batches, plain)
     mark_updated(running_mean, running_var)
     total = gathered[:, 0, 0].sum()
     vectors = (weight, bias, mean, variance)
@@ -78,9 +91,9 @@ def sync_batch_norm(
 
 
 def _local_statistics(x: Tensor) -> Tensor:
-    """(3, channels): count, mean, and sum of squared deviations; zeros where there are no elements."""
-    mean, variance = statistics(x, None, None, None, 0.0)
+    """(3, channels) in float64: count, mean, and sum of squared deviations; zeros where there are no elements."""
+    mean, variance = statistics(x, torch.float64, None, None, None, 0.0)
     count = x.numel() // x.shape[1]
     if not count:
-        return torch.zeros((3, x.shape[1]), dtype=mean.dtype, device=x.device)
+        return torch.zeros((3, x.shape[1]), dtype=torch.float64, device=x.device)
     return torch.stack((torch.full_like(mean, count), mean, variance * count))

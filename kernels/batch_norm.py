@@ -19,12 +19,12 @@ exchanged between threads until the end.  Programs write (count, mean, squared d
 them in a fixed order (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
 Variances", 1979).  Sums of squares, which cancel, never appear: a constant channel has a variance of exactly 0.
 
-Means and variances are float32 (float64 for float64).  Sums for the gradients leave a program in float64: little is
-left of the rounding where large terms cancel.
+Means and variances are float32 (float64 for float64).  What programs leave, and what is merged of it, is float64: the
+rounding of large terms that cancel is then that of single lanes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -118,18 +118,21 @@ def lanes(AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def normalisation(mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE):
-    """Of each channel: mean, 1 / standard deviation, weight and bias (1 and 0 where there are none)."""
+    """Of each channel: mean, 1 / standard deviation, scale (that times the weight), and bias.
+
+    The result is (x - mean) * scale + bias.  Without parameters, weight and bias are 1 and 0.
+    """
     inside = channel < channels
-    mean = tl.load(mean_pointer + channel, mask=inside, other=0).to(COMPUTE)
-    variance = tl.load(variance_pointer + channel, mask=inside, other=0).to(COMPUTE)
+    mean = tl.load(mean_pointer + channel, mask=inside, other=0)
+    variance = tl.load(variance_pointer + channel, mask=inside, other=0)
     inverse_deviation = divide(scalar(1.0, COMPUTE), square_root(variance + scalar(eps, COMPUTE)))
     if weight_pointer is not None:
-        weight = tl.load(weight_pointer + channel, mask=inside, other=0).to(COMPUTE)
-        bias = tl.load(bias_pointer + channel, mask=inside, other=0).to(COMPUTE)
+        scale = inverse_deviation * tl.load(weight_pointer + channel, mask=inside, other=0)
+        bias = tl.load(bias_pointer + channel, mask=inside, other=0)
     else:
-        weight = tl.full(channel.shape, 1, COMPUTE)
-        bias = tl.full(channel.shape, 0, COMPUTE)
-    return mean, inverse_deviation, weight, bias
+        scale = inverse_deviation
+        bias = tl.zeros(channel.shape, COMPUTE)
+    return mean, inverse_deviation, scale, bias
 
 
 @triton.jit
@@ -181,6 +184,10 @@ def statistics_kernel(
         mean += difference * rate
         deviations += difference * (x - mean)
 
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    target = partial_pointer + split * 3 * channels + channel
+    mask = channel < channels
+
     # A lane that starts inside leaves at the last step, if at all.
     lane = lanes(AXIS, HEIGHT, WIDTH)
     _, _, starts, _ = tile_place(
@@ -190,21 +197,16 @@ def statistics_kernel(
         end - 1, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
     )
     count = starts.to(COMPUTE) * (end - first - 1).to(COMPUTE) + stays.to(COMPUTE)
+    merged_count = tl.sum(count.to(tl.float64), axis=AXIS, keep_dims=True)
+    tl.store(target, merged_count + tl.zeros(channel.shape, tl.float64), mask=mask)
 
-    # Lanes merge about the first one's mean: sums of differences don't lose what a large mean would swallow.
+    # Lanes merge about the first one's mean: differences don't lose what a large mean would swallow.
     origin = tl.sum(tl.where(lane == 0, mean, 0.0), axis=AXIS, keep_dims=True)
-    merged_count = tl.sum(count, axis=AXIS, keep_dims=True)
-    shift = divide(tl.sum(count * (mean - origin), axis=AXIS, keep_dims=True), merged_count)
-    distance = mean - origin - shift
-    deviations += count * distance * distance
-    merged_deviations = tl.sum(deviations, axis=AXIS, keep_dims=True)
-
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    target = partial_pointer + split * 3 * channels + channel
-    mask = channel < channels
-    tl.store(target, merged_count + tl.zeros(channel.shape, COMPUTE), mask=mask)
+    shift = tl.sum((count * (mean - origin)).to(tl.float64), axis=AXIS, keep_dims=True) / merged_count
     tl.store(target + channels, origin + shift, mask=mask)
-    tl.store(target + 2 * channels, merged_deviations, mask=mask)
+    distance = mean - origin - shift.to(COMPUTE)
+    deviations += count * distance * distance
+    tl.store(target + 2 * channels, tl.sum(deviations.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits", "channels"])
@@ -218,7 +220,6 @@ def merge_kernel(
     splits: tl.int64,
     channels: tl.int64,
     momentum: tl.float64,  # weight of this batch, where there is no number of batches
-    COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,  # splits in a tile
     WIDTH: tl.constexpr,  # channels in a tile
 ):
@@ -227,8 +228,8 @@ def merge_kernel(
     partial_pointer += channel
     origin = tl.load(partial_pointer + channels, mask=mask, other=0)
 
-    count = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    weighted = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    count = tl.zeros((HEIGHT, WIDTH), tl.float64)
+    weighted = tl.zeros((HEIGHT, WIDTH), tl.float64)
     for split in range(0, splits, HEIGHT):
         row = split + tl.arange(0, HEIGHT)[:, None]
         inside = (row < splits) & mask
@@ -236,10 +237,10 @@ def merge_kernel(
         mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
         count += n
         weighted += tl.where(inside, n * (mean - origin), 0.0)
-    count = tl.sum(count, axis=0, keep_dims=True)
-    shift = divide(tl.sum(weighted, axis=0, keep_dims=True), count)
+    count = tl.where(mask, tl.sum(count, axis=0, keep_dims=True), 1.0)
+    shift = tl.sum(weighted, axis=0, keep_dims=True) / count
 
-    deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    deviations = tl.zeros((HEIGHT, WIDTH), tl.float64)
     for split in range(0, splits, HEIGHT):
         row = split + tl.arange(0, HEIGHT)[:, None]
         inside = (row < splits) & mask
@@ -251,18 +252,19 @@ def merge_kernel(
     deviations = tl.sum(deviations, axis=0, keep_dims=True)
 
     mean = origin + shift
-    tl.store(mean_pointer + channel, mean, mask=mask)
-    tl.store(variance_pointer + channel, divide(deviations, count), mask=mask)
+    tl.store(mean_pointer + channel, mean.to(mean_pointer.dtype.element_ty), mask=mask)
+    tl.store(variance_pointer + channel, (deviations / count).to(mean_pointer.dtype.element_ty), mask=mask)
     if running_mean_pointer is not None:
         if batches_pointer is not None:
-            rate = divide(scalar(1.0, COMPUTE), tl.load(batches_pointer).to(COMPUTE))
+            rate = 1 / tl.load(batches_pointer).to(tl.float64)
         else:
-            rate = scalar(momentum, COMPUTE)
+            rate = scalar(momentum, tl.float64)
         running_mean = tl.load(running_mean_pointer + channel, mask=mask, other=0)
         running_variance = tl.load(running_variance_pointer + channel, mask=mask, other=0)
-        unbiased = divide(deviations, count - 1)
-        tl.store(running_mean_pointer + channel, rate * mean + (1 - rate) * running_mean, mask=mask)
-        tl.store(running_variance_pointer + channel, rate * unbiased + (1 - rate) * running_variance, mask=mask)
+        new_mean = rate * mean + (1 - rate) * running_mean
+        new_variance = rate * (deviations / (count - 1)) + (1 - rate) * running_variance
+        tl.store(running_mean_pointer + channel, new_mean.to(running_mean.dtype), mask=mask)
+        tl.store(running_variance_pointer + channel, new_variance.to(running_variance.dtype), mask=mask)
 
 
 # --- Normalisation and its gradient ---------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def normalise_kernel(
 ):
     channel_block, track, first, end, _split = program_place(channel_blocks, tracks, length, steps)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    mean, inverse_deviation, weight, bias = normalisation(
+    mean, _, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     a = scalar(a, COMPUTE)
@@ -309,7 +311,7 @@ def normalise_kernel(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
         x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
-        z = (x - mean) * inverse_deviation * weight + bias
+        z = (x - mean) * scale + bias
         if residual_pointer is not None:
             z += widen(tl.load(residual_pointer + start + offsets, mask=inside, other=0), COMPUTE)
         if mask_pointer is not None:
@@ -354,7 +356,7 @@ def reduce_kernel(
 ):
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, length, steps)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    mean, inverse_deviation, weight, bias = normalisation(
+    mean, inverse_deviation, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     a = scalar(a, COMPUTE)
@@ -367,13 +369,13 @@ def reduce_kernel(
         )
         dz = widen(tl.load(g_pointer + start + offsets, mask=inside, other=0), COMPUTE)
         x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
-        normalised = (x - mean) * inverse_deviation
+        centred = x - mean
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             kept = tl.reshape(load_bits(mask_pointer, tile_index, 1, _TILE), (HEIGHT, WIDTH))
             dz = GRADIENT(dz, kept, a, b)
         else:
-            z = normalised * weight + bias
+            z = centred * scale + bias
             if residual_pointer is not None:
                 z += widen(tl.load(residual_pointer + start + offsets, mask=inside, other=0), COMPUTE)
             dz = activation_gradient(dz, z, a, b, VALUE, KEEPS, GRADIENT, SAVES)
@@ -381,12 +383,13 @@ def reduce_kernel(
             tl.store(dz_pointer + start + offsets, narrow(dz, dz_pointer.dtype.element_ty), mask=inside)
         dz = tl.where(present, dz, 0.0)
         sums += dz
-        products += dz * normalised
+        products += dz * centred
 
     target = partial_pointer + split * 2 * channels + channel
     mask = channel < channels
     tl.store(target, tl.sum(sums.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
-    tl.store(target + channels, tl.sum(products.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
+    products_sum = tl.sum(products.to(tl.float64), axis=AXIS, keep_dims=True)
+    tl.store(target + channels, products_sum * inverse_deviation, mask=mask)
 
 
 @triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
@@ -422,13 +425,14 @@ def gradient_kernel(
 ):
     channel_block, track, first, end, _split = program_place(channel_blocks, tracks, length, steps)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    mean, inverse_deviation, weight, bias = normalisation(
+    mean, inverse_deviation, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     if sums_pointer is not None:
         mask = channel < channels
         mean_dz = (tl.load(sums_pointer + channel, mask=mask, other=0) * share).to(COMPUTE)
         mean_product = (tl.load(sums_pointer + channels + channel, mask=mask, other=0) * share).to(COMPUTE)
+        slope = mean_product * inverse_deviation
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
     for ahead in range(first, end):
@@ -439,25 +443,25 @@ def gradient_kernel(
         dx = widen(tl.load(g_pointer + start + offsets, mask=inside, other=0), COMPUTE)
         if GRADIENT is not None or sums_pointer is not None:
             x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
-            normalised = (x - mean) * inverse_deviation
-            dx = activation_gradient(dx, normalised * weight + bias, a, b, VALUE, KEEPS, GRADIENT, SAVES)
+            centred = x - mean
+            dx = activation_gradient(dx, centred * scale + bias, a, b, VALUE, KEEPS, GRADIENT, SAVES)
             if sums_pointer is not None:
-                dx = dx - mean_dz - normalised * mean_product
-        dx = dx * weight * inverse_deviation
+                dx = dx - mean_dz - centred * slope
+        dx = dx * scale
         tl.store(dx_pointer + start + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
 
 
 # --- Configurations -------------------------------------------------------------------------------------------------
 
-# Widths of a tile by its reduced axis.  The widest that wastes at most a quarter of its lanes is taken.
+# Widths of a tile by its reduced axis.  The widest is taken that needs at most a third more lanes than the best.
 _WIDTHS = {0: (16, 64, 256), 1: (16, 64, 256, TILE)}
 
-# Programs that a pass is split into, where it has work for as many.  Five on each of an H100's multiprocessors are
-# resident at once, with up to 96 registers a thread.  A constant, so that results don't depend on the GPU.
-_PROGRAMS = 640
+# Programs that a pass is split into, where it has work for as many.  Four on each of an H100's multiprocessors are
+# resident at once, with up to 128 registers a thread.  A constant, so that results don't depend on the GPU.
+_PROGRAMS = 512
 
 # Splits and channels that a program merges at once.
-_MERGE_SPLITS, _MERGE_CHANNELS = 256, 16
+_MERGE_SPLITS, _MERGE_CHANNELS = 256, 8
 
 _EXTENTS = (
     ("outer", "i64"),
@@ -548,8 +552,7 @@ def _functions(activation: str | None, *, gradient: bool) -> tuple[tuple[str, An
 
 @cache
 def _statistics(dtype: torch.dtype, tiling: _Tiling) -> Configuration:
-    element, statistic = _types(dtype)
-    pointers: dict[str, str | None] = {"x_pointer": element, "partial_pointer": statistic}
+    pointers: dict[str, str | None] = {"x_pointer": _types(dtype)[0], "partial_pointer": "*fp64"}
     return _configuration("statistics", statistics_kernel, dtype, tiling, pointers, wide_loads=1, wide_stores=0)
 
 
@@ -557,7 +560,7 @@ def _statistics(dtype: torch.dtype, tiling: _Tiling) -> Configuration:
 def _merge(dtype: torch.dtype, tracked: bool, averaged: bool) -> Configuration:
     statistic = "*" + TRITON_TYPE[dtype]
     pointers = {
-        "partial_pointer": statistic,
+        "partial_pointer": "*fp64",
         "mean_pointer": statistic,
         "variance_pointer": statistic,
         "running_mean_pointer": statistic if tracked else None,
@@ -575,7 +578,6 @@ def _merge(dtype: torch.dtype, tracked: bool, averaged: bool) -> Configuration:
         ),
         constants=(
             *((name, None) for name, kind in pointers.items() if not kind),
-            ("COMPUTE", COMPUTE[dtype]),
             ("HEIGHT", _MERGE_SPLITS),
             ("WIDTH", _MERGE_CHANNELS),
         ),
@@ -663,33 +665,66 @@ def _gradient(
     )
 
 
-# Tiles that the activations are compiled with, one of each axis: device functions know nothing of the tile around them,
-# and the tiles' own code is compiled, for every type, without an activation.
+# Tiles that most variants are compiled with, one of each axis: what varies knows nothing of the tile around it, and the
+# tiles' own code is compiled, for every type, without an activation.
 _COMMON_TILINGS = (_Tiling(0, 64), _Tiling(1, 256))
-_COMMON_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @ships("batch_norm")
 def configurations() -> Iterator[Configuration]:
+    usual = dict.fromkeys(_usual_configurations())
+    yield from usual
+    yield from (replace(other, rare=True) for other in dict.fromkeys(_other_configurations()) if other not in usual)
+
+
+def _usual_configurations() -> Iterator[Configuration]:
+    yield _merge(torch.float32, True, True)
+    yield _merge(torch.float64, False, False)
+    for tiling in _TILINGS:
+        yield from _plain(torch.bfloat16, tiling)
+    for tiling in _COMMON_TILINGS:
+        yield from _plain(torch.float32, tiling)
+        yield from _plain(torch.float64, tiling)
+        yield from _fused(torch.bfloat16, tiling, "relu")
+    rows = _COMMON_TILINGS[1]
+    yield from _plain(torch.float16, rows)
+    yield _normalise(torch.bfloat16, rows, None, False, False, False)
+    yield _gradient(torch.bfloat16, rows, None, False, True)
+    for name in ("gelu", "tanh"):
+        yield _reduce(torch.float32, rows, name, False, False, True)
+
+
+def _other_configurations() -> Iterator[Configuration]:
     for dtype in (torch.float32, torch.float64):
         for tracked, averaged in ((False, False), (True, False), (True, True)):
             yield _merge(dtype, tracked, averaged)
     for dtype, tiling in product(DTYPES, _TILINGS):
-        yield _statistics(dtype, tiling)
-        yield _normalise(dtype, tiling, None, False, False, True)
-        yield _reduce(dtype, tiling, None, False, False, True)
-        yield _gradient(dtype, tiling, None, True, True)
-    for dtype, tiling in product(_COMMON_DTYPES, _COMMON_TILINGS):
+        yield from _plain(dtype, tiling)
+    for dtype, tiling in product(DTYPES, _COMMON_TILINGS):
+        yield from _fused(dtype, tiling, "relu")
         yield _normalise(dtype, tiling, None, False, False, False)
         yield _gradient(dtype, tiling, None, True, False)
         yield _gradient(dtype, tiling, None, False, True)
-        for name, row in ACTIVATIONS.items():
-            masked = row.saves == "mask"
-            yield _normalise(dtype, tiling, name, False, False, True)
-            yield _reduce(dtype, tiling, name, False, False, True)
-            yield _gradient(dtype, tiling, name, True, True)
-            yield _normalise(dtype, tiling, name, True, masked, True)
-            yield _reduce(dtype, tiling, name, not masked, masked, True)
+    for name in ACTIVATIONS:
+        yield from _fused(torch.float32, _COMMON_TILINGS[1], name)
+
+
+def _plain(dtype: torch.dtype, tiling: _Tiling) -> Iterator[Configuration]:
+    """Training without an activation."""
+    yield _statistics(dtype, tiling)
+    yield _normalise(dtype, tiling, None, False, False, True)
+    yield _reduce(dtype, tiling, None, False, False, True)
+    yield _gradient(dtype, tiling, None, True, True)
+
+
+def _fused(dtype: torch.dtype, tiling: _Tiling, activation: str) -> Iterator[Configuration]:
+    """Training with an activation, alone and after a residual."""
+    masked = ACTIVATIONS[activation].saves == "mask"
+    yield _normalise(dtype, tiling, activation, False, False, True)
+    yield _reduce(dtype, tiling, activation, False, False, True)
+    yield _gradient(dtype, tiling, activation, True, True)
+    yield _normalise(dtype, tiling, activation, True, masked, True)
+    yield _reduce(dtype, tiling, activation, not masked, masked, True)
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -711,7 +746,8 @@ class Plan:
 
     @property
     def splits(self) -> int:
-        return self.tracks * triton.cdiv(self.length, self.steps)
+        chunks: int = triton.cdiv(self.length, self.steps)
+        return self.tracks * chunks
 
     @property
     def programs(self) -> int:
@@ -731,6 +767,19 @@ class Plan:
         )
 
 
+def _tiling_for(axis: int, columns: int, rows: int) -> _Tiling:
+    """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
+    tilings = [_Tiling(axis, width) for width in _WIDTHS[axis]]
+    lanes = [
+        triton.cdiv(columns, tiling.width) * tiling.width * triton.cdiv(rows, tiling.height) * tiling.height
+        for tiling in tilings
+    ]
+    fewest = min(lanes)
+    return next(
+        tiling for tiling, count in zip(reversed(tilings), reversed(lanes), strict=True) if 3 * count <= 4 * fewest
+    )
+
+
 def plan_of(x: Tensor) -> Plan:
     """The division of the dense ``x`` into programs: a function of its shape and strides."""
     channels = x.shape[1]
@@ -738,9 +787,8 @@ def plan_of(x: Tensor) -> Plan:
     inner = x.numel() if channels == 1 else x.stride(1)
     outer = x.numel() // (channels * inner)
     axis, columns = (0, channels) if inner == 1 else (1, inner)
-    widths = _WIDTHS[axis]
-    width = max((w for w in widths if -columns % w * 3 <= columns), default=widths[0])
-    tiling = _Tiling(axis, width)
+    tiling = _tiling_for(axis, columns, channels if axis == 1 else outer)
+    width = tiling.width
     if axis == 0:
         channel_blocks, tracks, length = triton.cdiv(columns, width), 1, triton.cdiv(outer, tiling.height)
     else:
@@ -776,30 +824,31 @@ def partial_statistics(x: Tensor) -> Tensor:
     """(splits, 3, channels): of each part of each channel its count, mean, and sum of squared deviations."""
     x = dense(x)
     if not x.numel():
-        return torch.zeros((1, 3, x.shape[1]), dtype=accumulator(x.dtype), device=x.device)
+        return torch.zeros((1, 3, x.shape[1]), dtype=torch.float64, device=x.device)
     plan = plan_of(x)
-    partial = torch.empty((plan.splits, 3, plan.channels), dtype=accumulator(x.dtype), device=x.device)
+    partial = torch.empty((plan.splits, 3, plan.channels), dtype=torch.float64, device=x.device)
     _launch(_statistics(x.dtype, plan.tiling), plan, (x, partial))
     return partial
 
 
 def merge_statistics(
     partial: Tensor,
+    dtype: torch.dtype,
     running_mean: Tensor | None,
     running_variance: Tensor | None,
     batches: Tensor | None,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, from (splits, 3, channels) of `partial_statistics`.
+    """Mean and biased variance of each channel in ``dtype``, from (splits, 3, channels) of `partial_statistics`.
 
     Updates the running statistics where there are any (the variance with the unbiased one): by ``momentum``, or with
     ``batches``, the number of batches so far, to their average over the batches.
     """
     splits, _, channels = partial.shape
-    mean, variance = (partial.new_empty(channels) for _ in range(2))
+    mean, variance = (torch.empty(channels, dtype=dtype, device=partial.device) for _ in range(2))
     running = (running_mean, running_variance)
-    updated = [None if statistic is None else statistic.to(partial.dtype) for statistic in running]
-    configuration = _merge(partial.dtype, running_mean is not None, batches is not None)
+    updated = [None if statistic is None else statistic.to(dtype) for statistic in running]
+    configuration = _merge(dtype, running_mean is not None, batches is not None)
     pointers = (pointer for pointer in (partial, mean, variance, *updated, batches) if pointer is not None)
     launch(configuration, triton.cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
     for statistic, update in zip(running, updated, strict=True):

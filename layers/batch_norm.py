@@ -19,13 +19,23 @@ from .twin import Twin
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
 
-def count_batch(layer: _BatchNorm) -> float | Tensor:
-    """Count a batch in training, and return the momentum: the number of batches where they are to be averaged."""
-    if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-        if layer.momentum is None:
-            return layer.num_batches_tracked
-    return 0.0 if layer.momentum is None else layer.momentum
+def counted_batches(layer: _BatchNorm) -> Tensor | None:
+    """The number of batches so far, where the layer counts them: in training."""
+    return layer.num_batches_tracked if layer.training and layer.track_running_stats else None
+
+
+def count_batch(layer: _BatchNorm) -> None:
+    batches = counted_batches(layer)
+    if batches is not None:
+        batches.add_(1)
+
+
+def momentum_of(layer: _BatchNorm) -> float | Tensor:
+    """The weight of a batch in the running statistics; where they are averages, the number of batches."""
+    if layer.momentum is not None:
+        return layer.momentum
+    batches = counted_batches(layer)
+    return 0.0 if batches is None else batches
 
 
 def uses_batch_statistics(layer: _BatchNorm) -> bool:
@@ -42,14 +52,14 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]
 
 def forward(layer: _BatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     layer._check_input_dim(input)
-    momentum = count_batch(layer)
+    count_batch(layer)
     return batch_norm_act(
         input,
         *running_statistics(layer),
         layer.weight,
         layer.bias,
         uses_batch_statistics(layer),
-        momentum,
+        momentum_of(layer),
         layer.eps,
         residual=residual,
         activation=activation,

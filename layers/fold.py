@@ -14,14 +14,12 @@ from torch.nn.utils import parametrize
 from ..autograd.batch_norm import apply_activation
 from .batch_norm import Activated
 from .replace import ReplacementReport, ReplacementRow
-from .twin import Twin
+from .twin import TWINS, Twin
 
 __all__ = ["FoldedBatchNorm", "fold_batch_norm"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-
-
 _FOLDED = "folded into the layer before it"
 
 
@@ -112,7 +110,7 @@ def _traceable_parts(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
 
 
 def _reason_to_leave(norm: _BatchNorm, layer: nn.Module | None, uses: Counter[nn.Module]) -> str | None:
-    if type(layer) not in _FOLDABLE:
+    if not (isinstance(layer, _FOLDABLE) and type(layer) in (*_FOLDABLE, *TWINS.values())):
         return "not preceded by a convolution or linear layer"
     assert layer is not None
     if norm.training or layer.training:

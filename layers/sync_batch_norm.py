@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.batch_norm import apply_activation
 from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
-from .batch_norm import Activated, count_batch, forward, running_statistics
+from .batch_norm import Activated, count_batch, forward, momentum_of, running_statistics
 from .twin import Twin
 
 __all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
@@ -48,8 +50,12 @@ class SyncBatchNorm(Twin, nn.SyncBatchNorm):
 class SyncBatchNormAct(Activated, SyncBatchNorm):
     """activation(batch_norm(x) + residual) in one, with statistics over the batches of all ranks in training.
 
-    What `SyncBatchNorm.convert_sync_batchnorm` makes of `BatchNormAct1d`, `BatchNormAct2d` and `BatchNormAct3d`.
+    What `SyncBatchNorm.convert_sync_batchnorm` makes of `BatchNormAct1d`, `BatchNormAct2d` and `BatchNormAct3d`.  Args
+    as of `torch.nn.SyncBatchNorm`, all but the first by keyword, and ``activation`` as theirs.
     """
+
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return _forward(self, input, residual, self.activation)
@@ -59,23 +65,15 @@ def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, activ
     layer._check_input_dim(input)
     layer._check_non_zero_input_channels(input)
     group = _group(layer)
-    if group is not None:
-        fits = residual is None or residual.shape == input.shape
-        if not (fits and sync_takes_kernel(input, layer.weight, layer.bias)):
-            return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, activation)
-    if group is None or dist.get_world_size(group) == 1:
+    if group is None:
         return forward(layer, input, residual, activation)
-    return sync_batch_norm(
-        input,
-        *running_statistics(layer),
-        layer.weight,
-        layer.bias,
-        count_batch(layer),
-        layer.eps,
-        group,
-        residual=residual,
-        activation=activation,
-    )
+    arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum_of(layer), layer.eps)
+    if not sync_takes_kernel(input, *arguments, residual):
+        return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, activation)
+    if dist.get_world_size(group) == 1:
+        return forward(layer, input, residual, activation)
+    count_batch(layer)
+    return sync_batch_norm(input, *arguments, group, residual=residual, activation=activation)
 
 
 def _group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:

@@ -3,14 +3,16 @@
 import copy
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
-from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.device import KERNELS_RUN, ON_GPU
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -27,7 +29,6 @@ from fusednn.kernels.instruments.saved_tensors import saved_tensors
 if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
-every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 needs_kernels = pytest.mark.kernels
 counts_traffic = [pytest.mark.kernels, pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")]
@@ -74,8 +75,19 @@ def check(x: Tensor, gradient: Tensor, training: bool) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@every_dtype
-@modes
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    [
+        (torch.float32, True),
+        (torch.float32, False),
+        (torch.bfloat16, True),
+        *(
+            pytest.param(*combination, marks=pytest.mark.thorough)
+            for combination in ((torch.bfloat16, False), *product((torch.float16, torch.float64), (True, False)))
+        ),
+    ],
+    ids=str,
+)
 def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: str) -> None:
     check(random_tensor(shape, dtype, device), random_tensor(shape, dtype, device, seed=1), training)
 
@@ -166,15 +178,16 @@ def test_gradients_only_where_required(needed: tuple[bool, ...], training: bool,
 
 
 @needs_kernels
-@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("shift", "memory_format"), [(1000.0, torch.contiguous_format), (-1000.0, torch.channels_last)], ids=str
+)
 def test_large_means(shift: float, memory_format: torch.memory_format, device: str) -> None:
-    x, gradient = (random_tensor((40, 3, 9, 9), torch.float32, device, seed) for seed in (0, 1))
+    x, gradient = (random_tensor((20, 3, 9, 9), torch.float32, device, seed) for seed in (0, 1))
     check((x + shift).contiguous(memory_format=memory_format), gradient, True)
 
 
 @needs_kernels
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3e4, 1e-30])
+@pytest.mark.parametrize("value", [0.1, -3e4, 1e-30])
 @pytest.mark.parametrize("shape", [(300, 5), (3, 5, 50, 7), (2, 1, 4097)], ids=str)
 def test_constant_channels_have_no_variance(value: float, shape: tuple[int, ...], device: str) -> None:
     x = torch.full(shape, value, device=device)
@@ -264,8 +277,18 @@ def test_signatures() -> None:
 # --- Running statistics -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("momentum", "dtype"),
+    [
+        (0.1, torch.float32),
+        (None, torch.float32),
+        *(
+            pytest.param(*combination, marks=pytest.mark.thorough)
+            for combination in ((1.0, torch.float32), *product((0.1, None), (torch.float64, torch.bfloat16)))
+        ),
+    ],
+    ids=str,
+)
 def test_running_buffers_after_fifty_steps(momentum: float | None, dtype: torch.dtype, device: str) -> None:
     kind = torch.float64 if dtype is torch.float64 else torch.float32
     stock = nn.BatchNorm2d(3, momentum=momentum).to(device, kind)
@@ -320,10 +343,11 @@ def test_half_precision_models(device: str) -> None:
 # --- Activation and residual ------------------------------------------------------------------------------------------
 
 ACTS = [None, *sorted(ACTIVATION_FUNCTIONS)]
-QUICK_ACTS = {None, "relu", "leaky_relu", "gelu", "tanh"}
-every_activation = pytest.mark.parametrize(
-    "activation", [act if act in QUICK_ACTS else pytest.param(act, marks=pytest.mark.thorough) for act in ACTS]
-)
+
+
+def mostly_thorough(values: Iterable[Any], usual: Container[Any]) -> list[Any]:
+    """All values as parameters of a test; those that aren't ``usual`` only where there is time."""
+    return [value if value in usual else pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
 def compose(
@@ -344,7 +368,7 @@ def fused(activation: str | None, training: bool, x: Tensor, weight: Tensor, bia
 
 
 @needs_kernels
-@every_activation
+@pytest.mark.parametrize("activation", mostly_thorough(ACTS, (None, "relu", "gelu")))
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
 @modes
 def test_fused_forms(activation: str | None, joined: bool, training: bool, device: str) -> None:
@@ -382,7 +406,7 @@ def test_strided_and_expanded_residuals(activation: str, device: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "tanh", "silu"])
+@pytest.mark.parametrize("activation", mostly_thorough((None, "relu", "leaky_relu", "tanh", "silu"), ("relu", "silu")))
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
 @modes
 def test_gradcheck(activation: str | None, joined: bool, training: bool, device: str) -> None:
@@ -471,7 +495,7 @@ class TestBudget:
         assert 5 <= counted.backward <= 5 + APART
         assert counted.kept <= APART / 3
         assert counted.launches == (3, 2)
-        assert counted.operations == ["sum"]
+        assert counted.operations == ["sum", "_to_copy"]
 
     def test_with_residual_and_relu(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
         counted = Counted("relu", True, layout, dtype)
@@ -564,13 +588,13 @@ def _operator_calls() -> list[object]:
     x, g, residual = (random_tensor((3, 4, 6), torch.float32, "cpu", seed) for seed in range(3))
     mean, variance, weight, bias = vectors(4, torch.float32, "cpu")
     mask = torch.zeros(4096, dtype=torch.uint8)
-    partial_ = torch.rand(5, 3, 4) + 1
+    partial_ = torch.rand(5, 3, 4, dtype=torch.float64) + 1
     given = (mean, variance, weight, bias, 1e-5)
     sums = torch.rand(2, 4, dtype=torch.float64)
     return [
-        (ops.batch_norm_statistics, (x, mean.clone(), variance.clone(), None, 0.1)),
-        (ops.batch_norm_statistics, (x[:, ::2], None, None, None, 0.1)),
-        (ops.batch_norm_merge, (partial_, mean.clone(), variance.clone(), torch.tensor(3), 0.1)),
+        (ops.batch_norm_statistics, (x, torch.float32, mean.clone(), variance.clone(), None, 0.1)),
+        (ops.batch_norm_statistics, (x[:, ::2], torch.float64, None, None, None, 0.1)),
+        (ops.batch_norm_merge, (partial_, torch.float32, mean.clone(), variance.clone(), torch.tensor(3), 0.1)),
         (ops.batch_norm_forward, (x, None, *given, None, False)),
         (ops.batch_norm_forward, (x, residual, *given, "relu", True)),
         (ops.batch_norm_reduce, (g, x, None, None, *given, "silu")),
