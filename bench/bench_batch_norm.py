@@ -68,7 +68,7 @@ def _with_constants(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _with_origin(x: Tensor) -> tuple[Tensor, ...]:
-    return x, torch.zeros(2, x.shape[1], device=x.device, requires_grad=True)
+    return x, x.new_zeros((2, x.shape[1]), requires_grad=True)
 
 
 # --- Both implementations ---------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def _stock(
 
 def _statistics(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, origin: Tensor) -> Tensor:
     """Mean and variance about an origin: statistics have no gradient of their own, and a benchmark wants one."""
-    return torch.stack(function(x)) - origin
+    return torch.stack(function(x)).to(x.dtype) - origin
 
 
 def _stock_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,8 +150,8 @@ def _budget(forward: float, backward: float, bits: tuple[int, int] = (0, 0)) -> 
 
 
 def _statistics_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    vectors = 2 * shape[1] * torch.float32.itemsize
-    return shape.numel() * dtype.itemsize + 3 * vectors, 2 * vectors
+    vectors = 2 * shape[1] * dtype.itemsize
+    return shape.numel() * dtype.itemsize + 2 * vectors, 2 * vectors
 
 
 def _scalar_vectors(shape: torch.Size) -> Sequence[int]:

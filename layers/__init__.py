@@ -22,7 +22,7 @@ from .activation import (
 )
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .explain import Explanation, ExplanationRow, explain
-from .fold import FoldedBatchNorm, fold_batch_norm
+from .fold import fold_batch_norm
 from .input_norm import GlobalContrastNorm, InputNorm
 from .nll_loss import NLLLoss
 from .pointwise_loss import (
@@ -54,7 +54,6 @@ __all__ = [
     "BatchNormAct3d",
     "Explanation",
     "ExplanationRow",
-    "FoldedBatchNorm",
     "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",

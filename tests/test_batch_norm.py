@@ -679,3 +679,96 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
 def test_every_activation_of_the_table_can_be_fused() -> None:
     served_by_others = {row.half for row in ACTIVATIONS.values()}
     assert set(ACTIVATION_FUNCTIONS) == set(ACTIVATIONS) - served_by_others
+
+
+# --- What only a GPU can show -----------------------------------------------------------------------------------------
+
+
+def training_step(layer: nn.Module, x: Tensor, residual: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    y = layer(x, residual)
+    return (y, *torch.autograd.grad(y, (x, residual, *layer.parameters()), gradient))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_host_synchronisation_and_graph_capture(
+    momentum: float | None, memory_format: torch.memory_format, device: str
+) -> None:
+    x, residual, gradient = (
+        random_tensor((8, 64, 14, 14), torch.bfloat16, device, seed).contiguous(memory_format=memory_format)
+        for seed in range(3)
+    )
+    x, residual = leaf(x), leaf(residual)
+    layer = layers.BatchNormAct2d(64, momentum=momentum).to(device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = training_step(layer, x, residual, gradient)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training_step(layer, x, residual, gradient)
+            layer.eval()(x, residual)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.train()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training_step(layer, x, residual, gradient)
+    before = layer.num_batches_tracked.item()
+    graph.replay()
+    assert layer.num_batches_tracked.item() == before + 1
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_no_recompilation_over_fifty_steps(device: str) -> None:
+    distinct = {configuration.kernel for configuration in kernels.shipped("batch_norm")}
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), layers.BatchNormAct2d(24), nn.Conv2d(24, 32, 3), layers.BatchNorm2d(32))
+    model.to(device)
+
+    def train(batch: int) -> None:
+        model(torch.randn(batch, 3, 20, 20, device=device)).square().mean().backward()
+
+    for batch in (32, 17):  # a full batch and a last, partial one
+        train(batch)
+    before = compiled()
+    for index in range(50):
+        model[1].momentum = 1 / (index + 2)
+        train(17 if index % 10 == 9 else 32)
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_by_inductor(mode: str, device: str) -> None:
+    torch._dynamo.reset()
+    eager = layers.BatchNormAct2d(16).to(device)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    for seed in range(3):
+        x, residual = (leaf(random_tensor((8, 16, 32, 32), torch.float32, device, seed + i)) for i in (0, 7))
+        gradient = torch.ones_like(x)
+        results = []
+        for layer in (compiled, eager):
+            y = layer(x, residual)
+            results.append((y.clone(), *(g.clone() for g in torch.autograd.grad(y, (x, residual), gradient))))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(module.running_var, eager.running_var)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_layer_of_resnet_50(memory_format: torch.memory_format, device: str) -> None:
+    """Many steps in each program, in every pass."""
+    x = 5 + random_tensor((64, 256, 56, 56), torch.float32, device).contiguous(memory_format=memory_format)
+    check(x, random_tensor((64, 256, 56, 56), torch.float32, device, seed=1), True)

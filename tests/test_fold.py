@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
+from fusednn.layers.fold import FoldedBatchNorm
 
 
 def trained(model: nn.Module, *shape: int) -> nn.Module:
@@ -55,7 +56,7 @@ def test_values_stay(name: str, device: str) -> None:
     expected = model(x)
     report = layers.fold_batch_norm(model)
     assert [row.replaced for row in report.rows] == [True]
-    assert isinstance(model[1], layers.FoldedBatchNorm)
+    assert isinstance(model[1], FoldedBatchNorm)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
