@@ -33,43 +33,33 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # Where a result is optional, an empty tensor stands for None.
 
 
-def _fake_statistics(operand: Tensor, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    mean, variance = (operand.new_empty(channels, dtype=dtype) for _ in range(2))
+def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    mean, variance = (x.new_empty(x.shape[1], dtype=kernels.accumulator(x.dtype)) for _ in range(2))
     return mean, variance
 
 
 @operator(
-    "batch_norm_statistics(Tensor x, ScalarType dtype, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor? batches, float momentum) -> (Tensor, Tensor)",
-    fake=lambda x, dtype, *_: _fake_statistics(x, x.shape[1], dtype),
+    "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
+    " float momentum) -> (Tensor, Tensor)",
+    fake=_fake_statistics,
 )
 def statistics(
-    x: Tensor,
-    dtype: torch.dtype,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    momentum: float,
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, in ``dtype``."""
-    return kernels.merge_statistics(kernels.partial_statistics(x), dtype, running_mean, running_var, batches, momentum)
+    """Mean and biased variance of each channel."""
+    return kernels.merge_statistics(kernels.partial_statistics(x), running_mean, running_var, batches, momentum)
 
 
 @operator(
-    "batch_norm_merge(Tensor partial, ScalarType dtype, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor? batches, float momentum) -> (Tensor, Tensor)",
-    fake=lambda partial, dtype, *_: _fake_statistics(partial, partial.shape[2], dtype),
+    "batch_norm_merge(Tensor partial, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
+    " float momentum) -> (Tensor, Tensor)",
+    fake=lambda partial, *_: (torch.empty_like(partial[0, 0]), torch.empty_like(partial[0, 0])),
 )
 def merge_statistics(
-    partial: Tensor,
-    dtype: torch.dtype,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    momentum: float,
+    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, from (parts, 3, channels): count, mean, sum of squared deviations."""
-    return kernels.merge_statistics(partial, dtype, running_mean, running_var, batches, momentum)
+    return kernels.merge_statistics(partial, running_mean, running_var, batches, momentum)
 
 
 @operator(
@@ -330,7 +320,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """
     input = input.detach()
     if takes_kernel("channel_statistics", input, refusal="no dimension of channels" if input.dim() < 2 else None):
-        mean, variance = statistics(input, kernels.accumulator(input.dtype), None, None, None, 0.0)
+        mean, variance = statistics(input, None, None, None, 0.0)
     else:
         others = [dim for dim in range(input.dim()) if dim != 1]
         variance, mean = torch.var_mean(input.to(kernels.accumulator(input.dtype)), others, correction=0)
@@ -355,8 +345,7 @@ def _apply(
     batches: Tensor | None = None,
 ) -> Tensor:
     if training:
-        dtype = kernels.accumulator(input.dtype)
-        mean, variance = statistics(input.detach(), dtype, running_mean, running_var, batches, float(momentum))
+        mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))
         mark_updated(running_mean, running_var)
     else:
         assert running_mean is not None
@@ -439,7 +428,7 @@ def argument_refusal(
     elif type(momentum) not in (float, int):
         return "momentum is not a Python number"
     if type(eps) not in (float, int) or eps <= 0:
-        return "eps is not a positive Python number"
+        return "eps is not a positive number"
     if input.dim() < 2:
         return "no dimension of channels"
     if any(vector.shape != input.shape[1:2] for vector in vectors):

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..kernels.batch_norm import accumulator
 from .batch_norm import BatchNorm, argument_refusal, gradients, mark_updated, merge_statistics, normalise, statistics
 from .dispatch import takes_kernel
 
@@ -82,8 +81,7 @@ def sync_batch_norm(
     dist.all_gather(list(gathered.unbind()), local, group)
     batches = momentum if isinstance(momentum, Tensor) else None
     plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
-    dtype = accumulator(input.dtype)
-    mean, variance = merge_statistics(gathered, dtype, running_mean, running_var, batches, plain)
+    mean, variance = merge_statistics(gathered, running_mean, running_var, batches, plain)
     mark_updated(running_mean, running_var)
     total = gathered[:, 0, 0].sum()
     vectors = (weight, bias, mean, variance)
@@ -91,9 +89,9 @@ def sync_batch_norm(
 
 
 def _local_statistics(x: Tensor) -> Tensor:
-    """(3, channels) in float64: count, mean, and sum of squared deviations; zeros where there are no elements."""
-    mean, variance = statistics(x, torch.float64, None, None, None, 0.0)
+    """(3, channels): count, mean, and sum of squared deviations; zeros where there are no elements."""
+    mean, variance = statistics(x, None, None, None, 0.0)
     count = x.numel() // x.shape[1]
     if not count:
-        return torch.zeros((3, x.shape[1]), dtype=torch.float64, device=x.device)
+        return torch.zeros((3, x.shape[1]), dtype=mean.dtype, device=x.device)
     return torch.stack((torch.full_like(mean, count), mean, variance * count))

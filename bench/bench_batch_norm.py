@@ -256,7 +256,7 @@ def test_device_time(
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
     """Bytes within the budget (5 % over at most, beside the vectors of the channels, which each program leaves)."""
     x = torch.empty(case.shape, device="meta").contiguous(memory_format=case.operation.memory_format)
-    vectors = 16 * (plan_of(x).programs + 1) * x.shape[1] * torch.float64.itemsize
+    vectors = 16 * (plan_of(x).programs + 1) * x.shape[1] * torch.float32.itemsize
     for record in counts:
         if record["contestant"] == "fusednn":
             assert record["bytes"] <= 1.05 * record["budget_bytes"] + vectors

@@ -19,8 +19,8 @@ exchanged between threads until the end.  Programs write (count, mean, squared d
 them in a fixed order (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
 Variances", 1979).  Sums of squares, which cancel, never appear: a constant channel has a variance of exactly 0.
 
-Means and variances are float32 (float64 for float64).  What programs leave, and what is merged of it, is float64: the
-rounding of large terms that cancel is then that of single lanes.
+Means and variances are float32 (float64 for float64), but lanes and programs are merged in float64: of the rounding of
+large terms that cancel, only that of single lanes is left.
 """
 
 from collections.abc import Iterator
@@ -198,15 +198,16 @@ def statistics_kernel(
     )
     count = starts.to(COMPUTE) * (end - first - 1).to(COMPUTE) + stays.to(COMPUTE)
     merged_count = tl.sum(count.to(tl.float64), axis=AXIS, keep_dims=True)
-    tl.store(target, merged_count + tl.zeros(channel.shape, tl.float64), mask=mask)
+    tl.store(target, (merged_count + tl.zeros(channel.shape, tl.float64)).to(COMPUTE), mask=mask)
 
     # Lanes merge about the first one's mean: differences don't lose what a large mean would swallow.
     origin = tl.sum(tl.where(lane == 0, mean, 0.0), axis=AXIS, keep_dims=True)
     shift = tl.sum((count * (mean - origin)).to(tl.float64), axis=AXIS, keep_dims=True) / merged_count
-    tl.store(target + channels, origin + shift, mask=mask)
+    tl.store(target + channels, (origin + shift).to(COMPUTE), mask=mask)
     distance = mean - origin - shift.to(COMPUTE)
     deviations += count * distance * distance
-    tl.store(target + 2 * channels, tl.sum(deviations.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
+    merged_deviations = tl.sum(deviations.to(tl.float64), axis=AXIS, keep_dims=True)
+    tl.store(target + 2 * channels, merged_deviations.to(COMPUTE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits", "channels"])
@@ -226,14 +227,14 @@ def merge_kernel(
     channel = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     mask = channel < channels
     partial_pointer += channel
-    origin = tl.load(partial_pointer + channels, mask=mask, other=0)
+    origin = tl.load(partial_pointer + channels, mask=mask, other=0).to(tl.float64)
 
     count = tl.zeros((HEIGHT, WIDTH), tl.float64)
     weighted = tl.zeros((HEIGHT, WIDTH), tl.float64)
     for split in range(0, splits, HEIGHT):
         row = split + tl.arange(0, HEIGHT)[:, None]
         inside = (row < splits) & mask
-        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0)
+        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
         mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
         count += n
         weighted += tl.where(inside, n * (mean - origin), 0.0)
@@ -244,7 +245,7 @@ def merge_kernel(
     for split in range(0, splits, HEIGHT):
         row = split + tl.arange(0, HEIGHT)[:, None]
         inside = (row < splits) & mask
-        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0)
+        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
         mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
         distance = mean - origin - shift
         own = tl.load(partial_pointer + (row * 3 + 2) * channels, mask=inside, other=0)
@@ -253,7 +254,7 @@ def merge_kernel(
 
     mean = origin + shift
     tl.store(mean_pointer + channel, mean.to(mean_pointer.dtype.element_ty), mask=mask)
-    tl.store(variance_pointer + channel, (deviations / count).to(mean_pointer.dtype.element_ty), mask=mask)
+    tl.store(variance_pointer + channel, (deviations / count).to(variance_pointer.dtype.element_ty), mask=mask)
     if running_mean_pointer is not None:
         if batches_pointer is not None:
             rate = 1 / tl.load(batches_pointer).to(tl.float64)
@@ -552,7 +553,8 @@ def _functions(activation: str | None, *, gradient: bool) -> tuple[tuple[str, An
 
 @cache
 def _statistics(dtype: torch.dtype, tiling: _Tiling) -> Configuration:
-    pointers: dict[str, str | None] = {"x_pointer": _types(dtype)[0], "partial_pointer": "*fp64"}
+    element, statistic = _types(dtype)
+    pointers: dict[str, str | None] = {"x_pointer": element, "partial_pointer": statistic}
     return _configuration("statistics", statistics_kernel, dtype, tiling, pointers, wide_loads=1, wide_stores=0)
 
 
@@ -560,7 +562,7 @@ def _statistics(dtype: torch.dtype, tiling: _Tiling) -> Configuration:
 def _merge(dtype: torch.dtype, tracked: bool, averaged: bool) -> Configuration:
     statistic = "*" + TRITON_TYPE[dtype]
     pointers = {
-        "partial_pointer": "*fp64",
+        "partial_pointer": statistic,
         "mean_pointer": statistic,
         "variance_pointer": statistic,
         "running_mean_pointer": statistic if tracked else None,
@@ -824,31 +826,30 @@ def partial_statistics(x: Tensor) -> Tensor:
     """(splits, 3, channels): of each part of each channel its count, mean, and sum of squared deviations."""
     x = dense(x)
     if not x.numel():
-        return torch.zeros((1, 3, x.shape[1]), dtype=torch.float64, device=x.device)
+        return torch.zeros((1, 3, x.shape[1]), dtype=accumulator(x.dtype), device=x.device)
     plan = plan_of(x)
-    partial = torch.empty((plan.splits, 3, plan.channels), dtype=torch.float64, device=x.device)
+    partial = torch.empty((plan.splits, 3, plan.channels), dtype=accumulator(x.dtype), device=x.device)
     _launch(_statistics(x.dtype, plan.tiling), plan, (x, partial))
     return partial
 
 
 def merge_statistics(
     partial: Tensor,
-    dtype: torch.dtype,
     running_mean: Tensor | None,
     running_variance: Tensor | None,
     batches: Tensor | None,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel in ``dtype``, from (splits, 3, channels) of `partial_statistics`.
+    """Mean and biased variance of each channel, from (splits, 3, channels) of `partial_statistics`.
 
     Updates the running statistics where there are any (the variance with the unbiased one): by ``momentum``, or with
     ``batches``, the number of batches so far, to their average over the batches.
     """
     splits, _, channels = partial.shape
-    mean, variance = (torch.empty(channels, dtype=dtype, device=partial.device) for _ in range(2))
+    mean, variance = (torch.empty(channels, dtype=partial.dtype, device=partial.device) for _ in range(2))
     running = (running_mean, running_variance)
-    updated = [None if statistic is None else statistic.to(dtype) for statistic in running]
-    configuration = _merge(dtype, running_mean is not None, batches is not None)
+    updated = [None if statistic is None else statistic.to(partial.dtype) for statistic in running]
+    configuration = _merge(partial.dtype, running_mean is not None, batches is not None)
     pointers = (pointer for pointer in (partial, mean, variance, *updated, batches) if pointer is not None)
     launch(configuration, triton.cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
     for statistic, update in zip(running, updated, strict=True):

