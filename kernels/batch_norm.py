@@ -238,7 +238,7 @@ def merge_kernel(
         mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
         count += n
         weighted += tl.where(inside, n * (mean - origin), 0.0)
-    count = tl.where(mask, tl.sum(count, axis=0, keep_dims=True), 1.0)
+    count = tl.where(mask, tl.sum(count, axis=0, keep_dims=True), 2.0)  # no division by 0 outside
     shift = tl.sum(weighted, axis=0, keep_dims=True) / count
 
     deviations = tl.zeros((HEIGHT, WIDTH), tl.float64)

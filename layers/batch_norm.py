@@ -121,6 +121,9 @@ class Activated(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return forward(self, input, residual, self.activation)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__} has no torch.nn class that TorchScript could compile instead")
+
     def extra_repr(self) -> str:
         inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{inherited}, activation={self.activation!r}"

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 from itertools import product
@@ -441,6 +442,16 @@ def test_fused_layers_on_either_path(activation: str | None, device: str) -> Non
             ours(torch.ones(3, device=device))
 
 
+def test_scripting() -> None:
+    x = random_tensor((5, 4), torch.float32, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(layers.BatchNorm1d(4))
+        torch.testing.assert_close(scripted(x), nn.BatchNorm1d(4)(x))
+        with pytest.raises(NotImplementedError, match="BatchNormAct1d has no torch.nn class"):
+            torch.jit.script(layers.BatchNormAct1d(4))
+
+
 def test_unknown_activations_are_named() -> None:
     for wrong in ("rellu", "elu_half"):
         with pytest.raises(ValueError, match="no activation is called"):
@@ -670,7 +681,8 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
         layers.BatchNormAct1d(3).to(device)(x, x)
         autograd.batch_norm_act(x, None, None, training=True, residual=x[:1])
         autograd.batch_norm(x, *vectors(3, torch.float32, device), eps=0.0)
-    assert [choice.path for choice in choices] == ["kernel", "kernel", "stock", "stock"]
+        autograd.batch_norm_act(x, None, None, training=True, momentum=torch.tensor(2.0, device=device))
+    assert [choice.path for choice in choices] == ["kernel", "kernel", "stock", "stock", "stock"]
     assert [choice.operation for choice in choices[:2]] == ["batch_norm", "batch_norm_act"]
     assert [choice.reason for choice in choices[2:]] == [
         "the residual has another shape",

@@ -161,6 +161,22 @@ def test_conversion_keeps_everything(device: str) -> None:
     assert type(single) is layers.SyncBatchNorm
 
 
+def wrong_channels(rank: int) -> str:
+    try:
+        layers.SyncBatchNorm(3)(torch.randn(2, 4))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "passed"
+
+
+@on_the_cpu
+@pytest.mark.kernels
+@pytest.mark.thorough
+def test_another_number_of_channels_is_refused_on_every_rank(tmp_path: Path) -> None:
+    """By stock, that is, which takes no CPU tensors: the kernels would read past the parameters' ends."""
+    assert all("on GPU" in message for message in both(tmp_path, wrong_channels))
+
+
 def test_replacement(device: str) -> None:
     norm = nn.SyncBatchNorm(3).to(device)
     fusednn.replace_layers(norm)
