@@ -448,7 +448,7 @@ def test_scripting() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(layers.BatchNorm1d(4))
         torch.testing.assert_close(scripted(x), nn.BatchNorm1d(4)(x))
-        with pytest.raises(NotImplementedError, match="BatchNormAct1d has no torch.nn class"):
+        with pytest.raises(NotImplementedError, match=r"BatchNormAct1d has no torch\.nn class"):
             torch.jit.script(layers.BatchNormAct1d(4))
 
 
