@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
-from support.device import KERNELS_RUN, ON_GPU
+from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -33,6 +33,18 @@ if kernels.INTERPRETING:
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 needs_kernels = pytest.mark.kernels
 counts_traffic = [pytest.mark.kernels, pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")]
+
+
+def mostly_thorough(values: Iterable[Any], usual: Container[Any]) -> list[Any]:
+    """All values as parameters of a test; those that aren't ``usual`` only where there is time."""
+    return [
+        value if value in usual else pytest.param(*_as_tuple(value), marks=pytest.mark.thorough) for value in values
+    ]
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
 
 SHAPES = [
     (4, 3),
@@ -78,15 +90,10 @@ def check(x: Tensor, gradient: Tensor, training: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "training"),
-    [
-        (torch.float32, True),
-        (torch.float32, False),
-        (torch.bfloat16, True),
-        *(
-            pytest.param(*combination, marks=pytest.mark.thorough)
-            for combination in ((torch.bfloat16, False), *product((torch.float16, torch.float64), (True, False)))
-        ),
-    ],
+    mostly_thorough(
+        product(FLOAT_DTYPES, (True, False)),
+        {(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)},
+    ),
     ids=str,
 )
 def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: str) -> None:
@@ -280,14 +287,10 @@ def test_signatures() -> None:
 
 @pytest.mark.parametrize(
     ("momentum", "dtype"),
-    [
-        (0.1, torch.float32),
-        (None, torch.float32),
-        *(
-            pytest.param(*combination, marks=pytest.mark.thorough)
-            for combination in ((1.0, torch.float32), *product((0.1, None), (torch.float64, torch.bfloat16)))
-        ),
-    ],
+    mostly_thorough(
+        product((0.1, None, 1.0), (torch.float32, torch.float64, torch.bfloat16)),
+        {(0.1, torch.float32), (None, torch.float32)},
+    ),
     ids=str,
 )
 def test_running_buffers_after_fifty_steps(momentum: float | None, dtype: torch.dtype, device: str) -> None:
@@ -346,11 +349,6 @@ def test_half_precision_models(device: str) -> None:
 ACTS = [None, *sorted(ACTIVATION_FUNCTIONS)]
 
 
-def mostly_thorough(values: Iterable[Any], usual: Container[Any]) -> list[Any]:
-    """All values as parameters of a test; those that aren't ``usual`` only where there is time."""
-    return [value if value in usual else pytest.param(value, marks=pytest.mark.thorough) for value in values]
-
-
 def compose(
     activation: str | None, training: bool, x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor
 ) -> Tensor:
@@ -407,9 +405,14 @@ def test_strided_and_expanded_residuals(activation: str, device: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", mostly_thorough((None, "relu", "leaky_relu", "tanh", "silu"), ("relu", "silu")))
-@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
-@modes
+@pytest.mark.parametrize(
+    ("activation", "joined", "training"),
+    mostly_thorough(
+        product((None, "relu", "leaky_relu", "tanh", "silu"), (False, True), (True, False)),
+        {("relu", True, True), ("silu", False, True), ("relu", False, False)},
+    ),
+    ids=str,
+)
 def test_gradcheck(activation: str | None, joined: bool, training: bool, device: str) -> None:
     x, residual = (random_tensor((3, 2, 3), torch.float64, device, seed).requires_grad_() for seed in (0, 1))
     parameters = [leaf(vector) for vector in vectors(2, torch.float64, device)[2:]]
