@@ -690,6 +690,7 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
     assert [choice.reason for choice in choices[2:]] == [
         "the residual has another shape",
         "eps is not a positive number",
+        "the number of batches is not one int64 beside the input",
     ]
 
 
