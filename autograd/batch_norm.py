@@ -294,7 +294,7 @@ def batch_norm_act(
         return _apply(
             input, residual, running_mean, running_var, weight, bias, training, plain, eps, activation, batches
         )
-    if batches is not None:
+    if batches is not None and training:
         plain = 1.0 / float(batches)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, plain, eps)
     return apply_activation(y, residual, activation)
