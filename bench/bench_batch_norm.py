@@ -35,7 +35,11 @@ LAYERS = (
     (2048, 7),
 )
 BLOCK_ENDS = ((256, 56), (512, 28), (1024, 14), (2048, 7))
-BATCHES = (256, 32)
+SIZES = {
+    f"{batch}x{channels}x{side}x{side}": (batch, channels, side, side)
+    for batch in (256, 32)
+    for channels, side in LAYERS
+}
 DTYPES = (torch.bfloat16, torch.float32)
 COUNTED_SHAPE = (4, 16, 16, 16)  # whole tiles; the interpreter is slow
 FORMATS = {"": torch.contiguous_format, "_channels_last": torch.channels_last}
@@ -223,13 +227,11 @@ OPERATIONS = {
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
     everything = [
-        Case(operation, dtype, "x".join(map(str, shape)), shape)
+        Case(operation, dtype, size, shape)
         for dtype in DTYPES
-        for batch in BATCHES
-        for channels, side in LAYERS
-        for shape in [(batch, channels, side, side)]
+        for size, shape in SIZES.items()
         for operation in OPERATIONS.values()
-        if (channels, side) in BLOCK_ENDS or "_add_" not in operation.name
+        if shape[1:3] in BLOCK_ENDS or "_add_" not in operation.name
     ]
     return everything if full else [case for case in everything if _in_quick_run(case)]
 
