@@ -23,12 +23,19 @@ from .activation import (
     tanh,
     threshold,
 )
+from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .prelu import prelu
 from .rrelu import rrelu
 
 __all__ = [
+    "alpha_dropout",
     "celu",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
+    "feature_alpha_dropout",
     "gelu",
     "hardsigmoid",
     "hardswish",

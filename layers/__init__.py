@@ -20,6 +20,7 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .explain import Explanation, ExplanationRow, explain
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
@@ -30,8 +31,14 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "AlphaDropout",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "Explanation",
     "ExplanationRow",
+    "FeatureAlphaDropout",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
