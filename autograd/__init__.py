@@ -23,12 +23,14 @@ from .activation import (
     tanh,
     threshold,
 )
+from .bias_activation_dropout import bias_activation_dropout
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .prelu import prelu
 from .rrelu import rrelu
 
 __all__ = [
     "alpha_dropout",
+    "bias_activation_dropout",
     "celu",
     "dropout",
     "dropout1d",

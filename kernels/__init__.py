@@ -4,8 +4,18 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, dropout, prelu, rrelu
+from . import activation, bias_activation_dropout, dropout, prelu, rrelu
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
-__all__ = ["AVAILABLE", "INTERPRETING", "Configuration", "activation", "dropout", "prelu", "rrelu", "shipped"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETING",
+    "Configuration",
+    "activation",
+    "bias_activation_dropout",
+    "dropout",
+    "prelu",
+    "rrelu",
+    "shipped",
+]

@@ -20,6 +20,7 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .bias_activation_dropout import BiasActivationDropout
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .explain import Explanation, ExplanationRow, explain
 from .prelu import PReLU
@@ -32,6 +33,7 @@ __all__ = [
     "GELU",
     "SELU",
     "AlphaDropout",
+    "BiasActivationDropout",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
