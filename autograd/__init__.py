@@ -25,12 +25,24 @@ from .activation import (
 )
 from .bias_activation_dropout import bias_activation_dropout
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from .nll_loss import nll_loss
+from .pointwise_loss import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from .prelu import prelu
 from .rrelu import rrelu
 
 __all__ = [
     "alpha_dropout",
     "bias_activation_dropout",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "celu",
     "dropout",
     "dropout1d",
@@ -42,9 +54,14 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
     "leaky_relu",
     "logsigmoid",
     "mish",
+    "mse_loss",
+    "nll_loss",
     "prelu",
     "relu",
     "relu6",
@@ -52,6 +69,7 @@ __all__ = [
     "selu",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "softplus",
     "softsign",
     "tanh",

@@ -23,6 +23,16 @@ from .activation import (
 from .bias_activation_dropout import BiasActivationDropout
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .explain import Explanation, ExplanationRow, explain
+from .nll_loss import NLLLoss
+from .pointwise_loss import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -33,6 +43,8 @@ __all__ = [
     "GELU",
     "SELU",
     "AlphaDropout",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "BiasActivationDropout",
     "Dropout",
     "Dropout1d",
@@ -44,9 +56,14 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
     "LeakyReLU",
     "LogSigmoid",
+    "MSELoss",
     "Mish",
+    "NLLLoss",
     "PReLU",
     "RReLU",
     "ReLU",
@@ -55,6 +72,7 @@ __all__ = [
     "ReplacementRow",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softplus",
     "Softsign",
     "Tanh",
