@@ -24,6 +24,7 @@ from .activation import (
     threshold,
 )
 from .bias_activation_dropout import bias_activation_dropout
+from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .nll_loss import nll_loss
 from .pointwise_loss import (
@@ -37,6 +38,7 @@ from .pointwise_loss import (
 )
 from .prelu import prelu
 from .rrelu import rrelu
+from .standout import standout
 
 __all__ = [
     "alpha_dropout",
@@ -44,6 +46,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "drop_connect_linear",
     "dropout",
     "dropout1d",
     "dropout2d",
@@ -72,6 +75,7 @@ __all__ = [
     "smooth_l1_loss",
     "softplus",
     "softsign",
+    "standout",
     "tanh",
     "threshold",
 ]

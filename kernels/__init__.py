@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, bias_activation_dropout, dropout, nll_loss, pointwise_loss, prelu, rrelu
+from . import activation, bias_activation_dropout, dropout, nll_loss, pointwise_loss, prelu, rrelu, standout
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -20,4 +20,5 @@ __all__ = [
     "prelu",
     "rrelu",
     "shipped",
+    "standout",
 ]

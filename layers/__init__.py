@@ -21,7 +21,9 @@ from .activation import (
     Threshold,
 )
 from .bias_activation_dropout import BiasActivationDropout
+from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
 from .nll_loss import NLLLoss
 from .pointwise_loss import (
@@ -36,6 +38,7 @@ from .pointwise_loss import (
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .standout import Standout
 
 __all__ = [
     "CELU",
@@ -43,9 +46,11 @@ __all__ = [
     "GELU",
     "SELU",
     "AlphaDropout",
+    "AnnealedDropout",
     "BCELoss",
     "BCEWithLogitsLoss",
     "BiasActivationDropout",
+    "DropConnect",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
@@ -75,6 +80,7 @@ __all__ = [
     "SmoothL1Loss",
     "Softplus",
     "Softsign",
+    "Standout",
     "Tanh",
     "Threshold",
     "explain",
