@@ -215,7 +215,7 @@ def bias_activation_dropout(
     operands = [operand for operand in (input, bias, residual) if operand is not None]
     refusal = _refusal(input, bias, residual, p, name, a, b, dim)
     if not takes_kernel("bias_activation_dropout", *operands, refusal=refusal):
-        y = F.dropout(STOCK[name](_biased(input, bias, dim), a, b), p, training)
+        y: Tensor = F.dropout(STOCK[name](_biased(input, bias, dim), a, b), p, training)
         return y if residual is None else y + residual
     seed = draw_seed(input.device) if training and p > 0 else None
     arguments = (input, bias, residual, seed, name, a, b, 0.0 if seed is None else float(p), dim % input.dim())
@@ -259,6 +259,6 @@ def _refusal(
         return "the residual is of another shape"
     if not -inf < a < inf or not -inf < b < inf:
         return "a parameter is not finite"
-    if type(p) not in (float, int) or not 0 <= p <= 1:
+    if not isinstance(p, float | int) or not 0 <= p <= 1:
         return "p is not a probability"
     return ACTIVATIONS[name].refuses(a, b, False)

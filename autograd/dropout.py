@@ -87,11 +87,11 @@ class DropoutGradient(Function):
         return DropoutGradient.apply(gg, seed, *ctx.arguments), None, None, None, None, None
 
 
-def probability_refusal(p: object, training: object) -> str | None:
+def probability_refusal(p: float, training: bool) -> str | None:
     """Why no kernel drops with probability ``p``, or None: without dropout, stock returns its input."""
     if not training:
         return "the identity in evaluation"
-    if type(p) not in (float, int):
+    if not isinstance(p, float | int):
         return "p is not a Python number"
     return None if 0 < p <= 1 else "the identity, as p is 0" if p == 0 else "p is not a probability"
 

@@ -1,8 +1,8 @@
 """Dropout, plain, of whole channels, and alpha: masks that are regenerated and never stored.
 
-All are one affine map, of which a random number chooses the branch: y = x scale + kept_shift where an element is kept,
-y = x 0 + dropped_shift where it is dropped.  The gradient is the same map without shifts, so one kernel serves both
-directions.  A shift of -0.0 is none at all: adding it changes no number, not even a zero's sign.
+All are one affine map, of which a random number chooses the branch: y = x scale - kept_offset where an element is kept,
+y = x 0 - dropped_offset where it is dropped.  The gradient is the same map without offsets, so one kernel serves both
+directions.  Subtracting an offset of 0 changes no number, not even a zero's sign.
 
 =================  =================================  ==============================  ==================
 kernel             memory order                       random number                   drawn for
@@ -32,9 +32,9 @@ __all__ = ["dropout_backward", "dropout_forward", "steps_for"]
 
 
 @triton.jit
-def dropped(x, keep, scale, kept_shift, dropped_shift):
+def dropped(x, keep, scale, kept_offset, dropped_offset):
     """The affine map.  A dropped NaN or infinity gives NaN, as in PyTorch, which multiplies by 0 too."""
-    return x * tl.where(keep, scale, 0.0) + tl.where(keep, kept_shift, dropped_shift)
+    return x * tl.where(keep, scale, 0.0) - tl.where(keep, kept_offset, dropped_offset)
 
 
 @triton.jit(do_not_specialize=["numel", "last"])
@@ -45,8 +45,8 @@ def dropout_kernel(
     numel: tl.int64,
     last: tl.int64,  # the last random number that is kept
     scale: tl.float64,
-    kept_shift: tl.float64,
-    dropped_shift: tl.float64,
+    kept_offset: tl.float64,
+    dropped_offset: tl.float64,
     COMPUTE: tl.constexpr,
     SERVES_EIGHT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -56,7 +56,7 @@ def dropout_kernel(
 
     x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
     keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
-    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_shift, COMPUTE), scalar(dropped_shift, COMPUTE))
+    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
@@ -70,8 +70,8 @@ def row_dropout_kernel(
     column_blocks: tl.int64,
     last: tl.int64,
     scale: tl.float64,
-    kept_shift: tl.float64,
-    dropped_shift: tl.float64,
+    kept_offset: tl.float64,
+    dropped_offset: tl.float64,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -83,7 +83,7 @@ def row_dropout_kernel(
     x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
     bits = channel_bits(tl.load(seed_pointer), block_row * HEIGHT + tl.arange(0, HEIGHT))
     keep = (bits <= scalar(last, tl.uint32))[:, None]
-    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_shift, COMPUTE), scalar(dropped_shift, COMPUTE))
+    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
@@ -99,8 +99,8 @@ def column_dropout_kernel(
     column_blocks: tl.int64,
     last: tl.int64,
     scale: tl.float64,
-    kept_shift: tl.float64,
-    dropped_shift: tl.float64,
+    kept_offset: tl.float64,
+    dropped_offset: tl.float64,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -117,7 +117,7 @@ def column_dropout_kernel(
         start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         start += sample * rows * columns
         x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
-        y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_shift, COMPUTE), scalar(dropped_shift, COMPUTE))
+        y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
         store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
@@ -136,7 +136,7 @@ def steps_for(tiles: int) -> int:
     return min(max(tiles // _ENOUGH_PROGRAMS, 1), _MOST_STEPS)
 
 
-_NOISE = (("last", "i64"), ("scale", "fp64"), ("kept_shift", "fp64"), ("dropped_shift", "fp64"))
+_NOISE = (("last", "i64"), ("scale", "fp64"), ("kept_offset", "fp64"), ("dropped_offset", "fp64"))
 
 
 def _pointers(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
@@ -200,22 +200,22 @@ def configurations() -> Iterator[Configuration]:
 _SELU_SATURATION = 1.7580993408473766
 
 
-def _noise(p: float, alpha: bool, shifted: bool) -> tuple[int, float, float, float]:
-    """The kernels' ``last``, ``scale``, ``kept_shift`` and ``dropped_shift``."""
+def _noise(p: float, alpha: bool, offset: bool) -> tuple[int, float, float, float]:
+    """The kernels' ``last``, ``scale``, ``kept_offset`` and ``dropped_offset``."""
     if p == 1:
-        return last_kept(p), 0.0, -0.0, -0.0
+        return last_kept(p), 0.0, 0.0, 0.0
     if not alpha:
-        return last_kept(p), 1 / (1 - p), -0.0, -0.0
+        return last_kept(p), 1 / (1 - p), 0.0, 0.0
     scale = ((1 + _SELU_SATURATION**2 * p) * (1 - p)) ** -0.5
-    if not shifted:
-        return last_kept(p), scale, -0.0, -0.0
-    shift = _SELU_SATURATION * scale
-    return last_kept(p), scale, shift * p, shift * (p - 1)
+    if not offset:
+        return last_kept(p), scale, 0.0, 0.0
+    saturated = _SELU_SATURATION * scale
+    return last_kept(p), scale, -saturated * p, saturated * (1 - p)
 
 
-def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, shifted: bool) -> None:
+def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, offset: bool) -> None:
     """Write the dropout of the dense ``x`` to ``y``, which lies in memory like it, and may be it."""
-    noise = _noise(p, alpha, shifted)
+    noise = _noise(p, alpha, offset)
     numel = x.numel()
     channels = x.shape[leading - 1] if leading else 1
     samples = x.shape[0] if leading == 2 else 1
@@ -236,7 +236,7 @@ def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: i
         launch(configuration, programs, x, y, seed, spatial, channels, row_blocks, steps, blocks, *noise)
     else:  # the samples lie inside the channels, or both inside the rest: too rare for a kernel
         ordered = x.contiguous()
-        _apply(ordered, ordered, seed, p, alpha, leading, shifted)
+        _apply(ordered, ordered, seed, p, alpha, leading, offset)
         y.copy_(ordered)
 
 
@@ -259,7 +259,7 @@ def dropout_forward(
     """
     x = dense(x)
     y = x if inplace else torch.empty_like(x)
-    _apply(x, y, seed, p, alpha, leading, shifted=True)
+    _apply(x, y, seed, p, alpha, leading, offset=True)
     return y
 
 
@@ -269,5 +269,5 @@ def dropout_backward(
     """Gradient of the input from that of the output, whose strides were ``strides``."""
     g = dense_like(g, strides)
     dx = g.new_empty_strided(g.shape, strides)
-    _apply(g, dx, seed, p, alpha, leading, shifted=False)
+    _apply(g, dx, seed, p, alpha, leading, offset=False)
     return dx

@@ -26,15 +26,16 @@ _DROPPING = (
 class AnnealedDropout:
     """Lowers the dropout probability of every layer of a model linearly, from its own to ``final_p``, epoch by epoch.
 
-    p_t = final_p + (p_0 - final_p) max(0, 1 - t / total_epochs)
+    p_t = p_0 s + final_p (1 - s) with s = max(0, 1 - t / total_epochs)
 
     >>> schedule = AnnealedDropout(model, total_epochs=50)
     >>> for epoch in range(100):
     ...     train(model)
     ...     schedule.step()
 
-    Takes stock's dropout layers and fusednn's.  The probability is an argument of the kernels: nothing is compiled
-    when it changes.
+    Takes stock's dropout layers and fusednn's.  The probability is an argument of the kernels: no kernel is compiled
+    when it changes.  ``torch.compile`` ties what it traces to the probability, of stock's layers too: it traces the
+    model anew in each epoch that changes one, as often as ``torch._dynamo.config.recompile_limit`` allows.
 
     Args:
         model: the module whose layers are scheduled: those it has now.
@@ -64,7 +65,7 @@ class AnnealedDropout:
     def get_p(self) -> dict[str, float]:
         """Each layer's probability in the current epoch, by its name in the model."""
         left = max(0.0, 1 - self.last_epoch / self.total_epochs)
-        return {name: self.final_p + (p - self.final_p) * left for name, p in self.base_ps.items()}
+        return {name: p * left + self.final_p * (1 - left) for name, p in self.base_ps.items()}
 
     def get_last_p(self) -> dict[str, float]:
         """What the layers were last set to."""
