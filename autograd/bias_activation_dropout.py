@@ -99,30 +99,34 @@ class BiasActivationDropout(Function):
         b: float,
         p: float,
         dim: int,
-    ) -> Tensor:
-        y: Tensor
+    ) -> tuple[Tensor, Tensor]:
         y, mask = _forward(x, bias, residual, seed, name, a, b, p, dim, True)
         row = kernels.chain_row(name)
+        anchor = x.new_empty(0)  # for a second derivative to hang on: see `MaskedActivation`
         if row.saves == "mask":
-            ctx.save_for_backward(mask, None, None if row.gates else seed)
+            ctx.save_for_backward(mask, None, None if row.gates else seed, anchor)
         else:
-            ctx.save_for_backward(x, bias, seed)
+            ctx.save_for_backward(x, bias, seed, anchor)
+        ctx.shape = x.shape
         ctx.arguments = (y.stride(), name, a, b, p, dim)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, anchor
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved, bias, seed = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, bias, seed, anchor = ctx.saved_tensors
         name, dim = ctx.arguments[1], ctx.arguments[-1]
         needs_dx, needs_db, needs_dr = ctx.needs_input_grad[:3]
         dx: Tensor | None = None
         db: Tensor | None = None
         if not (needs_dx or needs_db):
             pass
+        elif g is None:  # only the anchor was differentiated
+            dx, db = anchor.new_zeros(ctx.shape), anchor.new_zeros(ctx.shape[dim])
         elif not torch.is_grad_enabled():
             dx, db = _backward(g, saved, bias, seed, *ctx.arguments, needs_db)
         elif kernels.chain_row(name).saves == "mask":
-            dx = MaskedGradient.apply(g, saved, seed, *ctx.arguments)
+            dx = MaskedGradient.apply(g, anchor, saved, seed, *ctx.arguments)
             db = dx.sum([other for other in range(dx.dim()) if other != dim])
         else:
             dx, db = _differentiable_gradients(g, saved, bias, seed, *ctx.arguments[1:])
@@ -138,8 +142,8 @@ class MaskedGradient(Function):
     """The gradient of the input where bits are saved, linear in that of the output: its derivative is itself again."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(mask, seed)
+    def forward(ctx: Any, g: Tensor, anchor: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(anchor, mask, seed)
         ctx.arguments = arguments
         dx: Tensor
         dx, _ = _backward(g, mask, None, seed, *arguments, False)
@@ -147,8 +151,9 @@ class MaskedGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        mask, seed = ctx.saved_tensors
-        return MaskedGradient.apply(gg, mask, seed, *ctx.arguments), *(None,) * (2 + len(ctx.arguments))
+        anchor, mask, seed = ctx.saved_tensors
+        dg = MaskedGradient.apply(gg, anchor, mask, seed, *ctx.arguments)
+        return dg, torch.zeros_like(anchor), *(None,) * (2 + len(ctx.arguments))
 
 
 def _differentiable_gradients(
@@ -220,7 +225,7 @@ def bias_activation_dropout(
     seed = draw_seed(input.device) if training and p > 0 else None
     arguments = (input, bias, residual, seed, name, a, b, 0.0 if seed is None else float(p), dim % input.dim())
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        y = BiasActivationDropout.apply(*arguments)
+        y, _ = BiasActivationDropout.apply(*arguments)
     else:
         y, _ = _forward(*arguments, False)
     return y

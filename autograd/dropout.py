@@ -89,8 +89,8 @@ class DropoutGradient(Function):
 
 def probability_refusal(p: float, training: bool) -> str | None:
     """Why no kernel drops with probability ``p``, or None: without dropout, stock returns its input."""
-    if not training:
-        return "the identity in evaluation"
+    if training is not True:
+        return "the identity in evaluation" if training is False else "training is not a boolean"
     if not isinstance(p, float | int):
         return "p is not a Python number"
     return None if 0 < p <= 1 else "the identity, as p is 0" if p == 0 else "p is not a probability"

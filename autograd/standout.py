@@ -79,6 +79,6 @@ def _refusal(input: object, belief: object, alpha: float, beta: float, training:
         return "not a tensor"
     if input.shape != belief.shape:
         return "the belief is of another shape"
-    if type(alpha) not in (float, int) or type(beta) not in (float, int):
+    if not isinstance(alpha, float | int) or not isinstance(beta, float | int):
         return "a parameter is not a Python number"
     return None if -inf < alpha < inf and -inf < beta < inf else "a parameter is not finite"

@@ -228,7 +228,7 @@ def bias_activation_dropout_backward_kernel(
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
 _ROW_WIDTHS = (16, 256, TILE)
-_COLUMN_WIDTHS = (16, 256)
+_COLUMN_WIDTHS = (16, 64, 256)
 
 
 def chain_row(name: str) -> Activation:

@@ -124,7 +124,7 @@ def column_dropout_kernel(
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
 _ROW_WIDTHS = (16, 256, TILE)
-_COLUMN_WIDTHS = (16, 256)
+_COLUMN_WIDTHS = (16, 64, 256)
 
 # Programs that fill a large GPU several times over: beyond, a program takes more steps instead.
 _ENOUGH_PROGRAMS = 2048

@@ -48,7 +48,7 @@ def standout_kernel(
     belief = widen(load_tile(belief_pointer + start, offsets, inside, whole), COMPUTE)
     probability = sigmoid(scalar(alpha, COMPUTE) * belief + scalar(beta, COMPUTE))
     keep = uniform_tile(tl.load(seed_pointer), tile_index, ROWS, COLUMNS).to(COMPUTE) < probability
-    y = tl.where(keep, widen(x, COMPUTE), 0.0)
+    y = widen(x, COMPUTE) * keep.to(COMPUTE)
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
     store_bits(mask_pointer, keep, tile_index, ROWS, COLUMNS)
 

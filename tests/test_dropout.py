@@ -32,7 +32,7 @@ if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
 FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-SHAPES = {"dropout1d": (6, 5, 70), "dropout3d": (3, 5, 2, 4, 6)}
+SHAPES = {"dropout": (3, 5, 16, 17), "alpha_dropout": (3, 5, 16, 17), "dropout1d": (6, 5, 20), "dropout3d": (3, 5, 2, 4, 6)}
 P = 0.3
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -44,7 +44,7 @@ def by_channel(name: str) -> bool:
 
 
 def sample(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    return random_tensor(SHAPES.get(name, (3, 5, 16, 17)), dtype, device, seed)
+    return random_tensor(SHAPES.get(name, (3, 5, 4, 9)), dtype, device, seed)
 
 
 def seeded(name: str, p: float = P) -> Callable[[Tensor], Tensor]:
@@ -187,7 +187,7 @@ def test_never_and_always(name: str, p: float, dtype: torch.dtype, device: str) 
 @every_function
 def test_not_finite_inputs(name: str, device: str) -> None:
     """As x * mask: a dropped NaN or infinity gives NaN, on CUDA and on CPUs, and so in the gradient."""
-    x = torch.ones(SHAPES.get(name, (3, 5, 16, 17)), device=device)
+    x = torch.ones_like(sample(name, torch.float32, device))
     keep = mask_of(name, x)
     y, (dx,) = value_and_gradients(seeded(name), [x * float("inf")], x * float("inf"))
     assert torch.equal(y == float("inf"), keep)
@@ -292,7 +292,7 @@ def test_inplace_on_a_leaf_raises_as_stock(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["dropout", "dropout2d", "alpha_dropout"])
 def test_derivatives(name: str, device: str) -> None:
-    x = random_tensor((2, 3, 2, 2), torch.float64, device).requires_grad_()
+    x = random_tensor((1, 3, 1, 2), torch.float64, device).requires_grad_()
     torch.autograd.gradcheck(seeded(name), x)
     torch.autograd.gradgradcheck(seeded(name), x)
 
@@ -376,7 +376,7 @@ def test_counters_have_64_bits(tile_index: int, rows: int, device: str) -> None:
 # alarm in 10^6 choices of the seeds, which are fixed besides.
 
 DEVIATIONS = 6
-COUNT = 2**17
+COUNT = 2**16
 
 
 def mask(p: float, dtype: torch.dtype, seed: int, shape: tuple[int, ...] = (COUNT,), leading: int = 0) -> Tensor:
@@ -391,7 +391,7 @@ def test_keep_rate_and_independence(p: float, dtype: torch.dtype) -> None:
     first, second = ((mask(p, dtype, seed) - (1 - p)) / math.sqrt(p * (1 - p)) for seed in (123, 124))
     limit = DEVIATIONS / math.sqrt(COUNT)
     if p == 0.001:
-        limit *= 2  # rare events are skewed: their counts are Poisson's, around 131, whose tail is heavier
+        limit *= 2  # rare events are skewed: their counts are Poisson's, around 66, whose tail is heavier
         assert first.mean().abs() < limit
         return
     assert first.mean().abs() < limit
@@ -403,7 +403,7 @@ def test_keep_rate_and_independence(p: float, dtype: torch.dtype) -> None:
 def test_runs_of_eight(device: str) -> None:
     """The patterns of 8 neighbours, which one Philox call decides about in 16 bits, are all equally frequent."""
     for dtype in (torch.float32, torch.bfloat16):
-        bits = mask(0.5, dtype, 77, (2**19,)).view(-1, 8)
+        bits = mask(0.5, dtype, 77).view(-1, 8)
         patterns = (bits * 2.0 ** torch.arange(8, device=bits.device)).sum(1)
         counts = torch.bincount(patterns.long(), minlength=256).double()
         expected = bits.shape[0] / 256
@@ -415,7 +415,7 @@ def test_runs_of_eight(device: str) -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_channels_are_independent(memory_format: torch.memory_format, device: str) -> None:
-    ones = torch.ones((128, 128, 2, 2), device=device).contiguous(memory_format=memory_format)
+    ones = torch.ones((128, 128, 1, 2), device=device).contiguous(memory_format=memory_format)
     keep = dropout_forward(ones, torch.tensor([5], device=device), 0.5, leading=2)[:, :, 0, 0] != 0
     z = 2 * keep.double() - 1
     limit = DEVIATIONS / math.sqrt(z.numel() - 128)
@@ -428,7 +428,7 @@ def test_channels_are_independent(memory_format: torch.memory_format, device: st
 def test_alpha_dropout_keeps_mean_and_variance(name: str, device: str) -> None:
     """For inputs of mean 0 and variance 1; the mask and the input are both random."""
     torch.manual_seed(8)
-    x = torch.randn((512, 512), device=device, dtype=torch.float64)
+    x = torch.randn((256, 256), device=device, dtype=torch.float64)
     y = getattr(autograd, name)(x, 0.2, training=True)
     # The fourth moment of the result is below 4, so the deviation of its square is below sqrt(3).
     limit = DEVIATIONS / math.sqrt(x.numel())
@@ -456,7 +456,7 @@ def test_sixteen_bits_decide_with_thirty_two(p: float, device: str) -> None:
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
-BUDGETED = (8, 16, 64, 16)
+BUDGETED = (4, 16, 32, 16)  # 16 whole tiles
 
 
 @pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
@@ -483,7 +483,7 @@ def test_launched_configurations_ship(monkeypatch: pytest.MonkeyPatch, device: s
     launched = []
     monkeypatch.setattr(kernels.dropout, "launch", lambda configuration, *_: launched.append(configuration))
     for dtype in FLOAT_DTYPES:
-        for shape in ((5,), (2, 16, 4, 4), (2, 256, 16, 16), (2, 3, 64, 64)):
+        for shape in ((5,), (2, 16, 4, 4), (2, 64, 4, 4), (2, 256, 16, 16), (2, 3, 64, 64)):
             x = torch.ones(shape, dtype=dtype, device=device)
             seed = draw_seed(x.device)
             dropout_forward(x, seed, 0.5)
