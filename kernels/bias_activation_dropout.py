@@ -188,7 +188,7 @@ def bias_activation_dropout_backward_kernel(
     scale = scalar(scale, COMPUTE)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
-    by_column = tl.zeros((WIDTH,), COMPUTE)
+    totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for block_row in range(first, tl.minimum(first + steps, row_blocks)):
         start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         tile_index = block_row * column_blocks + block_column
@@ -218,11 +218,13 @@ def bias_activation_dropout_backward_kernel(
                 row = block_row * HEIGHT + tl.arange(0, HEIGHT)
                 tl.store(partial_pointer + row * column_blocks + block_column, tl.sum(addend, axis=1), mask=row < rows)
             else:
-                by_column += tl.sum(addend, axis=0)
+                totals += addend
     if not BY_ROW:
         column = block_column * WIDTH + tl.arange(0, WIDTH)
         wanted = (column < columns) & ((flags & 2) != 0)
-        tl.store(partial_pointer + program // column_blocks * columns + column, by_column, mask=wanted)
+        # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
+        total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
+        tl.store(partial_pointer + program // column_blocks * columns + column, total, mask=wanted)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -394,7 +396,7 @@ def _plan(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Plan:
     rows = numel // columns
     width = width_for(columns, _ROW_WIDTHS if by_row else _COLUMN_WIDTHS)
     row_blocks, column_blocks = -(-rows // (TILE // width)), -(-columns // width)
-    # Partial sums by row are of one row block; by column, those of a program's steps share an accumulator.
+    # Partial sums by row are of one row block; by column, those of a program's steps share accumulators.
     steps = 1 if by_row else min(steps_for(row_blocks * column_blocks), row_blocks)
     return _Plan(by_row, rows, columns, channels, width, row_blocks, steps, column_blocks)
 

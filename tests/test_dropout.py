@@ -32,7 +32,12 @@ if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
 FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-SHAPES = {"dropout": (3, 5, 16, 17), "alpha_dropout": (3, 5, 16, 17), "dropout1d": (6, 5, 20), "dropout3d": (3, 5, 2, 4, 6)}
+SHAPES = {
+    "dropout": (3, 5, 16, 17),
+    "alpha_dropout": (3, 5, 16, 17),
+    "dropout1d": (6, 5, 20),
+    "dropout3d": (3, 5, 2, 4, 6),
+}
 P = 0.3
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
