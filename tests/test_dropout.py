@@ -558,3 +558,115 @@ def test_opcheck(leading: int, device: str) -> None:
         torch.library.opcheck(torch.ops.fusednn.dropout.default, (x, seed, 0.5, False, leading))
         torch.library.opcheck(torch.ops.fusednn.dropout_backward.default, (x, seed, strides, 0.5, True, leading))
     torch.library.opcheck(torch.ops.fusednn.dropout_.default, (torch.ones(5, 6, device=device), seed, 0.5, False, 0))
+
+
+# --- What only a GPU can show -----------------------------------------------------------------------------------------
+
+
+def drop_connect(x: Tensor) -> Tensor:
+    """The weights are ones, and so is x: what a row of results counts is the weights kept."""
+    return autograd.drop_connect_linear(torch.ones_like(x), x)
+
+
+#: Each gives a result whose gradient shows the same mask, for operands of ones.
+STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: partial(getattr(autograd, name), training=True) for name in ("dropout", "dropout2d")},
+    "dropout2d_channels_last": lambda x: autograd.dropout2d(x.contiguous(memory_format=torch.channels_last)),
+    "relu_chain": lambda x: autograd.bias_activation_dropout(x, x[0, :, 0, 0] * 0, dim=1),
+    "leaky_relu_chain": lambda x: autograd.bias_activation_dropout(x, activation="leaky_relu"),
+    "softsign_chain": lambda x: autograd.bias_activation_dropout(x, x[0, 0, 0] * 0, activation="softsign"),
+    "drop_connect": lambda x: drop_connect(x.flatten(1)),
+    "standout": lambda x: autograd.standout(x, torch.zeros_like(x)),
+}
+every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+def value_and_gradient(step: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    y = step(x)
+    return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+
+@pytest.mark.gpu
+@every_step
+def test_no_host_synchronisation_and_graph_capture(step: Callable[[Tensor], Tensor], device: str) -> None:
+    """Successive replays draw other masks, in both directions the same."""
+    x = leaf(torch.ones(8, 64, 16, 16, device=device))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            value_and_gradient(step, x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            value_and_gradient(step, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, gradient = value_and_gradient(step, x)
+    replays = []
+    for _ in range(3):
+        graph.replay()
+        if y.shape == gradient.shape:
+            assert torch.equal(y != 0, gradient != 0)
+        replays.append(gradient != 0)
+    assert not torch.equal(replays[0], replays[1])
+    assert not torch.equal(replays[1], replays[2])
+    assert 0.3 < replays[0].double().mean() < 0.7
+
+
+@pytest.mark.gpu
+def test_no_recompilation_while_annealing(device: str) -> None:
+    model = nn.Sequential(
+        *(nn.Linear(32, 64, bias=False), layers.BiasActivationDropout(64, 0.5, activation="silu")),
+        *(layers.DropConnect(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Unflatten(1, (16, 2, 2)), nn.Dropout2d(0.5)),
+    ).to(device)
+    fusednn.replace_layers(model)
+    schedule = layers.AnnealedDropout(model, 60)
+    families = ("dropout", "bias_activation_dropout")
+    distinct = {configuration.kernel for family in families for configuration in kernels.shipped(family)}
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    def train(batch: int) -> None:
+        model(torch.randn(batch, 32, device=device)).square().mean().backward()
+        schedule.step()
+
+    for batch in (320, 17):
+        train(batch)
+    before = compiled()
+    for index in range(50):
+        train(17 if index % 10 == 9 else 320)
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@every_step
+def test_compiled_masks_agree_in_both_directions(step: Callable[[Tensor], Tensor], mode: str, device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, mode=mode)
+    masks = []
+    for _ in range(4):
+        y, gradient = value_and_gradient(compiled, leaf(torch.ones(8, 64, 16, 16, device=device)))
+        if y.shape == gradient.shape:
+            assert torch.equal(y != 0, gradient != 0)
+        masks.append((gradient != 0).clone())
+    assert not torch.equal(masks[2], masks[3])
+
+
+@pytest.mark.gpu
+def test_elements_2_to_the_32_apart_are_independent(device: str) -> None:
+    count = 2**20
+    numel = 2**32 + count
+    if torch.cuda.mem_get_info()[0] < 5 * numel:
+        pytest.skip("needs 20 GiB of GPU memory")
+    y = torch.ones(numel, dtype=torch.float16, device=device)
+    autograd.dropout(y, 0.5, inplace=True)
+    first, last = (2 * (part != 0).double() - 1 for part in (y[:count], y[-count:]))
+    limit = DEVIATIONS / math.sqrt(count)
+    assert last.mean().abs() < limit
+    assert (first * last).mean().abs() < limit
