@@ -248,7 +248,7 @@ def _refusal(
     input: object,
     bias: object,
     residual: object,
-    p: float,
+    p: object,
     name: str,
     a: float,
     b: float,

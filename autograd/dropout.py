@@ -87,7 +87,7 @@ class DropoutGradient(Function):
         return DropoutGradient.apply(gg, seed, *ctx.arguments), None, None, None, None, None
 
 
-def probability_refusal(p: float, training: bool) -> str | None:
+def probability_refusal(p: object, training: object) -> str | None:
     """Why no kernel drops with probability ``p``, or None: without dropout, stock returns its input."""
     if training is not True:
         return "the identity in evaluation" if training is False else "training is not a boolean"

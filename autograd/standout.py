@@ -72,7 +72,7 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
     return y
 
 
-def _refusal(input: object, belief: object, alpha: float, beta: float, training: bool) -> str | None:
+def _refusal(input: object, belief: object, alpha: object, beta: object, training: object) -> str | None:
     if not training:
         return "evaluation takes the mean"
     if not isinstance(input, Tensor) or not isinstance(belief, Tensor):
