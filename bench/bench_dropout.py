@@ -19,6 +19,7 @@ from fusednn import autograd
 P = 0.25
 IMAGES = {"large": (64, 64, 128, 128), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
 MATRICES = {"large": (8192, 8192), "medium": (1024, 1024), "small": (128, 128)}
+SIZES = (*IMAGES, *MATRICES)
 COUNTED_SHAPES = {"images": (2, 16, 32, 16), "matrices": (128, 128)}
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, bias_activation_dropout, dropout, nll_loss, pointwise_loss, prelu, rrelu, standout
+from . import activation, bias_activation_dropout, dropout, nll_loss, optimizer, pointwise_loss, prelu, rrelu, standout
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -16,6 +16,7 @@ __all__ = [
     "bias_activation_dropout",
     "dropout",
     "nll_loss",
+    "optimizer",
     "pointwise_loss",
     "prelu",
     "rrelu",
