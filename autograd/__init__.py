@@ -24,6 +24,9 @@ from .activation import (
     threshold,
 )
 from .batch_norm import batch_norm, batch_norm_act, channel_statistics
+from .bias_activation_dropout import bias_activation_dropout
+from .drop_connect import drop_connect_linear
+from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .nll_loss import nll_loss
 from .pointwise_loss import (
     binary_cross_entropy,
@@ -36,16 +39,25 @@ from .pointwise_loss import (
 )
 from .prelu import prelu
 from .rrelu import rrelu
+from .standout import standout
 from .sync_batch_norm import sync_batch_norm
 
 __all__ = [
+    "alpha_dropout",
     "batch_norm",
     "batch_norm_act",
+    "bias_activation_dropout",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
     "channel_statistics",
+    "drop_connect_linear",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
+    "feature_alpha_dropout",
     "gelu",
     "hardsigmoid",
     "hardswish",
@@ -68,6 +80,7 @@ __all__ = [
     "smooth_l1_loss",
     "softplus",
     "softsign",
+    "standout",
     "sync_batch_norm",
     "tanh",
     "threshold",

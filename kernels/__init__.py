@@ -4,7 +4,18 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, batch_norm, nll_loss, optimizer, pointwise_loss, prelu, rrelu
+from . import (
+    activation,
+    batch_norm,
+    bias_activation_dropout,
+    dropout,
+    nll_loss,
+    optimizer,
+    pointwise_loss,
+    prelu,
+    rrelu,
+    standout,
+)
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -14,10 +25,13 @@ __all__ = [
     "Configuration",
     "activation",
     "batch_norm",
+    "bias_activation_dropout",
+    "dropout",
     "nll_loss",
     "optimizer",
     "pointwise_loss",
     "prelu",
     "rrelu",
     "shipped",
+    "standout",
 ]

@@ -21,22 +21,19 @@ from .activation import (
     Threshold,
 )
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .bias_activation_dropout import BiasActivationDropout
+from .drop_connect import DropConnect
+from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
 from .fold import fold_batch_norm
 from .input_norm import GlobalContrastNorm, InputNorm
 from .nll_loss import NLLLoss
-from .pointwise_loss import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    MSELoss,
-    SmoothL1Loss,
-)
+from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .standout import Standout
 from .sync_batch_norm import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = [
@@ -44,6 +41,8 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "AlphaDropout",
+    "AnnealedDropout",
     "BCELoss",
     "BCEWithLogitsLoss",
     "BatchNorm1d",
@@ -52,8 +51,15 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BiasActivationDropout",
+    "DropConnect",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "Explanation",
     "ExplanationRow",
+    "FeatureAlphaDropout",
     "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -78,6 +84,7 @@ __all__ = [
     "SmoothL1Loss",
     "Softplus",
     "Softsign",
+    "Standout",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "Tanh",
