@@ -23,7 +23,11 @@ from .activation import (
     tanh,
     threshold,
 )
+from .batch_norm import batch_norm, batch_norm_act, channel_statistics
+from .bias_activation_dropout import bias_activation_dropout
 from .conv import conv1d, conv2d, conv_act_pool2d
+from .drop_connect import drop_connect_linear
+from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .nll_loss import nll_loss
 from .pointwise_loss import (
     binary_cross_entropy,
@@ -37,15 +41,28 @@ from .pointwise_loss import (
 from .pool import max_pool1d, max_pool2d
 from .prelu import prelu
 from .rrelu import rrelu
+from .standout import standout
+from .sync_batch_norm import sync_batch_norm
 
 __all__ = [
+    "alpha_dropout",
+    "batch_norm",
+    "batch_norm_act",
+    "bias_activation_dropout",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "channel_statistics",
     "conv1d",
     "conv2d",
     "conv_act_pool2d",
+    "drop_connect_linear",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
+    "feature_alpha_dropout",
     "gelu",
     "hardsigmoid",
     "hardswish",
@@ -70,6 +87,8 @@ __all__ = [
     "smooth_l1_loss",
     "softplus",
     "softsign",
+    "standout",
+    "sync_batch_norm",
     "tanh",
     "threshold",
 ]

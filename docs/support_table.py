@@ -12,6 +12,9 @@ from fusednn.kernels.optimizer import ALGORITHMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
+# Alone, and with a residual and an activation whose gradient a bit suffices for.
+_BATCH_NORM_ACT = ("the input; with a residual 1 bit an element", "3e; 4e + 1/8", "5e; 6e + 1/8")
+
 # Layers whose family has kernels of its own: function, what is kept, bytes an element forward and backward.  The table
 # of activations knows the others'.
 OWN_KERNELS = {
@@ -43,9 +46,45 @@ OWN_KERNELS = {
     ),
     "MaxPool1d": ("max_pool1d", "1 byte a window", "e + (e + 1) / stride", "e + (e + 1) / stride"),
     "MaxPool2d": ("max_pool2d", "2 bits a window (2 x 2), at most 1 byte", "1.25e + 1/16", "1.25e + 1/16"),
+    **{
+        f"{layer}{dims}d": (function, *facts)
+        for layer, function, *facts in (
+            ("BatchNorm", "batch_norm", "the input", "3e", "5e"),
+            ("BatchNormAct", "batch_norm_act", *_BATCH_NORM_ACT),
+        )
+        for dims in (1, 2, 3)
+    },
+    "SyncBatchNorm": ("sync_batch_norm", "the input", "3e", "5e"),
+    "SyncBatchNormAct": ("sync_batch_norm", *_BATCH_NORM_ACT),
+    "InputNorm": ("batch_norm", "the input", "2e", "2e"),
+    "GlobalContrastNorm": ("batch_norm", "the input", "3e", "5e"),
+    **{
+        layer: (function, "a seed", "2e", "2e")
+        for layer, function in {
+            "AlphaDropout": "alpha_dropout",
+            "Dropout": "dropout",
+            "Dropout1d": "dropout1d",
+            "Dropout2d": "dropout2d",
+            "Dropout3d": "dropout3d",
+            "FeatureAlphaDropout": "feature_alpha_dropout",
+        }.items()
+    },
+    "BiasActivationDropout": (
+        "bias_activation_dropout",
+        "1 bit an element; the operands and a seed for smooth activations",
+        "2e + 1/8, or 2e; with a residual e more",
+        "2e + 1/8, or 3e",
+    ),
+    "DropConnect": (
+        "drop_connect_linear",
+        "the operands, and a seed",
+        "2e a weight, and the product",
+        "4e a weight, and the products",
+    ),
     "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),
     "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
+    "Standout": ("standout", "1 bit an element", "3e + 1/8", "2e + 1/8"),
 }
 
 # The updates that an optimizer has, by the argument that asks for them.

@@ -4,7 +4,20 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, conv, nll_loss, optimizer, pointwise_loss, pool, prelu, rrelu
+from . import (
+    activation,
+    batch_norm,
+    bias_activation_dropout,
+    conv,
+    dropout,
+    nll_loss,
+    optimizer,
+    pointwise_loss,
+    pool,
+    prelu,
+    rrelu,
+    standout,
+)
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -13,7 +26,10 @@ __all__ = [
     "INTERPRETING",
     "Configuration",
     "activation",
+    "batch_norm",
+    "bias_activation_dropout",
     "conv",
+    "dropout",
     "nll_loss",
     "optimizer",
     "pointwise_loss",
@@ -21,4 +37,5 @@ __all__ = [
     "prelu",
     "rrelu",
     "shipped",
+    "standout",
 ]

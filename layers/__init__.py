@@ -20,8 +20,15 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .bias_activation_dropout import BiasActivationDropout
 from .conv import Conv1d, Conv2d, ConvAct2d, ConvMaxPool2d
+from .drop_connect import DropConnect
+from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
+from .fold import fold_batch_norm
+from .input_norm import GlobalContrastNorm, InputNorm
 from .nll_loss import NLLLoss
 from .pointwise_loss import (
     BCELoss,
@@ -36,24 +43,43 @@ from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .standout import Standout
+from .sync_batch_norm import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "AlphaDropout",
+    "AnnealedDropout",
     "BCELoss",
     "BCEWithLogitsLoss",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "BiasActivationDropout",
     "Conv1d",
     "Conv2d",
     "ConvAct2d",
     "ConvMaxPool2d",
+    "DropConnect",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "Explanation",
     "ExplanationRow",
+    "FeatureAlphaDropout",
+    "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
     "HuberLoss",
+    "InputNorm",
     "KLDivLoss",
     "L1Loss",
     "LeakyReLU",
@@ -74,9 +100,13 @@ __all__ = [
     "SmoothL1Loss",
     "Softplus",
     "Softsign",
+    "Standout",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "Tanh",
     "Threshold",
     "explain",
+    "fold_batch_norm",
     "replace_layers",
     "restore_layers",
 ]
