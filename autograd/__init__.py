@@ -26,6 +26,7 @@ from .activation import (
 from .batch_norm import batch_norm, batch_norm_act, channel_statistics
 from .bias_activation_dropout import bias_activation_dropout
 from .conv import conv1d, conv2d, conv_act_pool2d
+from .conv_batch_norm import conv_batch_norm_act2d
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .nll_loss import nll_loss
@@ -56,6 +57,7 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv_act_pool2d",
+    "conv_batch_norm_act2d",
     "drop_connect_linear",
     "dropout",
     "dropout1d",

@@ -95,7 +95,7 @@ def _fake_sums(g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | Non
     " Tensor? weight, Tensor? bias, float eps, str? activation) -> (Tensor, Tensor)",
     fake=_fake_sums,
 )
-def _reduce(
+def reduce(
     g: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -116,7 +116,7 @@ def _reduce(
     " Tensor? bias, float eps, str? activation) -> Tensor",
     fake=lambda g, x, *_: torch.empty_like(x),
 )
-def _backward(
+def backward(
     g: Tensor,
     x: Tensor,
     sums: Tensor | None,
@@ -185,7 +185,7 @@ def gradients(
     dx, dweight, dbias, sums, share = None, None, None, None, 0.0
     joined = residual is not None or mask is not None
     if weight_needed or bias_needed or joined or (x_needed and training):
-        sums, dz = _reduce(g, x, residual, mask, *vectors, activation)
+        sums, dz = reduce(g, x, residual, mask, *vectors, activation)
         if weight_needed or bias_needed:
             dbias, dweight = sums.to((weight if weight_needed else bias).dtype).unbind()
         if joined:
@@ -195,7 +195,7 @@ def gradients(
             sums = None
         elif sums is not None:
             sums, share = combine(sums, x)
-        dx = _backward(g, x, sums, share, *vectors, activation)
+        dx = backward(g, x, sums, share, *vectors, activation)
     return (
         dx,
         g if residual_needed else None,
@@ -212,7 +212,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if mask is not None:
         # The gradient of the activation is linear: its slopes, which the mask tells, are constants.
         with torch.no_grad():
-            slopes = _reduce(torch.ones_like(g), x, None, mask, mean, variance, weight, bias, eps, activation)[1]
+            slopes = reduce(torch.ones_like(g), x, None, mask, mean, variance, weight, bias, eps, activation)[1]
         g, activation = g * slopes, None
     with torch.enable_grad():
         if training:

@@ -8,7 +8,6 @@ result and that of the bias; cuDNN does the rest.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd import Function
 from ..kernels import conv as kernels
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.pool import POINT, Pooled, Window, images
+from .batch_norm import apply_activation, check_activation
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
@@ -74,22 +74,25 @@ class ConvActPool(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        residual: Tensor | None,
         convolution: Convolution,
         activation: str | None,
         window: Window,
     ) -> Tensor:
-        y, code, raw, layout = _forward(x, weight, bias, convolution, activation, window, keeps=True)
-        saves = _saves(activation)
-        ctx.save_for_backward(x, weight, bias, code, y if saves == "output" else raw if saves == "input" else None)
+        y, code, raw, layout = _forward(x, weight, bias, residual, convolution, activation, window, keeps=True)
+        saves = saved_by(activation)
+        saved = {"output": y, "input": raw}.get(saves) if saves else None
+        # The residual, which the first derivatives don't need, is kept for the second alone; its memory is its owner's.
+        ctx.save_for_backward(x, weight, bias, residual, code, saved)
         ctx.arguments = (convolution, activation, window)
         ctx.layout = layout
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _, code, saved = ctx.saved_tensors
+        x, weight, _, _, code, saved = ctx.saved_tensors
         convolution, activation, window = ctx.arguments
-        x_needed, weight_needed, bias_needed, *_ = ctx.needs_input_grad
+        x_needed, weight_needed, bias_needed, residual_needed, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, g), None, None, None)
         dz, db = pool_backward(g, code, saved, *ctx.layout, activation, *window, bias_needed)
@@ -100,10 +103,11 @@ class ConvActPool(Function):
                 *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
                 (x_needed, weight_needed, False),
             )
-        return dx, dw, db if bias_needed else None, None, None, None
+        return dx, dw, db if bias_needed else None, dz if residual_needed else None, None, None, None
 
 
-def _saves(activation: str | None) -> str | None:
+def saved_by(activation: str | None) -> str | None:
+    """What the activation's gradient needs: ``"mask"``, ``"output"`` or ``"input"``."""
     return ACTIVATIONS[activation].saves if activation else None
 
 
@@ -111,6 +115,7 @@ def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     convolution: Convolution,
     activation: str | None,
     window: Window,
@@ -120,41 +125,32 @@ def _forward(
     """The result; the windows' codes, and the maxima before the activation, where these are kept; and the layout of the
     convolution's result: its size, and whether channels are last.
     """
-    keeps_raw = keeps and _saves(activation) == "input"
+    keeps_raw = keeps and saved_by(activation) == "input"
     stride, padding, dilation, groups = convolution
-    if kernels.takes_single(x, weight, dilation, groups, window):
+    if residual is None and kernels.takes_single(x, weight, dilation, groups, window):
         y, code, raw = conv_pool(x, weight, bias, stride, padding, activation, *window[:3], keeps, keeps_raw)
         return y, code, raw, (kernels.conv_size(x.shape, weight.shape, stride, padding), True)
     z, channels_last = images(F.conv2d(x, weight, None, *convolution))
     layout = (z.shape[2:], channels_last)
     if window == POINT:
-        code, raw = activate_(z, bias, activation, keeps, keeps_raw)
+        code, raw = activate_(z, residual, bias, activation, keeps, keeps_raw)
         return z, code, raw, layout
-    y, code, raw, _ = pool(z, bias, activation, *window, keeps, keeps_raw, False)
+    y, code, raw, _ = pool(z, residual, None, None, bias, activation, *window, keeps, keeps_raw, False)
     return y, code, raw, layout
 
 
 def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    """Gradients of x, weight and bias, from stock operators that can be differentiated again."""
-    x, weight, bias, *_ = ctx.saved_tensors
+    """Gradients of x, weight, bias and residual, from stock operators that can be differentiated again."""
+    x, weight, bias, residual, *_ = ctx.saved_tensors
     convolution, activation, window = ctx.arguments
     with torch.enable_grad():
-        y = _stock(x, weight, bias, convolution, activation, window)
-    operands = (x, weight, bias)
-    needed = ctx.needs_input_grad[:3]
+        y = apply_activation(F.conv2d(x, weight, bias, *convolution), residual, activation)
+        y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
+    operands = (x, weight, bias, residual)
+    needed = ctx.needs_input_grad[:4]
     wanted = [operand for operand, need in zip(operands, needed, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
     return [next(found) if need else None for need in needed]
-
-
-def _stock(
-    x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Any, activation: str | None, window: Window | None
-) -> Tensor:
-    """activation and max pooling of the convolution, by stock operators."""
-    y = apply_activation(F.conv2d(x, weight, bias, *convolution), None, activation)
-    if window is not None and window != POINT:
-        y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-    return y
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------
@@ -210,39 +206,44 @@ def conv_act_pool2d(
     pool_size: Pair | None = None,
     pool_stride: Pair | None = None,
     pool_padding: Pair = 0,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """max_pool(activation(conv(x) + bias)), in one.
+    """max_pool(activation(conv(x) + bias + residual)), in one.
 
     Arguments as of `conv2d`, and:
 
     activation: a name of `fusednn.autograd`'s activations, with its default arguments, ``"gelu_tanh"``, or None.
     pool_size, pool_stride, pool_padding: as of `max_pool2d`; a ``pool_size`` of None leaves the pooling out.
+    residual: added before the activation; of the shape of the convolution's result.
 
     Only the pooled result is written, and the code of each window, which the backward pass needs: at most a byte, a bit
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
     check_activation(activation)
-    operands = (input, weight, bias)
+    operands = (input, weight, bias, residual)
     if all(isinstance(operand, Tensor) for operand in operands[:2]) and (dtype := autocast_dtype(input)):
         operands = tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in operands)  # type: ignore[assignment]
-    input, weight, bias = operands
+    input, weight, bias, residual = operands
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     padded, border = _padded(input, weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
-    refusal = _refusal(padded, weight, bias, convolution, activation, window)
-    given = (input, weight) if bias is None else (input, weight, bias)
+    refusal = _refusal(padded, weight, bias, residual, convolution, activation, window)
+    given = tuple(operand for operand in operands if operand is not None)
     if not takes_kernel("conv_act_pool2d", *given, refusal=refusal):
-        chained = apply_activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups), None, activation)
+        chained = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        chained = apply_activation(chained, residual, activation)
         return chained if pool_size is None else F.max_pool2d(chained, pool_size, pool_stride, pool_padding)
     assert convolution is not None
     assert window is not None
     name = ACTIVATIONS[activation].name_for(input.dtype) if activation else None
     x = padded if padded.dim() == 4 else padded.unsqueeze(0)
+    if residual is not None and input.dim() == 3:
+        residual = residual.unsqueeze(0)
     y: Tensor
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in given):
-        y = ConvActPool.apply(x, weight, bias, convolution, name, window)
+        y = ConvActPool.apply(x, weight, bias, residual, convolution, name, window)
     else:
-        y, *_ = _forward(x, weight, bias, convolution, name, window, keeps=False)
+        y, *_ = _forward(x, weight, bias, residual, convolution, name, window, keeps=False)
     return y if input.dim() == 4 else y.squeeze(0)
 
 
@@ -274,16 +275,21 @@ def _convolution(stride: Any, padding: Any, dilation: Any, groups: Any) -> Convo
 
 
 def _refusal(
-    input: Any, weight: Any, bias: Any, convolution: Convolution | None, activation: str | None, window: Window | None
+    input: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    convolution: Convolution | None,
+    activation: str | None,
+    window: Window | None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
-    if not all(isinstance(operand, Tensor) for operand in (input, weight)) or not isinstance(
-        bias, (Tensor, type(None))
-    ):
+    given = [operand for operand in (bias, residual) if operand is not None]
+    if not all(isinstance(operand, Tensor) for operand in (input, weight, *given)):
         return "not a tensor"
     if convolution is None or window is None:
         return "a size is not an integer for each direction"
-    if activation is None and window == POINT:
+    if activation is None and residual is None and window == POINT:
         return _CUDNN
     if min(*convolution.stride, *convolution.dilation, convolution.groups) < 1 or min(convolution.padding) < 0:
         return "a size of the convolution is not positive"
@@ -297,28 +303,7 @@ def _refusal(
     size = kernels.conv_size(input.shape, weight.shape, *convolution[:3])
     if min(size) < 1:
         return "the image is smaller than the filter"
+    if residual is not None and residual.shape != (*input.shape[:-3], filters, *size):
+        return "the residual has another shape"
     masked = activation is not None and ACTIVATIONS[activation].saves == "mask"
     return window_refusal(window, *size, masked=masked)
-
-
-# --- Activations by name ----------------------------------------------------------------------------------------------
-
-#: The stock function of each activation that a convolution can be fused with, with the defaults of its module.
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **{name: getattr(F, name) for name in ACTIVATIONS if hasattr(F, name)},
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "threshold": partial(F.threshold, threshold=0.0, value=0.0),
-}
-
-
-def apply_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(y + residual), by stock operators."""
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
-
-
-def check_activation(name: str | None) -> None:
-    """Raise ValueError unless ``name`` is an activation that a convolution can be fused with, or None."""
-    if name is not None and name not in ACTIVATION_FUNCTIONS:
-        raise ValueError(f"no activation is called {name!r}; known: {', '.join(sorted(ACTIVATION_FUNCTIONS))}")

@@ -42,7 +42,15 @@ def operator_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, 
     return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
 
-def _fake_pool(x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_pool(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
     kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
     x, channels_last = kernels.images(x)
@@ -50,19 +58,28 @@ def _fake_pool(x: Tensor, bias: Tensor | None, activation: str | None, *argument
 
 
 @operator(
-    f"pool(Tensor x, Tensor? bias, str? activation, {WINDOW}, bool keeps_code, bool keeps_raw, bool emits_indices)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "pool(Tensor x, Tensor? residual, Tensor? mean, Tensor? scale, Tensor? bias, str? activation,"
+    f" {WINDOW}, bool keeps_code, bool keeps_raw, bool emits_indices) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_pool,
 )
-def pool(x: Tensor, bias: Tensor | None, activation: str | None, *arguments: Any) -> tuple[Tensor, ...]:
+def pool(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     """`fusednn.kernels.pool.pool_forward`."""
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
     kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
-    return tuple(kernels.pool_forward(x, bias, operator_window(*sizes), activation, **kept))
+    added = {"mean": mean, "scale": scale, "residual": residual}
+    return tuple(kernels.pool_forward(x, bias, operator_window(*sizes), activation, **added, **kept))
 
 
 def _fake_activate(
-    x: Tensor, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
 ) -> tuple[Tensor, Tensor]:
     _, channels_last = kernels.images(x)
     results = kernels.pooled_like(
@@ -72,16 +89,16 @@ def _fake_activate(
 
 
 @operator(
-    "activate_(Tensor(a!) x, Tensor? bias, str? activation, bool keeps_code, bool keeps_raw) -> (Tensor, Tensor)",
+    "activate_(Tensor(a!) x, Tensor? residual, Tensor? bias, str? activation, bool keeps_code, bool keeps_raw)"
+    " -> (Tensor, Tensor)",
     fake=_fake_activate,
 )
 def activate_(
-    x: Tensor, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
 ) -> tuple[Tensor, Tensor]:
     """`pool` with windows of one position, in place: bias and activation."""
-    results = kernels.pool_forward(
-        x, bias, kernels.POINT, activation, keeps_code=keeps_code, keeps_raw=keeps_raw, inplace=True
-    )
+    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw}
+    results = kernels.pool_forward(x, bias, kernels.POINT, activation, **kept, residual=residual, inplace=True)
     return results.code, results.raw
 
 
@@ -125,7 +142,7 @@ class MaxPool(Function):
     def forward(
         ctx: Any, x: Tensor, channels_last: bool, window: Window, emits_indices: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, code, _, indices = pool(x, None, None, *window, True, False, emits_indices)
+        y, code, _, indices = pool(x, None, None, None, None, None, *window, True, False, emits_indices)
         # As in `MaskedActivation`: something for the graph of a second derivative, which is zero, to hang on.
         anchor = x.new_empty(0)
         ctx.save_for_backward(code, anchor)
@@ -249,7 +266,7 @@ def _max_pool(
     if torch.is_grad_enabled() and input.requires_grad:
         y, indices, _ = MaxPool.apply(x, channels_last, window, return_indices)
     else:
-        y, _, _, indices = pool(x, None, None, *window, False, False, return_indices)
+        y, _, _, indices = pool(x, None, None, None, None, None, *window, False, False, return_indices)
     if dims == 1:
         y, indices = y.squeeze(2), indices.squeeze(2) if return_indices else indices
     if unbatched:

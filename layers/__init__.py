@@ -23,6 +23,7 @@ from .activation import (
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .bias_activation_dropout import BiasActivationDropout
 from .conv import Conv1d, Conv2d, ConvAct2d, ConvMaxPool2d
+from .conv_batch_norm import ConvBatchNormAct2d
 from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .dropout_schedule import AnnealedDropout
@@ -65,6 +66,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvAct2d",
+    "ConvBatchNormAct2d",
     "ConvMaxPool2d",
     "DropConnect",
     "Dropout",

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..autograd.conv import check_activation, conv1d, conv2d, conv_act_pool2d
+from ..autograd.batch_norm import check_activation
+from ..autograd.conv import conv1d, conv2d, conv_act_pool2d
 from .twin import Twin
 
-__all__ = ["Conv1d", "Conv2d", "ConvAct2d", "ConvMaxPool2d"]
+__all__ = ["Conv1d", "Conv2d", "ConvAct2d", "ConvMaxPool2d", "padded"]
 
 
-def _padded(layer: _ConvNd, input: Tensor) -> tuple[Tensor, Any]:
+def padded(layer: _ConvNd, input: Tensor) -> tuple[Tensor, Any]:
     """The input, padded where that isn't with zeros, and the padding that is left to the convolution."""
     if layer.padding_mode == "zeros":
         return input, layer.padding
@@ -31,7 +32,7 @@ class Conv1d(Twin, nn.Conv1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = _padded(self, input)
+        input, padding = padded(self, input)
         return conv1d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -43,7 +44,7 @@ class Conv2d(Twin, nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = _padded(self, input)
+        input, padding = padded(self, input)
         return conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -83,7 +84,7 @@ class ConvAct2d(Conv2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = _padded(self, input)
+        input, padding = padded(self, input)
         return conv_act_pool2d(
             *(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups),
             activation=self.activation,

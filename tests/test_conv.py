@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd, kernels, layers
-from fusednn.autograd.conv import ACTIVATION_FUNCTIONS
+from fusednn.autograd.batch_norm import ACTIVATION_FUNCTIONS
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 

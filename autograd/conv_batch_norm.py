@@ -1,0 +1,211 @@
+"""Convolution followed by batch norm, an activation and max pooling, in as few passes as there can be.
+
+In evaluation the batch norm is folded into the filters, and the rest is `conv_act_pool2d`.  In training its statistics
+have to be complete before it can be applied: one pass over the convolution's result takes them, and a second one
+normalises, adds the residual, activates and pools.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels.activation import ACTIVATIONS
+from ..kernels.batch_norm import accumulator
+from ..kernels.pool import Window, images, is_masked
+from .batch_norm import apply_activation, argument_refusal, batch_norm_act, check_activation, mark_updated, statistics
+from .batch_norm import backward as norm_backward
+from .batch_norm import reduce as norm_reduce
+from .conv import conv2d, conv_act_pool2d, saved_by
+from .dispatch import takes_kernel
+from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
+
+__all__ = ["conv_batch_norm_act2d"]
+
+
+class BatchNormActPool(Function):
+    """Max pooling of activation(normalised x * weight + bias + residual), with the statistics of x.
+
+    Saves the input, the statistics and the code of each window; beside these the result, for an activation whose
+    gradient needs that, or the maxima before the activation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        activation: str | None,
+        window: Window,
+    ) -> Tensor:
+        saves = saved_by(activation)
+        y, code, raw = _forward(x, residual, weight, bias, mean, variance, eps, activation, window, keeps=True)
+        saved = {"output": y, "input": raw}.get(saves) if saves else None
+        # The residual is kept for second derivatives alone; its memory is its owner's.
+        ctx.save_for_backward(x, residual, weight, bias, mean, variance, code, saved)
+        ctx.arguments = (eps, activation, window)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, weight, bias, mean, variance, code, saved = ctx.saved_tensors
+        eps, activation, window = ctx.arguments
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+                y = apply_activation(y, residual, activation)
+                y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
+            wanted = [t for t, need in zip((x, residual, weight, bias), needed, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+            return (*(next(found) if need else None for need in needed), None, None, None, None, None)
+        _, channels_last = images(x)
+        dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, activation, *window, False)
+        dx, dweight, dbias = None, None, None
+        if needed[0] or needed[2] or needed[3]:
+            vectors = (mean, variance, weight, bias, eps, None)
+            sums, _ = norm_reduce(dz, x, None, None, *vectors)
+            dweight = sums[1].to(weight.dtype) if needed[2] else None
+            dbias = sums[0].to(bias.dtype) if needed[3] else None
+            if needed[0]:
+                dx = norm_backward(dz, x, sums, x.shape[1] / x.numel(), *vectors)
+        return dx, dz if needed[1] else None, dweight, dbias, None, None, None, None, None
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    activation: str | None,
+    window: Window,
+    *,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result; the windows' codes, and the maxima before the activation, where these are kept."""
+    scale, shift = _scale(weight, variance, eps), mean.new_zeros(mean.shape)
+    if bias is not None:
+        shift = bias.to(mean.dtype)
+    keeps_raw = keeps and saved_by(activation) == "input"
+    y, code, raw, _ = pool(x, residual, mean, scale, shift, activation, *window, keeps, keeps_raw, False)
+    return y, code, raw
+
+
+def _scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """weight / standard deviation, in the type of the statistics."""
+    deviation = (variance + eps).sqrt()
+    return 1 / deviation if weight is None else weight.to(variance.dtype) / deviation
+
+
+# --- Functions --------------------------------------------------------------------------------------------------------
+
+
+def conv_batch_norm_act2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    pool_size: Pair | None = None,
+    pool_stride: Pair | None = None,
+    pool_padding: Pair = 0,
+) -> Tensor:
+    """max_pool(activation(batch_norm(conv(x) + bias) + residual)).
+
+    Arguments as of `conv2d`, `batch_norm_act` (``training``: the statistics are those of the batch) and `max_pool2d`; a
+    ``pool_size`` of None leaves the pooling out.  In evaluation the batch norm is folded into the filters; in training
+    the convolution's result is read twice, for its statistics and to make the result, and is saved.  Source: Ioffe and
+    Szegedy, "Batch Normalization" (ICML 2015).
+    """
+    check_activation(activation)
+    arguments = (stride, padding, dilation, groups)
+    options: dict[str, Any] = {"pool_size": pool_size, "pool_stride": pool_stride, "pool_padding": pool_padding}
+    if not training and running_mean is not None and running_var is not None:
+        weight, bias = _folded(weight, bias, running_mean, running_var, norm_weight, norm_bias, eps)
+        return conv_act_pool2d(input, weight, bias, *arguments, activation=activation, residual=residual, **options)
+    z = conv2d(input, weight, bias, *arguments)
+    vectors = (running_mean, running_var, norm_weight, norm_bias)
+    if pool_size is None:
+        return batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
+    window = window_of(2, pool_size, pool_stride, pool_padding, 1, False)
+    refusal = _refusal(z, *vectors, momentum, eps, residual, activation, window)
+    given = (z,) if residual is None else (z, residual)
+    parameters = [vector for vector in vectors if vector is not None]
+    if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
+        y = batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
+        return max_pool2d(y, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
+    assert window is not None
+    batches = momentum if isinstance(momentum, Tensor) else None
+    plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
+    mean, variance = statistics(z.detach(), running_mean, running_var, batches, plain)
+    mark_updated(running_mean, running_var)
+    name = ACTIVATIONS[activation].name_for(z.dtype) if activation else None
+    y: Tensor
+    operands = (z, residual, norm_weight, norm_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        y = BatchNormActPool.apply(*operands, mean, variance, float(eps), name, window)
+    else:
+        y, *_ = _forward(*operands, mean, variance, float(eps), name, window, keeps=False)
+    return y
+
+
+def _folded(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Filters and bias of the convolution that also normalises; differentiable."""
+    dtype = accumulator(weight.dtype)
+    scale = _scale(norm_weight, variance.to(dtype), eps)
+    shift = -mean if bias is None else bias - mean
+    shift = shift * scale if norm_bias is None else shift * scale + norm_bias
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _refusal(
+    z: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any,
+    activation: str | None,
+    window: Window | None,
+) -> str | None:
+    """Why the kernels don't take these arguments, or None."""
+    reason = argument_refusal(z, running_mean, running_var, weight, bias, momentum, eps, residual)
+    if reason is not None:
+        return reason
+    if window is None:
+        return "a size is not an integer for each direction"
+    if z.dim() != 4 or z.numel() == z.shape[1]:
+        return "not a batch of images"
+    return window_refusal(window, *z.shape[2:], masked=is_masked(activation))

@@ -1,0 +1,87 @@
+"""Convolution, batch norm, activation and max pooling as one layer."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd.batch_norm import check_activation
+from ..autograd.conv_batch_norm import conv_batch_norm_act2d
+from .batch_norm import BatchNorm2d, count_batch, momentum_of, running_statistics, uses_batch_statistics
+from .conv import Conv2d, padded
+
+__all__ = ["ConvBatchNormAct2d"]
+
+
+class ConvBatchNormAct2d(nn.Module):
+    """max_pool(activation(batch_norm(conv(x)) + residual)) for (N, C, H, W).
+
+    Args as of `torch.nn.Conv2d`, and keyword-only:
+
+    activation: a name as of `fusednn.autograd.batch_norm_act`, or None.  Raises ValueError for other names.
+    pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_size`` of None leaves the pooling out.
+    eps, momentum, affine, track_running_stats: as of `torch.nn.BatchNorm2d`.
+
+    The children ``conv`` and ``bn`` hold the parameters and statistics; they aren't called, so neither are their hooks.
+    In evaluation the batch norm is folded into the convolution.  Raises ValueError for inputs that aren't 4-D.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+        pool_size: int | tuple[int, int] | None = None,
+        pool_stride: int | tuple[int, int] | None = None,
+        pool_padding: int | tuple[int, int] = 0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        check_activation(activation)
+        super().__init__()
+        self.conv = Conv2d(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn = BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.activation = activation
+        self.pool_size = pool_size
+        self.pool_stride = pool_stride
+        self.pool_padding = pool_padding
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        conv, bn = self.conv, self.bn
+        bn._check_input_dim(input)
+        count_batch(bn)
+        input, padding = padded(conv, input)
+        return conv_batch_norm_act2d(
+            *(input, conv.weight, conv.bias, *running_statistics(bn), bn.weight, bn.bias),
+            *(conv.stride, padding, conv.dilation, conv.groups),
+            training=uses_batch_statistics(bn),
+            momentum=momentum_of(bn),
+            eps=bn.eps,
+            residual=residual,
+            activation=self.activation,
+            **self._pooling(),
+        )
+
+    def _pooling(self) -> dict[str, Any]:
+        return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}
+
+    def extra_repr(self) -> str:
+        fused = {"activation": self.activation, **self._pooling()}
+        return ", ".join(f"{name}={value!r}" for name, value in fused.items())
