@@ -23,6 +23,7 @@ from .activation import (
     tanh,
     threshold,
 )
+from .maxout import maxout, maxout_conv2d, maxout_linear
 from .prelu import prelu
 from .rrelu import rrelu
 
@@ -35,6 +36,9 @@ __all__ = [
     "hardtanh",
     "leaky_relu",
     "logsigmoid",
+    "maxout",
+    "maxout_conv2d",
+    "maxout_linear",
     "mish",
     "prelu",
     "relu",

@@ -1,0 +1,305 @@
+"""Maxout: the maximum over pieces, of features, of a linear layer's outputs, or of a convolution's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import maxout as kernels
+from ..kernels.random import draw_seed
+from .dispatch import autocast_dtype, takes_kernel
+from .operators import operator
+
+__all__ = ["maxout", "maxout_conv2d", "maxout_linear"]
+
+# --- Operators ------------------------------------------------------------------------------------------------------
+#
+# Winners are empty where they aren't kept, and so is the gradient of a bias that isn't asked for.
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[1]))
+    return y, y.new_empty(y.shape if keeps_winner else (0,), dtype=torch.uint8)
+
+
+@operator(
+    "maxout_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, float p, bool keeps_winner)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_linear,
+)
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
+) -> tuple[Tensor, Tensor]:
+    return kernels.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
+
+
+def _fake_maximum(
+    x: Tensor, bias: Tensor | None, pieces: int, dim: int, adjacent: bool, keeps_winner: bool
+) -> tuple[Tensor, Tensor]:
+    shape, strides = kernels.maxima_layout(x.shape, torch.empty_like(x).stride(), pieces, dim)
+    y = x.new_empty_strided(shape, strides)
+    return y, torch.empty_like(y, dtype=torch.uint8) if keeps_winner else y.new_empty(0, dtype=torch.uint8)
+
+
+@operator(
+    "maxout(Tensor x, Tensor? bias, int pieces, int dim, bool adjacent, bool keeps_winner) -> (Tensor, Tensor)",
+    fake=_fake_maximum,
+)
+def _maximum(
+    x: Tensor, bias: Tensor | None, pieces: int, dim: int, adjacent: bool, keeps_winner: bool
+) -> tuple[Tensor, Tensor]:
+    return kernels.maxout_forward(x, bias, None, pieces, dim, adjacent, 0.0, keeps_winner)
+
+
+def _fake_expansion(
+    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor]:
+    shape = [size * pieces if d == dim else size for d, size in enumerate(g.shape)]
+    return g.new_empty_strided(shape, strides), g.new_empty((pieces, g.shape[dim]) if sums_bias else (0,))
+
+
+@operator(
+    "maxout_backward(Tensor g, Tensor winner, SymInt[] strides, int pieces, int dim, bool adjacent, float p,"
+    " bool sums_bias) -> (Tensor, Tensor)",
+    fake=_fake_expansion,
+)
+def _expansion(
+    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor]:
+    return kernels.maxout_backward(g, winner, strides, pieces, dim, adjacent, p, sums_bias)
+
+
+# --- Gradients ------------------------------------------------------------------------------------------------------
+
+
+def _expand(
+    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the features, zero but for the winners, and the sum that is the bias's, (pieces, units)."""
+    if not torch.is_grad_enabled():
+        dx, db = _expansion(g, winner, strides, pieces, dim, adjacent, p, sums_bias)
+        return dx, db if sums_bias else None
+    # Given the winners everything is linear: PyTorch's operators can be differentiated again.
+    kept = g / (1 - p) if p < 1 else g * 0
+    where = dim + 1 if adjacent else dim
+    piece = torch.arange(pieces, device=g.device).view(-1, *[1] * (g.dim() - where))
+    apart = torch.where(winner.unsqueeze(where) == piece, kept.unsqueeze(where), 0)
+    others = [d for d in range(apart.dim()) if d not in (dim, dim + 1)]
+    return apart.flatten(dim, dim + 1), apart.sum(others) if sums_bias else None
+
+
+class Maximum(Function):
+    """The maximum over the pieces of features, plus a bias.  Saves the winners, a byte each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, pieces: int, dim: int, adjacent: bool) -> Tensor:
+        y: Tensor
+        y, winner = _maximum(x, bias, pieces, dim, adjacent, True)
+        ctx.save_for_backward(winner)
+        ctx.arguments = (torch.empty_like(x).stride(), pieces, dim, adjacent, 0.0)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        (winner,) = ctx.saved_tensors
+        dx, db = _expand(g, winner, *ctx.arguments, ctx.needs_input_grad[1])
+        return dx, db, None, None, None
+
+
+class LinearMaximum(Function):
+    """A linear layer and the maximum over its pieces.  Saves its operands, and the winners, a byte each.
+
+    The backward pass is that of the linear layer, with a gradient that is zero but for the winners.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+        y: Tensor
+        y, winner = _linear(x, weight, bias, seed, p, True)
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, winner)
+        ctx.pieces, ctx.p = weight.shape[0], p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, winner = ctx.saved_tensors
+        units = g.shape[-1]
+        rows = (winner.numel() // units, units)
+        strides = (ctx.pieces * units, 1)
+        sums_bias = ctx.needs_input_grad[2]
+        dz, db = _expand(g.reshape(rows), winner.view(rows), strides, ctx.pieces, 1, False, ctx.p, sums_bias)
+        dx = dw = None
+        if weight is not None:
+            dx = (dz @ weight.flatten(0, 1)).view(*g.shape[:-1], weight.shape[2])
+        if x is not None:
+            dw = (dz.t() @ x.reshape(rows[0], -1)).unflatten(0, (ctx.pieces, units))
+        return dx, dw, db, None, None
+
+
+# --- Functions ------------------------------------------------------------------------------------------------------
+
+
+def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
+    """The maximum over groups of ``pieces`` adjacent features: y_i = max(x_(pieces i), ..., x_(pieces i + pieces - 1)).
+
+    Args:
+        input: any shape with at least one dimension; channels are dimension 1 of (N, C, *).
+        pieces: features per group; divides the size of ``dim``.
+        dim: the dimension of the features.
+
+    Returns:
+        The maxima, in the memory format of the input; ``dim`` is ``pieces`` times smaller.  A NaN wins, as in
+        ``torch.amax``; the gradient goes to the first of equal features.  Saves one byte for each maximum.
+
+    Raises:
+        ValueError: ``pieces`` is not a positive integer, or doesn't divide the size of ``dim``.
+        IndexError: there is no dimension ``dim``.
+
+    Source: Goodfellow et al., "Maxout Networks" (ICML 2013).
+    """
+    size = input.size(dim)
+    if type(pieces) is not int or pieces < 1:
+        raise ValueError(f"pieces must be a positive integer, not {pieces!r}")
+    if size % pieces:
+        raise ValueError(f"{pieces} pieces don't divide the {size} features of dimension {dim}")
+    dim %= input.dim()
+    if not takes_kernel("maxout", input, refusal=_refusal(pieces)):
+        return input.unflatten(dim, (size // pieces, pieces)).max(dim + 1).values
+    return _apply_maximum(input, None, pieces, dim, adjacent=True)
+
+
+def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, dropout: float = 0.0) -> Tensor:
+    """y = max over p of (x W_p^T + b_p): the maximum over the pieces of linear layers that share their input.
+
+    Args:
+        input: (*, in_features).
+        weight: (pieces, out_features, in_features).
+        bias: (pieces, out_features), or None.
+        dropout: the probability with which each maximum is dropped; the others are multiplied by 1 / (1 - dropout).
+
+    Returns:
+        (*, out_features).  A NaN wins, as in ``torch.amax``; the gradient goes to the first of equal pieces.  Autocast
+        computes in its low precision, as it does in a linear layer.  Saves input and weight, and one byte for each
+        maximum.
+
+    Raises:
+        ValueError: the weight isn't 3-dimensional, or the bias isn't of the weight's first two sizes; ``dropout`` is
+            not a probability.
+        RuntimeError: as `torch.nn.functional.linear`.
+
+    Source: Goodfellow et al., "Maxout Networks" (ICML 2013).
+    """
+    _check_weight(weight, bias, 3)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be a probability, not {dropout}")
+    pieces, units, features = weight.shape
+    input, weight, bias = _under_autocast(input, weight, bias)
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    refusal = _refusal(pieces)
+    if input.dim() == 0 or input.shape[-1] != features:
+        refusal = "the input hasn't as many features as the weight"
+    elif units == 0:
+        refusal = "no elements"
+    if not takes_kernel("maxout_linear", *operands, refusal=refusal):
+        products = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return F.dropout(products.unflatten(-1, (pieces, units)).max(-2).values, dropout)
+    seed = draw_seed(input.device) if dropout else None
+    y: Tensor
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        y = LinearMaximum.apply(input, weight, bias, seed, float(dropout))
+    else:
+        y, _ = _linear(input, weight, bias, seed, float(dropout), False)
+    return y
+
+
+def maxout_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The maximum over the pieces of convolutions that share their input.
+
+    Args:
+        input: (N, in_channels, H, W) or (in_channels, H, W).
+        weight: (pieces, out_channels, in_channels / groups, kernel height, kernel width).
+        bias: (pieces, out_channels), or None.
+        stride, padding, dilation, groups: as `torch.nn.functional.conv2d`'s.
+
+    Returns:
+        (N, out_channels, H', W') or (out_channels, H', W'), in the memory format of the convolution's output.  A NaN
+        wins, as in ``torch.amax``; the gradient goes to the first of equal pieces.  Autocast computes in its low
+        precision.  The convolution is PyTorch's; one pass adds the bias and takes the maximum, and saves one byte for
+        each.
+
+    Raises:
+        ValueError: the weight isn't 5-dimensional, or the bias isn't of the weight's first two sizes.
+        RuntimeError: as `torch.nn.functional.conv2d`.
+
+    Source: Goodfellow et al., "Maxout Networks" (ICML 2013).
+    """
+    _check_weight(weight, bias, 5)
+    pieces = weight.shape[0]
+    input, weight, bias = _under_autocast(input, weight, bias)
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    takes = takes_kernel("maxout_conv2d", *operands, refusal=_refusal(pieces))
+    # A convolution's groups are runs of channels, so with several of them each must hold all of its pieces.
+    flat, flat_bias = (t if t is None or groups == 1 else _by_group(t, groups) for t in (weight, bias))
+    flat, flat_bias = flat.flatten(0, 1), None if flat_bias is None else flat_bias.flatten()
+    fused = takes and groups == 1
+    products = F.conv2d(input, flat, None if fused else flat_bias, stride, padding, dilation, groups)
+    dim = products.dim() - 3
+    products = products.unflatten(dim, (groups, products.shape[dim] // groups))
+    if not takes:
+        maxima = products.unflatten(dim + 1, (pieces, -1)).max(dim + 1).values
+    else:
+        maxima = _apply_maximum(products, bias if fused else None, pieces, dim + 1, adjacent=False)
+    return maxima.flatten(dim, dim + 1)
+
+
+def _apply_maximum(x: Tensor, bias: Tensor | None, pieces: int, dim: int, *, adjacent: bool) -> Tensor:
+    y: Tensor
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = Maximum.apply(x, bias, pieces, dim, adjacent)
+    else:
+        y, _ = _maximum(x, bias, pieces, dim, adjacent, False)
+    return y
+
+
+def _refusal(pieces: int) -> str | None:
+    if pieces == 1:
+        return "one piece is its own maximum"
+    return None if pieces <= kernels.MOST_PIECES else f"more than {kernels.MOST_PIECES} pieces"
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None, dimensions: int) -> None:
+    if weight.dim() != dimensions or weight.shape[0] == 0:
+        raise ValueError(f"the weight must have {dimensions} dimensions, pieces first, not {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"the bias must be {tuple(weight.shape[:2])}, not {tuple(bias.shape)}")
+
+
+def _by_group(parameter: Tensor, groups: int) -> Tensor:
+    """(pieces, channels, *) as (groups, pieces, channels / groups, *), the first two made one."""
+    return parameter.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _under_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the low precision of the autocast region that they are in."""
+    dtype = autocast_dtype(input)
+    if dtype is None:
+        return input, weight, bias
+    cast = [t if t is None or t.dtype not in _CAST else t.to(dtype) for t in (input, weight, bias)]
+    return cast[0], cast[1], cast[2]  # type: ignore[return-value]
+
+
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
