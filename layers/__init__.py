@@ -1,5 +1,6 @@
 """Drop-in layers: subclasses of ``torch.nn``'s, and the tools that put them into existing models."""
 
+from . import init
 from .activation import (
     CELU,
     ELU,
@@ -21,6 +22,7 @@ from .activation import (
     Threshold,
 )
 from .explain import Explanation, ExplanationRow, explain
+from .maxout import Maxout, MaxoutConv2d
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -37,6 +39,8 @@ __all__ = [
     "Hardtanh",
     "LeakyReLU",
     "LogSigmoid",
+    "Maxout",
+    "MaxoutConv2d",
     "Mish",
     "PReLU",
     "RReLU",
@@ -51,6 +55,7 @@ __all__ = [
     "Tanh",
     "Threshold",
     "explain",
+    "init",
     "replace_layers",
     "restore_layers",
 ]
