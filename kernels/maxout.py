@@ -74,8 +74,8 @@ def beats(value, best):
 def drop(best, winner, seed_pointer, p, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
     """Dropout of this program's maxima (HEIGHT, WIDTH), and of their winners."""
     number = uniform_tile(tl.load(seed_pointer), tl.program_id(0).to(tl.int64), 1, HEIGHT * WIDTH)
-    dropped = tl.reshape(number, (HEIGHT, WIDTH)) < p.to(tl.float32)
-    return tl.where(dropped, 0.0, best * scale.to(COMPUTE)), tl.where(dropped, _DROPPED, winner)
+    dropped = tl.reshape(number, (HEIGHT, WIDTH)) < scalar(p, tl.float32)
+    return tl.where(dropped, 0.0, best * scalar(scale, COMPUTE)), tl.where(dropped, _DROPPED, winner)
 
 
 # --- Fused: the product and its maximum -------------------------------------------------------------------------------
@@ -263,8 +263,10 @@ def expansion_kernel(
         store_tile(dx_piece, target, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
         if sums_bias:
             if BY_COLUMN:
+                # By eights first: short sums round less.
+                eights = tl.sum(tl.reshape(dx, (HEIGHT // 8, 8, WIDTH)), axis=1)
                 sums = partial_pointer + (block_row * pieces + piece) * columns + column
-                tl.store(sums, tl.sum(dx, axis=0), mask=column < columns)
+                tl.store(sums, tl.sum(eights, axis=0), mask=column < columns)
             else:
                 sums = partial_pointer + (first + piece * units) * column_blocks + block_column
                 tl.store(sums, tl.sum(dx, axis=1), mask=row < rows)
