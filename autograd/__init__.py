@@ -24,22 +24,39 @@ from .activation import (
     threshold,
 )
 from .maxout import maxout, maxout_conv2d, maxout_linear
+from .nll_loss import nll_loss
+from .pointwise_loss import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from .prelu import prelu
 from .rrelu import rrelu
 
 __all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "celu",
     "elu",
     "gelu",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
     "leaky_relu",
     "logsigmoid",
     "maxout",
     "maxout_conv2d",
     "maxout_linear",
     "mish",
+    "mse_loss",
+    "nll_loss",
     "prelu",
     "relu",
     "relu6",
@@ -47,6 +64,7 @@ __all__ = [
     "selu",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "softplus",
     "softsign",
     "tanh",

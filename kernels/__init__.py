@@ -4,8 +4,19 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, maxout, prelu, rrelu
+from . import activation, maxout, nll_loss, pointwise_loss, prelu, rrelu
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
-__all__ = ["AVAILABLE", "INTERPRETING", "Configuration", "activation", "maxout", "prelu", "rrelu", "shipped"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETING",
+    "Configuration",
+    "activation",
+    "maxout",
+    "nll_loss",
+    "pointwise_loss",
+    "prelu",
+    "rrelu",
+    "shipped",
+]

@@ -23,6 +23,16 @@ from .activation import (
 )
 from .explain import Explanation, ExplanationRow, explain
 from .maxout import Maxout, MaxoutConv2d
+from .nll_loss import NLLLoss
+from .pointwise_loss import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -32,16 +42,23 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "Explanation",
     "ExplanationRow",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
     "LeakyReLU",
     "LogSigmoid",
+    "MSELoss",
     "Maxout",
     "MaxoutConv2d",
     "Mish",
+    "NLLLoss",
     "PReLU",
     "RReLU",
     "ReLU",
@@ -50,6 +67,7 @@ __all__ = [
     "ReplacementRow",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softplus",
     "Softsign",
     "Tanh",

@@ -123,6 +123,7 @@ def _compile(configuration: Configuration, target: GPUTarget) -> Any:
     options = {
         "num_warps": configuration.num_warps(target.warp_size),
         "num_stages": configuration.num_stages,
+        **configuration.options,
     }
     return triton.compile(source, target=target, options=options)
 
