@@ -38,6 +38,26 @@ def _linear(
     return kernels.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
 
 
+def _fake_linear_backward(
+    g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    units = g.shape[-1]
+    dx = g.new_empty((0,) if weight is None else (*g.shape[:-1], weight.shape[-1]))
+    dw = g.new_empty((0,) if x is None else (pieces, units, x.shape[-1]))
+    return dx, dw, g.new_empty((pieces, units) if sums_bias else (0,))
+
+
+@operator(
+    "maxout_linear_backward(Tensor g, Tensor winner, Tensor? x, Tensor? weight, int pieces, float p, bool sums_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_linear_backward,
+)
+def _linear_backward(
+    g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.linear_maxout_backward(g, winner, x, weight, pieces, p, sums_bias)
+
+
 def _fake_maximum(
     x: Tensor, bias: Tensor | None, pieces: int, dim: int, adjacent: bool, keeps_winner: bool
 ) -> tuple[Tensor, Tensor]:
@@ -57,38 +77,36 @@ def _maximum(
 
 
 def _fake_expansion(
-    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, p: float, sums_bias: bool
+    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, sums_bias: bool
 ) -> tuple[Tensor, Tensor]:
     shape = [size * pieces if d == dim else size for d, size in enumerate(g.shape)]
     return g.new_empty_strided(shape, strides), g.new_empty((pieces, g.shape[dim]) if sums_bias else (0,))
 
 
 @operator(
-    "maxout_backward(Tensor g, Tensor winner, SymInt[] strides, int pieces, int dim, bool adjacent, float p,"
-    " bool sums_bias) -> (Tensor, Tensor)",
+    "maxout_backward(Tensor g, Tensor winner, SymInt[] strides, int pieces, int dim, bool adjacent, bool sums_bias)"
+    " -> (Tensor, Tensor)",
     fake=_fake_expansion,
 )
 def _expansion(
-    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, p: float, sums_bias: bool
+    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, sums_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    return kernels.maxout_backward(g, winner, strides, pieces, dim, adjacent, p, sums_bias)
+    return kernels.maxout_backward(g, winner, strides, pieces, dim, adjacent, 0.0, sums_bias)
 
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
 
 
 def _expand(
-    g: Tensor, winner: Tensor, strides: Sequence[int], pieces: int, dim: int, adjacent: bool, p: float, sums_bias: bool
+    g: Tensor, winner: Tensor, pieces: int, dim: int, adjacent: bool, sums_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the features, zero but for the winners, and the sum that is the bias's, (pieces, units)."""
-    if not torch.is_grad_enabled():
-        dx, db = _expansion(g, winner, strides, pieces, dim, adjacent, p, sums_bias)
-        return dx, db if sums_bias else None
-    # Given the winners everything is linear: PyTorch's operators can be differentiated again.
-    kept = g / (1 - p) if p < 1 else g * 0
+    """The gradient of the features, zero but for the winners, and the sum that is the bias's, (pieces, units).
+
+    By PyTorch's operators, which can be differentiated again: given the winners everything is linear.
+    """
     where = dim + 1 if adjacent else dim
     piece = torch.arange(pieces, device=g.device).view(-1, *[1] * (g.dim() - where))
-    apart = torch.where(winner.unsqueeze(where) == piece, kept.unsqueeze(where), 0)
+    apart = torch.where(winner.unsqueeze(where) == piece, g.unsqueeze(where), 0)
     others = [d for d in range(apart.dim()) if d not in (dim, dim + 1)]
     return apart.flatten(dim, dim + 1), apart.sum(others) if sums_bias else None
 
@@ -101,20 +119,24 @@ class Maximum(Function):
         y: Tensor
         y, winner = _maximum(x, bias, pieces, dim, adjacent, True)
         ctx.save_for_backward(winner)
-        ctx.arguments = (torch.empty_like(x).stride(), pieces, dim, adjacent, 0.0)
+        ctx.strides = torch.empty_like(x).stride()
+        ctx.arguments = (pieces, dim, adjacent)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (winner,) = ctx.saved_tensors
-        dx, db = _expand(g, winner, *ctx.arguments, ctx.needs_input_grad[1])
-        return dx, db, None, None, None
+        sums_bias = ctx.needs_input_grad[1]
+        if torch.is_grad_enabled():
+            return *_expand(g, winner, *ctx.arguments, sums_bias), None, None, None
+        dx, db = _expansion(g, winner, ctx.strides, *ctx.arguments, sums_bias)
+        return dx, db if sums_bias else None, None, None, None
 
 
 class LinearMaximum(Function):
     """A linear layer and the maximum over its pieces.  Saves its operands, and the winners, a byte each.
 
-    The backward pass is that of the linear layer, with a gradient that is zero but for the winners.
+    The backward pass is that of the linear layer of all pieces, with a gradient that is zero but for the winners.
     """
 
     @staticmethod
@@ -129,17 +151,25 @@ class LinearMaximum(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, winner = ctx.saved_tensors
-        units = g.shape[-1]
-        rows = (winner.numel() // units, units)
-        strides = (ctx.pieces * units, 1)
         sums_bias = ctx.needs_input_grad[2]
-        dz, db = _expand(g.reshape(rows), winner.view(rows), strides, ctx.pieces, 1, False, ctx.p, sums_bias)
-        dx = dw = None
-        if weight is not None:
-            dx = (dz @ weight.flatten(0, 1)).view(*g.shape[:-1], weight.shape[2])
-        if x is not None:
-            dw = (dz.t() @ x.reshape(rows[0], -1)).unflatten(0, (ctx.pieces, units))
-        return dx, dw, db, None, None
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(g, winner, x, weight, ctx.pieces, ctx.p, sums_bias), None, None
+        dx, dw, db = _linear_backward(g, winner, x, weight, ctx.pieces, ctx.p, sums_bias)
+        return dx if weight is not None else None, dw if x is not None else None, db if sums_bias else None, None, None
+
+
+def _differentiable_gradients(
+    g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    units = g.shape[-1]
+    kept = g / (1 - p) if p < 1 else g * 0
+    dz, db = _expand(kept.reshape(-1, units), winner.view(-1, units), pieces, 1, False, sums_bias)
+    dx = dw = None
+    if weight is not None:
+        dx = (dz @ weight.flatten(0, 1)).view(*g.shape[:-1], weight.shape[2])
+    if x is not None:
+        dw = (dz.t() @ x.reshape(len(dz), -1)).unflatten(0, (pieces, units))
+    return dx, dw, db
 
 
 # --- Functions ------------------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ The last two are products with a linear layer's or a convolution's weights; ther
 column in the first of them (and in channels-last memory), and to a row in the second.
 
 The backward pass expands the gradient of the maxima: each goes to its winner, and zeros to the others.  What remains is
-the gradient of an ordinary, ``pieces`` times wider, linear layer or convolution.  The bias's gradient is summed on the
-way: each program writes the sums over its tile, and PyTorch's ``sum`` adds them in a fixed order.
+the gradient of an ordinary, ``pieces`` times wider, linear layer or convolution.  *Fused*, two kernels expand each tile
+on the fly, one for the products with the weights and one for those with x; *apart*, one pass writes the expansion, and
+the products are PyTorch's.  `takes_fused_backward` chooses.  The bias's gradient is summed on the way: each program
+writes the sums over its tile, and PyTorch's ``sum`` adds them in a fixed order.
 
 Source: Goodfellow, Warde-Farley, Mirza, Courville, Bengio, "Maxout Networks" (ICML 2013).
 """
@@ -49,11 +51,13 @@ from .tiles import TILE, flat_tile, load_tile, programs_for, store_tile, threads
 
 __all__ = [
     "MOST_PIECES",
+    "linear_maxout_backward",
     "linear_maxout_forward",
     "maxima_layout",
     "maxout_backward",
     "maxout_forward",
     "takes_fused",
+    "takes_fused_backward",
 ]
 
 #: A winner is a byte, and its last value marks a maximum that dropout dropped: no piece gets its gradient.
@@ -80,12 +84,30 @@ def drop(best, winner, seed_pointer, p, scale, HEIGHT: tl.constexpr, WIDTH: tl.c
 
 # --- Fused: the product and its maximum -------------------------------------------------------------------------------
 
-# Row blocks that are worked through for one unit block before the next: their programs run at the same time, and find
-# each other's tiles in L2.
+# Row blocks that are worked through for one block of columns before the next: their programs run at the same time, and
+# find each other's tiles in L2.
 _GROUP = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["rows", "units", "has_bias", "keeps_winner", "drops"])
+@triton.jit
+def grouped_blocks(row_blocks, column_blocks):
+    """This program's block of rows and block of columns."""
+    program = tl.program_id(0).to(tl.int64)
+    first = program // (_GROUP * column_blocks) * _GROUP
+    group = tl.minimum(row_blocks - first, _GROUP)
+    within = program % (_GROUP * column_blocks)
+    return first + within % group, within // group
+
+
+@triton.jit
+def add_product(sums, a, b, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a = widen(a, tl.float32)
+        b = widen(b, tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["rows", "has_bias", "keeps_winner", "drops"])
 def linear_maxout_kernel(
     x_pointer,  # input, (rows, features)
     w_pointer,  # weights, (pieces, units, features)
@@ -94,7 +116,7 @@ def linear_maxout_kernel(
     winner_pointer,  # winners, (rows, units); not written unless keeps_winner
     seed_pointer,  # one int64; not read unless drops
     rows: tl.int64,
-    units: tl.int32,
+    units,
     features,
     has_bias: tl.int32,
     keeps_winner: tl.int32,
@@ -107,13 +129,9 @@ def linear_maxout_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_blocks = tl.cdiv(rows, HEIGHT)
-    unit_blocks = tl.cdiv(units, WIDTH)
-    program = tl.program_id(0).to(tl.int64)
-    first_row_block = program // (_GROUP * unit_blocks) * _GROUP
-    group = tl.minimum(row_blocks - first_row_block, _GROUP)
-    row = (first_row_block + program % (_GROUP * unit_blocks) % group) * HEIGHT + tl.arange(0, HEIGHT)
-    unit = program % (_GROUP * unit_blocks) // group * WIDTH + tl.arange(0, WIDTH)
+    row_block, unit_block = grouped_blocks(tl.cdiv(rows, HEIGHT), tl.cdiv(units, WIDTH))
+    row = row_block * HEIGHT + tl.arange(0, HEIGHT)
+    unit = unit_block * WIDTH + tl.arange(0, WIDTH)
     feature = tl.arange(0, DEPTH)
     x_pointers = x_pointer + row[:, None] * features + feature[None, :]
     w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
@@ -128,10 +146,7 @@ def linear_maxout_kernel(
         sums = ()
         for piece in tl.static_range(PIECES):
             w = tl.load(w_pointers + piece * piece_stride + start, mask=(unit < units)[:, None] & within, other=0)
-            if INTERPRETED:
-                x = widen(x, tl.float32)
-                w = widen(w, tl.float32)
-            sums += (tl.dot(x, tl.trans(w), products[piece], input_precision=PRECISION),)
+            sums += (add_product(products[piece], x, tl.trans(w), PRECISION),)
         products = sums
 
     best = products[0]
@@ -153,6 +168,112 @@ def linear_maxout_kernel(
     tl.store(y_pointer + offsets, narrow(best, y_pointer.dtype.element_ty), mask=inside)
     if keeps_winner:
         tl.store(winner_pointer + offsets, winner.to(tl.uint8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def data_gradient_kernel(
+    g_pointer,  # gradient of the maxima, (rows, units)
+    winner_pointer,  # winners, (rows, units)
+    w_pointer,  # weights, (pieces, units, features)
+    dx_pointer,  # gradient of the input, (rows, features)
+    rows: tl.int64,
+    units,
+    features,
+    scale: tl.float64,
+    PIECES: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    row_block, feature_block = grouped_blocks(tl.cdiv(rows, HEIGHT), tl.cdiv(features, WIDTH))
+    row = row_block * HEIGHT + tl.arange(0, HEIGHT)
+    feature = feature_block * WIDTH + tl.arange(0, WIDTH)
+    unit = tl.arange(0, DEPTH)
+    maxima = row[:, None] * units + unit[None, :]
+    w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
+    piece_stride = units.to(tl.int64) * features
+
+    sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for start in range(0, units, DEPTH):
+        within = unit < units - start
+        inside = (row < rows)[:, None] & within[None, :]
+        g = tl.load(g_pointer + maxima + start, mask=inside, other=0)
+        winner = tl.load(winner_pointer + maxima + start, mask=inside, other=0)
+        for piece in tl.static_range(PIECES):
+            w_inside = within[:, None] & (feature < features)[None, :]
+            w = tl.load(w_pointers + piece * piece_stride, mask=w_inside, other=0)
+            sums = add_product(sums, tl.where(winner == piece, g, tl.zeros_like(g)), w, "ieee")
+        w_pointers += DEPTH * features
+
+    dx = narrow(sums * scalar(scale, tl.float32), dx_pointer.dtype.element_ty)
+    inside = (row < rows)[:, None] & (feature < features)[None, :]
+    tl.store(dx_pointer + row[:, None] * features + feature[None, :], dx, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "share", "sums_bias"])
+def weight_gradient_kernel(
+    g_pointer,  # gradient of the maxima, (rows, units)
+    winner_pointer,  # winners, (rows, units)
+    x_pointer,  # input, (rows, features)
+    dw_pointer,  # partial sums of the weights' gradient, (shares, pieces, units, features)
+    db_pointer,  # partial sums of the bias's gradient, (shares, pieces, units); not written unless sums_bias
+    rows: tl.int64,
+    share: tl.int64,  # rows of one partial sum, a multiple of DEPTH
+    units,
+    features,
+    sums_bias: tl.int32,
+    scale: tl.float64,
+    PIECES: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    feature_blocks = tl.cdiv(features, WIDTH)
+    feature_block = program % feature_blocks
+    unit_blocks = tl.cdiv(units, HEIGHT)
+    unit = program // feature_blocks % unit_blocks * HEIGHT + tl.arange(0, HEIGHT)
+    feature = feature_block * WIDTH + tl.arange(0, WIDTH)
+    this_share = program // feature_blocks // unit_blocks
+    first = this_share * share
+    rows_left = tl.minimum(rows - first, share).to(tl.int32)
+    row = tl.arange(0, DEPTH)
+    maxima = (first + row)[:, None] * units + unit[None, :]
+    x_pointers = x_pointer + (first + row)[:, None] * features + feature[None, :]
+    step = units.to(tl.int64) * DEPTH
+    sums_bias_here = (sums_bias != 0) & (feature_block == 0)
+
+    products = ()
+    totals = ()
+    for _ in tl.static_range(PIECES):
+        products += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+        totals += (tl.zeros((HEIGHT,), tl.float32),)
+    for start in range(0, rows_left, DEPTH):
+        within = (row < rows_left - start)[:, None]
+        x = tl.load(x_pointers, mask=within & (feature < features)[None, :], other=0)
+        g = tl.load(g_pointer + maxima, mask=within & (unit < units)[None, :], other=0)
+        winner = tl.load(winner_pointer + maxima, mask=within & (unit < units)[None, :], other=0)
+        new_products = ()
+        new_totals = ()
+        for piece in tl.static_range(PIECES):
+            won = tl.where(winner == piece, g, tl.zeros_like(g))
+            new_products += (add_product(products[piece], tl.trans(won), x, "ieee"),)
+            total = totals[piece]
+            if sums_bias_here:
+                total += tl.sum(widen(won, tl.float32), axis=0)
+            new_totals += (total,)
+        products = new_products
+        totals = new_totals
+        x_pointers += DEPTH * features
+        maxima += step
+
+    inside = (unit < units)[:, None] & (feature < features)[None, :]
+    for piece in tl.static_range(PIECES):
+        unit_row = (this_share * PIECES + piece) * units + unit
+        dw = products[piece] * scalar(scale, tl.float32)
+        tl.store(dw_pointer + unit_row[:, None] * features + feature[None, :], dw, mask=inside)
+        if sums_bias_here:
+            tl.store(db_pointer + unit_row, totals[piece] * scalar(scale, tl.float32), mask=unit < units)
 
 
 # --- Apart: the maximum of features that are in memory, and the expansion of its gradient -----------------------------
@@ -381,8 +502,8 @@ class _Tile:
 # leave most multiprocessors without a program of large ones, and for many pieces.
 _LARGE_TILE, _LARGE_PIECES = (128, 64), range(2, 5)
 _SMALL_TILE = (64, 32)
-#: Pieces that the fused kernel takes.
-_FUSED_PIECES = range(2, 9)
+#: Pieces that the fused kernels take.  Without tensor cores the operands' tiles are in registers too.
+_FUSED_PIECES = {"fp16": range(2, 9), "bf16": range(2, 9), "tf32": range(2, 9), "fp32": range(2, 5)}
 # Programs that are enough for large tiles: about one for each multiprocessor of an A100 or H100.
 _ENOUGH_PROGRAMS = 128
 # AMD's multiprocessors have a third of the shared memory.
@@ -394,6 +515,17 @@ _STAGES = 2 if torch.version.hip else 3
 # that in TF32, 50 in float32 without tensor cores; 4.3 TB/s) these are 2600, 2600 and 330.  Not measured.
 _MOST_FEATURES = {"fp16": 2048, "bf16": 2048, "tf32": 2048, "fp32": 256}
 
+# The same for the backward pass.  Fused, the expansion isn't written and read twice, 3 pieces e bytes for each maximum,
+# but the gradient and the winner are read once more: e + 1.  Both kernels make operands in registers, so let PyTorch's
+# products be made at a rate that is a third higher: the two are equal at 620 (2 pieces) to 720 features (4).  Not
+# measured.
+_MOST_FEATURES_BACKWARD = 512
+# In TF32, tensor cores want both operands to lie along the sum; that of the data's gradient, over units, isn't theirs.
+_FUSED_BACKWARD_DTYPES = (torch.float16, torch.bfloat16)
+_FUSED_BACKWARD_PIECES = range(2, 5)
+_DATA_TILE = _Tile(128, 64, 64, 256)
+_WEIGHT_TILE = _Tile(64, 64, 32, 256)
+
 
 def _precision(dtype: torch.dtype) -> str:
     """The precision of a product, as PyTorch's own products have it: TF32 only where it is allowed."""
@@ -404,9 +536,22 @@ def _precision(dtype: torch.dtype) -> str:
 
 def takes_fused(features: int, pieces: int, dtype: torch.dtype) -> bool:
     """Whether product and maximum are made by one kernel, rather than by PyTorch's product and a pass."""
+    precision = _precision(dtype)
     # Rows that don't begin at a multiple of 16 bytes can't be copied to shared memory asynchronously.
     aligned = features % 16 == 0
-    return aligned and pieces in _FUSED_PIECES and features <= _MOST_FEATURES.get(_precision(dtype), 0)
+    return aligned and pieces in _FUSED_PIECES.get(precision, ()) and features <= _MOST_FEATURES[precision]
+
+
+def takes_fused_backward(rows: int, units: int, features: int, pieces: int, dtype: torch.dtype) -> bool:
+    """Whether the gradient is expanded on the fly, rather than by a pass, with PyTorch's products."""
+    if (
+        dtype not in _FUSED_BACKWARD_DTYPES
+        or pieces not in _FUSED_BACKWARD_PIECES
+        or features > _MOST_FEATURES_BACKWARD
+    ):
+        return False
+    aligned = features % 16 == 0 and units % 16 == 0
+    return aligned and _programs(_DATA_TILE, rows, features) >= _ENOUGH_PROGRAMS
 
 
 def _tile(precision: str, pieces: int, *, large: bool) -> _Tile:
@@ -420,7 +565,7 @@ def _tile(precision: str, pieces: int, *, large: bool) -> _Tile:
 
 @cache
 def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
-    element = "*fp32" if precision == "tf32" else f"*{precision}"
+    element, itemsize = ("*fp32", 4) if precision in ("tf32", "fp32") else (f"*{precision}", 2)
     return Configuration(
         label=f"linear maxout of {pieces} {tile.height}x{tile.width} {precision}",
         kernel=linear_maxout_kernel,
@@ -449,8 +594,43 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
         ),
         threads=tile.threads,
         num_stages=_STAGES,
-        divisible=("features",),
+        divisible=("units", "features"),
+        wide_stores=tile.height * tile.width * itemsize // 16 // tile.threads,
         tensor_cores=precision != "fp32",
+    )
+
+
+@cache
+def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
+    element = "*" + TRITON_TYPE[dtype]
+    pointers = (("g_pointer", element), ("winner_pointer", "*u8"))
+    extents = (("units", "i32"), ("features", "i32"))
+    signature: tuple[tuple[str, str], ...]
+    if of == "data":
+        kernel, tile = data_gradient_kernel, _DATA_TILE
+        pointers += (("w_pointer", element), ("dx_pointer", element))
+        signature = (*pointers, ("rows", "i64"), *extents, ("scale", "fp64"))
+        stored, sums = dtype, 1
+    else:
+        kernel, tile = weight_gradient_kernel, _WEIGHT_TILE
+        pointers += (("x_pointer", element), ("dw_pointer", "*fp32"), ("db_pointer", "*fp32"))
+        signature = (*pointers, ("rows", "i64"), ("share", "i64"), *extents, ("sums_bias", "i32"), ("scale", "fp64"))
+        stored, sums = torch.float32, pieces
+    return Configuration(
+        label=f"linear maxout, gradient of {of}, {pieces} pieces {TRITON_TYPE[dtype]}",
+        kernel=kernel,
+        signature=signature,
+        constants=(
+            ("PIECES", pieces),
+            ("HEIGHT", tile.height),
+            ("WIDTH", tile.width),
+            ("DEPTH", tile.depth),
+        ),
+        threads=tile.threads,
+        num_stages=_STAGES,
+        divisible=("units", "features"),
+        wide_stores=tile.height * tile.width * stored.itemsize * sums // 16 // tile.threads,
+        tensor_cores=True,
     )
 
 
@@ -507,12 +687,14 @@ def _pass(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Co
 def _adjacent(direction: str, dtype: torch.dtype, together: int) -> Configuration:
     element = "*" + TRITON_TYPE[dtype]
     rows, columns = tile_shape(dtype)
+    threads = 256 if together == 4 else threads_for(dtype)
+    accesses = rows * threads_for(dtype) // threads  # to the maxima; as many for each piece
     if direction == "forward":
-        kernel, wide = adjacent_maximum_kernel, (together * rows, rows)
+        kernel, wide = adjacent_maximum_kernel, (together * accesses, accesses)
         pointers = [("x_pointer", element), ("y_pointer", element), ("winner_pointer", "*u8")]
         scalars = [("numel", "i64"), ("pieces", "i32"), ("keeps_winner", "i32")]
     else:
-        kernel, wide = adjacent_expansion_kernel, (rows, together * rows)
+        kernel, wide = adjacent_expansion_kernel, (accesses, together * accesses)
         pointers = [("g_pointer", element), ("winner_pointer", "*u8"), ("dx_pointer", element)]
         scalars = [("numel", "i64"), ("pieces", "i32")]
     return Configuration(
@@ -520,7 +702,7 @@ def _adjacent(direction: str, dtype: torch.dtype, together: int) -> Configuratio
         kernel=kernel,
         signature=(*pointers, *scalars),
         constants=(("PIECES", together), ("COMPUTE", COMPUTE[dtype]), ("ROWS", rows), ("COLUMNS", columns)),
-        threads=256 if together == 4 else threads_for(dtype),
+        threads=threads,
         wide_loads=wide[0],
         wide_stores=wide[1],
     )
@@ -529,10 +711,14 @@ def _adjacent(direction: str, dtype: torch.dtype, together: int) -> Configuratio
 @ships("maxout")
 def configurations() -> Iterator[Configuration]:
     for precision in _MOST_FEATURES:
-        for pieces in _FUSED_PIECES:
+        for pieces in _FUSED_PIECES[precision]:
             sizes = (False, True) if pieces in _LARGE_PIECES and precision != "fp32" else (False,)
             for large in sizes:
                 yield _fused(precision, pieces, _tile(precision, pieces, large=large))
+    for dtype in _FUSED_BACKWARD_DTYPES:
+        for pieces in _FUSED_BACKWARD_PIECES:
+            for of in ("data", "weight"):
+                yield _gradient(of, dtype, pieces)
     for direction in ("forward", "backward"):
         for dtype in DTYPES:
             yield _pass(direction, dtype, _WIDTHS[0], True)
@@ -705,5 +891,70 @@ def _fused_for(rows: int, units: int, pieces: int, dtype: torch.dtype) -> tuple[
     return _fused(precision, pieces, small), _programs(small, rows, units)
 
 
-def _programs(tile: _Tile, rows: int, units: int) -> int:
-    return triton.cdiv(rows, tile.height) * triton.cdiv(units, tile.width)
+def _programs(tile: _Tile, rows: int, columns: int) -> int:
+    return triton.cdiv(rows, tile.height) * triton.cdiv(columns, tile.width)
+
+
+def linear_maxout_backward(
+    g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, the weight and the bias, in the shapes of `linear_maxout_forward`'s operands.
+
+    The first is empty without a ``weight``, the second without an ``x``, and the third unless asked for.  ``p`` is the
+    probability of the dropout that the winners went through.
+    """
+    *batch, units = g.shape
+    rows = g.numel() // units
+    features = max(0 if operand is None else operand.shape[-1] for operand in (x, weight))
+    g, winner = g.reshape(rows, units), winner.view(rows, units)
+    x = None if x is None else x.reshape(rows, features)
+    dx = dw = _nothing(g, g.dtype)
+    # The kernel of the weight's gradient sums the bias's.
+    fused = (x is not None or not sums_bias) and takes_fused_backward(rows, units, features, pieces, g.dtype)
+    if fused:
+        g, db = g.contiguous(), dw
+        if weight is not None:
+            dx = _data_gradient(g, winner, weight, p)
+        if x is not None:
+            dw, db = _weight_gradient(g, winner, x, pieces, p, sums_bias)
+    else:
+        dz, db = maxout_backward(g, winner, (pieces * units, 1), pieces, 1, False, p, sums_bias)
+        if weight is not None:
+            dx = dz @ weight.flatten(0, 1)
+        if x is not None:
+            dw = (dz.t() @ x).view(pieces, units, features)
+    return dx if weight is None else dx.view(*batch, features), dw, db
+
+
+def _data_gradient(g: Tensor, winner: Tensor, weight: Tensor, p: float) -> Tensor:
+    pieces, units, features = weight.shape
+    rows = g.shape[0]
+    dx = g.new_empty(rows, features)
+    programs = _programs(_DATA_TILE, rows, features)
+    extents = (rows, units, features, _dropout_scale(p))
+    launch(_gradient("data", g.dtype, pieces), programs, g, winner, weight.contiguous(), dx, *extents)
+    return dx
+
+
+# Rows that a partial sum is worth.
+_FEWEST_ROWS = 512
+
+
+def _weight_gradient(
+    g: Tensor, winner: Tensor, x: Tensor, pieces: int, p: float, sums_bias: bool
+) -> tuple[Tensor, Tensor]:
+    (rows, units), features = g.shape, x.shape[1]
+    programs = _programs(_WEIGHT_TILE, units, features)
+    # Rows are shared out where weights alone make too few programs.
+    shares = min(triton.cdiv(_ENOUGH_PROGRAMS, programs), triton.cdiv(rows, _FEWEST_ROWS))
+    share = triton.cdiv(triton.cdiv(rows, shares), _WEIGHT_TILE.depth) * _WEIGHT_TILE.depth
+    shares = triton.cdiv(rows, share)
+    dw = g.new_empty((shares, pieces, units, features), dtype=torch.float32)
+    db = g.new_empty((shares, pieces, units) if sums_bias else (0,), dtype=torch.float32)
+    extents = (rows, share, units, features, int(sums_bias), _dropout_scale(p))
+    launch(_gradient("weight", g.dtype, pieces), shares * programs, g, winner, x.contiguous(), dw, db, *extents)
+    return _total(dw).to(g.dtype), _total(db).to(g.dtype) if sums_bias else _nothing(g, g.dtype)
+
+
+def _total(partial: Tensor) -> Tensor:
+    return partial.sum(0) if len(partial) > 1 else partial[0]

@@ -493,7 +493,7 @@ def _operator_calls() -> list[tuple[object, tuple]]:
             calls.append((_ops.maxout, (x, bias, 3, 1, adjacent, True)))
             y = x[:, :2].clone()
             winner = torch.zeros_like(y, dtype=torch.uint8)
-            calls.append((_ops.maxout_backward, (y, winner, x.clone().stride(), 3, 1, adjacent, 0.0, not adjacent)))
+            calls.append((_ops.maxout_backward, (y, winner, x.clone().stride(), 3, 1, adjacent, not adjacent)))
     for features in (16, 3):
         weight = tensor(3, 4, features)
         calls.append((_ops.maxout_linear, (tensor(5, features), weight, tensor(3, 4), None, 0.0, True)))
