@@ -490,12 +490,16 @@ def adjacent_expansion_kernel(
 
 @dataclass(frozen=True)
 class _Tile:
-    """What a program of the fused kernel computes: rows x units maxima, over so many features at a time."""
+    """What a program of a fused kernel computes: so many rows and columns, in sums of so many terms at a time."""
 
     height: int
     width: int
     depth: int
     threads: int
+
+    def accesses(self, elements: int, itemsize: int) -> int:
+        """128-bit accesses by each thread, to so many elements of the tile."""
+        return elements * itemsize // 16 // self.threads
 
 
 # The accumulators of all pieces take 64 to 128 registers of each thread.  Small tiles are for few rows, which would
@@ -544,14 +548,10 @@ def takes_fused(features: int, pieces: int, dtype: torch.dtype) -> bool:
 
 def takes_fused_backward(rows: int, units: int, features: int, pieces: int, dtype: torch.dtype) -> bool:
     """Whether the gradient is expanded on the fly, rather than by a pass, with PyTorch's products."""
-    if (
-        dtype not in _FUSED_BACKWARD_DTYPES
-        or pieces not in _FUSED_BACKWARD_PIECES
-        or features > _MOST_FEATURES_BACKWARD
-    ):
-        return False
+    few = pieces in _FUSED_BACKWARD_PIECES and features <= _MOST_FEATURES_BACKWARD
     aligned = features % 16 == 0 and units % 16 == 0
-    return aligned and _programs(_DATA_TILE, rows, features) >= _ENOUGH_PROGRAMS
+    enough = _programs(_DATA_TILE, rows, features) >= _ENOUGH_PROGRAMS
+    return dtype in _FUSED_BACKWARD_DTYPES and few and aligned and enough
 
 
 def _tile(precision: str, pieces: int, *, large: bool) -> _Tile:
@@ -595,7 +595,8 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
         threads=tile.threads,
         num_stages=_STAGES,
         divisible=("units", "features"),
-        wide_stores=tile.height * tile.width * itemsize // 16 // tile.threads,
+        wide_loads=tile.accesses((tile.height + pieces * tile.width) * tile.depth, itemsize),
+        wide_stores=tile.accesses(tile.height * tile.width, itemsize),
         tensor_cores=precision != "fp32",
     )
 
@@ -610,12 +611,12 @@ def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
         kernel, tile = data_gradient_kernel, _DATA_TILE
         pointers += (("w_pointer", element), ("dx_pointer", element))
         signature = (*pointers, ("rows", "i64"), *extents, ("scale", "fp64"))
-        stored, sums = dtype, 1
+        loaded, stored = (tile.height + pieces * tile.width) * tile.depth, dtype.itemsize
     else:
         kernel, tile = weight_gradient_kernel, _WEIGHT_TILE
         pointers += (("x_pointer", element), ("dw_pointer", "*fp32"), ("db_pointer", "*fp32"))
         signature = (*pointers, ("rows", "i64"), ("share", "i64"), *extents, ("sums_bias", "i32"), ("scale", "fp64"))
-        stored, sums = torch.float32, pieces
+        loaded, stored = (tile.height + tile.width) * tile.depth, 4 * pieces
     return Configuration(
         label=f"linear maxout, gradient of {of}, {pieces} pieces {TRITON_TYPE[dtype]}",
         kernel=kernel,
@@ -629,7 +630,8 @@ def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
         threads=tile.threads,
         num_stages=_STAGES,
         divisible=("units", "features"),
-        wide_stores=tile.height * tile.width * stored.itemsize * sums // 16 // tile.threads,
+        wide_loads=tile.accesses(loaded, dtype.itemsize),
+        wide_stores=tile.accesses(tile.height * tile.width, stored),
         tensor_cores=True,
     )
 
