@@ -40,7 +40,7 @@ def he_uniform_(
     weight: Tensor,
     a: float = 0,
     mode: str = "fan_in",
-    nonlinearity: str = "relu",
+    nonlinearity: str = "leaky_relu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Uniform in [-b, b] with b = gain sqrt(3 / fan), the fan that ``mode`` names and the gain of ``nonlinearity``.
@@ -55,7 +55,7 @@ def he_normal_(
     weight: Tensor,
     a: float = 0,
     mode: str = "fan_in",
-    nonlinearity: str = "relu",
+    nonlinearity: str = "leaky_relu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Normal with mean 0 and deviation gain / sqrt(fan), the fan that ``mode`` names and the gain of ``nonlinearity``.
