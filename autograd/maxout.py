@@ -126,10 +126,10 @@ class Maximum(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (winner,) = ctx.saved_tensors
-        sums_bias = ctx.needs_input_grad[1]
+        (pieces, dim, adjacent), sums_bias = ctx.arguments, ctx.needs_input_grad[1]
         if torch.is_grad_enabled():
-            return *_expand(g, winner, *ctx.arguments, sums_bias), None, None, None
-        dx, db = _expansion(g, winner, ctx.strides, *ctx.arguments, sums_bias)
+            return *_expand(g, winner, pieces, dim, adjacent, sums_bias), None, None, None
+        dx, db = _expansion(g, winner, ctx.strides, pieces, dim, adjacent, sums_bias)
         return dx, db if sums_bias else None, None, None, None
 
 
@@ -200,7 +200,7 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
         raise ValueError(f"{pieces} pieces don't divide the {size} features of dimension {dim}")
     dim %= input.dim()
     if not takes_kernel("maxout", input, refusal=_refusal(pieces)):
-        return input.unflatten(dim, (size // pieces, pieces)).max(dim + 1).values
+        return _first_maximum(input.unflatten(dim, (size // pieces, pieces)), dim + 1)
     return _apply_maximum(input, None, pieces, dim, adjacent=True)
 
 
@@ -238,7 +238,7 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
         refusal = "no elements"
     if not takes_kernel("maxout_linear", *operands, refusal=refusal):
         products = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return F.dropout(products.unflatten(-1, (pieces, units)).max(-2).values, dropout)
+        return F.dropout(_first_maximum(products.unflatten(-1, (pieces, units)), -2), dropout)
     seed = draw_seed(input.device) if dropout else None
     y: Tensor
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
@@ -282,18 +282,22 @@ def maxout_conv2d(
     input, weight, bias = _under_autocast(input, weight, bias)
     operands = (input, weight) if bias is None else (input, weight, bias)
     takes = takes_kernel("maxout_conv2d", *operands, refusal=_refusal(pieces))
-    # A convolution's groups are runs of channels, so with several of them each must hold all of its pieces.
-    flat, flat_bias = (t if t is None or groups == 1 else _by_group(t, groups) for t in (weight, bias))
-    flat, flat_bias = flat.flatten(0, 1), None if flat_bias is None else flat_bias.flatten()
     fused = takes and groups == 1
-    products = F.conv2d(input, flat, None if fused else flat_bias, stride, padding, dilation, groups)
+    added = None if fused or bias is None else _as_channels(bias, groups)
+    products = F.conv2d(input, _as_channels(weight, groups), added, stride, padding, dilation, groups)
     dim = products.dim() - 3
     products = products.unflatten(dim, (groups, products.shape[dim] // groups))
-    if not takes:
-        maxima = products.unflatten(dim + 1, (pieces, -1)).max(dim + 1).values
-    else:
+    if takes:
         maxima = _apply_maximum(products, bias if fused else None, pieces, dim + 1, adjacent=False)
+    else:
+        maxima = _first_maximum(products.unflatten(dim + 1, (pieces, -1)), dim + 1)
     return maxima.flatten(dim, dim + 1)
+
+
+def _first_maximum(x: Tensor, dim: int) -> Tensor:
+    """PyTorch's maximum whose gradient goes to the first of equal elements."""
+    maxima: Tensor = x.max(dim).values
+    return maxima
 
 
 def _apply_maximum(x: Tensor, bias: Tensor | None, pieces: int, dim: int, *, adjacent: bool) -> Tensor:
@@ -318,9 +322,12 @@ def _check_weight(weight: Tensor, bias: Tensor | None, dimensions: int) -> None:
         raise ValueError(f"the bias must be {tuple(weight.shape[:2])}, not {tuple(bias.shape)}")
 
 
-def _by_group(parameter: Tensor, groups: int) -> Tensor:
-    """(pieces, channels, *) as (groups, pieces, channels / groups, *), the first two made one."""
-    return parameter.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+def _as_channels(parameter: Tensor, groups: int) -> Tensor:
+    """(pieces, channels, *) as (pieces channels, *).  A group is a run of channels, which must hold all pieces."""
+    if groups > 1:
+        by_group: Tensor = parameter.unflatten(1, (groups, -1))
+        parameter = by_group.transpose(0, 1).flatten(0, 1)
+    return parameter.flatten(0, 1)
 
 
 def _under_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -27,7 +27,12 @@ OWN_KERNELS = {
             "SmoothL1Loss": "smooth_l1_loss",
         }.items()
     },
-    "Maxout": ("maxout_linear", "the operands, 1 byte a maximum", "the operands, e + 1 a maximum", "e + 1 a maximum, an expansion of pieces e or none"),
+    "Maxout": (
+        "maxout_linear",
+        "the operands, 1 byte a maximum",
+        "the operands, e + 1 a maximum",
+        "e + 1 a maximum, an expansion of pieces e or none",
+    ),
     "MaxoutConv2d": (
         "maxout_conv2d",
         "the operands, 1 byte a maximum",

@@ -79,7 +79,23 @@ def drop(best, winner, seed_pointer, p, scale, HEIGHT: tl.constexpr, WIDTH: tl.c
     """Dropout of this program's maxima (HEIGHT, WIDTH), and of their winners."""
     number = uniform_tile(tl.load(seed_pointer), tl.program_id(0).to(tl.int64), 1, HEIGHT * WIDTH)
     dropped = tl.reshape(number, (HEIGHT, WIDTH)) < scalar(p, tl.float32)
-    return tl.where(dropped, 0.0, best * scalar(scale, COMPUTE)), tl.where(dropped, _DROPPED, winner)
+    # A product with 0, as PyTorch's: a NaN or infinity that is dropped gives NaN.
+    return best * tl.where(dropped, 0.0, scalar(scale, COMPUTE)), tl.where(dropped, _DROPPED, winner)
+
+
+@triton.jit
+def append(values, value):
+    values += (value,)
+    return values
+
+
+@triton.jit
+def zeros_each(PIECES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of zeros for each piece."""
+    tiles = ()
+    for _ in tl.static_range(PIECES):
+        tiles = append(tiles, tl.zeros((HEIGHT, WIDTH), tl.float32))
+    return tiles
 
 
 # --- Fused: the product and its maximum -------------------------------------------------------------------------------
@@ -137,16 +153,14 @@ def linear_maxout_kernel(
     w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
     piece_stride = units.to(tl.int64) * features
 
-    products = ()
-    for _ in tl.static_range(PIECES):
-        products += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
+    products = zeros_each(PIECES, HEIGHT, WIDTH)
     for start in range(0, features, DEPTH):
         within = (feature < features - start)[None, :]
         x = tl.load(x_pointers + start, mask=(row < rows)[:, None] & within, other=0)
         sums = ()
         for piece in tl.static_range(PIECES):
             w = tl.load(w_pointers + piece * piece_stride + start, mask=(unit < units)[:, None] & within, other=0)
-            sums += (add_product(products[piece], x, tl.trans(w), PRECISION),)
+            sums = append(sums, add_product(products[piece], x, tl.trans(w), PRECISION))
         products = sums
 
     best = products[0]
@@ -243,11 +257,8 @@ def weight_gradient_kernel(
     step = units.to(tl.int64) * DEPTH
     sums_bias_here = (sums_bias != 0) & (feature_block == 0)
 
-    products = ()
-    totals = ()
-    for _ in tl.static_range(PIECES):
-        products += (tl.zeros((HEIGHT, WIDTH), tl.float32),)
-        totals += (tl.zeros((HEIGHT,), tl.float32),)
+    products = zeros_each(PIECES, HEIGHT, WIDTH)
+    totals = zeros_each(PIECES, 1, HEIGHT)
     for start in range(0, rows_left, DEPTH):
         within = (row < rows_left - start)[:, None]
         x = tl.load(x_pointers, mask=within & (feature < features)[None, :], other=0)
@@ -257,11 +268,11 @@ def weight_gradient_kernel(
         new_totals = ()
         for piece in tl.static_range(PIECES):
             won = tl.where(winner == piece, g, tl.zeros_like(g))
-            new_products += (add_product(products[piece], tl.trans(won), x, "ieee"),)
+            new_products = append(new_products, add_product(products[piece], tl.trans(won), x, "ieee"))
             total = totals[piece]
             if sums_bias_here:
-                total += tl.sum(widen(won, tl.float32), axis=0)
-            new_totals += (total,)
+                total += tl.sum(widen(won, tl.float32), axis=0)[None, :]
+            new_totals = append(new_totals, total)
         products = new_products
         totals = new_totals
         x_pointers += DEPTH * features
@@ -273,7 +284,8 @@ def weight_gradient_kernel(
         dw = products[piece] * scalar(scale, tl.float32)
         tl.store(dw_pointer + unit_row[:, None] * features + feature[None, :], dw, mask=inside)
         if sums_bias_here:
-            tl.store(db_pointer + unit_row, totals[piece] * scalar(scale, tl.float32), mask=unit < units)
+            db = totals[piece] * scalar(scale, tl.float32)
+            tl.store(db_pointer + unit_row[None, :], db, mask=(unit < units)[None, :])
 
 
 # --- Apart: the maximum of features that are in memory, and the expansion of its gradient -----------------------------
@@ -401,8 +413,7 @@ _TOGETHER = (2, 4)
 def split_pieces(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
     """The 2 or 4 pieces of each of (ROWS, COLUMNS) maxima in a tile (ROWS, COLUMNS PIECES)."""
     if PIECES == 2:
-        first, second = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2)))
-        values = (first, second)
+        values = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2)))
     else:
         even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS, 2, 2)))
         first, third = tl.split(even)
@@ -604,18 +615,19 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
 @cache
 def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
     element = "*" + TRITON_TYPE[dtype]
-    pointers = (("g_pointer", element), ("winner_pointer", "*u8"))
+    incoming = (("g_pointer", element), ("winner_pointer", "*u8"))
     extents = (("units", "i32"), ("features", "i32"))
     signature: tuple[tuple[str, str], ...]
     if of == "data":
         kernel, tile = data_gradient_kernel, _DATA_TILE
-        pointers += (("w_pointer", element), ("dx_pointer", element))
+        pointers = (*incoming, ("w_pointer", element), ("dx_pointer", element))
         signature = (*pointers, ("rows", "i64"), *extents, ("scale", "fp64"))
         loaded, stored = (tile.height + pieces * tile.width) * tile.depth, dtype.itemsize
     else:
         kernel, tile = weight_gradient_kernel, _WEIGHT_TILE
-        pointers += (("x_pointer", element), ("dw_pointer", "*fp32"), ("db_pointer", "*fp32"))
-        signature = (*pointers, ("rows", "i64"), ("share", "i64"), *extents, ("sums_bias", "i32"), ("scale", "fp64"))
+        sums = (("dw_pointer", "*fp32"), ("db_pointer", "*fp32"))
+        scalars = (("rows", "i64"), ("share", "i64"), *extents, ("sums_bias", "i32"), ("scale", "fp64"))
+        signature = (*incoming, ("x_pointer", element), *sums, *scalars)
         loaded, stored = (tile.height + tile.width) * tile.depth, 4 * pieces
     return Configuration(
         label=f"linear maxout, gradient of {of}, {pieces} pieces {TRITON_TYPE[dtype]}",
@@ -894,7 +906,7 @@ def _fused_for(rows: int, units: int, pieces: int, dtype: torch.dtype) -> tuple[
 
 
 def _programs(tile: _Tile, rows: int, columns: int) -> int:
-    return triton.cdiv(rows, tile.height) * triton.cdiv(columns, tile.width)
+    return triton.cdiv(rows, tile.height) * triton.cdiv(columns, tile.width)  # type: ignore[no-any-return]
 
 
 def linear_maxout_backward(

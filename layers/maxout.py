@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ class MaxoutConv2d(Layer):
         _reset(self.weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
+        padding: int | str | Sequence[int] = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._around(), self.padding_mode), 0
         return maxout_conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
@@ -215,9 +215,10 @@ class MaxoutConv2d(Layer):
         def convert(tensor: Tensor) -> Tensor:
             if tensor.dim() != 5:
                 return fn(tensor)
-            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+            converted: Tensor = fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+            return converted
 
-        super()._apply(convert, recurse)
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

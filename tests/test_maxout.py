@@ -609,6 +609,19 @@ def test_dropout(features: int, p: float, device: str) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("features", [16, 9], ids=["fused", "apart"])
+def test_dropout_keeps_what_is_not_a_number(features: int, device: str) -> None:
+    """As PyTorch, which multiplies by 0."""
+    x, weight, bias = linear_operands((8,), 3, features, 2, torch.float32, device)
+    bias[0, 0], bias[1, 1] = torch.nan, torch.inf
+    y = maxout_linear(x, weight, bias, dropout=0.9)
+    assert y[:, 0].isnan().all()
+    assert (y[:, 1].isnan() | y[:, 1].isposinf()).all()
+    assert y[:, 1].isnan().any()
+    assert y[:, 2].isfinite().all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("features", [16, 9], ids=["fused", "apart"])
 def test_dropout_is_independent_of_its_neighbours(features: int, device: str) -> None:
     x, weight, bias = linear_operands((512,), 128, features, 2, torch.float32, device)
     kept = (maxout_linear(x, weight, bias, dropout=0.5) != 0).double() * 2 - 1
