@@ -513,6 +513,11 @@ class _Tile:
         return elements * itemsize // 16 // self.threads
 
 
+def _stages(loaded_bytes: int) -> int:
+    """How many steps of a loop over tiles may have their operands in shared memory at once."""
+    return max(1, min(3, _SHARED_BYTES // loaded_bytes))
+
+
 # The accumulators of all pieces take 64 to 128 registers of each thread.  Small tiles are for few rows, which would
 # leave most multiprocessors without a program of large ones, and for many pieces.
 _LARGE_TILE, _LARGE_PIECES = (128, 64), range(2, 5)
@@ -521,8 +526,8 @@ _SMALL_TILE = (64, 32)
 _FUSED_PIECES = {"fp16": range(2, 9), "bf16": range(2, 9), "tf32": range(2, 9), "fp32": range(2, 5)}
 # Programs that are enough for large tiles: about one for each multiprocessor of an A100 or H100.
 _ENOUGH_PROGRAMS = 128
-# AMD's multiprocessors have a third of the shared memory.
-_STAGES = 2 if torch.version.hip else 3
+# Shared memory that a program may have on any GPU: 99 KB on NVIDIA's consumer GPUs, 64 KB on AMD's.
+_SHARED_BYTES = 2**16 if torch.version.hip else 99 * 2**10
 
 # The most features that are multiplied in the fused kernel, by the precision of the product.  Fused, each sum isn't
 # written and read again, 2e bytes; but PyTorch's products are made at a higher rate.  Where it is an eighth higher, the
@@ -577,6 +582,7 @@ def _tile(precision: str, pieces: int, *, large: bool) -> _Tile:
 @cache
 def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
     element, itemsize = ("*fp32", 4) if precision in ("tf32", "fp32") else (f"*{precision}", 2)
+    loaded = (tile.height + pieces * tile.width) * tile.depth
     return Configuration(
         label=f"linear maxout of {pieces} {tile.height}x{tile.width} {precision}",
         kernel=linear_maxout_kernel,
@@ -604,9 +610,9 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
             ("PRECISION", "tf32" if precision == "tf32" else "ieee"),
         ),
         threads=tile.threads,
-        num_stages=_STAGES,
+        num_stages=_stages(loaded * itemsize),
         divisible=("units", "features"),
-        wide_loads=tile.accesses((tile.height + pieces * tile.width) * tile.depth, itemsize),
+        wide_loads=tile.accesses(loaded, itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, itemsize),
         tensor_cores=precision != "fp32",
     )
@@ -640,7 +646,7 @@ def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
             ("DEPTH", tile.depth),
         ),
         threads=tile.threads,
-        num_stages=_STAGES,
+        num_stages=_stages(loaded * dtype.itemsize),
         divisible=("units", "features"),
         wide_loads=tile.accesses(loaded, dtype.itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, stored),
