@@ -748,18 +748,6 @@ def test_every_launch_is_a_shipped_configuration(
             assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
 
 
-@pytest.mark.compiles
-@pytest.mark.thorough
-@pytest.mark.parametrize("label", ["4 128x64 bf16", "8 64x32 tf32", "gradient of data, 4 pieces fp16"])
-def test_fused_kernels_fit_the_shared_memory_of_small_gpus(label: str) -> None:
-    from fusednn.kernels.instruments.compile_check import TARGETS, _compile
-
-    (configuration,) = (one for one in kernels.shipped("maxout") if one.label.endswith(label))
-    assert configuration.tensor_cores
-    for target in ("sm_80", "sm_90", "sm_100"):
-        assert _compile(configuration, TARGETS[target]).metadata.shared <= 99 * 1024
-
-
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
