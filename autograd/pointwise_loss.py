@@ -478,7 +478,7 @@ def kl_div(
     )
     if loss is None:
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    if modern and reduction == "mean":
+    if modern and reduction == "mean" and not torch.compiler.is_compiling():
         warnings.warn(_KL_DIV_MEAN, stacklevel=2)
     return loss
 

@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, maxout, nll_loss, pointwise_loss, prelu, rrelu
+from . import activation, maxout, nll_loss, optimizer, pointwise_loss, prelu, rrelu
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -15,6 +15,7 @@ __all__ = [
     "activation",
     "maxout",
     "nll_loss",
+    "optimizer",
     "pointwise_loss",
     "prelu",
     "rrelu",

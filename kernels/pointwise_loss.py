@@ -111,7 +111,8 @@ def bce_value(x, t, p, a, b):
 @triton.jit
 def bce_gradient(x, t, p, a, b):
     variance = (1 - x) * x
-    return (x - t) / tl.where(variance < 1e-12, 1e-12, variance)
+    least = 9.999999960041972e-13  # 1e-12 in float32, which PyTorch has in float64 too
+    return (x - t) / tl.where(variance < least, least, variance)
 
 
 @triton.jit
@@ -126,25 +127,20 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def excess(t, p):
-    """(p - 1) t, and 0 where p is 1, of infinite targets too."""
-    return tl.where(p == 1, 0.0, (p - 1) * t)
-
-
-@triton.jit
 def bce_with_logits_value(x, t, p, a, b):
-    return (1 - t) * x - (excess(t, p) + 1) * log_sigmoid(x)
+    # A weight of 1 leaves the formula that has none, also where the target isn't finite.
+    return (1 - t) * x - tl.where(p == 1, 1.0, (p - 1) * t + 1) * log_sigmoid(x)
 
 
 @triton.jit
 def bce_with_logits_gradient(x, t, p, a, b):
-    # (1 + (p - 1) t) sigmoid(x) - p t, arranged so that nothing cancels, and nothing is left of p where it is 1.
-    return (sigmoid(x) - t) - excess(t, p) * sigmoid(-x)
+    s = sigmoid(x)
+    return tl.where(p == 1, s - t, (p * t + 1 - t) * s - p * t)
 
 
 @triton.jit
 def bce_with_logits_target_gradient(x, t, p, a, b):
-    return -x - excess(log_sigmoid(x), p)
+    return tl.where(p == 1, -x, log_sigmoid(-x) - p * log_sigmoid(x))
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def check(
     if gradient is None:
         like = stock(*tensors)
         gradient = random_tensor(tuple(like.shape), like.dtype, str(like.device), seed=9)
-    check_against_stock(ours, stock, tensors, gradient, keeps_strides=False)
+    check_against_stock(ours, stock, tensors, gradient)
 
 
 # --- Of features ------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def check_layer(layer: Maxout | MaxoutConv2d, x: Tensor) -> None:
     names = [name for name, _ in layer.named_parameters()]
     parameters = [parameter.detach() for parameter in layer.parameters()]
     gradient = random_tensor(tuple(layer(x).shape), x.dtype, str(x.device), seed=7)
-    check_against_stock(ours, partial(composition, layer), [x, *parameters], gradient, keeps_strides=False)
+    check_against_stock(ours, partial(composition, layer), [x, *parameters], gradient)
 
 
 LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -371,7 +371,7 @@ def test_weights_that_make_it_relu_or_leaky_relu(slope: float, dtype: torch.dtyp
     ours = partial(torch.func.functional_call, layer, layer.state_dict())
     rounded = layer.weight[0, 0, 0].item()  # the slope, in this dtype
     stock = F.relu if slope == 0 else partial(F.leaky_relu, negative_slope=rounded)
-    check_against_stock(ours, stock, [x], random_tensor((40, 16), dtype, device, seed=3), keeps_strides=False)
+    check_against_stock(ours, stock, [x], random_tensor((40, 16), dtype, device, seed=3))
 
 
 @pytest.mark.kernels

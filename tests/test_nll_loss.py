@@ -1,144 +1,280 @@
-"""Negative log likelihood against PyTorch's: values, gradients, weights, ignored and wrong targets, layouts, bytes."""
+"""Negative log likelihood against PyTorch's: shapes, layouts, weights, ignored targets, errors, bytes."""
 
-from typing import Any
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate, assert_same_bits
-from support.device import FLOAT_DTYPES, ON_GPU
+from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.layouts import LAYOUTS
 from support.samples import random_tensor
-from support.standing import leaf, poisoned_memory
-from torch import Tensor
+from support.standing import check_against_stock, leaf
+from torch import Tensor, nn
 
-from fusednn import autograd, kernels
+import fusednn
+from fusednn import autograd, kernels, layers
+from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
-
-pytestmark = pytest.mark.kernels
 
 if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
-SHAPES = [(5,), (1, 1), (7, 5), (3, 4, 6), (2, 3, 4, 5), (2, 3, 1, 2, 2), (1100, 3)]
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-    "expanded": lambda x: x[..., :1].expand(x.shape),
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-}
+needs_kernels = pytest.mark.kernels
+counts_traffic = pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+
+SHAPES = [(5,), (1, 1), (4, 5), (3, 7, 2), (2, 4, 3, 5), (2, 3, 2, 1, 4), (2, 3, 1, 1)]
+IGNORED = 2
 
 
-def example(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and targets, of which some are -100."""
-    dim = 0 if len(shape) == 1 else 1
-    x = random_tensor(shape, torch.float64, device).log_softmax(dim).to(dtype)
-    places = shape[2:] if len(shape) > 1 else ()
-    target = torch.randint(shape[dim], (*shape[:dim], *places), generator=torch.Generator().manual_seed(0)).to(device)
-    return x, torch.where(torch.rand(target.shape, device=device) < 0.2, -100, target) if target.numel() > 4 else target
+def targets(shape: tuple[int, ...], device: str) -> Tensor:
+    """Class indices of an input of this shape; some are `IGNORED` where there are so many classes."""
+    classes, places = (shape[0], ()) if len(shape) == 1 else (shape[1], (shape[0], *shape[2:]))
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(classes, places, generator=generator).to(device)
 
 
-def results(function: Any, x: Tensor, target: Tensor, dtype: torch.dtype | None = None, **options: Any) -> list[Tensor]:
-    """Value and gradient, for an upstream gradient that isn't 1."""
-    x = leaf(x.to(dtype) if dtype else x)
-    if options.get("weight") is not None:
-        options["weight"] = options["weight"].to(x.dtype)
-    loss = function(x, target, **options)
-    seed = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64).view(loss.shape).to(x)
-    return [loss.detach(), *torch.autograd.grad(loss, x, seed)]
+def functions(target: Tensor, weight: Tensor | None = None, **options: object) -> list[Callable[[Tensor], Tensor]]:
+    """Ours and stock's, of the input alone; stock's of contiguous inputs, as its gradient has it in four dimensions."""
+
+    def call(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        weights = None if weight is None else weight.to(x.device, x.dtype)
+        x = x.contiguous() if function is F.nll_loss else x
+        return function(x, target, weights, **options)
+
+    return [partial(call, function) for function in (autograd.nll_loss, F.nll_loss)]
 
 
-def check(x: Tensor, target: Tensor, **options: Any) -> None:
-    with poisoned_memory(0xA5):
-        ours = results(autograd.nll_loss, x, target, **options)
-    with poisoned_memory(0x5A):
-        again = results(autograd.nll_loss, x, target, **options)
-    for first, second in zip(ours, again, strict=True):
-        assert_same_bits(first, second)
-    x = x.contiguous()  # stock's gradient has no other layout of more than one place
-    stock = results(F.nll_loss, x, target, **options)
-    reference = results(F.nll_loss, x, target, torch.float64, **options)
-    for triple in zip(ours, stock, reference, strict=True):
-        assert_accurate(*triple)
+def check(x: Tensor, target: Tensor, weight: Tensor | None = None, **options: object) -> None:
+    ours, stock = functions(target, weight, **options)
+    check_against_stock(ours, stock, [x], torch.full_like(stock(x), 0.75))
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@needs_kernels
+@every_dtype
+@every_reduction
 @pytest.mark.smoke
-def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, device: str) -> None:
-    x, target = example(shape, dtype, device)
-    weight = torch.linspace(0.5, 1.5, x.shape[min(x.dim() - 1, 1)], device=device) if weighted else None
-    for reduction in ("none", "mean", "sum"):
-        check(x, target, weight=weight, reduction=reduction)
+def test_values_and_gradients(dtype: torch.dtype, reduction: str, device: str) -> None:
+    for shape in SHAPES if dtype is torch.float32 else SHAPES[2:5]:
+        x, target = random_tensor(shape, dtype, device), targets(shape, device)
+        weight = torch.linspace(0.0, 2.0, 1 + max(shape))[1:][: shape[0] if len(shape) == 1 else shape[1]]
+        check(x, target, weight, reduction=reduction, ignore_index=IGNORED)
+        check(x, target, reduction=reduction)
 
 
+@needs_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)], ids=str)
-def test_layouts(shape: tuple[int, ...], layout: str, device: str) -> None:
-    x, target = example(shape, torch.float32, device)
+def test_layouts(layout: str, device: str) -> None:
+    x = LAYOUTS[layout](random_tensor((2, 3, 4, 5), torch.float32, device))
+    target = targets((2, 3, 5, 4), device).transpose(1, 2)
     for reduction in ("none", "mean"):
-        check(LAYOUTS[layout](x), target, reduction=reduction)
+        check(x, target, torch.rand(6)[::2], reduction=reduction)
 
 
-def test_channels_last(device: str) -> None:
-    x, target = example((2, 3, 4, 5), torch.float32, device)
-    check(x.contiguous(memory_format=torch.channels_last), target)
+@needs_kernels
+def test_places_at_irregular_distances(device: str) -> None:
+    x = random_tensor((4, 3, 5, 2), torch.float32, device).permute(3, 1, 0, 2)[:, :, :, :3]
+    check(x, targets((2, 3, 4, 3), device), reduction="mean")
+    check(
+        random_tensor((2, 3, 6), torch.float32, device).view(2, 3, 3, 2).transpose(2, 3), targets((2, 3, 2, 3), device)
+    )
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_all_ignored(reduction: str, device: str) -> None:
-    x, target = example((4, 3), torch.float32, device)
-    check(x, torch.full_like(target, 2), ignore_index=2, reduction=reduction)  # a mean of nothing is NaN
+@needs_kernels
+@pytest.mark.parametrize("positions", [1023, 1024, 4096, 4097, 6000])
+def test_sizes_about_blocks_and_stages(positions: int, device: str) -> None:
+    x = random_tensor((positions, 3), torch.float32, device)
+    for reduction in ("none", "mean"):
+        check(x, targets((positions, 3), device), torch.tensor([0.5, 1.0, 2.0]), reduction=reduction)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_infinite_log_probabilities(reduction: str, device: str) -> None:
-    x = torch.full((3, 4), -float("inf"), device=device)
-    check(x, torch.tensor([0, 3, -100], device=device), reduction=reduction)
+@needs_kernels
+def test_programs_stride_over_blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.nll_loss, "sum_programs", lambda blocks: 3)
+    check(random_tensor((7000, 3), torch.float32, device), targets((7000, 3), device))
 
 
-@pytest.mark.skipif(ON_GPU, reason="a failed device assertion ends the process's use of the GPU")
-@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_targets_out_of_bounds_raise_stocks_error(wrong: int, reduction: str, device: str) -> None:
+@needs_kernels
+@every_reduction
+def test_all_ignored_and_all_of_weight_zero(reduction: str, device: str) -> None:
+    x = random_tensor((3, 4), torch.float32, device)
+    check(x, torch.full((3,), -100, device=device), reduction=reduction)
+    check(x, torch.full((3,), 9, device=device), ignore_index=9, reduction=reduction)
+    check(x, torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(4), reduction=reduction)
+
+
+@needs_kernels
+def test_infinities_and_nan(device: str) -> None:
+    x = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]], device=device).repeat(4, 1)
+    for weight in (None, torch.tensor([0.0, 1.0, 1.0, 1.0])):
+        check(x, torch.arange(4, device=device), weight, reduction="none")
+
+
+@needs_kernels
+@every_reduction
+def test_gradcheck_and_gradgradcheck(reduction: str, device: str) -> None:
+    ours, _ = functions(targets((2, 3, 4), device), torch.tensor([0.5, 1.0, 2.0]), reduction=reduction)
+    x = leaf(random_tensor((2, 3, 4), torch.float64, device))
+    assert torch.autograd.gradcheck(ours, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ours, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("size_average", [None, True, False])
+@pytest.mark.parametrize("reduce", [None, True, False])
+def test_deprecated_arguments(size_average: bool | None, reduce: bool | None, device: str) -> None:
+    outcomes = []
     for function in (autograd.nll_loss, F.nll_loss):
-        with pytest.raises(IndexError, match="out of bounds"):
-            function(torch.ones(2, 3, device=device), torch.tensor([0, wrong], device=device), reduction=reduction)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x = random_tensor((4, 5), torch.float32, device)
+            y = function(x, targets((4, 5), device), size_average=size_average, reduce=reduce)
+        outcomes.append((y, [str(warning.message) for warning in caught if warning.category is UserWarning]))
+    assert outcomes[0][1] == outcomes[1][1]
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0])
 
 
-def test_empty_batch(device: str) -> None:
-    x, target = torch.empty(0, 3, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    assert autograd.nll_loss(x, target).isnan()
-    assert autograd.nll_loss(x, target, reduction="sum") == 0
+def outcome(function: Callable[..., Tensor], *arguments: object, **options: object) -> object:
+    try:
+        return function(*arguments, **options)
+    except Exception as error:  # the exception is what is compared
+        return type(error), str(error)
 
 
-def test_gradcheck_and_gradgradcheck(device: str) -> None:
-    x, target = example((2, 3, 4), torch.float64, device)
-    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=device)
-    for reduction in ("none", "mean"):
-        arguments = (leaf(x), target, weight, None, -100, None, reduction)
-        assert torch.autograd.gradcheck(autograd.nll_loss, arguments)
-        assert torch.autograd.gradgradcheck(autograd.nll_loss, arguments)
+@pytest.mark.skipif(ON_GPU, reason="a device assertion there, which ends the process")
+@every_reduction
+@pytest.mark.parametrize("shape", [(5,), (2000, 5), (2, 5, 3), (2, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_targets_out_of_bounds_raise_stocks_error(wrong: int, shape: tuple[int, ...], reduction: str) -> None:
+    target = targets(shape, "cpu")
+    target.view(-1)[-1] = wrong
+    mine, theirs = (outcome(m.nll_loss, torch.randn(shape), target, reduction=reduction) for m in (autograd, F))
+    assert isinstance(theirs, tuple)
+    assert theirs[0] is IndexError
+    assert mine == theirs
 
 
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
-def test_bytes_and_launches(device: str) -> None:
-    """The targets and one element for each are read, not the input; the gradient is zeroed, and scattered into."""
-    positions, classes = 4096, 64
-    x = leaf(torch.rand(positions, classes, device=device))
-    target = torch.randint(classes, (positions,), device=device)
+WRONG_CALLS = [
+    (torch.ones(4, 3), torch.zeros(3, dtype=torch.int64), {}),
+    (torch.ones(4, 3), torch.zeros(4, 3), {}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.int32), {}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.uint8), {}),
+    (torch.ones(4, 3), None, {}),
+    (torch.ones(3), torch.zeros(1, dtype=torch.int64), {}),
+    (torch.ones(()), torch.zeros((), dtype=torch.int64), {}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), {"weight": torch.ones(4)}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), {"weight": torch.ones(3, requires_grad=True)}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), {"weight": torch.ones(3).double()}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), {"reduction": "median"}),
+    (torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), {"ignore_index": 0.5}),
+    (torch.ones(0, 3), torch.zeros(0, dtype=torch.int64), {}),
+    (torch.ones(2, 3, 0), torch.zeros(2, 0, dtype=torch.int64), {"reduction": "none"}),
+]
+
+
+@pytest.mark.parametrize(("x", "target", "options"), WRONG_CALLS)
+def test_what_the_kernels_refuse_is_stocks(x: Tensor, target: Tensor, options: dict, device: str) -> None:
+    def move(value: object) -> object:
+        return value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    options = {key: move(value) for key, value in options.items()}
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        mine, theirs = (outcome(m.nll_loss, move(x), move(target), **options) for m in (autograd, F))
+    assert [choice.path for choice in choices] == ["stock"]
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    else:
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 5, 3, 4)], ids=str)
+def test_autocast_is_stocks(shape: tuple[int, ...], device: str) -> None:
+    results = []
+    for function in functions(targets(shape, device), torch.linspace(0.5, 1.5, 5)):
+        x = leaf(random_tensor(shape, torch.bfloat16, device))
+        with torch.autocast(device, dtype=torch.bfloat16):
+            y = function(x)
+        results.append((y, *torch.autograd.grad(y, x)))
+    torch.testing.assert_close(*results)
+
+
+def test_func_transforms(device: str) -> None:
+    x, target = random_tensor((4, 5), torch.float64, device), targets((4, 5), device)
+    batched = torch.vmap(autograd.nll_loss)(x, target)
+    torch.testing.assert_close(batched, F.nll_loss(x, target, reduction="none"))
+    operand = leaf(x)
+    expected = torch.autograd.grad(F.nll_loss(operand, target), operand)
+    torch.testing.assert_close(torch.func.grad(autograd.nll_loss)(x, target), *expected)
+
+
+@needs_kernels
+@counts_traffic
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bytes_and_launches(layout: str, device: str) -> None:
+    x = leaf(LAYOUTS[layout](random_tensor((2, 16, 64, 64), torch.float32, device)))
+    target = targets((2, 16, 64, 64), device)
     with measure_traffic() as forward, saved_tensors() as saved:
-        loss = autograd.nll_loss(x, target)
+        y = autograd.nll_loss(x, target)
+    gradient = torch.ones_like(y)
     with measure_traffic() as backward:
-        torch.autograd.grad(loss, x)
-    assert forward.bytes <= 1.05 * positions * (8 + 4)
-    assert backward.bytes <= 1.05 * positions * (8 + 4)
-    assert [operation.name for operation in backward.operations if operation.name != "ones_like"] == ["zeros_like"]
-    assert saved.bytes_beside(x, target) <= 16
+        torch.autograd.grad(y, x, gradient)
+    picked = target.numel() * (8 + 4)  # a target, and the element that it picks
+    assert picked <= forward.bytes <= picked * 1.05
+    assert not forward.operations
+    assert picked <= backward.bytes <= picked * 1.05
+    assert [(operation.name, operation.written_bytes) for operation in backward.operations] == [
+        ("zeros_like", x.numel() * 4)
+    ]
+    assert (forward.launches, backward.launches) == (2, 1)
+    assert saved.bytes_beside(x, target) == 8
 
 
-def test_compiled(device: str) -> None:
-    compiled = torch.compile(autograd.nll_loss, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
-    x, target = example((5, 4), torch.float64, device)
-    for ours, stock in zip(results(compiled, x, target), results(F.nll_loss, x, target), strict=True):
-        torch.testing.assert_close(ours, stock)
+@needs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_compiled_results_equal_eager(layout: str, device: str) -> None:
+    torch._dynamo.reset()
+    ours, _ = functions(targets((2, 3, 4, 5), device), torch.tensor([0.5, 1.0, 2.0]))
+    results = []
+    for function in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        x = leaf(LAYOUTS[layout](random_tensor((2, 3, 4, 5), torch.float32, device)))
+        y = function(x)
+        results.append((y, *torch.autograd.grad(y, x)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@needs_kernels
+def test_opcheck(device: str) -> None:
+    operators = torch.ops.fusednn
+    weight = torch.rand(3, device=device)
+    total = torch.ones((), dtype=torch.float64, device=device)
+    target = targets((2, 3, 4, 5), device)
+    for layout in ("contiguous", "transposed"):
+        x = LAYOUTS[layout](random_tensor((2, 3, 4, 5), torch.float32, device))
+        torch.library.opcheck(operators.nll_loss.default, (x, target, weight, -100))
+        torch.library.opcheck(operators.nll_loss_reduced.default, (x, target, None, 1, "mean"))
+        torch.library.opcheck(operators.nll_loss_backward.default, (x[:, 0], x, target, weight, None, 1, "none"))
+        torch.library.opcheck(operators.nll_loss_backward.default, (x.sum(), x, target, None, total, 1, "mean"))
+
+
+def test_the_layer_is_a_twin(device: str) -> None:
+    options = {"weight": torch.tensor([0.5, 1.0, 2.0]), "ignore_index": 1, "reduction": "sum"}
+    stock = nn.NLLLoss(**options).to(device)
+    model = nn.Sequential(nn.LogSoftmax(1), copy.deepcopy(stock))
+    fusednn.replace_layers(model)
+    ours = model[1]
+    assert type(ours) is layers.NLLLoss
+    assert type(ours).__init__ is nn.NLLLoss.__init__
+    assert repr(ours) == repr(stock)
+    ours.load_state_dict(stock.state_dict())
+    stock.load_state_dict(ours.state_dict())
+    x, target = random_tensor((4, 3), torch.float32, device), targets((4, 3), device)
+    for layer in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        torch.testing.assert_close(layer(x, target), stock(x, target))
+    (row,) = fusednn.explain(layers.NLLLoss(), x, target)
+    assert (row.operation, row.path) == ("nll_loss", "kernel" if KERNELS_RUN else "stock")

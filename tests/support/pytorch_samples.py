@@ -24,8 +24,9 @@ from torch.testing._internal.common_modules import (
     ModuleInput,
     module_db,
 )
+from torch.testing._internal.common_optimizers import optim_db
 
-from fusednn import autograd
+from fusednn import autograd, optim
 from fusednn.layers.twin import TWINS
 
 from .samples import LAYERS
@@ -71,3 +72,6 @@ SAMPLED = sorted((cls for cls in TWINS if cls in _INPUTS or cls in LAYERS), key=
 
 #: PyTorch's descriptions of every function that has a twin.
 OPERATORS = [info for info in op_db if info.name.removeprefix("nn.functional.") in autograd.__all__]
+
+#: PyTorch's descriptions of every optimizer that has a twin.
+OPTIMIZERS = [info for info in optim_db if info.name in optim.__all__]
