@@ -23,6 +23,9 @@ from .activation import (
     tanh,
     threshold,
 )
+from .bias_activation_dropout import bias_activation_dropout
+from .drop_connect import drop_connect_linear
+from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .maxout import maxout, maxout_conv2d, maxout_linear
 from .nll_loss import nll_loss
 from .pointwise_loss import (
@@ -36,12 +39,21 @@ from .pointwise_loss import (
 )
 from .prelu import prelu
 from .rrelu import rrelu
+from .standout import standout
 
 __all__ = [
+    "alpha_dropout",
+    "bias_activation_dropout",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "drop_connect_linear",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
+    "feature_alpha_dropout",
     "gelu",
     "hardsigmoid",
     "hardswish",
@@ -67,6 +79,7 @@ __all__ = [
     "smooth_l1_loss",
     "softplus",
     "softsign",
+    "standout",
     "tanh",
     "threshold",
 ]

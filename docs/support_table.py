@@ -27,6 +27,29 @@ OWN_KERNELS = {
             "SmoothL1Loss": "smooth_l1_loss",
         }.items()
     },
+    **{
+        layer: (function, "a seed", "2e", "2e")
+        for layer, function in {
+            "AlphaDropout": "alpha_dropout",
+            "Dropout": "dropout",
+            "Dropout1d": "dropout1d",
+            "Dropout2d": "dropout2d",
+            "Dropout3d": "dropout3d",
+            "FeatureAlphaDropout": "feature_alpha_dropout",
+        }.items()
+    },
+    "BiasActivationDropout": (
+        "bias_activation_dropout",
+        "1 bit an element; the operands and a seed for smooth activations",
+        "2e + 1/8, or 2e; with a residual e more",
+        "2e + 1/8, or 3e",
+    ),
+    "DropConnect": (
+        "drop_connect_linear",
+        "the operands, and a seed",
+        "2e a weight, and the product",
+        "4e a weight, and the products",
+    ),
     "Maxout": (
         "maxout_linear",
         "the operands, 1 byte a maximum",
@@ -42,6 +65,7 @@ OWN_KERNELS = {
     "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),
     "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
+    "Standout": ("standout", "1 bit an element", "3e + 1/8", "2e + 1/8"),
 }
 
 # The updates that an optimizer has, by the argument that asks for them.

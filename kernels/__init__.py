@@ -4,7 +4,18 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, maxout, nll_loss, optimizer, pointwise_loss, prelu, rrelu
+from . import (
+    activation,
+    bias_activation_dropout,
+    dropout,
+    maxout,
+    nll_loss,
+    optimizer,
+    pointwise_loss,
+    prelu,
+    rrelu,
+    standout,
+)
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -13,6 +24,8 @@ __all__ = [
     "INTERPRETING",
     "Configuration",
     "activation",
+    "bias_activation_dropout",
+    "dropout",
     "maxout",
     "nll_loss",
     "optimizer",
@@ -20,4 +33,5 @@ __all__ = [
     "prelu",
     "rrelu",
     "shipped",
+    "standout",
 ]

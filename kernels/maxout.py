@@ -47,7 +47,7 @@ from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import uniform_tile
-from .tiles import TILE, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape
+from .tiles import TILE, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
 
 __all__ = [
     "MOST_PIECES",
@@ -654,7 +654,7 @@ def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
     )
 
 
-# Widths of a tile of the pass.  The widest that wastes at most a quarter of its lanes is taken.
+# Widths of a tile of the pass.
 _WIDTHS = (64, TILE)
 # Elements of a tile whose columns have a bias: tall, for fewer partial sums.
 _SUMMED_TILE = 4 * TILE
@@ -782,9 +782,7 @@ def maxima_layout(
 
 
 def _width(memory: _Memory) -> int:
-    if memory.by_column:
-        return _WIDTHS[0]
-    return max((width for width in _WIDTHS if -memory.columns % width * 3 <= memory.columns), default=_WIDTHS[0])
+    return _WIDTHS[0] if memory.by_column else width_for(memory.columns, _WIDTHS)
 
 
 def _dropout_scale(p: float) -> float:

@@ -21,6 +21,10 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .bias_activation_dropout import BiasActivationDropout
+from .drop_connect import DropConnect
+from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
 from .maxout import Maxout, MaxoutConv2d
 from .nll_loss import NLLLoss
@@ -36,16 +40,26 @@ from .pointwise_loss import (
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .standout import Standout
 
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "AlphaDropout",
+    "AnnealedDropout",
     "BCELoss",
     "BCEWithLogitsLoss",
+    "BiasActivationDropout",
+    "DropConnect",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "Explanation",
     "ExplanationRow",
+    "FeatureAlphaDropout",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
@@ -70,6 +84,7 @@ __all__ = [
     "SmoothL1Loss",
     "Softplus",
     "Softsign",
+    "Standout",
     "Tanh",
     "Threshold",
     "explain",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd.dropout import dropout
 from ..autograd.maxout import maxout_conv2d, maxout_linear
 from .init import he_uniform_
 from .twin import Layer
@@ -108,12 +109,12 @@ class Maxout(Layer):
         _reset(self.weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if dropout and self.dropout_on == "input":
+        p = self.dropout if self.training else 0.0
+        if p and self.dropout_on == "input":
             # The weight's gradient needs the input as it was multiplied.  Dropped once, in memory, it costs what
             # dropping it on load in the forward pass and once more in the backward pass would.
-            return maxout_linear(F.dropout(input, dropout), self.weight, self.bias)
-        return maxout_linear(input, self.weight, self.bias, dropout=dropout)
+            return maxout_linear(dropout(input, p), self.weight, self.bias)
+        return maxout_linear(input, self.weight, self.bias, dropout=p)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, pieces={self.pieces}"

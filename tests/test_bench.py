@@ -392,6 +392,13 @@ def test_goals_are_judged_from_medians(result: dict[str, Any]) -> None:
     assert (host.value, host.outcome) == (1.5, "missed")
 
 
+def test_a_goal_may_be_of_some_dtypes() -> None:
+    goal = Goal("a goal", ("*",), "forward", ("large",), "speedup", "eager", at_least=1, dtypes=("bf16",))
+    assert goal.covers("relu", "bf16", "large", "forward")
+    assert not goal.covers("relu", "fp32", "large", "forward")
+    assert replace(goal, dtypes=()).covers("relu", "fp32", "large", "forward")
+
+
 def test_goals_name_operations_that_exist() -> None:
     named = {name for goal in load_goals() for name in goal.operations}
     assert named - {"*"} <= {name for module in FAMILIES for name in module.OPERATIONS}

@@ -347,11 +347,16 @@ def test_dropout_of_everything_and_of_nothing(device: str) -> None:
 
 @pytest.mark.kernels
 def test_dropout_saves_no_mask(device: str) -> None:
-    layer = Maxout(64, 32, dropout=0.5, dropout_on="output", device=device)
     x = random_tensor((64, 64), torch.float32, device).requires_grad_()
+    winners = 64 * 32  # whose last value is that of a dropped maximum
+    layer = Maxout(64, 32, dropout=0.5, dropout_on="output", device=device)
     with saved_tensors() as saved:
         layer(x)
-    assert saved.bytes_beside(x, *layer.parameters()) == 64 * 32  # the winners, whose last value is a dropped one
+    assert saved.bytes_beside(x, *layer.parameters()) == winners
+    layer.dropout_on = "input"
+    with saved_tensors() as saved:
+        layer(x)
+    assert saved.bytes_beside(*layer.parameters()) == winners + x.numel() * 4 + 8  # the dropped input, and a seed
 
 
 # --- Special cases ----------------------------------------------------------------------------------------------------
