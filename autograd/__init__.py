@@ -23,6 +23,7 @@ from .activation import (
     tanh,
     threshold,
 )
+from .batch_norm import batch_norm, batch_norm_act, channel_statistics
 from .bias_activation_dropout import bias_activation_dropout
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
@@ -40,13 +41,17 @@ from .pointwise_loss import (
 from .prelu import prelu
 from .rrelu import rrelu
 from .standout import standout
+from .sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "alpha_dropout",
+    "batch_norm",
+    "batch_norm_act",
     "bias_activation_dropout",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "channel_statistics",
     "drop_connect_linear",
     "dropout",
     "dropout1d",
@@ -80,6 +85,7 @@ __all__ = [
     "softplus",
     "softsign",
     "standout",
+    "sync_batch_norm",
     "tanh",
     "threshold",
 ]

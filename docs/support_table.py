@@ -12,6 +12,9 @@ from fusednn.kernels.optimizer import ALGORITHMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
+# Alone, and with a residual and an activation whose gradient a bit suffices for.
+_BATCH_NORM_ACT = ("the input; with a residual 1 bit an element", "3e; 4e + 1/8", "5e; 6e + 1/8")
+
 # Layers whose family has kernels of its own: function, what is kept, bytes an element forward and backward.  The table
 # of activations knows the others'.
 OWN_KERNELS = {
@@ -27,6 +30,18 @@ OWN_KERNELS = {
             "SmoothL1Loss": "smooth_l1_loss",
         }.items()
     },
+    **{
+        f"{layer}{dims}d": (function, *facts)
+        for layer, function, *facts in (
+            ("BatchNorm", "batch_norm", "the input", "3e", "5e"),
+            ("BatchNormAct", "batch_norm_act", *_BATCH_NORM_ACT),
+        )
+        for dims in (1, 2, 3)
+    },
+    "SyncBatchNorm": ("sync_batch_norm", "the input", "3e", "5e"),
+    "SyncBatchNormAct": ("sync_batch_norm", *_BATCH_NORM_ACT),
+    "InputNorm": ("batch_norm", "the input", "2e", "2e"),
+    "GlobalContrastNorm": ("batch_norm", "the input", "3e", "5e"),
     **{
         layer: (function, "a seed", "2e", "2e")
         for layer, function in {

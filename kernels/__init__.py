@@ -6,6 +6,7 @@ launchers can ask the compiler for.
 
 from . import (
     activation,
+    batch_norm,
     bias_activation_dropout,
     dropout,
     maxout,
@@ -24,6 +25,7 @@ __all__ = [
     "INTERPRETING",
     "Configuration",
     "activation",
+    "batch_norm",
     "bias_activation_dropout",
     "dropout",
     "maxout",

@@ -21,26 +21,22 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .bias_activation_dropout import BiasActivationDropout
 from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
+from .fold import fold_batch_norm
+from .input_norm import GlobalContrastNorm, InputNorm
 from .maxout import Maxout, MaxoutConv2d
 from .nll_loss import NLLLoss
-from .pointwise_loss import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    MSELoss,
-    SmoothL1Loss,
-)
+from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
 from .standout import Standout
+from .sync_batch_norm import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = [
     "CELU",
@@ -51,6 +47,12 @@ __all__ = [
     "AnnealedDropout",
     "BCELoss",
     "BCEWithLogitsLoss",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BiasActivationDropout",
     "DropConnect",
     "Dropout",
@@ -60,10 +62,12 @@ __all__ = [
     "Explanation",
     "ExplanationRow",
     "FeatureAlphaDropout",
+    "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
     "HuberLoss",
+    "InputNorm",
     "KLDivLoss",
     "L1Loss",
     "LeakyReLU",
@@ -85,9 +89,12 @@ __all__ = [
     "Softplus",
     "Softsign",
     "Standout",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "Tanh",
     "Threshold",
     "explain",
+    "fold_batch_norm",
     "init",
     "replace_layers",
     "restore_layers",

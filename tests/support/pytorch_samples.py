@@ -32,7 +32,7 @@ from fusednn.layers.twin import TWINS
 from .samples import LAYERS
 
 _INPUTS = {info.module_cls: info.module_inputs_func for info in module_db}
-_ERRORS = {info.module_cls: info.module_error_inputs_func for info in module_db}
+_INFOS = {info.module_cls: info for info in module_db}
 
 
 def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: bool) -> list[ModuleInput]:
@@ -47,9 +47,11 @@ def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: b
 
 def module_errors(cls: type[nn.Module], device: str) -> list[Any]:
     """ModuleInfo's wrong constructors and calls of a ``torch.nn`` class."""
-    inputs = _ERRORS.get(cls)
+    info = _INFOS.get(cls)
+    if info is None or info.module_error_inputs_func is None:
+        return []
     options = {"device": device, "dtype": torch.float32, "requires_grad": False, "training": True}
-    return [] if inputs is None else list(inputs(None, **options))
+    return list(info.module_error_inputs_func(info, **options))
 
 
 def inherent_error(name: str, dtype: torch.dtype) -> float:
