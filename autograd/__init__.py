@@ -29,6 +29,7 @@ from .conv import conv1d, conv2d, conv_act_pool2d
 from .conv_batch_norm import conv_batch_norm_act2d
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from .maxout import maxout, maxout_conv2d, maxout_linear
 from .nll_loss import nll_loss
 from .pointwise_loss import (
     binary_cross_entropy,
@@ -76,6 +77,9 @@ __all__ = [
     "logsigmoid",
     "max_pool1d",
     "max_pool2d",
+    "maxout",
+    "maxout_conv2d",
+    "maxout_linear",
     "mish",
     "mse_loss",
     "nll_loss",

@@ -38,6 +38,12 @@ OWN_KERNELS = {
         "2e + 1/8 (after cuDNN's)",
         "2e + 1/8 (before cuDNN's)",
     ),
+    "ConvBatchNormAct2d": (
+        "conv_batch_norm_act2d",
+        "the operands, the convolution's result, 4 bits a window (ReLU, 2 x 2)",
+        "2.25e + 1/8 (after cuDNN's)",
+        "5.25e + 1/8 (before cuDNN's)",
+    ),
     "ConvMaxPool2d": (
         "conv_act_pool2d",
         "the operands, 4 bits a window (ReLU, 2 x 2)",
@@ -80,6 +86,18 @@ OWN_KERNELS = {
         "the operands, and a seed",
         "2e a weight, and the product",
         "4e a weight, and the products",
+    ),
+    "Maxout": (
+        "maxout_linear",
+        "the operands, 1 byte a maximum",
+        "the operands, e + 1 a maximum",
+        "e + 1 a maximum, an expansion of pieces e or none",
+    ),
+    "MaxoutConv2d": (
+        "maxout_conv2d",
+        "the operands, 1 byte a maximum",
+        "beside the convolution, (pieces + 1) e + 1 a maximum",
+        "the same",
     ),
     "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),

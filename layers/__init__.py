@@ -1,5 +1,6 @@
 """Drop-in layers: subclasses of ``torch.nn``'s, and the tools that put them into existing models."""
 
+from . import init
 from .activation import (
     CELU,
     ELU,
@@ -30,6 +31,7 @@ from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
 from .fold import fold_batch_norm
 from .input_norm import GlobalContrastNorm, InputNorm
+from .maxout import Maxout, MaxoutConv2d
 from .nll_loss import NLLLoss
 from .pointwise_loss import (
     BCELoss,
@@ -89,6 +91,8 @@ __all__ = [
     "MSELoss",
     "MaxPool1d",
     "MaxPool2d",
+    "Maxout",
+    "MaxoutConv2d",
     "Mish",
     "NLLLoss",
     "PReLU",
@@ -109,6 +113,7 @@ __all__ = [
     "Threshold",
     "explain",
     "fold_batch_norm",
+    "init",
     "replace_layers",
     "restore_layers",
 ]
