@@ -154,8 +154,8 @@ def conv_batch_norm_act2d(
     given = (z,) if residual is None else (z, residual)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
-        y = batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
-        return max_pool2d(y, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
+        dense = batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
+        return max_pool2d(dense, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
     assert window is not None
     batches = momentum if isinstance(momentum, Tensor) else None
     plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)

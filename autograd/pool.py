@@ -73,9 +73,16 @@ def pool(
 ) -> tuple[Tensor, ...]:
     """`fusednn.kernels.pool.pool_forward`."""
     *sizes, keeps_code, keeps_raw, emits_indices = arguments
-    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
-    added = {"mean": mean, "scale": scale, "residual": residual}
-    return tuple(kernels.pool_forward(x, bias, operator_window(*sizes), activation, **added, **kept))
+    results = kernels.pool_forward(
+        *(x, bias, operator_window(*sizes), activation),
+        keeps_code=keeps_code,
+        keeps_raw=keeps_raw,
+        emits_indices=emits_indices,
+        mean=mean,
+        scale=scale,
+        residual=residual,
+    )
+    return tuple(results)
 
 
 def _fake_activate(
@@ -97,8 +104,13 @@ def activate_(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
 ) -> tuple[Tensor, Tensor]:
     """`pool` with windows of one position, in place: bias and activation."""
-    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw}
-    results = kernels.pool_forward(x, bias, kernels.POINT, activation, **kept, residual=residual, inplace=True)
+    results = kernels.pool_forward(
+        *(x, bias, kernels.POINT, activation),
+        keeps_code=keeps_code,
+        keeps_raw=keeps_raw,
+        residual=residual,
+        inplace=True,
+    )
     return results.code, results.raw
 
 
