@@ -23,7 +23,7 @@ from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
 
-__all__ = ["conv1d", "conv2d", "conv_act_pool2d"]
+__all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_statistics2d", "saved_by"]
 
 
 class Convolution(NamedTuple):
@@ -57,6 +57,16 @@ def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *argu
 )
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     return _conv_pool(kernels.conv_pool_forward, x, weight, bias, *arguments)
+
+
+@operator(
+    "conv_statistics(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> (Tensor, Tensor)",
+    fake=lambda x, weight, bias, stride, padding: kernels.statistics_like(x, weight, tuple(stride), tuple(padding)),
+)
+def _conv_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any
+) -> tuple[Tensor, Tensor]:
+    return kernels.conv_statistics(x, weight, bias, tuple(stride), tuple(padding))
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
@@ -104,6 +114,33 @@ class ConvActPool(Function):
                 (x_needed, weight_needed, False),
             )
         return dx, dw, db if bias_needed else None, dz if residual_needed else None, None, None, None
+
+
+class ConvStatistics(Function):
+    """A convolution, and the partial statistics of its channels, which aren't differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution
+    ) -> tuple[Tensor, Tensor]:
+        z, partial = _conv_statistics(x, weight, bias, convolution.stride, convolution.padding)
+        ctx.save_for_backward(x, weight)
+        ctx.convolution = convolution
+        ctx.mark_non_differentiable(partial)
+        ctx.set_materialize_grads(False)
+        return z, partial
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.convolution
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            *(g, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups),
+            ctx.needs_input_grad[:3],
+        )
+        return dx, dw, db, None
 
 
 def saved_by(activation: str | None) -> str | None:
@@ -220,10 +257,7 @@ def conv_act_pool2d(
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
     check_activation(activation)
-    operands = (input, weight, bias, residual)
-    if all(isinstance(operand, Tensor) for operand in operands[:2]) and (dtype := autocast_dtype(input)):
-        operands = tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in operands)  # type: ignore[assignment]
-    input, weight, bias, residual = operands
+    operands = input, weight, bias, residual = _autocast(input, weight, bias, residual)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     padded, border = _padded(input, weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
@@ -245,6 +279,41 @@ def conv_act_pool2d(
     else:
         y, *_ = _forward(x, weight, bias, residual, convolution, name, window, keeps=False)
     return y if input.dim() == 4 else y.squeeze(0)
+
+
+def conv_statistics2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`conv2d`, and the partial statistics of its channels, where a kernel makes both; else None."""
+    operands = x, w, b = _autocast(input, weight, bias)
+    x, border = _padded(x, w, stride, padding, dilation)
+    convolution = _convolution(stride, border, dilation, groups)
+    refusal = _refusal(x, w, b, None, convolution, "relu", POINT)
+    if refusal is None and convolution is not None and x.dim() == 4:
+        single = kernels.takes_single(x, w, convolution.dilation, convolution.groups, POINT)
+        refusal = None if single else _CUDNN
+    else:
+        refusal = refusal or "not a batch of images"
+    if not takes_kernel("conv2d", *(operand for operand in operands if operand is not None), refusal=refusal):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups), None
+    z: Tensor
+    partial: Tensor
+    z, partial = ConvStatistics.apply(x, w, b, convolution)
+    return z, partial
+
+
+def _autocast(*operands: Any) -> tuple[Any, ...]:
+    """The operands, in the region of an autocast in its low precision."""
+    dtype = autocast_dtype(operands[0]) if isinstance(operands[0], Tensor) else None
+    if dtype is None:
+        return operands
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in operands)
 
 
 _CAST = (torch.float16, torch.bfloat16, torch.float32)

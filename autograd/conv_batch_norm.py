@@ -1,8 +1,8 @@
 """Convolution followed by batch norm, an activation and max pooling, in as few passes as there can be.
 
 In evaluation the batch norm is folded into the filters, and the rest is `conv_act_pool2d`.  In training its statistics
-have to be complete before it can be applied: one pass over the convolution's result takes them, and a second one
-normalises, adds the residual, activates and pools.
+have to be complete before it can be applied.  The single kernel of a shallow convolution leaves them on the way, behind
+cuDNN's a pass over the result takes them; then one pass normalises, adds the residual, activates and pools.
 """
 
 from typing import Any
@@ -14,11 +14,21 @@ from torch.autograd import Function
 
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.batch_norm import accumulator
-from ..kernels.pool import Window, images, is_masked
-from .batch_norm import apply_activation, argument_refusal, batch_norm_act, check_activation, mark_updated, statistics
+from ..kernels.pool import POINT, Window, images, is_masked
+from .batch_norm import (
+    BatchNorm,
+    apply_activation,
+    argument_refusal,
+    batch_norm_act,
+    check_activation,
+    mark_updated,
+    merge_statistics,
+    normalise,
+    statistics,
+)
 from .batch_norm import backward as norm_backward
 from .batch_norm import reduce as norm_reduce
-from .conv import conv2d, conv_act_pool2d, saved_by
+from .conv import conv_act_pool2d, conv_statistics2d, saved_by
 from .dispatch import takes_kernel
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
 
@@ -145,22 +155,28 @@ def conv_batch_norm_act2d(
     if not training and running_mean is not None and running_var is not None:
         weight, bias = _folded(weight, bias, running_mean, running_var, norm_weight, norm_bias, eps)
         return conv_act_pool2d(input, weight, bias, *arguments, activation=activation, residual=residual, **options)
-    z = conv2d(input, weight, bias, *arguments)
+    z, partial = conv_statistics2d(input, weight, bias, *arguments)
     vectors = (running_mean, running_var, norm_weight, norm_bias)
-    if pool_size is None:
-        return batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
-    window = window_of(2, pool_size, pool_stride, pool_padding, 1, False)
+    window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     refusal = _refusal(z, *vectors, momentum, eps, residual, activation, window)
+    if window == POINT and partial is None:
+        refusal = "batch_norm_act does it"
     given = (z,) if residual is None else (z, residual)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
         dense = batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
+        if pool_size is None:
+            return dense
         return max_pool2d(dense, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
     assert window is not None
     batches = momentum if isinstance(momentum, Tensor) else None
     plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
-    mean, variance = statistics(z.detach(), running_mean, running_var, batches, plain)
+    running = (running_mean, running_var, batches, plain)
+    mean, variance = statistics(z.detach(), *running) if partial is None else merge_statistics(partial, *running)
     mark_updated(running_mean, running_var)
+    if window == POINT:
+        vectors = (norm_weight, norm_bias, mean, variance)
+        return normalise(BatchNorm, z, residual, *vectors, True, eps, activation)
     name = ACTIVATIONS[activation].name_for(z.dtype) if activation else None
     y: Tensor
     operands = (z, residual, norm_weight, norm_bias)

@@ -9,6 +9,8 @@ Images are channels-last, and filters (filters, height, width, channels): taps a
 which neighbours lie together as far as a tap's channels reach.  Three channels, as in a first layer, are gathered one
 by one.
 
+Without pooling, the same kernel can leave the statistics of its channels, for a batch norm behind it.
+
 `takes_single` chooses between this kernel and cuDNN's convolution followed by a pass (`fusednn.kernels.pool`).
 """
 
@@ -23,9 +25,9 @@ from ._triton import INTERPRETED, tl, triton
 from .activation import ACTIVATIONS
 from .launch import TRITON_TYPE, Configuration, launch, ships
 from .numerics import narrow, scalar, widen
-from .pool import Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
+from .pool import POINT, Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
 
-__all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "takes_single"]
+__all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
 
 
 @triton.jit(
@@ -42,6 +44,7 @@ def conv_pool_kernel(
     y_pointer,  # pooled images, (rows, filters)
     code_pointer,  # packed codes, see `fusednn.kernels.pool`; not written unless keeps_code
     raw_pointer,  # the maxima before the activation, like ``y``; not written unless keeps_raw
+    partial_pointer,  # (row blocks, 3, filters): count, mean, squared deviations; or None.  POOL is 1 there
     rows: tl.int64,
     filters,
     channels,
@@ -74,7 +77,7 @@ def conv_pool_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    _, first_filter, row, column, plane, line, place, inside = tile_place(
+    first_row, first_filter, row, column, plane, line, place, inside = tile_place(
         rows, filters, pooled_height, pooled_width, True, HEIGHT, WIDTH
     )
     filter_ = first_filter + tl.arange(0, WIDTH)[:, None]
@@ -132,6 +135,19 @@ def conv_pool_kernel(
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
     if keeps_raw:
         tl.store(raw_pointer + offset, narrow(raw, raw_pointer.dtype.element_ty), mask=inside)
+    if partial_pointer is not None:
+        # Of what was stored, and about the first row's values: a large mean doesn't swallow the differences.
+        stored = widen(narrow(best, y_pointer.dtype.element_ty), tl.float32)
+        count = tl.minimum(rows - first_row, HEIGHT).to(tl.float64)
+        origin = tl.sum(tl.where(row == first_row, stored, 0.0), axis=0, keep_dims=True)
+        difference = tl.where(inside, stored - origin, 0.0)
+        shift = tl.sum(difference.to(tl.float64), axis=0, keep_dims=True) / count
+        deviation = tl.where(inside, difference - shift.to(tl.float32), 0.0)
+        squares = tl.sum((deviation * deviation).to(tl.float64), axis=0, keep_dims=True)
+        target = partial_pointer + first_row // HEIGHT * 3 * filters + column
+        tl.store(target, (count + tl.zeros((1, WIDTH), tl.float64)).to(tl.float32), mask=column < filters)
+        tl.store(target + filters, (origin + shift).to(tl.float32), mask=column < filters)
+        tl.store(target + 2 * filters, squares.to(tl.float32), mask=column < filters)
     if BITS:  # noqa: SIM102 (a constant)
         if keeps_code:
             code = position
@@ -197,7 +213,9 @@ def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: i
 
 
 @cache
-def _configuration(precision: str, activation: str | None, fixed: tuple[int, int]) -> Configuration:
+def _configuration(
+    precision: str, activation: str | None, fixed: tuple[int, int], statistics: bool = False
+) -> Configuration:
     pool, pool_stride = fixed
     tile = _tile(pool, activation)
     element = "*fp32" if precision == "tf32" else f"*{precision}"
@@ -205,19 +223,22 @@ def _configuration(precision: str, activation: str | None, fixed: tuple[int, int
     masked = is_masked(activation)
     bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), masked)
     arguments = conv_pool_kernel.arg_names
+    parts = (f"conv pool {pool}x{pool}", activation, statistics and "+ statistics", precision)
     return Configuration(
-        label=f"conv pool {pool}x{pool}{f' {activation}' if activation else ''} {precision}",
+        label=" ".join(part for part in parts if part),
         kernel=conv_pool_kernel,
         signature=(
             *((name, element) for name in ("x_pointer", "w_pointer", "bias_pointer", "y_pointer")),
             ("code_pointer", "*u8"),
             ("raw_pointer", element),
+            *((("partial_pointer", "*fp32"),) if statistics else ()),
             ("rows", "i64"),
             *((name, "i32") for name in arguments[arguments.index("filters") : arguments.index("a")]),
             ("a", "fp64"),
             ("b", "fp64"),
         ),
         constants=(
+            *(() if statistics else (("partial_pointer", None),)),
             ("VALUE", row.value if row else None),
             ("KEEPS", row.keeps if row and masked else None),
             ("POOL", pool),
@@ -241,6 +262,7 @@ def configurations() -> Iterator[Configuration]:
     for precision in _PRECISIONS:
         for fixed in ((1, 1), (2, 2), (3, 2)):
             yield _configuration(precision, "relu", fixed)
+        yield _configuration(precision, None, (1, 1), statistics=True)
     yield _configuration("bf16", None, (2, 2))
     yield _configuration("tf32", "gelu", (2, 2))
 
@@ -287,10 +309,12 @@ def conv_pool_forward(
     *,
     keeps_code: bool,
     keeps_raw: bool,
+    partial: Tensor | None = None,
 ) -> Pooled:
     """max over windows of activation(conv(x) + bias), channels last; otherwise as `fusednn.kernels.pool.pool_forward`.
 
-    ``window`` is one of the sizes that have kernels; dilation 1, one group.
+    ``window`` is one of the sizes that have kernels; dilation 1, one group.  ``partial``: where to write the statistics
+    of the result's channels, for a convolution alone.
     """
     results = conv_pooled_like(
         x, weight, stride, padding, activation, window, keeps_code=keeps_code, keeps_raw=keeps_raw
@@ -302,15 +326,40 @@ def conv_pool_forward(
     weight = weight.permute(0, 2, 3, 1).contiguous()
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
-    configuration = _configuration(_precision(x.dtype), activation, window.fixed)
+    configuration = _configuration(_precision(x.dtype), activation, window.fixed, partial is not None)
     tile = _tile(window.fixed[0], activation)
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
     launch(
         configuration,
         triton.cdiv(rows, tile.height) * triton.cdiv(filters, tile.width),
         *(x, weight, x if bias is None else bias, results.y, results.code, results.raw),
+        *(() if partial is None else (partial,)),
         *(rows, filters, channels, kernel_height * kernel_width * channels, height, width, conv_height, conv_width),
         *(pooled_height, pooled_width, kernel_width, *stride, *padding, *window.padding),
         *(int(bias is not None), int(keeps_code), int(keeps_raw), a, b),
     )
     return results
+
+
+def statistics_like(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Memory for the results of `conv_statistics`.  Shapes may be symbolic."""
+    results = conv_pooled_like(x, weight, stride, padding, None, POINT, keeps_code=False, keeps_raw=False)
+    samples, filters, height, width = results.y.shape
+    blocks = (samples * height * width + _TILES[1].height - 1) // _TILES[1].height
+    return results.y, torch.empty((blocks, 3, filters), dtype=torch.float32, device=x.device)
+
+
+def conv_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The convolution, channels last, and count, mean and sum of squared deviations of parts of its channels.
+
+    These are (parts, 3, filters), as `fusednn.kernels.batch_norm.partial_statistics` gives them.
+    """
+    _, partial = statistics_like(x, weight, stride, padding)
+    results = conv_pool_forward(
+        *(x, weight, bias, stride, padding, None, POINT), keeps_code=False, keeps_raw=False, partial=partial
+    )
+    return results.y, partial

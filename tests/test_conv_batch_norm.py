@@ -51,10 +51,12 @@ class Chain(nn.Module):
         return F.max_pool2d(y, layer.pool_size, layer.pool_stride, layer.pool_padding)
 
 
-def pair(dtype: torch.dtype, device: str, **options: Any) -> tuple[layers.ConvBatchNormAct2d, Chain]:
+def pair(
+    dtype: torch.dtype, device: str, *, channels: int = 3, filters: int = 5, **options: Any
+) -> tuple[layers.ConvBatchNormAct2d, Chain]:
     """Our layer and stock's, equal, with statistics that aren't the first ones."""
     torch.manual_seed(0)
-    ours = layers.ConvBatchNormAct2d(3, 5, 3, **options)
+    ours = layers.ConvBatchNormAct2d(channels, filters, 3, **options)
     with torch.no_grad():
         for parameter in ours.bn.parameters():
             parameter.uniform_(0.5, 1.5)
@@ -123,32 +125,61 @@ def test_options(options: Options, device: str) -> None:
 
 @needs_kernels
 def test_gradcheck_and_gradgradcheck(device: str) -> None:
-    ours, _ = pair(torch.float64, device, activation="tanh", pool_size=2, momentum=0.0)
-    x, residual = random_tensor((1, 3, 4, 4), torch.float64, device) / 3, torch.zeros(1, 5, 2, 2).to(device).double()
+    ours, _ = pair(torch.float64, device, channels=1, filters=1, activation="tanh", pool_size=2, momentum=0.0)
+    x, residual = random_tensor((1, 1, 4, 4), torch.float64, device) / 3, torch.zeros(1, 1, 2, 2).to(device).double()
     assert torch.autograd.gradcheck(ours, (leaf(x), leaf(residual)))
-    first = torch.autograd.grad(ours(leaf(x)).sum(), ours.conv.weight, create_graph=True)[0]
-    assert torch.autograd.grad(first.square().sum(), ours.bn.weight)[0].isfinite().all()
+    assert torch.autograd.gradgradcheck(ours, (leaf(x), leaf(residual)))
 
 
 @needs_kernels
 @counts_bytes
-def test_passes_and_what_is_saved(device: str) -> None:
-    """In training two passes over the convolution's result; in evaluation none but the convolution's own."""
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_passes_and_what_is_saved(layout: str, device: str) -> None:
+    """In training one pass more over the convolution's result than its own, or two; in evaluation none."""
     ours, _ = pair(torch.float32, device, pool_size=2, padding=1)
-    x = LAYOUTS["channels_last"](random_tensor((2, 3, 16, 32), torch.float32, device))
+    x = LAYOUTS[layout](random_tensor((2, 3, 16, 32), torch.float32, device))
     dense = 4 * 2 * 5 * 16 * 32
     with measure_traffic() as traffic, saved_tensors() as saved:
         y = ours(leaf(x))
     launches = {launch.kernel: launch for launch in traffic.kernel_launches}
-    assert list(launches) == ["statistics_kernel", "merge_kernel", "pool_forward_kernel"]
-    assert launches["statistics_kernel"].loaded_bytes == dense
-    assert launches["pool_forward_kernel"].stored_bytes == 4 * y.numel() + 2 * 8 * 16 * 3  # codes of 4 bits, 5 channels
-    assert saved.bytes_beside(x, *ours.parameters()) <= dense + y.numel() + 1024
+    single = layout == "channels_last"
+    convolution = "conv_pool_kernel" if single else "statistics_kernel"
+    assert list(launches) == [convolution, "merge_kernel", "pool_forward_kernel"]
+    assert launches[convolution].stored_bytes == dense * single + 4 * 3 * 5 * (8 if single else 4)  # and statistics
+    code = 2 * 8 * 16 * 3 if single else 2 * 5 * 8 * 8  # four bits, in rows of 5 channels or 16 places
+    assert launches["pool_forward_kernel"].stored_bytes == 4 * y.numel() + code
+    assert saved.bytes_beside(x, *ours.parameters()) <= dense + code + 256
 
     ours.eval()
     with measure_traffic() as traffic, torch.no_grad():
         ours(x)
-    assert [launch.kernel for launch in traffic.kernel_launches] == ["conv_pool_kernel"]
+    assert [launch.kernel for launch in traffic.kernel_launches] == [
+        "conv_pool_kernel" if single else "pool_forward_kernel"
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (1, 3, 4, 4), (3, 3, 20, 11)], ids=str)
+def test_statistics_of_the_convolution(shape: tuple[int, ...], shift: float, device: str) -> None:
+    """Those that its kernel leaves merge to the mean and variance of what it stored, also far from 0."""
+    x = LAYOUTS["channels_last"](random_tensor(shape, torch.float32, device))
+    weight = random_tensor((5, 3, 3, 3), torch.float32, device, seed=1)
+    bias = random_tensor((5,), torch.float32, device, seed=2) + shift
+    z, partial = kernels.conv.conv_statistics(x, weight, bias, (1, 1), (0, 0))
+    mean, variance = kernels.batch_norm.merge_statistics(partial, None, None, None, 0.0)
+    exact = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+    theirs = torch.var_mean(z, (0, 2, 3), correction=0)
+    assert_accurate(mean, theirs[1], exact[1], "mean")
+    assert_accurate(variance, theirs[0], exact[0], "variance", inherent=1e-6 * exact[0])
+    torch.testing.assert_close(z, F.conv2d(x, weight, bias))
+
+
+@needs_kernels
+def test_opcheck(device: str) -> None:
+    x = LAYOUTS["channels_last"](random_tensor((2, 3, 6, 6), torch.float32, device))
+    weight = random_tensor((5, 3, 3, 3), torch.float32, device, seed=1)
+    torch.library.opcheck(torch.ops.fusednn.conv_statistics.default, (x, weight, None, [1, 1], [1, 1]))
 
 
 @needs_kernels
@@ -188,4 +219,4 @@ def test_the_choice_follows_the_machine(device: str) -> None:
         ours(random_tensor((2, 3, 8, 8), torch.float32, device))
     chosen = {choice.operation: choice.kernel for choice in choices}
     assert chosen["batch_norm_act_pool2d"] == KERNELS_RUN
-    assert not chosen["conv2d"]
+    assert not chosen["conv2d"]  # contiguous images

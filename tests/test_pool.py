@@ -132,7 +132,7 @@ def test_unbatched(device: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("positions", [17, 256, 257])
+@pytest.mark.parametrize("positions", [17, 257, pytest.param(256, marks=pytest.mark.thorough)])
 def test_codes_reach_the_last_position(positions: int, device: str) -> None:
     """A window of more than 256 positions, which a byte can't tell apart, takes the stock operator."""
     choices: list[Choice] = []
@@ -175,12 +175,15 @@ def test_refusals_give_their_reason(window: Options, reason: str, device: str) -
 
 
 @needs_kernels
-def test_gradcheck_and_gradgradcheck(device: str) -> None:
-    x = random_tensor((1, 1, 3, 4), torch.float64, device)
-    for window, layout in ((WINDOWS[0], "contiguous"), (WINDOWS[1], "channels_last")):
-        operand = leaf(LAYOUTS[layout](x))
-        assert torch.autograd.gradcheck(pooling(autograd.max_pool2d, window), operand)
-        assert torch.autograd.gradgradcheck(pooling(autograd.max_pool2d, window), operand)
+@pytest.mark.parametrize(
+    ("window", "layout"),
+    [(WINDOWS[0], "contiguous"), pytest.param(WINDOWS[1], "channels_last", marks=pytest.mark.thorough)],
+    ids=str,
+)
+def test_gradcheck_and_gradgradcheck(window: Options, layout: str, device: str) -> None:
+    operand = leaf(LAYOUTS[layout](random_tensor((1, 1, 3, 4), torch.float64, device)))
+    assert torch.autograd.gradcheck(pooling(autograd.max_pool2d, window), operand)
+    assert torch.autograd.gradgradcheck(pooling(autograd.max_pool2d, window), operand)
 
 
 @needs_kernels
