@@ -26,6 +26,7 @@ fixed order.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -722,26 +723,35 @@ def _code_bits(fixed: tuple[int, int], activation: str | None) -> int:
     return code_bits(Window((kernel or 4, kernel or 4), (stride or 4, stride or 4)), is_masked(activation))
 
 
-# The types that are compiled where kernels differ in nothing else.
+# The types that are compiled where kernels differ in nothing else, and the activations that stand for the others:
+# device functions know nothing of the window around them.
 _COMMON_DTYPES = (torch.bfloat16, torch.float32)
+_COMMON_ACTIVATIONS = ("relu", "leaky_relu", "tanh", "gelu")
 
 
 @ships("pool")
 def configurations() -> Iterator[Configuration]:
     for direction, channels_last in product(("forward", "backward"), (True, False)):
         for fixed, dtype in product(_FIXED[1:], DTYPES):
-            yield _configuration(direction, dtype, None, fixed, _code_bits(fixed, None), channels_last, False, False)
+            pooling = _configuration(
+                direction, dtype, None, fixed, _code_bits(fixed, None), channels_last, False, False
+            )
+            yield replace(pooling, rare=dtype is torch.float16)
         for dtype in _COMMON_DTYPES:
             yield _configuration(direction, dtype, None, (0, 0), 8, channels_last, False, False)
-        # Behind a convolution: each window with one activation, and the other activations, which know nothing of the
-        # window around them, with one window.
+        # Behind a convolution.
         for fixed, dtype in zip((*_FIXED, (0, 0)), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
             yield _configuration(direction, dtype, "relu", fixed, _code_bits(fixed, "relu"), channels_last, True, False)
     for direction, (name, row) in product(("forward", "backward"), ACTIVATIONS.items()):
         dtype = torch.bfloat16 if name.endswith("_half") else torch.float32
         keeps_raw = direction == "forward" and row.saves == "input"
         if name != "relu":
-            yield _configuration(direction, dtype, name, (2, 2), _code_bits((2, 2), name), True, True, keeps_raw)
+            pass_ = _configuration(direction, dtype, name, (2, 2), _code_bits((2, 2), name), True, True, keeps_raw)
+            yield replace(pass_, rare=name not in _COMMON_ACTIVATIONS)
+    # Behind a batch norm.
+    for (fixed, dtype), residual in product(zip(_FIXED[1:], _COMMON_DTYPES, strict=True), (False, True)):
+        bits = _code_bits(fixed, "relu")
+        yield _configuration("forward", dtype, "relu", fixed, bits, True, True, False, True, residual)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------

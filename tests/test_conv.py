@@ -481,3 +481,49 @@ def test_the_choice_follows_the_machine(device: str) -> None:
     with observe_choices(choices.append):
         layers.ConvMaxPool2d(3, 5, 3).to(device)(random_tensor((2, 3, 9, 8), torch.float32, device))
     assert [(choice.operation, choice.kernel) for choice in choices] == [("conv_act_pool2d", KERNELS_RUN)]
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_no_recompilation_and_graph_capture(device: str) -> None:
+    model = nn.Sequential(
+        layers.ConvMaxPool2d(3, 64, 3, padding=1),
+        layers.ConvBatchNormAct2d(64, 64, 3, padding=1, pool_size=2),
+        layers.ConvAct2d(64, 64, 1, activation="gelu"),
+    ).to(device, memory_format=torch.channels_last)
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        y = model(x)
+        return (y, *torch.autograd.grad(y.sum(), list(model.parameters())))
+
+    def batch(samples: int) -> Tensor:
+        return torch.randn(samples, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+
+    def compiled_kernels() -> int:
+        distinct = {configuration.kernel for family in ("pool", "conv") for configuration in kernels.shipped(family)}
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    batches = [batch(8), batch(5)]
+    for x in batches:
+        step(x)
+    before = compiled_kernels()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in range(50):
+            step(batches[index % 2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled_kernels() == before
+
+    model.eval()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(batches[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(batches[0])
+    graph.replay()
+    for ours, eager in zip(captured, step(batches[0]), strict=True):
+        torch.testing.assert_close(ours, eager)
