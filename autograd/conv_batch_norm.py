@@ -175,8 +175,7 @@ def conv_batch_norm_act2d(
     mean, variance = statistics(z.detach(), *running) if partial is None else merge_statistics(partial, *running)
     mark_updated(running_mean, running_var)
     if window == POINT:
-        vectors = (norm_weight, norm_bias, mean, variance)
-        return normalise(BatchNorm, z, residual, *vectors, True, eps, activation)
+        return normalise(BatchNorm, z, residual, norm_weight, norm_bias, mean, variance, True, eps, activation)
     name = ACTIVATIONS[activation].name_for(z.dtype) if activation else None
     y: Tensor
     operands = (z, residual, norm_weight, norm_bias)
