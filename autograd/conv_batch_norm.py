@@ -157,14 +157,15 @@ def conv_batch_norm_act2d(
         return conv_act_pool2d(input, weight, bias, *arguments, activation=activation, residual=residual, **options)
     z, partial = conv_statistics2d(input, weight, bias, *arguments)
     vectors = (running_mean, running_var, norm_weight, norm_bias)
+    fused: dict[str, Any] = {"residual": residual, "activation": activation}
+    if pool_size is None and partial is None:
+        return batch_norm_act(z, *vectors, True, momentum, eps, **fused)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     refusal = _refusal(z, *vectors, momentum, eps, residual, activation, window)
-    if window == POINT and partial is None:
-        refusal = "batch_norm_act does it"
     given = (z,) if residual is None else (z, residual)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
-        dense = batch_norm_act(z, *vectors, True, momentum, eps, residual=residual, activation=activation)
+        dense = batch_norm_act(z, *vectors, True, momentum, eps, **fused)
         if pool_size is None:
             return dense
         return max_pool2d(dense, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]

@@ -138,7 +138,7 @@ def conv_pool_kernel(
         tl.store(raw_pointer + offset, narrow(raw, raw_pointer.dtype.element_ty), mask=inside)
     if partial_pointer is not None:
         # Of what was stored, and about the first row's values: a large mean doesn't swallow the differences.
-        stored = widen(narrow(best, y_pointer.dtype.element_ty), tl.float32)
+        stored = tl.where(inside, widen(narrow(best, y_pointer.dtype.element_ty), tl.float32), 0.0)
         count = tl.minimum(rows - first_row, HEIGHT).to(tl.float64)
         origin = tl.sum(tl.where(row == first_row, stored, 0.0), axis=0, keep_dims=True)
         difference = tl.where(inside, stored - origin, 0.0)
