@@ -171,10 +171,13 @@ class _Tile(NamedTuple):
 # this were seen to be miscompiled (PyTorch #173068, #183989).
 _TILES = {1: _Tile(128, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(16, 64, 32)}
 _NARROW = 32
+_STATISTICS_TILE = _Tile(64, 64, 32)
 _THREADS = 128
 
 
-def _tile(pool: int, activation: str | None) -> _Tile:
+def _tile(pool: int, activation: str | None, statistics: bool) -> _Tile:
+    if statistics:
+        return _STATISTICS_TILE
     smooth = activation is not None and not is_masked(activation)
     return _TILES[pool]._replace(width=_NARROW) if smooth else _TILES[pool]
 
@@ -218,7 +221,7 @@ def _configuration(
     precision: str, activation: str | None, fixed: tuple[int, int], statistics: bool = False
 ) -> Configuration:
     pool, pool_stride = fixed
-    tile = _tile(pool, activation)
+    tile = _tile(pool, activation, statistics)
     element = "*fp32" if precision == "tf32" else f"*{precision}"
     row = ACTIVATIONS[activation] if activation else None
     masked = is_masked(activation)
@@ -328,7 +331,7 @@ def conv_pool_forward(
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
     configuration = _configuration(_precision(x.dtype), activation, window.fixed, partial is not None)
-    tile = _tile(window.fixed[0], activation)
+    tile = _tile(window.fixed[0], activation, partial is not None)
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
     launch(
         configuration,
@@ -348,7 +351,7 @@ def statistics_like(
     """Memory for the results of `conv_statistics`.  Shapes may be symbolic."""
     results = conv_pooled_like(x, weight, stride, padding, None, POINT, keeps_code=False, keeps_raw=False)
     samples, filters, height, width = results.y.shape
-    blocks = (samples * height * width + _TILES[1].height - 1) // _TILES[1].height
+    blocks = (samples * height * width + _STATISTICS_TILE.height - 1) // _STATISTICS_TILE.height
     return results.y, torch.empty((blocks, 3, filters), dtype=torch.float32, device=x.device)
 
 

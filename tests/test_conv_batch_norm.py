@@ -148,7 +148,7 @@ def test_passes_and_what_is_saved(layout: str, device: str) -> None:
     single = layout == "channels_last"
     convolution = "conv_pool_kernel" if single else "statistics_kernel"
     assert list(launches) == [convolution, "merge_kernel", "pool_forward_kernel"]
-    assert launches[convolution].stored_bytes == dense * single + 4 * 3 * 5 * (8 if single else 4)  # and statistics
+    assert launches[convolution].stored_bytes == dense * single + 4 * 3 * 5 * (16 if single else 4)  # and statistics
     code = 2 * 8 * 16 * 3 if single else 2 * 5 * 8 * 8  # four bits, in rows of 5 channels or 16 places
     assert launches["pool_forward_kernel"].stored_bytes == 4 * y.numel() + code
     assert saved.bytes_beside(x, *ours.parameters()) <= dense + code + 256
