@@ -167,19 +167,16 @@ class _Tile(NamedTuple):
 
 
 # By the size of the pooling window: the accumulators of all its positions fit into the registers, and beside them,
-# where tiles are narrow, the arithmetic of smooth activations.  A program has four warps: with eight, tap loops like
-# this were seen to be miscompiled (PyTorch #173068, #183989).
-_TILES = {1: _Tile(128, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(16, 64, 32)}
+# where tiles are narrow, TF32's operands or the arithmetic of smooth activations.  A program has four warps: with
+# eight, tap loops like this were seen to be miscompiled (PyTorch #173068, #183989).
+_TILES = {1: _Tile(64, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(16, 64, 32)}
 _NARROW = 32
-_STATISTICS_TILE = _Tile(64, 64, 32)
 _THREADS = 128
 
 
-def _tile(pool: int, activation: str | None, statistics: bool) -> _Tile:
-    if statistics:
-        return _STATISTICS_TILE
+def _tile(pool: int, activation: str | None, precision: str) -> _Tile:
     smooth = activation is not None and not is_masked(activation)
-    return _TILES[pool]._replace(width=_NARROW) if smooth else _TILES[pool]
+    return _TILES[pool]._replace(width=_NARROW) if smooth or precision == "tf32" else _TILES[pool]
 
 
 # AMD's multiprocessors have a third of the shared memory.
@@ -221,7 +218,7 @@ def _configuration(
     precision: str, activation: str | None, fixed: tuple[int, int], statistics: bool = False
 ) -> Configuration:
     pool, pool_stride = fixed
-    tile = _tile(pool, activation, statistics)
+    tile = _tile(pool, activation, precision)
     element = "*fp32" if precision == "tf32" else f"*{precision}"
     row = ACTIVATIONS[activation] if activation else None
     masked = is_masked(activation)
@@ -330,8 +327,9 @@ def conv_pool_forward(
     weight = weight.permute(0, 2, 3, 1).contiguous()
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
-    configuration = _configuration(_precision(x.dtype), activation, window.fixed, partial is not None)
-    tile = _tile(window.fixed[0], activation, partial is not None)
+    precision = _precision(x.dtype)
+    configuration = _configuration(precision, activation, window.fixed, partial is not None)
+    tile = _tile(window.fixed[0], activation, precision)
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
     launch(
         configuration,
@@ -351,7 +349,7 @@ def statistics_like(
     """Memory for the results of `conv_statistics`.  Shapes may be symbolic."""
     results = conv_pooled_like(x, weight, stride, padding, None, POINT, keeps_code=False, keeps_raw=False)
     samples, filters, height, width = results.y.shape
-    blocks = (samples * height * width + _STATISTICS_TILE.height - 1) // _STATISTICS_TILE.height
+    blocks = (samples * height * width + _TILES[1].height - 1) // _TILES[1].height
     return results.y, torch.empty((blocks, 3, filters), dtype=torch.float32, device=x.device)
 
 
