@@ -23,17 +23,21 @@ from .activation import (
     tanh,
     threshold,
 )
+from .cross_entropy import cross_entropy
 from .prelu import prelu
 from .rrelu import rrelu
+from .softmax import log_softmax, softmax, softmin
 
 __all__ = [
     "celu",
+    "cross_entropy",
     "elu",
     "gelu",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
     "leaky_relu",
+    "log_softmax",
     "logsigmoid",
     "mish",
     "prelu",
@@ -43,6 +47,8 @@ __all__ = [
     "selu",
     "sigmoid",
     "silu",
+    "softmax",
+    "softmin",
     "softplus",
     "softsign",
     "tanh",

@@ -4,8 +4,18 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, prelu, rrelu
+from . import activation, cross_entropy, prelu, rrelu, softmax
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
-__all__ = ["AVAILABLE", "INTERPRETING", "Configuration", "activation", "prelu", "rrelu", "shipped"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETING",
+    "Configuration",
+    "activation",
+    "cross_entropy",
+    "prelu",
+    "rrelu",
+    "shipped",
+    "softmax",
+]

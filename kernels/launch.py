@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._triton import tl
+from ._triton import INTERPRETING, tl
 
 __all__ = ["COMPUTE", "DTYPES", "TRITON_TYPE", "Configuration", "launch", "shipped", "ships"]
 
@@ -45,7 +45,7 @@ class Configuration:
     values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
     are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
-    says that the SASS must use them.
+    says that the SASS must use them.  ``asserts`` compiles the kernel's device assertions in.
     """
 
     label: str
@@ -58,9 +58,16 @@ class Configuration:
     wide_loads: int = 0
     wide_stores: int = 0
     tensor_cores: bool = False
+    asserts: bool = False
 
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
+
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """What the compiler is told beside types and constants."""
+        options = {"num_warps": self.num_warps(warp_size), "num_stages": self.num_stages}
+        # Triton's debug mode would besides check every integer operation for overflow.
+        return options | {"debug": True, "sanitize_overflow": False} if self.asserts and not INTERPRETING else options
 
 
 _FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}
@@ -98,6 +105,5 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
         configuration.kernel[(programs,)](
             **dict(zip((name for name, _ in configuration.signature), arguments, strict=True)),
             **dict(configuration.constants),
-            num_warps=configuration.num_warps(_WARP_SIZE),
-            num_stages=configuration.num_stages,
+            **configuration.options(_WARP_SIZE),
         )

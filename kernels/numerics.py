@@ -44,6 +44,13 @@ def exp(x):
 
 
 @triton.jit
+def log(x):
+    if INTERPRETED:
+        return tl.log(x)
+    return libdevice.log(x)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1, without cancellation near 0."""
     if INTERPRETED:

@@ -20,16 +20,19 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .cross_entropy import CrossEntropyLoss
 from .explain import Explanation, ExplanationRow, explain
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "CrossEntropyLoss",
     "Explanation",
     "ExplanationRow",
     "Hardsigmoid",
@@ -37,6 +40,7 @@ __all__ = [
     "Hardtanh",
     "LeakyReLU",
     "LogSigmoid",
+    "LogSoftmax",
     "Mish",
     "PReLU",
     "RReLU",
@@ -46,6 +50,9 @@ __all__ = [
     "ReplacementRow",
     "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
     "Softplus",
     "Softsign",
     "Tanh",

@@ -120,11 +120,7 @@ def _compile(configuration: Configuration, target: GPUTarget) -> Any:
         constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {
-        "num_warps": configuration.num_warps(target.warp_size),
-        "num_stages": configuration.num_stages,
-    }
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=configuration.options(target.warp_size))
 
 
 def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:

@@ -1,0 +1,211 @@
+"""Cross-entropy with the signature of ``torch.nn.functional.cross_entropy``.
+
+Saves the logits, which their layer keeps anyway, and the log-sum-exp of each line, never probabilities.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import _reduction as legacy
+
+from ..kernels import cross_entropy as kernels
+from ..kernels.cross_entropy import Reduction
+from .dispatch import autocast_dtype, takes_kernel
+from .operators import operator
+
+__all__ = ["cross_entropy"]
+
+
+def _fake_forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = torch.empty_like(x)  # dense
+    accumulator = kernels.ACCUMULATOR[x.dtype]
+    shape = kernels.statistics_shape(logits, kernels.targets_of(x, target, smoothing))
+    statistics = x.new_empty(shape, dtype=accumulator)
+    if reduction == Reduction.NONE:
+        loss = x.new_empty_strided(kernels.line_shape(logits), kernels.line_strides(logits), dtype=dtype)
+        return loss, statistics, statistics.new_empty(0)
+    return x.new_empty((), dtype=dtype), statistics, statistics.new_empty(())
+
+
+@operator(
+    "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, int ignore_index, float smoothing,"
+    " ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+)
+def _forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type == "cpu" and kernels.out_of_bounds(x, target, ignore_index):
+        F.cross_entropy(x, target, weight, ignore_index=ignore_index)  # raises
+    return kernels.cross_entropy_forward(x, target, weight, Reduction(reduction), ignore_index, smoothing, dtype)
+
+
+@operator(
+    "cross_entropy_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor statistics, Tensor total,"
+    " int reduction, int ignore_index, float smoothing, bool needs_input, bool needs_target) -> (Tensor, Tensor)",
+    fake=lambda g, x, target, weight, statistics, total, reduction, ignore_index, smoothing, needs_input, needs_target: (
+        torch.empty_like(x) if needs_input else x.new_empty(0),
+        torch.empty_like(x) if needs_target else x.new_empty(0),
+    ),
+)
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    total: Tensor,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    needs_input: bool,
+    needs_target: bool,
+) -> tuple[Tensor, Tensor]:
+    needed = (needs_input, needs_target)
+    return kernels.cross_entropy_backward(
+        g, x, target, weight, statistics, total, Reduction(reduction), ignore_index, smoothing, needed
+    )
+
+
+class CrossEntropy(Function):
+    """Saves the logits and, for each line, the log-sum-exp; where probabilities are targets, also those."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: Reduction,
+        ignore_index: int,
+        smoothing: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        loss, statistics, total = _forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
+        ctx.save_for_backward(x, target, weight, statistics, total)
+        ctx.arguments = (reduction, ignore_index, smoothing)
+        result: Tensor = loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, weight, statistics, total = ctx.saved_tensors
+        reduction, ignore_index, smoothing = ctx.arguments
+        needed = ctx.needs_input_grad[:2]
+        dx: Tensor | None
+        dtarget: Tensor | None
+        if torch.is_grad_enabled():
+            name = reduction.name.lower()
+            with torch.enable_grad():
+                loss = F.cross_entropy(
+                    x, target, weight, ignore_index=ignore_index, reduction=name, label_smoothing=smoothing
+                ).to(g.dtype)
+            wanted = [tensor for tensor, wants in zip((x, target), needed, strict=True) if wants]
+            gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+            dx, dtarget = (next(gradients) if wants else None for wants in needed)
+        else:
+            dx, dtarget = _backward(
+                g, x, target, weight, statistics, total, reduction, ignore_index, smoothing, *needed
+            )
+        return dx if needed[0] else None, dtarget if needed[1] else None, None, None, None, None, None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """-sum(weight q log softmax(x)) over the classes.  As `torch.nn.functional.cross_entropy`.
+
+    ``input`` holds logits, (C), (N, C) or (N, C, d1, ...).  ``target`` holds class indices, int64, in the shape of the
+    input without its classes, from which ``q`` is 1 at the target; or probabilities ``q`` in the shape and dtype of the
+    input.  Label smoothing mixes ``q`` with 1 / C.  "mean" divides by the weights of the targets that aren't ignored,
+    or by the number of probability distributions.
+
+    Raises what PyTorch raises; for a class index out of bounds, IndexError on a CPU and a device assertion on a GPU.
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (CVPR 2016), for the smoothing.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy.legacy_get_string(size_average, reduce)
+    if isinstance(input, Tensor) and isinstance(target, Tensor):
+        low = autocast_dtype(input) is not None and input.dtype in _CAST
+    else:
+        low = False
+    x = input
+    if low and target.is_floating_point() and target.dtype in _CAST and target.dtype != x.dtype:
+        x, target = x.float(), target.float()
+    refusal = _refusal(x, target, weight, reduction, ignore_index, label_smoothing, low)
+    if not takes_kernel("cross_entropy", x, refusal=refusal):
+        return F.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    # Autocast computes the loss in float32, from logits as they are.
+    dtype = torch.float32 if low else x.dtype
+    arguments = (x, target, weight, Reduction[reduction.upper()], ignore_index, float(label_smoothing), dtype)
+    loss: Tensor = CrossEntropy.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
+    return loss
+
+
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _refusal(
+    x: object,
+    target: object,
+    weight: object,
+    reduction: object,
+    ignore_index: object,
+    smoothing: object,
+    low: bool,
+) -> str | None:
+    """Why the kernels don't take these arguments, or None."""
+    if not isinstance(x, Tensor) or not isinstance(target, Tensor):
+        return "not a tensor"
+    if x.dim() == 0:
+        return "no classes"
+    if reduction not in ("none", "mean", "sum"):
+        return "unknown reduction"
+    if type(ignore_index) is not int or type(smoothing) not in (float, int) or not 0 <= smoothing <= 1:  # type: ignore[operator]
+        return "ignore_index is not an int, or label_smoothing not a number from 0 to 1"
+    if target.device != x.device or type(target) is not Tensor or target.layout is not torch.strided:
+        return "the target is not a plain tensor on the input's device"
+    if target.shape == x.shape:
+        if target.dtype != x.dtype or ignore_index >= 0:
+            return "probabilities of another dtype, or with an ignore_index"
+    elif target.dtype is not torch.int64 or tuple(target.shape) != kernels.line_shape(x):
+        return "the target holds neither int64 indices nor probabilities of the input's shape"
+    if weight is not None:
+        if not isinstance(weight, Tensor) or weight.device != x.device or type(weight) not in _PLAIN_TYPES:
+            return "the weights are not a plain tensor on the input's device"
+        if weight.shape != (x.shape[kernels.class_dim(x)],) or not (
+            weight.dtype == x.dtype or (low and weight.dtype in _CAST)
+        ):
+            return "the weights are not one for each class, or of another dtype"
+        if weight.requires_grad and torch.is_grad_enabled():
+            return "the weights require gradients"
+    return None
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
