@@ -24,6 +24,7 @@ from .activation import (
     threshold,
 )
 from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 from .prelu import prelu
 from .rrelu import rrelu
 from .softmax import log_softmax, softmax, softmin
@@ -37,6 +38,7 @@ __all__ = [
     "hardswish",
     "hardtanh",
     "leaky_relu",
+    "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",
     "mish",

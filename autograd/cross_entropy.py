@@ -3,6 +3,7 @@
 Saves the logits, which their layer keeps anyway, and the log-sum-exp of each line, never probabilities.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch.nn import _reduction as legacy
 
 from ..kernels import cross_entropy as kernels
 from ..kernels.cross_entropy import Reduction
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel
 from .operators import operator
 
 __all__ = ["cross_entropy"]
+
+#: What autocast casts.
+CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _fake_forward(
@@ -33,7 +37,7 @@ def _fake_forward(
     shape = kernels.statistics_shape(logits, kernels.targets_of(x, target, smoothing))
     statistics = x.new_empty(shape, dtype=accumulator)
     if reduction == Reduction.NONE:
-        loss = x.new_empty_strided(kernels.line_shape(logits), kernels.line_strides(logits), dtype=dtype)
+        loss = x.new_empty_strided(kernels.line_shape(logits.shape), kernels.line_strides(logits), dtype=dtype)
         return loss, statistics, statistics.new_empty(0)
     return x.new_empty((), dtype=dtype), statistics, statistics.new_empty(())
 
@@ -52,18 +56,32 @@ def _forward(
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.device.type == "cpu" and kernels.out_of_bounds(x, target, ignore_index):
+    if x.device.type == "cpu" and kernels.out_of_bounds(x.shape[kernels.class_dim(x.shape)], target, ignore_index):
         F.cross_entropy(x, target, weight, ignore_index=ignore_index)  # raises
     return kernels.cross_entropy_forward(x, target, weight, Reduction(reduction), ignore_index, smoothing, dtype)
+
+
+def _fake_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    total: Tensor,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    needs_input: bool,
+    needs_target: bool,
+) -> tuple[Tensor, Tensor]:
+    dx, dtarget = (torch.empty_like(x) if needed else x.new_empty(0) for needed in (needs_input, needs_target))
+    return dx, dtarget
 
 
 @operator(
     "cross_entropy_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor statistics, Tensor total,"
     " int reduction, int ignore_index, float smoothing, bool needs_input, bool needs_target) -> (Tensor, Tensor)",
-    fake=lambda g, x, target, weight, statistics, total, reduction, ignore_index, smoothing, needs_input, needs_target: (
-        torch.empty_like(x) if needs_input else x.new_empty(0),
-        torch.empty_like(x) if needs_target else x.new_empty(0),
-    ),
+    fake=_fake_backward,
 )
 def _backward(
     g: Tensor,
@@ -149,14 +167,12 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
-    if isinstance(input, Tensor) and isinstance(target, Tensor):
-        low = autocast_dtype(input) is not None and input.dtype in _CAST
-    else:
-        low = False
     x = input
-    if low and target.is_floating_point() and target.dtype in _CAST and target.dtype != x.dtype:
+    low = isinstance(x, Tensor) and x.dtype in CAST and autocast_dtype(x) is not None
+    if low and isinstance(target, Tensor) and target.dtype in CAST and target.dtype != x.dtype:
         x, target = x.float(), target.float()
-    refusal = _refusal(x, target, weight, reduction, ignore_index, label_smoothing, low)
+    shape = x.shape if isinstance(x, Tensor) else ()
+    refusal = refusal_of(shape, x, target, weight, reduction, ignore_index, label_smoothing)
     if not takes_kernel("cross_entropy", x, refusal=refusal):
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -168,44 +184,39 @@ def cross_entropy(
     return loss
 
 
-_CAST = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _refusal(
-    x: object,
+def refusal_of(
+    shape: Sequence[int],
+    x: Tensor,
     target: object,
     weight: object,
     reduction: object,
     ignore_index: object,
     smoothing: object,
-    low: bool,
 ) -> str | None:
-    """Why the kernels don't take these arguments, or None."""
-    if not isinstance(x, Tensor) or not isinstance(target, Tensor):
-        return "not a tensor"
-    if x.dim() == 0:
+    """Why the kernels don't take such a loss of logits of this shape and of the dtype and device of ``x``, or None."""
+    if not shape:
         return "no classes"
     if reduction not in ("none", "mean", "sum"):
         return "unknown reduction"
-    if type(ignore_index) is not int or type(smoothing) not in (float, int) or not 0 <= smoothing <= 1:  # type: ignore[operator]
-        return "ignore_index is not an int, or label_smoothing not a number from 0 to 1"
-    if target.device != x.device or type(target) is not Tensor or target.layout is not torch.strided:
+    if type(ignore_index) is not int:
+        return "ignore_index is not an int"
+    if not isinstance(smoothing, (float, int)) or not 0 <= smoothing <= 1:
+        return "label_smoothing is not a number from 0 to 1"
+    if type(target) is not Tensor or target.device != x.device or target.layout is not torch.strided:
         return "the target is not a plain tensor on the input's device"
-    if target.shape == x.shape:
+    if target.shape == shape:
         if target.dtype != x.dtype or ignore_index >= 0:
             return "probabilities of another dtype, or with an ignore_index"
-    elif target.dtype is not torch.int64 or tuple(target.shape) != kernels.line_shape(x):
+    elif target.dtype is not torch.int64 or tuple(target.shape) != kernels.line_shape(shape):
         return "the target holds neither int64 indices nor probabilities of the input's shape"
-    if weight is not None:
-        if not isinstance(weight, Tensor) or weight.device != x.device or type(weight) not in _PLAIN_TYPES:
-            return "the weights are not a plain tensor on the input's device"
-        if weight.shape != (x.shape[kernels.class_dim(x)],) or not (
-            weight.dtype == x.dtype or (low and weight.dtype in _CAST)
-        ):
-            return "the weights are not one for each class, or of another dtype"
-        if weight.requires_grad and torch.is_grad_enabled():
-            return "the weights require gradients"
+    if weight is None:
+        return None
+    if type(weight) not in PLAIN_TYPES or weight.device != x.device:
+        return "the weights are not a plain tensor on the input's device"
+    if weight.dtype != x.dtype and not (autocast_dtype(x) is not None and weight.dtype in CAST):
+        return "the weights are of another dtype"
+    if weight.shape != (shape[kernels.class_dim(shape)],):
+        return "the weights are not one for each class"
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "the weights require gradients"
     return None
-
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -3,6 +3,7 @@
 The output is saved, and suffices for the gradient.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import softmax as kernels
+from ..kernels.launch import DTYPES
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 
@@ -57,7 +59,7 @@ class Softmax(Function):
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x) / sum(exp(x)) along ``dim``.  As `torch.nn.functional.softmax`; saves the output."""
     if dim is None:
-        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = _default_dim("softmax", input.dim(), _stacklevel)
     y = _apply(input, dim, dtype, "softmax")
     return F.softmax(input, dim, _stacklevel, dtype) if y is None else y
 
@@ -67,7 +69,7 @@ def log_softmax(
 ) -> Tensor:
     """x - log(sum(exp(x))) along ``dim``.  As `torch.nn.functional.log_softmax`; saves the output."""
     if dim is None:
-        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+        dim = _default_dim("log_softmax", input.dim(), _stacklevel)
     y = _apply(input, dim, dtype, "log_softmax")
     return F.log_softmax(input, dim, _stacklevel, dtype) if y is None else y
 
@@ -75,9 +77,13 @@ def log_softmax(
 def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(-x) / sum(exp(-x)) along ``dim``.  As `torch.nn.functional.softmin`; saves the output."""
     if dim is None:
-        dim = F._get_softmax_dim("softmin", input.dim(), _stacklevel)
+        dim = _default_dim("softmin", input.dim(), _stacklevel)
     y = _apply(input, dim, dtype, "softmin")
     return F.softmin(input, dim, _stacklevel, dtype) if y is None else y
+
+
+#: The deprecated choice of a dimension, with its warning.
+_default_dim: Callable[[str, int, int], int] = getattr(F, "_get_softmax_dim")  # noqa: B009 (it has no type)
 
 
 def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Tensor | None:
@@ -97,6 +103,6 @@ def _refusal(input: object, dim: object, dtype: torch.dtype | None) -> str | Non
         return None  # judged for all operations
     if type(dim) is not int or not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
         return "no such dimension"
-    if dtype is not None and dtype not in kernels.DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         return f"no kernel for {dtype}"
     return None

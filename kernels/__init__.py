@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, cross_entropy, prelu, rrelu, softmax
+from . import activation, cross_entropy, linear_cross_entropy, prelu, rrelu, softmax
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -14,6 +14,7 @@ __all__ = [
     "Configuration",
     "activation",
     "cross_entropy",
+    "linear_cross_entropy",
     "prelu",
     "rrelu",
     "shipped",

@@ -348,31 +348,30 @@ def targets_of(x: Tensor, target: Tensor, smoothing: float) -> Targets:
     return Targets.SMOOTHED if smoothing > 0 else Targets.INDICES
 
 
-def class_dim(x: Tensor) -> int:
-    """The dimension of the classes: the second, or the only one."""
-    return min(x.dim() - 1, 1)
+def class_dim(shape: Sequence[int]) -> int:
+    """The dimension of the classes in logits of this shape: the second, or the only one."""
+    return min(len(shape) - 1, 1)
+
+
+def line_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of logits without their classes."""
+    dim = class_dim(shape)
+    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def line_strides(x: Tensor) -> tuple[int, ...]:
     """Strides of a tensor with an element for each line of ``x``, in the order in which the lines lie in memory."""
-    dim = class_dim(x)
+    dim = class_dim(x.shape)
     classes, inner = x.shape[dim], x.stride(dim)
     rest = [stride for position, stride in enumerate(x.stride()) if position != dim]
     return tuple(stride if classes == 1 or stride < inner else stride // classes for stride in rest)
 
 
-def line_shape(x: Tensor) -> tuple[int, ...]:
-    """The shape of ``x`` without its classes."""
-    dim = class_dim(x)
-    return tuple(x.shape[:dim] + x.shape[dim + 1 :])
-
-
-def out_of_bounds(x: Tensor, target: Tensor, ignore_index: int) -> bool:
+def out_of_bounds(classes: int, target: Tensor, ignore_index: int) -> bool:
     """Whether a class index is neither a class nor ignored.  Waits for the device: meant for CPU tensors."""
-    if target.shape == x.shape:
+    if target.is_floating_point():
         return False
-    outside = (target < 0) | (target >= x.shape[class_dim(x)])
-    return bool((outside & (target != ignore_index)).any())
+    return bool(((target < 0) | (target >= classes)).logical_and_(target != ignore_index).any())
 
 
 def _arranged(x: Tensor, target: Tensor, targets: Targets) -> Tensor:
@@ -393,13 +392,13 @@ def cross_entropy_forward(
     x = dense(x)
     targets = targets_of(x, target, smoothing)
     target = _arranged(x, target, targets)
-    lines = lines_of(x, class_dim(x))
+    lines = lines_of(x, class_dim(x.shape))
     configuration, block, _ = _configuration_for("forward", x.dtype, targets, lines.axis, lines.length)
     programs = lines.blocks(block)
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
     reduced = reduction is not Reduction.NONE
-    shape, strides = ((2, programs), (programs, 1)) if reduced else (line_shape(x), line_strides(x))
+    shape, strides = ((2, programs), (programs, 1)) if reduced else (line_shape(x.shape), line_strides(x))
     loss = statistics.new_empty_strided(shape, strides)
     launch(
         configuration,
@@ -416,7 +415,7 @@ def cross_entropy_forward(
 
 def statistics_shape(x: Tensor, targets: Targets) -> tuple[int, int]:
     """Maximum and logarithm of the sum for each line; and the sum of weights, where it isn't the target's own."""
-    return 2 if targets is Targets.INDICES else 3, x.numel() // x.shape[class_dim(x)]
+    return 2 if targets is Targets.INDICES else 3, x.numel() // x.shape[class_dim(x.shape)]
 
 
 def cross_entropy_backward(
@@ -440,7 +439,7 @@ def cross_entropy_backward(
     x = dense(x)
     targets = targets_of(x, target, smoothing)
     target = _arranged(x, target, targets)
-    lines = lines_of(x, class_dim(x))
+    lines = lines_of(x, class_dim(x.shape))
     configuration, block, width = _configuration_for("backward", x.dtype, targets, lines.axis, lines.length)
     pieces = triton.cdiv(lines.length, width)
     g = g.to(statistics.dtype)

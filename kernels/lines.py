@@ -79,7 +79,7 @@ def line_block(block, count, length, inner, AXIS: tl.constexpr, LINES: tl.conste
 
 @triton.jit
 def line_tile(start, exists, first, length, inner, AXIS: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements ``first`` to ``first + WIDTH`` of a block's lines: their places in the line, offsets, which are inside."""
+    """Elements ``first`` to ``first + WIDTH`` of a block's lines: places in the line, offsets, and which are inside."""
     place = tl.expand_dims(first + tl.arange(0, WIDTH), 1 - AXIS)
     step = place
     if AXIS == 0:

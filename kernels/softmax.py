@@ -152,8 +152,8 @@ def input_gradient(g, y, total, logarithm, negated):
 
 # Elements of a line that a program holds: the narrowest that holds them all is taken, or else `_PIECE` of it at a time.
 _WIDTHS = {
-    ALONG: {"forward": (16, 128, 1024, 4096, 16384, 32768), "backward": (16, 128, 1024, 4096, 16384)},
-    ACROSS: {"forward": (32, 256), "backward": (32, 256)},
+    "forward": {ALONG: (16, 128, 1024, 4096, 16384, 32768), ACROSS: (32, 256)},
+    "backward": {ALONG: (16, 128, 1024, 4096, 16384), ACROSS: (32, 256)},
 }
 _PIECE = {ALONG: 4096, ACROSS: 64}
 # float64 takes twice the registers, and isn't what networks train in: it gets fewer kernels.
@@ -163,7 +163,7 @@ _LINES_ACROSS = 32  # neighbouring lines of a program, at least: 64 bytes or mor
 
 
 def _widths(direction: str, dtype: torch.dtype, axis: int) -> tuple[int, ...]:
-    return _WIDTHS_FLOAT64[axis] if dtype is torch.float64 else _WIDTHS[axis][direction]
+    return _WIDTHS_FLOAT64[axis] if dtype is torch.float64 else _WIDTHS[direction][axis]
 
 
 @cache

@@ -22,6 +22,7 @@ from .activation import (
 )
 from .cross_entropy import CrossEntropyLoss
 from .explain import Explanation, ExplanationRow, explain
+from .linear_cross_entropy import LinearCrossEntropyLoss
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -39,6 +40,7 @@ __all__ = [
     "Hardswish",
     "Hardtanh",
     "LeakyReLU",
+    "LinearCrossEntropyLoss",
     "LogSigmoid",
     "LogSoftmax",
     "Mish",

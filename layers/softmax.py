@@ -6,7 +6,7 @@ format.  The output is saved for the backward pass.
 
 from torch import Tensor, nn
 
-from ..autograd import softmax as functional
+from ..autograd.softmax import log_softmax, softmax, softmin
 from .twin import Twin
 
 __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
@@ -16,21 +16,21 @@ class Softmax(Twin, nn.Softmax):
     """softmax(x) = exp(x) / sum(exp(x)) along ``dim``.  Twin of `torch.nn.Softmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.softmax(input, self.dim, _stacklevel=5)
+        return softmax(input, self.dim, _stacklevel=5)
 
 
 class LogSoftmax(Twin, nn.LogSoftmax):
     """log_softmax(x) = x - log(sum(exp(x))) along ``dim``.  Twin of `torch.nn.LogSoftmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.log_softmax(input, self.dim, _stacklevel=5)
+        return log_softmax(input, self.dim, _stacklevel=5)
 
 
 class Softmin(Twin, nn.Softmin):
     """softmin(x) = softmax(-x) along ``dim``, in one pass.  Twin of `torch.nn.Softmin`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.softmin(input, self.dim, _stacklevel=5)
+        return softmin(input, self.dim, _stacklevel=5)
 
 
 class Softmax2d(Twin, nn.Softmax2d):
@@ -39,4 +39,4 @@ class Softmax2d(Twin, nn.Softmax2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in (3, 4):
             return super().forward(input)  # raises
-        return functional.softmax(input, -3, _stacklevel=5)
+        return softmax(input, -3, _stacklevel=5)
