@@ -211,7 +211,7 @@ def refusal_of(
         return "the target holds neither int64 indices nor probabilities of the input's shape"
     if weight is None:
         return None
-    if type(weight) not in PLAIN_TYPES or weight.device != x.device:
+    if not isinstance(weight, Tensor) or type(weight) not in PLAIN_TYPES or weight.device != x.device:
         return "the weights are not a plain tensor on the input's device"
     if weight.dtype != x.dtype and not (autocast_dtype(x) is not None and weight.dtype in CAST):
         return "the weights are of another dtype"

@@ -178,7 +178,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
 def _logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """(N, C, d1, ...) for x (N, features), linear_weight (C, d1, ..., features), linear_bias (C, d1, ...)."""
     flat = F.linear(x, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
-    return flat.unflatten(-1, linear_weight.shape[:-1])
+    return flat.reshape(*x.shape[:-1], *linear_weight.shape[:-1])
 
 
 def linear_cross_entropy(
@@ -203,16 +203,17 @@ def linear_cross_entropy(
 
     Raises what PyTorch raises.
     """
-    operands = [input, linear_weight, linear_bias]
+    x, matrix, vector = input, linear_weight, linear_bias
     dtype = input.dtype if isinstance(input, Tensor) else torch.float32
     if isinstance(input, Tensor) and (low := autocast_dtype(input)) is not None and input.dtype in CAST:
-        operands = [t.to(low) if isinstance(t, Tensor) and t.dtype in CAST else t for t in operands]
+        x, matrix = x.to(low), matrix.to(low) if isinstance(matrix, Tensor) and matrix.dtype in CAST else matrix
+        vector = vector.to(low) if isinstance(vector, Tensor) and vector.dtype in CAST else vector
         dtype = torch.float32
-    x, matrix, vector = operands
+    operands = (x, matrix) if vector is None else (x, matrix, vector)
     ignored = -100 if ignore_index is None else ignore_index
     refusal = _refusal(x, matrix, vector, target, weight, reduction, ignore_index, label_smoothing, options)
-    kernel = takes_kernel("linear_cross_entropy", *(t for t in operands if t is not None), refusal=refusal)
-    if not kernel and (refusal is not None or not _takes_chunks(x, matrix, vector)):
+    kernel = takes_kernel("linear_cross_entropy", *operands, refusal=refusal)
+    if not kernel and (refusal is not None or not _takes_chunks(*operands)):
         return _stock(
             *(input, linear_weight, target),
             linear_bias=linear_bias,
@@ -266,16 +267,17 @@ def _refusal(
     return refusal_of(shape, x, target, weight, reduction, ignored, smoothing)
 
 
-def _takes_chunks(*operands: Tensor | None) -> bool:
+def _takes_chunks(*operands: Tensor) -> bool:
     """Whether stock operators can work through chunks: on any device, but nothing must look inside."""
-    given = [operand for operand in operands if operand is not None]
+    first = operands[0]
     return (
         transform_refusal() is None
         and not torch.compiler.is_compiling()
-        and all(type(operand) in PLAIN_TYPES and operand.layout is torch.strided for operand in given)
-        and all(operand.numel() and operand.dtype in ACCUMULATOR for operand in given)
-        and len({(operand.dtype, operand.device) for operand in given}) == 1
-        and given[0].device.type != "meta"
+        and first.device.type != "meta"
+        and first.dtype in ACCUMULATOR
+        and all(type(operand) in PLAIN_TYPES and operand.layout is torch.strided for operand in operands)
+        and all(operand.numel() for operand in operands)
+        and all(operand.dtype == first.dtype and operand.device == first.device for operand in operands)
     )
 
 
