@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
+from fusednn_bench.cases import DIRECTIONS, Case, Direction, Inputs, Operation
 from fusednn_bench.replay import device_clock, replay
+from fusednn_bench.validity import LIMIT, WrongResultError
 from torch import Tensor
 
 from fusednn import autograd
@@ -42,32 +43,53 @@ def _activations() -> Iterator[Operation]:
 
 def _activation(name: str, function: str, arguments: dict[str, Any]) -> Operation:
     ours, stock = (partial(getattr(module, function), **arguments) for module in (autograd, F))
-    return Operation(name, "activation", ours, stock, ACTIVATIONS[name].budget)
+    return Operation(name, "activation", ours, stock, partial(_budget, name))
 
 
-def _prelu_budget(numel: int, dtype: torch.dtype) -> tuple[float, float]:
-    tensor = numel * dtype.itemsize
+def _budget(name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    ahead, back = ACTIVATIONS[name].budget(shape.numel(), dtype)
+    return ahead, back
+
+
+def _prelu_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    tensor = shape.numel() * dtype.itemsize
     return 2 * tensor, 3 * tensor
 
 
-def _slopes(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
-    """``count`` slopes, or one for each channel."""
-    return (torch.linspace(0.1, 0.4, count or x.shape[1], device=x.device, dtype=x.dtype),)
+def _with_slopes(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
+    """x, and ``count`` slopes, or one for each channel."""
+    slopes = torch.linspace(0.1, 0.4, count or x.shape[1], device=x.device, dtype=x.dtype)
+    return x.requires_grad_(), slopes.requires_grad_()
 
 
 def _prelu(name: str, count: int | None, memory_format: torch.memory_format) -> Operation:
-    parameters: Callable[[Tensor], tuple[Tensor, ...]] = partial(_slopes, count=count)
-    return Operation(name, "prelu", autograd.prelu, F.prelu, _prelu_budget, parameters, memory_format)
-
-
-def _rrelu_budget(numel: int, dtype: torch.dtype) -> tuple[float, float]:
-    ahead, back = ACTIVATIONS["leaky_relu"].budget(numel, dtype)  # the same bit, and slopes that cost no memory
-    return ahead, back
+    operands: Callable[[Tensor], tuple[Tensor, ...]] = partial(_with_slopes, count=count)
+    return Operation(
+        name, "prelu", autograd.prelu, F.prelu, _prelu_budget, operands=operands, memory_format=memory_format
+    )
 
 
 def _rrelu() -> Operation:
     ours, stock = (partial(module.rrelu, training=True) for module in (autograd, F))
-    return Operation("rrelu", "rrelu", ours, stock, _rrelu_budget, bounds=RRELU_BOUNDS)
+    budget = partial(_budget, "leaky_relu")  # the same bit, and slopes that cost no memory
+    return Operation("rrelu", "rrelu", ours, stock, budget, check=_check_rrelu)
+
+
+def _check_rrelu(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -> float:
+    """Random slopes: 1 for positive elements, within the bounds elsewhere, and the same in both directions."""
+    x, y, dx, g = (tensor.detach().double() for tensor in (*inputs.operands, y, *gradients, inputs.g))
+    epsilon = torch.finfo(case.dtype).eps
+    low, high = RRELU_BOUNDS
+    outside = torch.where(x > 0, (y - x).abs(), torch.maximum(y - low * x, high * x - y).clamp(min=0))
+    disagreement = (dx * x - y * g).abs()
+    error = float(torch.maximum(outside, disagreement).div_(1 + x.abs()).max()) / epsilon
+    if not error <= LIMIT[case.dtype]:
+        raise WrongResultError(f"{case.id}: slopes are {error:.3g} epsilons outside their interval, or not the same")
+    negative = x < -0.1
+    spread = float((y[negative] / x[negative]).std()) / ((high - low) / 12**0.5)  # 1 for a uniform distribution
+    if not 0.9 < spread < 1.1:
+        raise WrongResultError(f"{case.id}: the slopes' deviation is {spread:.3g} of a uniform distribution's")
+    return error
 
 
 OPERATIONS = {

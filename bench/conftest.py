@@ -68,7 +68,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = metafunc.module.timed_cases(run.full) if run.timed else metafunc.module.counted_cases()
         metafunc.parametrize("case", cases, ids=lambda case: case.id, scope="session")
     if "contestant" in metafunc.fixturenames:
-        metafunc.parametrize("contestant", run.contestants)
+        peers = {name: None for case in metafunc.module.timed_cases(run.full) for name in case.operation.peers()}
+        metafunc.parametrize("contestant", (*run.contestants, *peers))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -165,6 +166,8 @@ def device_samples(run: Run, case: Case, contestant: str) -> dict[str, list[floa
     contest = run.contest(case)
     if contestant in contest.left_out:
         pytest.skip(contest.left_out[contestant])
+    if contestant not in (*run.contestants, *case.operation.peers()):
+        pytest.skip(f"{contestant} has nothing for this operation")
     return {
         record["direction"]: record["device_us"] for record in contest.records if record["contestant"] == contestant
     }

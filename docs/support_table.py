@@ -4,18 +4,19 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from fusednn import autograd
+from fusednn import autograd, layers
 from fusednn.kernels.activation import ACTIVATIONS, Activation
-from fusednn.layers.twin import TWINS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support table: begin (docs/support_table.py) -->", "<!-- support table: end -->"
 
-# What the families with kernels of their own save and move; the table of activations knows the others'.
+# Layers whose family has kernels of its own: function, what is kept, bytes an element forward and backward.  The table
+# of activations knows the others'.
 OWN_KERNELS = {
-    "prelu": ("the input", "2e", "3e"),
-    "rrelu": ("1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
+    "PReLU": ("prelu", "the input", "2e", "3e"),
+    "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
 }
 
 
@@ -25,23 +26,26 @@ def support_table() -> str:
         "| layer | function | keeps for the backward pass | bytes an element, forward | backward |",
         "|---|---|---|---|---|",
     ]
-    functions = {name.replace("_", ""): name for name in autograd.__all__}
-    for stock in sorted(TWINS, key=lambda cls: cls.__name__.lower()):
-        function = functions[stock.__name__.lower()]
-        lines.append(f"| `{stock.__name__}` | `{function}` | {' | '.join(_facts(function))} |")
+    exported = (getattr(layers, name) for name in layers.__all__)
+    for layer in sorted(filter(_is_layer, exported), key=lambda layer: layer.__name__.lower()):
+        function, *facts = OWN_KERNELS.get(layer.__name__) or _activation(layer.__name__)
+        lines.append(f"| `{layer.__name__}` | `{function}` | {' | '.join(facts)} |")
     return "\n".join(lines)
 
 
-def _facts(function: str) -> tuple[str, str, str]:
-    if function in OWN_KERNELS:
-        return OWN_KERNELS[function]
+def _is_layer(exported: object) -> bool:
+    return isinstance(exported, type) and issubclass(exported, nn.Module)
+
+
+def _activation(layer: str) -> tuple[str, str, str, str]:
+    (function,) = (name for name in autograd.__all__ if name.replace("_", "") == layer.lower())
     row = ACTIVATIONS[function]
     keeps = _keeps(row)
     half = ACTIVATIONS[row.name_for(torch.bfloat16)]
     if half is not row:
         keeps += f" ({_keeps(half)} in 16 bits)"
     forward, backward = (_in_elements(bytes_) for bytes_ in row.budget(8, torch.float32))
-    return keeps, forward, backward
+    return function, keeps, forward, backward
 
 
 def _keeps(row: Activation) -> str:

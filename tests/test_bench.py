@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +31,12 @@ import bench_activation
 import gpu_run
 import report
 from fusednn_bench import contest, environment, replay, results, tables, timing, validity
-from fusednn_bench.cases import Case, Operation, make_inputs
+from fusednn_bench.cases import Case, make_inputs
 from fusednn_bench.goals import Goal, judge, load_goals
 from fusednn_bench.quantiles import median, quantile, spread
 
 CPU = torch.device("cpu")
+FAMILIES = [import_module(path.stem) for path in sorted(BENCH.glob("bench_*.py"))]
 
 
 # --- Statistics and timing ------------------------------------------------------------------------------------------
@@ -170,11 +173,7 @@ def test_pytest_benchmark_gets_the_samples() -> None:
 
 
 def _case(ours: Callable[..., Tensor], name: str = "relu", dtype: torch.dtype = torch.float32) -> Case:
-    known = bench_activation.OPERATIONS[name]
-    operation = Operation(
-        name, known.family, ours, known.stock, known.budget, known.parameters, known.memory_format, known.bounds
-    )
-    return Case(operation, dtype, "large", (4, 6, 16, 16))
+    return Case(replace(bench_activation.OPERATIONS[name], ours=ours), dtype, "large", (4, 6, 16, 16))
 
 
 @pytest.mark.parametrize("name", bench_activation.OPERATIONS)
@@ -221,6 +220,13 @@ def test_wrong_contestants_are_caught(name: str, function: Callable[..., Tensor]
         validity.check(case, function, make_inputs(case, CPU, 0))
 
 
+def test_peers_take_part_beside_the_usual_contestants() -> None:
+    operation = replace(bench_activation.OPERATIONS["relu"], peers=lambda: {"other library": F.relu6})
+    case = Case(operation, torch.float32, "large", (4, 4))
+    assert contest._contestant("other library", case) is F.relu6
+    assert contest._contestant("eager", case) is operation.stock
+
+
 def test_quick_run_has_every_operation_large_and_fusednn_is_not_stock() -> None:
     quick = bench_activation.timed_cases(full=False)
     large = {case.operation.name for case in quick if case.size == "large" and case.dtype is torch.bfloat16}
@@ -233,8 +239,8 @@ def test_quick_run_has_every_operation_large_and_fusednn_is_not_stock() -> None:
 
 
 def test_every_function_has_a_benchmark() -> None:
-    measured = {name.removesuffix("_channels_last") for name in bench_activation.OPERATIONS}
-    assert set(autograd.__all__) <= measured
+    measured = {name for module in FAMILIES for name in module.OPERATIONS}
+    assert [f for f in autograd.__all__ if not any(name == f or name.startswith(f"{f}_") for name in measured)] == []
 
 
 def test_rotation_exceeds_three_times_the_cache() -> None:

@@ -19,30 +19,39 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward_backward")
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
-def _no_parameters(x: Tensor) -> tuple[Tensor, ...]:
-    return ()
+def _just_x(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.requires_grad_(),)
+
+
+def _same_shape(shape: torch.Size) -> Sequence[int]:
+    return shape
+
+
+def _no_peers() -> dict[str, Callable[..., Tensor]]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One function in two implementations, ``ours`` and ``stock``, each called as ``f(x, *parameters)``.
+    """One function in two implementations, ``ours`` and ``stock``, each called as ``f(*operands)``.
 
-    ``budget(numel, dtype)`` are the bytes that (forward, backward) must move; ``parameters(x)`` makes the learnt
-    parameters; ``random`` marks results that differ from call to call, for which ``bounds`` are the slopes' interval.
+    ``budget(shape, dtype)`` are the bytes that (forward, backward) must move.  ``operands(x)`` makes all operands from
+    normal numbers x of the case's shape; those that require gradients are differentiated.  ``output_shape`` gives the
+    output's shape from x's.  ``check(case, y, gradients, inputs)`` takes the place of the comparison with eager PyTorch
+    where results differ from call to call: it returns the error in epsilons, or raises WrongResultError.  ``peers()``
+    imports other libraries' implementations, by name: those that are installed.
     """
 
     name: str
     family: str
     ours: Callable[..., Tensor]
     stock: Callable[..., Tensor]
-    budget: Callable[[int, torch.dtype], tuple[float, float]]
-    parameters: Callable[[Tensor], tuple[Tensor, ...]] = _no_parameters
+    budget: Callable[[torch.Size, torch.dtype], tuple[float, float]]
+    operands: Callable[[Tensor], tuple[Tensor, ...]] = _just_x
+    output_shape: Callable[[torch.Size], Sequence[int]] = _same_shape
     memory_format: torch.memory_format = torch.contiguous_format
-    bounds: tuple[float, float] | None = None
-
-    @property
-    def random(self) -> bool:
-        return self.bounds is not None
+    check: Callable[[Case, Tensor, Sequence[Tensor], Inputs], float] | None = None
+    peers: Callable[[], dict[str, Callable[..., Tensor]]] = _no_peers
 
 
 @dataclass(frozen=True)
@@ -82,41 +91,46 @@ class Case:
 
     def budget(self, direction: Direction) -> float:
         """Bytes that the direction must move: each operand once."""
-        forward, backward = self.operation.budget(self.numel, self.dtype)
+        forward, backward = self.operation.budget(torch.Size(self.shape), self.dtype)
         return {"forward": forward, "backward": backward, "forward_backward": forward + backward}[direction]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of inputs: the input and the parameters, which require gradients, and the gradient of the output."""
+    """One set of inputs: the operands, and the gradient of the output."""
 
-    x: Tensor
-    parameters: tuple[Tensor, ...]
+    operands: tuple[Tensor, ...]
     g: Tensor
 
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
-        return (self.x, *self.parameters)
+        return tuple(operand for operand in self.operands if operand.requires_grad)
 
     def upcast(self) -> Inputs:
         """The same numbers in float64, for references."""
-        double = [tensor.detach().double().requires_grad_() for tensor in self.differentiable]
-        return Inputs(double[0], tuple(double[1:]), self.g.double())
+        return Inputs(tuple(_upcast(operand) for operand in self.operands), self.g.double())
+
+
+def _upcast(operand: Tensor) -> Tensor:
+    if not operand.is_floating_point():
+        return operand
+    return operand.detach().double().requires_grad_(operand.requires_grad)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     """Random numbers: x normal with both signs; g positive, so that sums over it don't cancel to nothing."""
     generator = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.float32}
-    layout = case.operation.memory_format
-    x = torch.randn(case.shape, **options).mul_(2).to(case.dtype).contiguous(memory_format=layout)
-    g = torch.rand(case.shape, **options).add_(0.5).to(case.dtype).contiguous(memory_format=layout)
-    parameters = tuple(parameter.requires_grad_() for parameter in case.operation.parameters(x))
-    return Inputs(x.requires_grad_(), parameters, g)
+    operation = case.operation
+    x = torch.randn(case.shape, **options).mul_(2).to(case.dtype).contiguous(memory_format=operation.memory_format)
+    g = torch.rand(tuple(operation.output_shape(x.shape)), **options).add_(0.5).to(case.dtype)
+    if g.shape == x.shape:
+        g = g.contiguous(memory_format=operation.memory_format)
+    return Inputs(operation.operands(x), g)
 
 
 def forward(function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
-    return function(inputs.x, *inputs.parameters)
+    return function(*inputs.operands)
 
 
 def gradients(y: Tensor, inputs: Inputs) -> Sequence[Tensor]:

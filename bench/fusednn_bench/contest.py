@@ -1,4 +1,4 @@
-"""One case's contest on a GPU: fusednn, eager PyTorch and torch.compile on the same inputs, in turns."""
+"""One case's contest on a GPU: fusednn, eager PyTorch, torch.compile and peers on the same inputs, in turns."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def sets_needed(case: Case, l2_bytes: int) -> int:
 
 
 def run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
-    """Check every contestant against eager PyTorch, then time those that are right.
+    """Check every contestant, ``names`` and the case's peers, against eager PyTorch; time those that are right.
 
     Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.
     """
@@ -88,7 +88,7 @@ def run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: 
     contest = Contest()
     runners: dict[str, Runner] = {}
     facts: dict[str, CaseRecord] = {}
-    for name in names:
+    for name in (*names, *case.operation.peers()):
         try:
             runner = Runner(_contestant(name, case), sets)
             facts[name] = {"error_epsilons": check(case, runner.function, sets[0])}
@@ -113,9 +113,11 @@ def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
     stock = case.operation.stock
     if name == "eager":
         return stock
+    if name not in _COMPILE_MODES:
+        return case.operation.peers()[name]
 
-    def call(x: Tensor, *parameters: Tensor) -> Tensor:
-        return stock(x, *parameters)
+    def call(*operands: Tensor) -> Tensor:
+        return stock(*operands)
 
     compiled: Callable[..., Tensor] = torch.compile(call, fullgraph=True, dynamic=False, mode=_COMPILE_MODES[name])
     return compiled

@@ -10,6 +10,7 @@ import types
 import unittest
 from typing import Any
 
+import torch
 from torch import nn
 
 if importlib.util.find_spec("expecttest") is None:
@@ -24,13 +25,17 @@ from torch.testing._internal.common_modules import (
     module_db,
 )
 
-from .samples import CASES, LAYERS
+from fusednn import autograd
+from fusednn.layers.twin import TWINS
+
+from .samples import LAYERS
 
 _INPUTS = {info.module_cls: info.module_inputs_func for info in module_db}
+_ERRORS = {info.module_cls: info.module_error_inputs_func for info in module_db}
 
 
 def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: bool) -> list[ModuleInput]:
-    """ModuleInfo's samples of a ``torch.nn`` class; our own, in its style, for the two that it leaves out."""
+    """ModuleInfo's samples of a ``torch.nn`` class; our own, in its style, for those that it leaves out."""
     if cls in _INPUTS:
         return list(_INPUTS[cls](None, device=device, dtype=dtype, requires_grad=True, training=training))
     sample = _INPUTS[nn.ReLU](None, device=device, dtype=dtype, requires_grad=True, training=training)
@@ -39,6 +44,30 @@ def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: b
     return list(sample)
 
 
-MODULES = sorted(LAYERS, key=lambda cls: cls.__name__)
-_NAMES = {case.name for case in CASES}
-OPERATORS = [info for info in op_db if info.name.removeprefix("nn.functional.") in _NAMES]
+def module_errors(cls: type[nn.Module], device: str) -> list[Any]:
+    """ModuleInfo's wrong constructors and calls of a ``torch.nn`` class."""
+    inputs = _ERRORS.get(cls)
+    options = {"device": device, "dtype": torch.float32, "requires_grad": False, "training": True}
+    return [] if inputs is None else list(inputs(None, **options))
+
+
+def inherent_error(name: str, dtype: torch.dtype) -> float:
+    """What no implementation to the same specification avoids, on top of the accuracy rule."""
+    name = name.lower().removeprefix("nn.functional.")
+    if name in ("celu", "hardsigmoid") and dtype is torch.float64:
+        return 1e-6  # stock rounds constants to float32 even in float64
+    if name in ("celu", "elu", "selu") and dtype is torch.float32:
+        return 4 * torch.finfo(dtype).eps  # gradients are read off an output of at most 1.76, rounded
+    return 0.0
+
+
+def _by_name(cls: type[nn.Module]) -> str:
+    return cls.__name__
+
+
+#: The activations of ``torch.nn``, and every class that has a twin and samples.
+MODULES = sorted(LAYERS, key=_by_name)
+SAMPLED = sorted((cls for cls in TWINS if cls in _INPUTS or cls in LAYERS), key=_by_name)
+
+#: PyTorch's descriptions of every function that has a twin.
+OPERATORS = [info for info in op_db if info.name.removeprefix("nn.functional.") in autograd.__all__]

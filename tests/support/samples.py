@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusednn import autograd, layers
+from fusednn import autograd
+from fusednn.layers.twin import TWINS
 
 from .standing import check_against_stock
 
@@ -94,11 +95,11 @@ CASES = [
     Case("threshold", {"threshold": 0.1, "value": -20.0}),
 ]
 
-#: Our layer of each ``torch.nn`` class.
+#: The activation layer of each ``torch.nn`` class.
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    getattr(nn, name): getattr(layers, name)
-    for name in layers.__all__
-    if isinstance(getattr(layers, name), type) and issubclass(getattr(layers, name), nn.Module)
+    stock: ours
+    for stock, ours in TWINS.items()
+    if ours.__module__.rpartition(".")[2] in ("activation", "prelu", "rrelu")
 }
 
 EXTREMES = [0.0, -0.0, 1e-6, -1e-6, 1e-4, -1e-4, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 20.0, -20.0, 30.0, -30.0]
