@@ -25,11 +25,23 @@ from .activation import (
 )
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
+from .nll_loss import nll_loss
+from .pointwise_loss import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from .prelu import prelu
 from .rrelu import rrelu
 from .softmax import log_softmax, softmax, softmin
 
 __all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "celu",
     "cross_entropy",
     "elu",
@@ -37,11 +49,16 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
     "leaky_relu",
     "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",
     "mish",
+    "mse_loss",
+    "nll_loss",
     "prelu",
     "relu",
     "relu6",
@@ -49,6 +66,7 @@ __all__ = [
     "selu",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "softmax",
     "softmin",
     "softplus",

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import _reduction as legacy
 
 from ..kernels import cross_entropy as kernels
 from ..kernels.cross_entropy import Reduction
+from ..kernels.launch import DeviceAssertionError
+from ..kernels.partial_sums import ACCUMULATOR
 from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel
+from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
 
 __all__ = ["cross_entropy"]
@@ -23,27 +25,34 @@ __all__ = ["cross_entropy"]
 CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def _stock(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, smoothing: float
+) -> Tensor:
+    return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
+
+
 def _fake_forward(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = torch.empty_like(x)  # dense
-    accumulator = kernels.ACCUMULATOR[x.dtype]
+    accumulator = ACCUMULATOR[x.dtype]
     shape = kernels.statistics_shape(logits, kernels.targets_of(x, target, smoothing))
     statistics = x.new_empty(shape, dtype=accumulator)
-    if reduction == Reduction.NONE:
+    if reduction == "none":
         loss = x.new_empty_strided(kernels.line_shape(logits.shape), kernels.line_strides(logits), dtype=dtype)
-        return loss, statistics, statistics.new_empty(0)
-    return x.new_empty((), dtype=dtype), statistics, statistics.new_empty(())
+    else:
+        loss = x.new_empty((), dtype=dtype)
+    return loss, statistics, statistics.new_empty(())
 
 
 @operator(
-    "cross_entropy(Tensor x, Tensor target, Tensor? weight, int reduction, int ignore_index, float smoothing,"
+    "cross_entropy(Tensor x, Tensor target, Tensor? weight, str reduction, int ignore_index, float smoothing,"
     " ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
 )
@@ -51,14 +60,16 @@ def _forward(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.device.type == "cpu" and kernels.out_of_bounds(x.shape[kernels.class_dim(x.shape)], target, ignore_index):
-        F.cross_entropy(x, target, weight, ignore_index=ignore_index)  # raises
-    return kernels.cross_entropy_forward(x, target, weight, Reduction(reduction), ignore_index, smoothing, dtype)
+    try:
+        return kernels.cross_entropy_forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
+    except DeviceAssertionError:
+        loss = _stock(x, target, weight, reduction, ignore_index, smoothing)  # raises the stock error
+        return loss, loss.new_empty(0), loss.new_empty(())
 
 
 def _fake_backward(
@@ -67,8 +78,8 @@ def _fake_backward(
     target: Tensor,
     weight: Tensor | None,
     statistics: Tensor,
-    total: Tensor,
-    reduction: int,
+    weight_total: Tensor,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     needs_input: bool,
@@ -79,8 +90,8 @@ def _fake_backward(
 
 
 @operator(
-    "cross_entropy_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor statistics, Tensor total,"
-    " int reduction, int ignore_index, float smoothing, bool needs_input, bool needs_target) -> (Tensor, Tensor)",
+    "cross_entropy_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor statistics, Tensor weight_total,"
+    " str reduction, int ignore_index, float smoothing, bool needs_input, bool needs_target) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )
 def _backward(
@@ -89,8 +100,8 @@ def _backward(
     target: Tensor,
     weight: Tensor | None,
     statistics: Tensor,
-    total: Tensor,
-    reduction: int,
+    weight_total: Tensor,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     needs_input: bool,
@@ -98,7 +109,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     needed = (needs_input, needs_target)
     return kernels.cross_entropy_backward(
-        g, x, target, weight, statistics, total, Reduction(reduction), ignore_index, smoothing, needed
+        g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, needed
     )
 
 
@@ -116,31 +127,28 @@ class CrossEntropy(Function):
         smoothing: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        loss, statistics, total = _forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
-        ctx.save_for_backward(x, target, weight, statistics, total)
+        loss, statistics, weight_total = _forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
+        ctx.save_for_backward(x, target, weight, statistics, weight_total)
         ctx.arguments = (reduction, ignore_index, smoothing)
         result: Tensor = loss
         return result
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, target, weight, statistics, total = ctx.saved_tensors
+        x, target, weight, statistics, weight_total = ctx.saved_tensors
         reduction, ignore_index, smoothing = ctx.arguments
         needed = ctx.needs_input_grad[:2]
         dx: Tensor | None
         dtarget: Tensor | None
         if torch.is_grad_enabled():
-            name = reduction.name.lower()
             with torch.enable_grad():
-                loss = F.cross_entropy(
-                    x, target, weight, ignore_index=ignore_index, reduction=name, label_smoothing=smoothing
-                ).to(g.dtype)
+                loss = _stock(x, target, weight, reduction, ignore_index, smoothing).to(g.dtype)
             wanted = [tensor for tensor, wants in zip((x, target), needed, strict=True) if wants]
             gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
             dx, dtarget = (next(gradients) if wants else None for wants in needed)
         else:
             dx, dtarget = _backward(
-                g, x, target, weight, statistics, total, reduction, ignore_index, smoothing, *needed
+                g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, *needed
             )
         return dx if needed[0] else None, dtarget if needed[1] else None, None, None, None, None, None
 
@@ -165,21 +173,19 @@ def cross_entropy(
     Raises what PyTorch raises; for a class index out of bounds, IndexError on a CPU and a device assertion on a GPU.
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (CVPR 2016), for the smoothing.
     """
-    if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
-    x = input
+    name = reduction_name(size_average, reduce, reduction)
+    x, q = input, target
     low = isinstance(x, Tensor) and x.dtype in CAST and autocast_dtype(x) is not None
-    if low and isinstance(target, Tensor) and target.dtype in CAST and target.dtype != x.dtype:
-        x, target = x.float(), target.float()
+    if low and isinstance(q, Tensor) and q.dtype in CAST and q.dtype != x.dtype:
+        x, q = x.float(), q.float()
     shape = x.shape if isinstance(x, Tensor) else ()
-    refusal = refusal_of(shape, x, target, weight, reduction, ignore_index, label_smoothing)
+    refusal = refusal_of(shape, x, q, weight, name, ignore_index, label_smoothing)
     if not takes_kernel("cross_entropy", x, refusal=refusal):
-        return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    warn_of_deprecated(size_average, reduce)
     # Autocast computes the loss in float32, from logits as they are.
     dtype = torch.float32 if low else x.dtype
-    arguments = (x, target, weight, Reduction[reduction.upper()], ignore_index, float(label_smoothing), dtype)
+    arguments = (x, q, weight, name, ignore_index, float(label_smoothing), dtype)
     loss: Tensor = CrossEntropy.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
     return loss
 

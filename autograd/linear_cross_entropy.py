@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import linear_cross_entropy as kernels
-from ..kernels.cross_entropy import ACCUMULATOR, Reduction, out_of_bounds
+from ..kernels.cross_entropy import Reduction
+from ..kernels.launch import DeviceAssertionError
 from ..kernels.linear_cross_entropy import Options
+from ..kernels.partial_sums import ACCUMULATOR
 from .cross_entropy import CAST, refusal_of
 from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel, transform_refusal
 from .operators import operator
@@ -32,7 +34,7 @@ def _fake(
     target: Tensor,
     weight: Tensor | None,
     g: Tensor | None,
-    reduction: int,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     dtype: torch.dtype,
@@ -40,7 +42,7 @@ def _fake(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (x.shape[0], *linear_weight.shape[1:-1]) if reduction == Reduction.NONE else ()
+    shape = (x.shape[0], *linear_weight.shape[1:-1]) if reduction == "none" else ()
     return (
         x.new_empty(shape, dtype=dtype),
         x.new_empty(x.shape if needs_input else 0),
@@ -51,7 +53,7 @@ def _fake(
 
 @operator(
     "linear_cross_entropy(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-    " Tensor? g, int reduction, int ignore_index, float smoothing, ScalarType dtype, bool needs_input,"
+    " Tensor? g, str reduction, int ignore_index, float smoothing, ScalarType dtype, bool needs_input,"
     " bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
 )
@@ -62,7 +64,7 @@ def _by_kernels(
     target: Tensor,
     weight: Tensor | None,
     g: Tensor | None,
-    reduction: int,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     dtype: torch.dtype,
@@ -70,11 +72,16 @@ def _by_kernels(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.device.type == "cpu" and out_of_bounds(linear_weight.shape[0], target, ignore_index):
-        raise IndexError("Target is out of bounds.")
-    options = Options(weight, Reduction(reduction), ignore_index, smoothing)
+    options = Options(weight, reduction, ignore_index, smoothing)
     needed = (needs_input, needs_weight, needs_bias)
-    loss, *gradients = kernels.linear_cross_entropy(x, linear_weight, linear_bias, target, g, options, dtype, needed)
+    try:
+        loss, *gradients = kernels.linear_cross_entropy(
+            x, linear_weight, linear_bias, target, g, options, dtype, needed
+        )
+    except DeviceAssertionError:
+        logits = _logits(x, linear_weight, linear_bias)
+        F.cross_entropy(logits, target, weight, ignore_index=ignore_index)  # raises the stock error
+        raise
     dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return loss, dx, dweight, dbias
 
@@ -86,14 +93,14 @@ def _by_stock(
     target: Tensor,
     weight: Tensor | None,
     g: Tensor | None,
-    reduction: int,
+    reduction: Reduction,
     ignore_index: int,
     smoothing: float,
     dtype: torch.dtype,
     *needed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The same chunks, each by PyTorch's own operators."""
-    options = Options(weight, Reduction(reduction), ignore_index, smoothing)
+    options = Options(weight, reduction, ignore_index, smoothing)
     return kernels.linear_cross_entropy(
         x, linear_weight, linear_bias, target, g, options, dtype, needed, losses=_stock_losses
     )
@@ -108,7 +115,7 @@ def _stock_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Opt
             target if not target.is_floating_point() else target.to(ACCUMULATOR[logits.dtype]),
             None if weight is None else weight.to(ACCUMULATOR[logits.dtype]),
             ignore_index=ignore_index,
-            reduction=reduction.name.lower(),
+            reduction=reduction,
             label_smoothing=smoothing,
         )
     return loss.detach(), None if g is None else torch.autograd.grad(loss, logits, g)[0]
@@ -133,7 +140,7 @@ class LinearCrossEntropy(Function):
     ) -> Tensor:
         ctx.run = _by_kernels if kernel else _by_stock
         ctx.arguments = (reduction, ignore_index, smoothing)
-        ctx.on_the_way = reduction is not Reduction.NONE and x.dtype is not torch.float16
+        ctx.on_the_way = reduction != "none" and x.dtype is not torch.float16
         needed = [needs and ctx.on_the_way for needs in ctx.needs_input_grad[:3]]
         operands = (x, linear_weight, linear_bias, target, weight)
         loss, *gradients = ctx.run(*operands, None, *ctx.arguments, dtype, *needed)
@@ -167,7 +174,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
             target,
             weight,
             ignore_index=ignore_index,
-            reduction=reduction.name.lower(),
+            reduction=reduction,
             label_smoothing=smoothing,
         ).to(g.dtype)
     wanted = [operand for operand, needs in zip(operands, needed, strict=True) if needs]
@@ -228,7 +235,7 @@ def linear_cross_entropy(
         x, target = x[None], target[None]
     loss: Tensor = LinearCrossEntropy.apply(
         *(x, matrix, vector, target, weight),
-        *(Reduction[reduction.upper()], ignored, float(label_smoothing), dtype, kernel),
+        *(reduction, ignored, float(label_smoothing), dtype, kernel),
     )
     return loss if batched or reduction != "none" else loss[0]
 

@@ -4,7 +4,7 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, cross_entropy, linear_cross_entropy, prelu, rrelu, softmax
+from . import activation, cross_entropy, linear_cross_entropy, nll_loss, pointwise_loss, prelu, rrelu, softmax
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -15,6 +15,8 @@ __all__ = [
     "activation",
     "cross_entropy",
     "linear_cross_entropy",
+    "nll_loss",
+    "pointwise_loss",
     "prelu",
     "rrelu",
     "shipped",

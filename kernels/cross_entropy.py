@@ -14,7 +14,7 @@ The logits are read once, whatever the number of classes.  Kept for the backward
 as the maximum and the logarithm of the sum beside it: added up, a large maximum would swallow the other's digits.  The
 gradient, g (m p - what the loss weights log p with), whose m is the sum of these weights, is then elementwise.
 
-Each program leaves a partial sum of its losses and weights; `reduce_loss` adds them in a fixed order.
+Each program leaves a partial sum of its losses and weights, which are added in a fixed order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,9 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
-from .numerics import log, narrow, scalar, widen
-from .reduction import ACCUMULATOR, reduce_loss, reduction_configuration
+from .nll_loss import Reduction
+from .numerics import divide, log, narrow, require, scalar, widen
+from .partial_sums import ACCUMULATOR, SUM_PROGRAMS, combine, finish_sum
 from .tiles import threads_for
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "cross_entropy_forward",
     "line_shape",
     "line_strides",
-    "out_of_bounds",
     "statistics_shape",
     "targets_of",
 ]
@@ -56,14 +56,6 @@ class Targets(IntEnum):
     PROBABILITIES = 2
 
 
-class Reduction(IntEnum):
-    """What becomes of the lines' losses; the numbers are PyTorch's."""
-
-    NONE = 0
-    MEAN = 1
-    SUM = 2
-
-
 _INDICES = tl.constexpr(int(Targets.INDICES))
 _PROBABILITIES = tl.constexpr(int(Targets.PROBABILITIES))
 
@@ -75,23 +67,26 @@ def class_weights(weight_pointer, place, length, weighted, COMPUTE: tl.constexpr
 
 
 @triton.jit
-def line_targets(target_pointer, weight_pointer, line, exists, length, ignore_index, weighted):
-    """Class indices of the lines, whether they count, and their weights.  Asserts that they exist."""
-    target = tl.load(target_pointer + line, mask=exists, other=ignore_index)
-    counts = target != ignore_index
+def line_targets(target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, CHECK: tl.constexpr):
+    """Class indices of the lines, whether they count, and their weights."""
+    target = tl.load(target_pointer + line, mask=exists, other=0)
+    counts = exists & (target != ignore_index)
     valid = (target >= 0) & (target < length)
-    tl.device_assert(valid | (counts == 0), "cross_entropy: target is out of bounds")
+    if CHECK:
+        require(valid | (counts == 0), "cross-entropy: target is out of bounds")
     counts = counts & valid
     weight = tl.load(weight_pointer + target, mask=counts & (weighted != 0), other=1)
     return target, counts, weight
 
 
-@triton.jit(do_not_specialize=["count", "ignore_index", "smoothing", "weighted", "reduced"])
+@triton.jit(do_not_specialize=["count", "ignore_index", "smoothing", "weighted", "reduced", "divisor"])
 def cross_entropy_forward_kernel(
     x_pointer,  # logits
     target_pointer,  # class indices, (count,); or probabilities, in the memory order of the logits
     weight_pointer,  # weights of the classes, (length,); not read unless `weighted`
-    loss_pointer,  # losses, (count,); or, `reduced`, sums of losses and weights, (2, programs)
+    loss_pointer,  # losses, (count,); or, `reduced`, partial sums, see `partial_sums`
+    value_pointer,  # their sum or mean, one element; written where `reduced`
+    weight_total_pointer,  # sum of the weights, one element; written where `divisor` is 0
     statistics_pointer,  # maximum, log of the sum and, but for indices, sum of weights, each (count,)
     count: tl.int64,
     length,
@@ -100,6 +95,7 @@ def cross_entropy_forward_kernel(
     smoothing: tl.float64,
     weighted: tl.int32,
     reduced: tl.int32,
+    divisor: tl.float64,
     TARGETS: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -141,10 +137,10 @@ def cross_entropy_forward_kernel(
         mass = tl.sum(mass, 1)
     if TARGETS == _PROBABILITIES:
         loss = tl.where(exists, mass * log_total - moment, 0.0)
-        weight = tl.where(exists, 1.0, 0.0)
+        weight = exists.to(COMPUTE)
     else:
         target, counts, weight = line_targets(
-            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted
+            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
         )
         if AXIS == 1:
             x_target = tl.load(x_pointer + start + target, mask=counts, other=0)
@@ -162,8 +158,9 @@ def cross_entropy_forward_kernel(
     if TARGETS != _INDICES:
         tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
     if reduced:
-        tl.store(loss_pointer + program, tl.sum(loss, 0))
-        tl.store(loss_pointer + tl.num_programs(0) + program, tl.sum(weight, 0))
+        total = tl.sum(loss, 0)
+        weight_total = tl.sum(weight.to(COMPUTE), 0)
+        finish_sum(loss_pointer, value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
     else:
         tl.store(loss_pointer + line, loss, mask=exists)
 
@@ -171,12 +168,12 @@ def cross_entropy_forward_kernel(
 @triton.jit(
     do_not_specialize=[
         *("count", "pieces", "ignore_index", "smoothing"),
-        *("weighted", "reduced", "averaged", "needs_input", "needs_target"),
+        *("weighted", "reduced", "divisor", "needs_input", "needs_target"),
     ]
 )
 def cross_entropy_backward_kernel(
     g_pointer,  # gradients of the losses, (count,); or, `reduced`, of their sum or mean, ()
-    total_pointer,  # sum of the weights, (); not read unless `averaged`
+    weight_total_pointer,  # sum of the weights, one element; read where `divisor` is 0
     x_pointer,  # logits
     target_pointer,
     weight_pointer,
@@ -191,7 +188,7 @@ def cross_entropy_backward_kernel(
     smoothing: tl.float64,
     weighted: tl.int32,
     reduced: tl.int32,
-    averaged: tl.int32,
+    divisor: tl.float64,
     needs_input: tl.int32,
     needs_target: tl.int32,
     TARGETS: tl.constexpr,
@@ -207,7 +204,10 @@ def cross_entropy_backward_kernel(
     smoothing = scalar(smoothing, COMPUTE)
 
     g = tl.load(g_pointer + tl.where(reduced != 0, 0, line), mask=exists, other=0)
-    scale = g / tl.load(total_pointer, mask=averaged != 0, other=1)
+    divisor = scalar(divisor, COMPUTE)
+    if divisor == 0:
+        divisor = tl.load(weight_total_pointer)
+    scale = divide(g, divisor)
     maximum = tl.expand_dims(tl.load(statistics_pointer + line, mask=exists, other=0), AXIS)
     log_total = tl.expand_dims(tl.load(statistics_pointer + count + line, mask=exists, other=0), AXIS)
     x = widen(tl.load(x_pointer + base + offsets, mask=inside, other=0), COMPUTE)
@@ -223,7 +223,7 @@ def cross_entropy_backward_kernel(
         tl.store(dtarget_pointer + base + offsets, narrow(dtarget, dtarget_pointer.dtype.element_ty), mask=wanted)
     else:
         target, counts, mass = line_targets(
-            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted
+            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, False
         )
         scale = tl.expand_dims(tl.where(counts, scale, 0.0), AXIS)
         share = tl.where(place == tl.expand_dims(target, AXIS), tl.expand_dims(mass, AXIS), 0.0)
@@ -267,7 +267,13 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
     reads = 2 if targets is Targets.PROBABILITIES else 1
     wide = lines * width // (threads * vector)
     extents = (("count", "i64"), ("length", "i32"), ("inner", "i32"))
-    options = (("ignore_index", "i64"), ("smoothing", "fp64"), ("weighted", "i32"), ("reduced", "i32"))
+    options = (
+        ("ignore_index", "i64"),
+        ("smoothing", "fp64"),
+        ("weighted", "i32"),
+        ("reduced", "i32"),
+        ("divisor", "fp64"),
+    )
     signature: tuple[tuple[str, str], ...]
     own: tuple[tuple[str, Any], ...]
     if direction == "forward":
@@ -277,6 +283,8 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
             ("target_pointer", target),
             ("weight_pointer", statistics),
             ("loss_pointer", statistics),
+            ("value_pointer", statistics),
+            ("weight_total_pointer", statistics),
             ("statistics_pointer", statistics),
             *extents,
             *options,
@@ -285,7 +293,7 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
         kernel, own, stores = cross_entropy_backward_kernel, (), wide
         signature = (
             ("g_pointer", statistics),
-            ("total_pointer", statistics),
+            ("weight_total_pointer", statistics),
             ("x_pointer", element),
             ("target_pointer", target),
             ("weight_pointer", statistics),
@@ -295,7 +303,6 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
             *extents,
             ("pieces", "i32"),
             *options,
-            ("averaged", "i32"),
             ("needs_input", "i32"),
             ("needs_target", "i32"),
         )
@@ -316,19 +323,19 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
         divisible=("length", "inner"),
         wide_loads=reads * wide,
         wide_stores=stores,
-        asserts=True,
+        asserts=direction == "forward" and targets is not Targets.PROBABILITIES,
     )
 
 
 @ships("cross_entropy")
 def configurations() -> Iterator[Configuration]:
+    # The second stage of the sum is among those of `pointwise_loss`.
     for dtype in DTYPES:
         for targets in Targets:
             for direction in ("forward", "backward"):
                 for axis in (ALONG, ACROSS):
                     for width in _widths(direction, dtype, targets, axis):
                         yield _configuration(direction, dtype, targets, axis, width)
-        yield reduction_configuration(ACCUMULATOR[dtype], dtype)
 
 
 def _configuration_for(
@@ -367,13 +374,6 @@ def line_strides(x: Tensor) -> tuple[int, ...]:
     return tuple(stride if classes == 1 or stride < inner else stride // classes for stride in rest)
 
 
-def out_of_bounds(classes: int, target: Tensor, ignore_index: int) -> bool:
-    """Whether a class index is neither a class nor ignored.  Waits for the device: meant for CPU tensors."""
-    if target.is_floating_point():
-        return False
-    return bool(((target < 0) | (target >= classes)).logical_and_(target != ignore_index).any())
-
-
 def _arranged(x: Tensor, target: Tensor, targets: Targets) -> Tensor:
     """The target in the memory order of the logits."""
     return dense_like(target, x.stride() if targets is Targets.PROBABILITIES else line_strides(x))
@@ -388,7 +388,10 @@ def cross_entropy_forward(
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss in ``dtype``, the statistics of the lines, and the sum of the weights (nothing without reduction)."""
+    """The loss in ``dtype``, the statistics of the lines, and the sum of the weights (of no meaning but for a mean).
+
+    Raises `DeviceAssertionError` in the interpreter where a target is out of bounds.
+    """
     x = dense(x)
     targets = targets_of(x, target, smoothing)
     target = _arranged(x, target, targets)
@@ -397,20 +400,28 @@ def cross_entropy_forward(
     programs = lines.blocks(block)
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
-    reduced = reduction is not Reduction.NONE
+    value = torch.empty((), dtype=accumulator, device=x.device)
+    weight_total = torch.empty((), dtype=accumulator, device=x.device)
+    reduced = reduction != "none"
     shape, strides = ((2, programs), (programs, 1)) if reduced else (line_shape(x.shape), line_strides(x))
     loss = statistics.new_empty_strided(shape, strides)
+    divisor = 0.0 if reduction == "mean" else 1.0
     launch(
         configuration,
         programs,
-        *(x, target, statistics if weight is None else weight.to(accumulator).contiguous(), loss, statistics),
+        *(x, target, statistics if weight is None else weight.to(accumulator).contiguous()),
+        *(loss, value, weight_total, statistics),
         *lines.extents,
-        *(ignore_index, smoothing, int(weight is not None), int(reduced)),
+        *(ignore_index, smoothing, int(weight is not None), int(reduced), divisor),
     )
-    if reduced:
-        loss, total = reduce_loss(loss, dtype, averaged=reduction is Reduction.MEAN)
-        return loss, statistics, total
-    return loss.to(dtype), statistics, statistics.new_empty(0)
+    if not reduced:
+        return loss.to(dtype), statistics, weight_total
+    if programs <= SUM_PROGRAMS:
+        combine(loss, value, weight_total, divisor)
+    else:
+        value, weight_total = loss.sum(1).unbind()
+        value, weight_total = value / weight_total if reduction == "mean" else value, weight_total.clone()
+    return value.to(dtype), statistics, weight_total
 
 
 def statistics_shape(x: Tensor, targets: Targets) -> tuple[int, int]:
@@ -424,7 +435,7 @@ def cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     statistics: Tensor,
-    total: Tensor,
+    weight_total: Tensor,
     reduction: Reduction,
     ignore_index: int,
     smoothing: float,
@@ -434,7 +445,7 @@ def cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the logits and of the probabilities, where ``needed``; otherwise nothing.
 
-    ``overwrite`` writes the gradient over the logits.
+    ``overwrite`` writes the gradient over the (dense) logits.
     """
     x = dense(x)
     targets = targets_of(x, target, smoothing)
@@ -442,20 +453,18 @@ def cross_entropy_backward(
     lines = lines_of(x, class_dim(x.shape))
     configuration, block, width = _configuration_for("backward", x.dtype, targets, lines.axis, lines.length)
     pieces = triton.cdiv(lines.length, width)
-    g = g.to(statistics.dtype)
-    if reduction is Reduction.NONE:
-        g = dense_like(g, line_strides(x))
-    nothing = x.new_empty(0)
-    dx = (x if overwrite else torch.empty_like(x)) if needed[0] else nothing
-    dtarget = torch.empty_like(x) if needed[1] else nothing
+    reduced = reduction != "none"
+    g = g.to(statistics.dtype) if reduced else dense_like(g.to(statistics.dtype), line_strides(x))
+    dx = (x if overwrite else torch.empty_like(x)) if needed[0] else x.new_empty(0)
+    dtarget = torch.empty_like(x) if needed[1] else x.new_empty(0)
     launch(
         configuration,
         lines.blocks(block) * pieces,
-        *(g, total if reduction is Reduction.MEAN else g, x, target),
+        *(g, weight_total, x, target),
         *(statistics if weight is None else weight.to(statistics.dtype).contiguous(), statistics),
-        *(dx if needed[0] else x, dtarget if needed[1] else x),
+        *(dx, dtarget),
         *lines.extents,
-        *(pieces, ignore_index, smoothing, int(weight is not None)),
-        *(int(reduction is not Reduction.NONE), int(reduction is Reduction.MEAN), int(needed[0]), int(needed[1])),
+        *(pieces, ignore_index, smoothing, int(weight is not None), int(reduced)),
+        *(0.0 if reduction == "mean" else 1.0, int(needed[0]), int(needed[1])),
     )
     return dx, dtarget

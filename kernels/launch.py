@@ -16,7 +16,7 @@ import torch
 
 from ._triton import INTERPRETING, tl
 
-__all__ = ["COMPUTE", "DTYPES", "TRITON_TYPE", "Configuration", "launch", "shipped", "ships"]
+__all__ = ["COMPUTE", "DTYPES", "TRITON_TYPE", "Configuration", "DeviceAssertionError", "launch", "shipped", "ships"]
 
 #: The floating-point types that kernels take.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,7 +45,7 @@ class Configuration:
     values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
     are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
-    says that the SASS must use them.  ``asserts`` compiles the kernel's device assertions in.
+    says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`.
     """
 
     label: str
@@ -60,14 +60,14 @@ class Configuration:
     tensor_cores: bool = False
     asserts: bool = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside threads and stages."""
+        # Triton compiles assertions in its debug mode alone, which by itself would also check every integer sum.
+        return {"debug": True, "sanitize_overflow": False} if self.asserts else {}
+
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
-
-    def options(self, warp_size: int) -> dict[str, Any]:
-        """What the compiler is told beside types and constants."""
-        options = {"num_warps": self.num_warps(warp_size), "num_stages": self.num_stages}
-        # Triton's debug mode would besides check every integer operation for overflow.
-        return options | {"debug": True, "sanitize_overflow": False} if self.asserts and not INTERPRETING else options
 
 
 _FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}
@@ -92,18 +92,37 @@ def shipped(family: str | None = None) -> Iterator[Configuration]:
             yield from configurations()
 
 
+class DeviceAssertionError(RuntimeError):
+    """An operand failed a kernel's check, in the interpreter.  A GPU reports it asynchronously, as CUDA errors are."""
+
+
 def launch(configuration: Configuration, programs: int, *arguments: Any) -> None:
     """Run ``programs`` programs on the device of the first argument.  No programs, no launch.
 
-    ``arguments`` are the run-time arguments, in the order of the configuration's signature.
+    ``arguments`` are the run-time arguments, in the order of the configuration's signature.  Raises
+    `DeviceAssertionError` in the interpreter where an operand fails the kernel's checks.
     """
     if programs == 0:
         return
     tensor = arguments[0]
     elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
     with torch.cuda.device(tensor.device) if elsewhere else nullcontext():
-        configuration.kernel[(programs,)](
-            **dict(zip((name for name, _ in configuration.signature), arguments, strict=True)),
-            **dict(configuration.constants),
-            **configuration.options(_WARP_SIZE),
-        )
+        try:
+            configuration.kernel[(programs,)](
+                **dict(zip((name for name, _ in configuration.signature), arguments, strict=True)),
+                **dict(configuration.constants),
+                **configuration.options,
+                num_warps=configuration.num_warps(_WARP_SIZE),
+                num_stages=configuration.num_stages,
+            )
+        except Exception as error:
+            if INTERPRETING and isinstance(cause := _root_cause(error), AssertionError):
+                raise DeviceAssertionError(str(cause)) from None
+            raise
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The interpreter wraps an exception once for every device function that it leaves."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import ACCUMULATOR, Reduction, cross_entropy_backward, cross_entropy_forward
+from .cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
+from .partial_sums import ACCUMULATOR
 
 __all__ = ["LinearCrossEntropy", "Options", "chunk_rows", "kernel_losses", "linear_cross_entropy"]
 
@@ -101,9 +102,9 @@ def linear_cross_entropy(
     dvector = torch.zeros(matrix.shape[0], dtype=accumulator, device=x.device) if needed[2] else None
 
     divisor = None
-    if options.reduction is Reduction.MEAN:
+    if options.reduction == "mean":
         divisor = _sum_of_weights(x, linear_weight, target, options)
-        options = options._replace(reduction=Reduction.SUM)
+        options = options._replace(reduction="sum")
     if any(needed):
         g = torch.ones((), dtype=accumulator, device=x.device) if g is None else g.to(accumulator)
         g = g if divisor is None else g / divisor
@@ -128,7 +129,7 @@ def linear_cross_entropy(
         if dvector is not None:
             dvector += dlogits.sum(0, dtype=accumulator)
         del logits, dlogits  # before the next chunk's are made
-    if options.reduction is Reduction.NONE:
+    if options.reduction == "none":
         loss = torch.cat(results)
     else:
         loss = torch.stack(results).sum()

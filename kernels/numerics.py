@@ -91,3 +91,22 @@ def erf(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0."""
     return 1 / (1 + exp(-x))
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, correctly rounded: compiled, ``/`` is so in float64 alone."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def require(condition, MESSAGE: tl.constexpr):
+    """A device assertion on a tensor of booleans.  The kernel's `Configuration` has to say that it ``asserts``."""
+    if INTERPRETED:
+        # The interpreter ignores ``tl.device_assert``, but stops at Python's own statement.
+        assert tl.min(condition.to(tl.int32)) == 1, MESSAGE
+    else:
+        tl.device_assert(condition, MESSAGE)

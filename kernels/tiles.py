@@ -20,6 +20,7 @@ __all__ = [
     "load_bits",
     "load_tile",
     "mask_bytes",
+    "place_tile",
     "programs_for",
     "store_bits",
     "store_tile",
@@ -57,9 +58,16 @@ def mask_bytes(numel: int) -> int:
 def flat_tile(numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """This program's tile: its index, start, offsets from there (ROWS, COLUMNS), which are inside, and whether all."""
     tile_index = tl.program_id(0).to(tl.int64)
+    start, offsets, inside, whole = place_tile(tile_index, numel, ROWS, COLUMNS)
+    return tile_index, start, offsets, inside, whole
+
+
+@triton.jit
+def place_tile(tile_index, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile ``tile_index``: its start, offsets from there (ROWS, COLUMNS), which are inside, and whether all."""
     start = tile_index * ROWS * COLUMNS
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return tile_index, start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel
+    return start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel
 
 
 @triton.jit

@@ -23,6 +23,16 @@ from .activation import (
 from .cross_entropy import CrossEntropyLoss
 from .explain import Explanation, ExplanationRow, explain
 from .linear_cross_entropy import LinearCrossEntropyLoss
+from .nll_loss import NLLLoss
+from .pointwise_loss import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
@@ -33,17 +43,24 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "Explanation",
     "ExplanationRow",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
     "LeakyReLU",
     "LinearCrossEntropyLoss",
     "LogSigmoid",
     "LogSoftmax",
+    "MSELoss",
     "Mish",
+    "NLLLoss",
     "PReLU",
     "RReLU",
     "ReLU",
@@ -52,6 +69,7 @@ __all__ = [
     "ReplacementRow",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softmax",
     "Softmax2d",
     "Softmin",

@@ -120,7 +120,12 @@ def _compile(configuration: Configuration, target: GPUTarget) -> Any:
         constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=target, options=configuration.options(target.warp_size))
+    options = {
+        "num_warps": configuration.num_warps(target.warp_size),
+        "num_stages": configuration.num_stages,
+        **configuration.options,
+    }
+    return triton.compile(source, target=target, options=options)
 
 
 def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:

@@ -1,0 +1,485 @@
+"""Pointwise losses with the signatures of ``torch.nn.functional``, and their gradients.
+
+Each saves its operands, no intermediate result; one pass over them gives the gradients that are wanted, of the input
+and of the target.  Operands of different shapes, which PyTorch broadcasts with a warning, take the stock path.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import pointwise_loss as kernels
+from ..kernels.launch import DeviceAssertionError
+from ..kernels.partial_sums import ACCUMULATOR
+from .dispatch import autocast_dtype, takes_kernel
+from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
+from .operators import operator
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "smooth_l1_loss",
+]
+
+# --- Stock ----------------------------------------------------------------------------------------------------------
+
+# The stock loss of each element, of (x, target, weight, positive_weight, a, b); see the table for a and b.
+_STOCK: dict[str, Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float, float], Tensor]] = {
+    "binary_cross_entropy": lambda x, t, w, p, a, b: F.binary_cross_entropy(x, t, w, reduction="none"),
+    "binary_cross_entropy_with_logits": lambda x, t, w, p, a, b: F.binary_cross_entropy_with_logits(
+        x, t, w, reduction="none", pos_weight=p
+    ),
+    "huber_loss": lambda x, t, w, p, a, b: F.huber_loss(x, t, reduction="none", delta=a, weight=w) / b,
+    "kl_div": lambda x, t, w, p, a, b: F.kl_div(x, t, reduction="none", log_target=a != 0),
+    "l1_loss": lambda x, t, w, p, a, b: F.l1_loss(x, t, reduction="none", weight=w),
+    "mse_loss": lambda x, t, w, p, a, b: F.mse_loss(x, t, reduction="none", weight=w),
+}
+
+
+def _stock_loss(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    reduction: kernels.Reduction,
+) -> Tensor:
+    """The loss by stock operators, which can be differentiated again."""
+    y = _STOCK[name](x, target, weight, positive_weight, a, b)
+    if reduction == "none":
+        return y
+    if reduction == "weighted_mean":
+        assert weight is not None
+        return y.sum() / weight.sum()
+    return y.sum() / kernels.divisor(reduction, x)
+
+
+# --- Operators ------------------------------------------------------------------------------------------------------
+
+
+@operator(
+    "pointwise_loss(Tensor x, Tensor target, Tensor? weight, Tensor? positive_weight, str name, float a, float b)"
+    " -> Tensor",
+    fake=lambda x, target, weight, positive_weight, name, a, b: torch.empty_like(x),
+)
+def _elements(
+    x: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None, name: str, a: float, b: float
+) -> Tensor:
+    try:
+        return kernels.pointwise_loss(x, target, weight, positive_weight, name, a, b)
+    except DeviceAssertionError:
+        return _stock_loss(x, target, weight, positive_weight, name, a, b, "none")  # raises the stock error
+
+
+@operator(
+    "pointwise_loss_reduced(Tensor x, Tensor target, Tensor? weight, Tensor? positive_weight, str name, float a,"
+    " float b, str reduction) -> (Tensor, Tensor)",
+    fake=lambda x, target, weight, positive_weight, name, a, b, reduction: (
+        x.new_empty(()),
+        x.new_empty((), dtype=ACCUMULATOR[x.dtype]),
+    ),
+)
+def _reduced(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    reduction: kernels.Reduction,
+) -> tuple[Tensor, Tensor]:
+    try:
+        return kernels.pointwise_loss_reduced(x, target, weight, positive_weight, name, a, b, reduction)
+    except DeviceAssertionError:
+        loss = _stock_loss(x, target, weight, positive_weight, name, a, b, reduction)  # raises the stock error
+        return loss, loss.new_empty((), dtype=ACCUMULATOR[x.dtype])
+
+
+@operator(
+    "pointwise_loss_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor? positive_weight,"
+    " Tensor? weight_total, str name, float a, float b, str reduction, bool wants_dx, bool wants_dt)"
+    " -> (Tensor, Tensor)",
+    fake=lambda g, x, target, weight, positive_weight, weight_total, name, a, b, reduction, wants_dx, wants_dt: (
+        torch.empty_like(x) if wants_dx else x.new_empty(0),
+        torch.empty_like(x) if wants_dt else x.new_empty(0),
+    ),
+)
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    weight_total: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    reduction: kernels.Reduction,
+    wants_dx: bool,
+    wants_dt: bool,
+) -> tuple[Tensor, Tensor]:
+    return kernels.pointwise_loss_backward(
+        g, x, target, weight, positive_weight, weight_total, name, a, b, reduction, wants_dx, wants_dt
+    )
+
+
+# --- Gradients ------------------------------------------------------------------------------------------------------
+
+
+class PointwiseLoss(Function):
+    """Saves the operands, and the sum of the weights where the loss was divided by it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        positive_weight: Tensor | None,
+        name: str,
+        a: float,
+        b: float,
+        reduction: kernels.Reduction,
+    ) -> Tensor:
+        loss, weight_total = _forward(x, target, weight, positive_weight, name, a, b, reduction)
+        ctx.save_for_backward(x, target, weight, positive_weight, weight_total)
+        ctx.arguments = (name, a, b, reduction)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, weight, positive_weight, weight_total = ctx.saved_tensors
+        wants_dx, wants_dt, *_ = ctx.needs_input_grad
+        dx: Tensor | None
+        dt: Tensor | None
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                loss = _stock_loss(x, target, weight, positive_weight, *ctx.arguments)
+            wanted = [tensor for tensor, needed in ((x, wants_dx), (target, wants_dt)) if needed]
+            gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+            dx, dt = (next(gradients) if needed else None for needed in (wants_dx, wants_dt))
+        else:
+            dx, dt = _backward(g, x, target, weight, positive_weight, weight_total, *ctx.arguments, wants_dx, wants_dt)
+        return dx if wants_dx else None, dt if wants_dt else None, None, None, None, None, None, None
+
+
+def _forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    reduction: kernels.Reduction,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the sum of the weights where it was divided by that."""
+    if reduction == "none":
+        return _elements(x, target, weight, positive_weight, name, a, b), None
+    loss, weight_total = _reduced(x, target, weight, positive_weight, name, a, b, reduction)
+    return loss, weight_total if reduction == "weighted_mean" else None
+
+
+def _apply_kernel(
+    name: str,
+    reduction: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    positive_weight: Tensor | None = None,
+    a: float = 0.0,
+    b: float = 0.0,
+) -> Tensor:
+    """Apply a row of the table, differentiably where the input or the target requires gradients."""
+    if reduction == "mean" and weight is not None and kernels.LOSSES[name].has_weighted_mean:
+        reduction = "weighted_mean"
+    arguments = (input, target, weight, positive_weight, name, float(a), float(b), reduction)
+    loss: Tensor
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        loss = PointwiseLoss.apply(*arguments)
+    else:
+        loss, _ = _forward(*arguments)  # type: ignore[arg-type]
+    return loss
+
+
+# --- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def _try_kernel(
+    operation: str,
+    row: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    positive_weight: Tensor | None = None,
+    *,
+    reduction: str,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    a: float = 0.0,
+    b: float = 0.0,
+    refusal: str | None = None,
+) -> Tensor | None:
+    """The loss by kernels, or None where ``operation`` has to take the stock path; ``refusal`` as in `takes_kernel`."""
+    operands = (input, target, weight, positive_weight)
+    name = reduction_name(size_average, reduce, reduction)
+    refusal = _refusal(*operands) or refusal
+    if refusal is None and autocast_dtype(input):
+        if weight is not None and row in _UNWEIGHTED_UNDER_AUTOCAST:
+            refusal = "autocast takes a weighted loss apart"
+        elif row == "binary_cross_entropy" and input.is_cuda:
+            refusal = "autocast rejects it"
+        operands = tuple(single_precision(operand) for operand in operands)  # type: ignore[assignment]
+    if name not in ("none", "mean", "sum") and not (name == "batchmean" and operation == "kl_div"):
+        refusal = "unknown reduction"
+    if not takes_kernel(operation, *(operand for operand in operands if operand is not None), refusal=refusal):
+        return None
+    warn_of_deprecated(size_average, reduce)
+    return _apply_kernel(row, name, *operands, a=a, b=b)
+
+
+# Losses whose weights PyTorch multiplies outside the operator that autocast knows.
+_UNWEIGHTED_UNDER_AUTOCAST = ("huber_loss", "l1_loss", "mse_loss")
+
+
+def _refusal(input: object, target: object, weight: object = None, positive_weight: object = None) -> str | None:
+    """Why the kernels don't take these operands, or None."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return "not a tensor"
+    if input.shape != target.shape:
+        return "input and target differ in shape"
+    for weights in (weight, positive_weight):
+        if weights is None:
+            continue
+        if not isinstance(weights, Tensor):
+            return "not a tensor"
+        if weights.requires_grad and torch.is_grad_enabled():
+            return "the weights require gradients"
+        if not _broadcasts_to(weights, input):
+            return "the weights don't fit the input"
+    return None
+
+
+def _broadcasts_to(small: Tensor, large: Tensor) -> bool:
+    pairs = zip(reversed(small.shape), reversed(large.shape), strict=False)
+    return small.dim() <= large.dim() and all(ours in (1, theirs) for ours, theirs in pairs)
+
+
+def _weight_refusal(input: object, weight: object) -> str | None:
+    """Why weights of a loss that doesn't broadcast them are refused, or None."""
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.shape != input.shape:
+        return "the weights don't have the shape of the input"
+    return None
+
+
+def _threshold_refusal(threshold: object) -> str | None:
+    if type(threshold) not in (float, int):
+        return "a parameter is not a Python number"
+    return None if threshold > 0 else "the threshold is not positive"  # type: ignore[operator]
+
+
+# --- Functions ------------------------------------------------------------------------------------------------------
+#
+# Autocast computes all of them in float32, and so do these.
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """weight (x - t)^2, its sum, or its mean over the weights.  As `torch.nn.functional.mse_loss`."""
+    loss = _try_kernel(
+        "mse_loss",
+        "mse_loss",
+        input,
+        target,
+        weight,
+        reduction=reduction,
+        size_average=size_average,
+        reduce=reduce,
+        refusal=_weight_refusal(input, weight),
+    )
+    return F.mse_loss(input, target, size_average, reduce, reduction, weight) if loss is None else loss
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """weight |x - t|, its sum, or its mean over the weights.  As `torch.nn.functional.l1_loss`."""
+    loss = _try_kernel(
+        "l1_loss",
+        "l1_loss",
+        input,
+        target,
+        weight,
+        reduction=reduction,
+        size_average=size_average,
+        reduce=reduce,
+        refusal=_weight_refusal(input, weight),
+    )
+    return F.l1_loss(input, target, size_average, reduce, reduction, weight) if loss is None else loss
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """(x - t)^2 / (2 beta) where |x - t| < beta, else |x - t| - beta / 2.  As `torch.nn.functional.smooth_l1_loss`.
+
+    With beta = 0 that is the L1 loss.  Source: Girshick, "Fast R-CNN" (ICCV 2015).
+    """
+    is_l1 = type(beta) in (float, int) and beta == 0
+    loss = _try_kernel(
+        "smooth_l1_loss",
+        "l1_loss" if is_l1 else "huber_loss",
+        input,
+        target,
+        reduction=reduction,
+        size_average=size_average,
+        reduce=reduce,
+        a=beta,
+        b=beta,
+        refusal=None if is_l1 else _threshold_refusal(beta),
+    )
+    return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta) if loss is None else loss
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """weight (x - t)^2 / 2 where |x - t| < delta, else weight delta (|x - t| - delta / 2).
+
+    As `torch.nn.functional.huber_loss`; its mean is over the elements.  Source: Huber, "Robust Estimation of a Location
+    Parameter" (1964).
+    """
+    refusal = _weight_refusal(input, weight) or _threshold_refusal(delta)
+    loss = _try_kernel(
+        "huber_loss", "huber_loss", input, target, weight, reduction=reduction, a=delta, b=1.0, refusal=refusal
+    )
+    return F.huber_loss(input, target, reduction, delta, weight) if loss is None else loss
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """-weight (t log x + (1 - t) log(1 - x)), logarithms clamped at -100.
+
+    As `torch.nn.functional.binary_cross_entropy`.  An input or target outside [0, 1] raises PyTorch's RuntimeError on
+    the CPU, and a device assertion on CUDA.
+    """
+    loss = _try_kernel(
+        "binary_cross_entropy",
+        "binary_cross_entropy",
+        input,
+        target,
+        weight,
+        reduction=reduction,
+        size_average=size_average,
+        reduce=reduce,
+    )
+    return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction) if loss is None else loss
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """-weight (pos_weight t log sigmoid(x) + (1 - t) log(1 - sigmoid(x))), stable for any x.
+
+    As `torch.nn.functional.binary_cross_entropy_with_logits`.
+    """
+    loss = _try_kernel(
+        "binary_cross_entropy_with_logits",
+        "binary_cross_entropy_with_logits",
+        input,
+        target,
+        weight,
+        pos_weight,
+        reduction=reduction,
+        size_average=size_average,
+        reduce=reduce,
+    )
+    if loss is None:
+        return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    return loss
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """t (log t - x), or exp(t) (t - x) with ``log_target``; x is a logarithm.  As `torch.nn.functional.kl_div`.
+
+    "batchmean" divides the sum by the number of samples.  Source: Kullback and Leibler, "On Information and
+    Sufficiency" (1951).
+    """
+    refusal = None if type(log_target) is bool else "log_target is not a bool"
+    modern = size_average is None and reduce is None
+    if reduction == "batchmean" and not modern:
+        refusal = "deprecated arguments together with batchmean"
+    loss = _try_kernel(
+        "kl_div",
+        "kl_div",
+        input,
+        target,
+        reduction=reduction,
+        size_average=size_average,
+        reduce=reduce,
+        a=1.0 if log_target is True else 0.0,
+        refusal=refusal,
+    )
+    if loss is None:
+        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
+    if modern and reduction == "mean":
+        warnings.warn(_KL_DIV_MEAN, stacklevel=2)
+    return loss
+
+
+_KL_DIV_MEAN = (
+    "reduction: 'mean' divides the total loss by both the batch size and the support size."
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+)

@@ -1,0 +1,98 @@
+"""Sums over a whole tensor, in two stages and a fixed order.
+
+At most `SUM_PROGRAMS` programs walk over the tensor in strides, and leave a partial sum each (and one of the weights
+beside); a second launch of a single program adds those.  A small tensor needs one program only, which then writes the
+result itself.  How many programs there are follows from the size alone, not from the GPU: so do the bits of the result.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .launch import COMPUTE, TRITON_TYPE, Configuration, launch
+from .numerics import divide, narrow, scalar
+
+__all__ = ["ACCUMULATOR", "SUM_PROGRAMS", "combination", "combine", "finish_sum", "sum_programs"]
+
+#: Enough programs to fill any GPU, few enough for one program to add their sums at once.
+SUM_PROGRAMS = 1024
+# Up to here the sum is latency, and a second launch costs more than it saves.
+_TILES_OF_ONE_PROGRAM = 4
+
+#: The type that a sum over elements of a dtype is kept in.
+ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in COMPUTE}
+
+
+def sum_programs(tiles: int) -> int:
+    """Programs for the first stage of a sum over so many tiles."""
+    return 1 if tiles <= _TILES_OF_ONE_PROGRAM else min(tiles, SUM_PROGRAMS)
+
+
+@triton.jit
+def store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor):
+    """Store total / divisor.  A divisor of 0 stands for the sum of the weights, which is stored too."""
+    if divisor == 0:
+        tl.store(weight_total_pointer, weight_total)
+        divisor = weight_total
+    tl.store(value_pointer, narrow(divide(total, divisor), value_pointer.dtype.element_ty))
+
+
+@triton.jit
+def finish_sum(partial_pointer, value_pointer, weight_total_pointer, total, weight_total, divisor):
+    """End of the first stage: store this program's sums, or the result where it is the only program."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if programs == 1:
+        store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor)
+    else:
+        tl.store(partial_pointer + program, total)
+        tl.store(partial_pointer + programs + program, weight_total)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def combine_kernel(
+    partial_pointer,  # partial sums, then partial sums of the weights, (2, programs)
+    value_pointer,  # the result, one element
+    weight_total_pointer,  # sum of the weights, one element; written where ``divisor`` is 0
+    programs: tl.int32,
+    divisor: tl.float64,
+    COMPUTE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    program = tl.arange(0, PROGRAMS)
+    partial = tl.load(partial_pointer + program, mask=program < programs, other=0)
+    partial_weights = tl.load(partial_pointer + programs + program, mask=program < programs, other=0)
+    total = tl.sum(partial, axis=0)
+    weight_total = tl.sum(partial_weights, axis=0)
+    store_quotient(value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
+
+
+@cache
+def combination(dtype: torch.dtype) -> Configuration:
+    """The second stage, for a result of ``dtype``."""
+    accumulator = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
+    return Configuration(
+        label=f"combine partial sums {TRITON_TYPE[dtype]}",
+        kernel=combine_kernel,
+        signature=(
+            ("partial_pointer", accumulator),
+            ("value_pointer", "*" + TRITON_TYPE[dtype]),
+            ("weight_total_pointer", accumulator),
+            ("programs", "i32"),
+            ("divisor", "fp64"),
+        ),
+        constants=(("COMPUTE", COMPUTE[dtype]), ("PROGRAMS", SUM_PROGRAMS)),
+        threads=128,
+    )
+
+
+def combine(partial: Tensor, value: Tensor, weight_total: Tensor, divisor: float) -> None:
+    """Add what the programs of the first stage left in ``partial`` (2, programs), and divide it by ``divisor``.
+
+    Nothing is left to do after a single program.
+    """
+    programs = partial.shape[1]
+    if programs > 1:
+        launch(combination(value.dtype), 1, partial, value, weight_total, programs, divisor)

@@ -1,0 +1,663 @@
+"""Pointwise losses: one table of pure device functions, and the three kernels that apply them.
+
+Each row of `LOSSES` defines a loss once, as a function of an input element x and its target t: its value, and its
+derivatives with respect to both.  The device functions neither load nor store.
+
+All take the loss's two scalar parameters ``a`` and ``b``, used or not, and the weight ``p`` of a positive target (1
+where there is none), in the type of the arithmetic.
+
+Weights multiply the value.  They may be one for each element, or repeat: a weight per class, per sample, or one for
+all, which are read as they are and never expanded in memory (`Weights`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .layout import dense, dense_like
+from .numerics import divide, exp, log, log1p, narrow, require, scalar, sigmoid, widen
+from .partial_sums import ACCUMULATOR, combination, combine, finish_sum, sum_programs
+from .tiles import TILE, flat_tile, load_tile, place_tile, programs_for, store_tile, threads_for, tile_shape
+
+__all__ = [
+    "LOSSES",
+    "PointwiseLoss",
+    "Reduction",
+    "divisor",
+    "pointwise_loss",
+    "pointwise_loss_backward",
+    "pointwise_loss_reduced",
+]
+
+#: "weighted_mean" divides by the sum of the weights, "mean" by the number of elements, "batchmean" by that of samples.
+Reduction = Literal["none", "mean", "sum", "batchmean", "weighted_mean"]
+
+# --- Device functions: value, and derivatives with respect to x and t, of (x, t, p, a, b) ----------------------------
+#
+# Comparisons are written the way round that treats NaN as PyTorch does.
+
+
+@triton.jit
+def mse_value(x, t, p, a, b):
+    d = x - t
+    return d * d
+
+
+@triton.jit
+def mse_gradient(x, t, p, a, b):
+    return 2 * (x - t)
+
+
+@triton.jit
+def mse_target_gradient(x, t, p, a, b):
+    return 2 * (t - x)
+
+
+@triton.jit
+def l1_value(x, t, p, a, b):
+    return tl.abs(x - t)
+
+
+@triton.jit
+def l1_gradient(x, t, p, a, b):
+    # The sign of NaN is 0.
+    d = x - t
+    return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def l1_target_gradient(x, t, p, a, b):
+    return -l1_gradient(x, t, p, a, b)
+
+
+@triton.jit
+def huber_value(x, t, p, a, b):
+    """Huber's loss of threshold a, divided by b: with b = 1 that is PyTorch's, with b = a the smooth L1 loss."""
+    z = tl.abs(x - t)
+    return tl.where(z < a, 0.5 * z * z / b, (z - 0.5 * a) * divide(a, b))
+
+
+@triton.jit
+def huber_gradient(x, t, p, a, b):
+    d = x - t
+    slope = divide(a, b)
+    return tl.where(d <= -a, -slope, tl.where(d >= a, slope, d / b))
+
+
+@triton.jit
+def huber_target_gradient(x, t, p, a, b):
+    return -huber_gradient(x, t, p, a, b)
+
+
+@triton.jit
+def bce_valid(x, t):
+    return (x >= 0) & (x <= 1) & (t >= 0) & (t <= 1)
+
+
+@triton.jit
+def bce_value(x, t, p, a, b):
+    # Logarithms are clamped at -100; no operand is NaN here.
+    log_x = log(x)
+    log_1_minus_x = log1p(-x)
+    return (t - 1) * tl.where(log_1_minus_x < -100, -100.0, log_1_minus_x) - t * tl.where(log_x < -100, -100.0, log_x)
+
+
+@triton.jit
+def bce_gradient(x, t, p, a, b):
+    variance = (1 - x) * x
+    return (x - t) / tl.where(variance < 1e-12, 1e-12, variance)
+
+
+@triton.jit
+def bce_target_gradient(x, t, p, a, b):
+    # Not clamped, in PyTorch either.
+    return log1p(-x) - log(x)
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.where(x > 0, 0.0, x) - log1p(exp(-tl.abs(x)))
+
+
+@triton.jit
+def bce_with_logits_value(x, t, p, a, b):
+    return (1 - t) * x - ((p - 1) * t + 1) * log_sigmoid(x)
+
+
+@triton.jit
+def bce_with_logits_gradient(x, t, p, a, b):
+    # (1 + (p - 1) t) sigmoid(x) - p t, arranged so that nothing cancels, and nothing is left of p where it is 1.
+    return (sigmoid(x) - t) - (p - 1) * t * sigmoid(-x)
+
+
+@triton.jit
+def bce_with_logits_target_gradient(x, t, p, a, b):
+    return -x - (p - 1) * log_sigmoid(x)
+
+
+@triton.jit
+def kl_div_value(x, t, p, a, b):
+    """x is a logarithm; so is t where a isn't 0."""
+    if a != 0:
+        value = exp(t) * (t - x)
+    else:
+        value = tl.where(t == 0, 0.0, t * log(t)) - t * x
+    return value
+
+
+@triton.jit
+def kl_div_gradient(x, t, p, a, b):
+    if a != 0:
+        gradient = -exp(t)
+    else:
+        gradient = -t
+    return gradient
+
+
+@triton.jit
+def kl_div_target_gradient(x, t, p, a, b):
+    if a != 0:
+        gradient = exp(t) * (t - x + 1)
+    else:
+        gradient = log(t) + t / t - x  # t / t: NaN at 0, as in PyTorch
+    return gradient
+
+
+# --- The table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PointwiseLoss:
+    """A loss that is a sum over elements: what the kernels that apply it need to know.
+
+    ``value``, ``gradient`` and ``target_gradient`` are device functions of (x, t, p, a, b).  ``valid(x, t)`` tells
+    which elements may be, and ``complaint`` what is wrong with others.  ``uses_positive_weight`` says that p is used,
+    ``has_weighted_mean`` that a mean with weights is taken over the weights, not over the elements.
+    """
+
+    name: str
+    value: Any
+    gradient: Any
+    target_gradient: Any
+    valid: Any = None
+    complaint: str = ""
+    uses_positive_weight: bool = False
+    has_weighted_mean: bool = False
+
+    def budget(self, numel: int, dtype: torch.dtype, reduction: Reduction = "mean") -> tuple[float, float]:
+        """Bytes of device memory that (forward, backward) must move, without weights, for the input's gradient."""
+        tensor = numel * dtype.itemsize
+        return (3 * tensor, 4 * tensor) if reduction == "none" else (2 * tensor, 3 * tensor)
+
+
+#: Every pointwise loss, by name.
+LOSSES: dict[str, PointwiseLoss] = {
+    row.name: row
+    for row in (
+        PointwiseLoss("mse_loss", mse_value, mse_gradient, mse_target_gradient, has_weighted_mean=True),
+        PointwiseLoss("l1_loss", l1_value, l1_gradient, l1_target_gradient, has_weighted_mean=True),
+        PointwiseLoss("huber_loss", huber_value, huber_gradient, huber_target_gradient),
+        PointwiseLoss(
+            "binary_cross_entropy",
+            bce_value,
+            bce_gradient,
+            bce_target_gradient,
+            bce_valid,
+            "binary cross-entropy: input or target is not between 0 and 1",
+        ),
+        PointwiseLoss(
+            "binary_cross_entropy_with_logits",
+            bce_with_logits_value,
+            bce_with_logits_gradient,
+            bce_with_logits_target_gradient,
+            uses_positive_weight=True,
+        ),
+        PointwiseLoss("kl_div", kl_div_value, kl_div_gradient, kl_div_target_gradient),
+    )
+}
+
+# --- Kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_weights(
+    pointer,
+    inner,
+    period,
+    start,
+    offsets,
+    inside,
+    whole,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The weights of a tile: all 1 where ``period`` is 0, one for each element where ``inner`` is (see `Weights`)."""
+    if period == 0:
+        weights = tl.full((ROWS, COLUMNS), 1.0, COMPUTE)
+    elif inner == 0:
+        weights = widen(load_tile(pointer + start, offsets, inside, whole), COMPUTE)
+    else:
+        first = (start % (inner.to(tl.int64) * period)).to(tl.int32)
+        weights = widen(tl.load(pointer + (first + offsets) // inner % period), COMPUTE)
+    return weights
+
+
+@triton.jit
+def load_operands(
+    x_pointer,
+    t_pointer,
+    weight_pointer,
+    weight_inner,
+    weight_period,
+    positive_pointer,
+    positive_inner,
+    positive_period,
+    start,
+    offsets,
+    inside,
+    whole,
+    POSITIVE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Input, target, weights, and weights of positive targets (where ``POSITIVE``), of a tile."""
+    x = load_tile(x_pointer + start, offsets, inside, whole)
+    t = load_tile(t_pointer + start, offsets, inside, whole)
+    w = load_weights(weight_pointer, weight_inner, weight_period, start, offsets, inside, whole, COMPUTE, ROWS, COLUMNS)
+    p = w
+    if POSITIVE:
+        p = load_weights(
+            positive_pointer, positive_inner, positive_period, start, offsets, inside, whole, COMPUTE, ROWS, COLUMNS
+        )
+    return widen(x, COMPUTE), widen(t, COMPUTE), w, p
+
+
+@triton.jit(do_not_specialize=["numel", "weight_inner", "weight_period", "positive_inner", "positive_period"])
+def pointwise_loss_kernel(
+    x_pointer,  # input, flat
+    t_pointer,  # target, flat
+    weight_pointer,  # weights, or anything where there are none
+    positive_pointer,  # weights of positive targets, or anything
+    y_pointer,  # loss of each element, flat
+    numel: tl.int64,
+    weight_inner: tl.int32,
+    weight_period: tl.int32,
+    positive_inner: tl.int32,
+    positive_period: tl.int32,
+    a: tl.float64,
+    b: tl.float64,
+    VALUE: tl.constexpr,
+    VALID: tl.constexpr,
+    COMPLAINT: tl.constexpr,
+    POSITIVE: tl.constexpr,  # VALUE uses the weights of positive targets
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    _, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+
+    x, t, w, p = load_operands(
+        x_pointer,
+        t_pointer,
+        weight_pointer,
+        weight_inner,
+        weight_period,
+        positive_pointer,
+        positive_inner,
+        positive_period,
+        start,
+        offsets,
+        inside,
+        whole,
+        POSITIVE,
+        COMPUTE,
+        ROWS,
+        COLUMNS,
+    )
+    if VALID is not None:
+        require(VALID(x, t), COMPLAINT)
+    y = w * VALUE(x, t, p, a, b)
+    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+
+
+@triton.jit(do_not_specialize=["numel", "weight_inner", "weight_period", "positive_inner", "positive_period"])
+def pointwise_loss_sum_kernel(
+    x_pointer,  # input, flat
+    t_pointer,  # target, flat
+    weight_pointer,  # weights, or anything where there are none
+    positive_pointer,  # weights of positive targets, or anything
+    partial_pointer,  # partial sums, see `partial_sums`
+    value_pointer,  # the loss, one element
+    weight_total_pointer,  # sum of the weights, one element; written where ``divisor`` is 0
+    numel: tl.int64,
+    weight_inner: tl.int32,
+    weight_period: tl.int32,
+    positive_inner: tl.int32,
+    positive_period: tl.int32,
+    divisor: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    VALUE: tl.constexpr,
+    VALID: tl.constexpr,
+    COMPLAINT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    totals = tl.zeros((COLUMNS,), COMPUTE)
+    weight_totals = tl.zeros((COLUMNS,), COMPUTE)
+    first = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(numel, ROWS * COLUMNS)
+    # Hoisted out of the loop, the addresses of the masked branches would take twice the registers.
+    for tile_index in tl.range(first, tiles, tl.num_programs(0).to(tl.int64), disable_licm=True):
+        start, offsets, inside, whole = place_tile(tile_index, numel, ROWS, COLUMNS)
+        x, t, w, p = load_operands(
+            x_pointer,
+            t_pointer,
+            weight_pointer,
+            weight_inner,
+            weight_period,
+            positive_pointer,
+            positive_inner,
+            positive_period,
+            start,
+            offsets,
+            inside,
+            whole,
+            POSITIVE,
+            COMPUTE,
+            ROWS,
+            COLUMNS,
+        )
+        if VALID is not None:
+            require(VALID(x, t), COMPLAINT)
+        totals += tl.sum(tl.where(inside, w * VALUE(x, t, p, a, b), 0.0), axis=0)
+        weight_totals += tl.sum(tl.where(inside, w, 0.0), axis=0)
+    total = tl.sum(totals, axis=0)
+    weight_total = tl.sum(weight_totals, axis=0)
+    finish_sum(partial_pointer, value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("numel", "weight_inner", "weight_period", "positive_inner", "positive_period"),
+        *("g_repeats", "wants_dx", "wants_dt"),
+    ]
+)
+def pointwise_loss_backward_kernel(
+    g_pointer,  # gradient of the loss: one element where ``g_repeats``, else flat
+    x_pointer,  # input, flat
+    t_pointer,  # target, flat
+    weight_pointer,  # weights, or anything where there are none
+    positive_pointer,  # weights of positive targets, or anything
+    weight_total_pointer,  # sum of the weights, one element; read where ``divisor`` is 0
+    dx_pointer,  # gradient of the input, flat; written where ``wants_dx``
+    dt_pointer,  # gradient of the target, flat; written where ``wants_dt``
+    numel: tl.int64,
+    weight_inner: tl.int32,
+    weight_period: tl.int32,
+    positive_inner: tl.int32,
+    positive_period: tl.int32,
+    g_repeats: tl.int32,
+    wants_dx: tl.int32,
+    wants_dt: tl.int32,
+    divisor: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    GRADIENT: tl.constexpr,
+    TARGET_GRADIENT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    _, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    divisor = scalar(divisor, COMPUTE)
+    if divisor == 0:
+        divisor = tl.load(weight_total_pointer)
+
+    x, t, w, p = load_operands(
+        x_pointer,
+        t_pointer,
+        weight_pointer,
+        weight_inner,
+        weight_period,
+        positive_pointer,
+        positive_inner,
+        positive_period,
+        start,
+        offsets,
+        inside,
+        whole,
+        POSITIVE,
+        COMPUTE,
+        ROWS,
+        COLUMNS,
+    )
+    if g_repeats:
+        g = divide(widen(tl.load(g_pointer), COMPUTE), divisor) * w
+    else:
+        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE) * w
+    if wants_dx:
+        dx = g * GRADIENT(x, t, p, a, b)
+        store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+    if wants_dt:
+        dt = g * TARGET_GRADIENT(x, t, p, a, b)
+        store_tile(dt_pointer + start, offsets, narrow(dt, dt_pointer.dtype.element_ty), inside, whole)
+
+
+# --- Configurations -------------------------------------------------------------------------------------------------
+
+_Kind = Literal["forward", "sum", "backward"]
+_KERNELS = {
+    "forward": pointwise_loss_kernel,
+    "sum": pointwise_loss_sum_kernel,
+    "backward": pointwise_loss_backward_kernel,
+}
+_WEIGHTS = ("weight_pointer", "positive_pointer")
+_POINTERS = {
+    "forward": ("x_pointer", "t_pointer", *_WEIGHTS, "y_pointer"),
+    "sum": ("x_pointer", "t_pointer", *_WEIGHTS, "partial_pointer", "value_pointer", "weight_total_pointer"),
+    "backward": (
+        *("g_pointer", "x_pointer", "t_pointer", *_WEIGHTS),
+        *("weight_total_pointer", "dx_pointer", "dt_pointer"),
+    ),
+}
+_INTEGERS = ("weight_inner", "weight_period", "positive_inner", "positive_period")
+_FLAGS = {"forward": (), "sum": (), "backward": ("g_repeats", "wants_dx", "wants_dt")}
+_NUMBERS = {"forward": ("a", "b"), "sum": ("divisor", "a", "b"), "backward": ("divisor", "a", "b")}
+
+
+@cache
+def _configuration(kind: _Kind, name: str, dtype: torch.dtype) -> Configuration:
+    row = LOSSES[name]
+    rows, columns = tile_shape(dtype)
+    element, accumulator = ("*" + TRITON_TYPE[t] for t in (dtype, ACCUMULATOR[dtype]))
+    checks = row.valid is not None and kind != "backward"
+    functions: tuple[tuple[str, Any], ...]
+    if kind == "backward":
+        functions = (("GRADIENT", row.gradient), ("TARGET_GRADIENT", row.target_gradient))
+    else:
+        functions = (("VALUE", row.value), ("VALID", row.valid), ("COMPLAINT", row.complaint))
+    return Configuration(
+        label=f"{name} {kind} {TRITON_TYPE[dtype]}",
+        kernel=_KERNELS[kind],
+        signature=(
+            *(
+                (pointer, accumulator if pointer in ("partial_pointer", "weight_total_pointer") else element)
+                for pointer in _POINTERS[kind]
+            ),
+            ("numel", "i64"),
+            *((integer, "i32") for integer in (*_INTEGERS, *_FLAGS[kind])),
+            *((number, "fp64") for number in _NUMBERS[kind]),
+        ),
+        constants=(
+            *functions,
+            ("POSITIVE", row.uses_positive_weight),
+            ("COMPUTE", COMPUTE[dtype]),
+            ("ROWS", rows),
+            ("COLUMNS", columns),
+        ),
+        threads=threads_for(dtype),
+        wide_loads=2 * rows,
+        wide_stores=0 if kind == "sum" else rows,
+        asserts=checks,
+    )
+
+
+@ships("pointwise_loss")
+def configurations() -> Iterator[Configuration]:
+    for dtype in DTYPES:
+        for name in LOSSES:
+            for kind in _KERNELS:
+                yield _configuration(kind, name, dtype)  # type: ignore[arg-type]
+        yield combination(dtype)
+
+
+# --- Operands -------------------------------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """Weights as the kernels read them: the flat element i has the weight ``values[i // inner % period]``.
+
+    No weights: period 0.  One for each element: inner 0, ``values`` in the memory order of the input.
+    """
+
+    values: Tensor
+    inner: int
+    period: int
+
+
+def _weights(weight: Tensor | None, x: Tensor) -> Weights:
+    """``weight``, which broadcasts to the shape of the dense ``x``, in the memory order of ``x``."""
+    if weight is None:
+        return Weights(x, 0, 0)
+    # Dimensions from the outermost in memory to the innermost, without those of one element.
+    expanded = weight.expand(x.shape)
+    order = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: -x.stride(d))
+    varies = [expanded.stride(d) != 0 for d in order]
+    outer = varies.index(True) if any(varies) else len(order)
+    last = len(order) - varies[::-1].index(True) if any(varies) else len(order)
+    kept, repeated = order[outer:last], order[:outer] + order[last:]
+    inner, period = (_product(x.shape[d] for d in dims) for dims in (order[last:], kept))
+    if not repeated or not all(varies[outer:last]) or inner * period >= 2**31 - TILE:
+        return Weights(dense_like(expanded, x.stride()), 0, 1)
+    values = expanded.permute(*kept, *(d for d in range(x.dim()) if d not in kept))
+    return Weights(values.flatten(len(kept))[..., 0].contiguous(), inner, period)
+
+
+def _product(sizes: Iterator[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def divisor(reduction: Reduction, x: Tensor) -> float:
+    """What the sum is divided by; 0 for the sum of the weights."""
+    if reduction == "weighted_mean":
+        return 0.0
+    if reduction == "batchmean":
+        return float(x.shape[0]) if x.dim() else 1.0
+    return float(x.numel()) if reduction == "mean" else 1.0
+
+
+# --- Launchers ------------------------------------------------------------------------------------------------------
+
+
+def pointwise_loss(
+    x: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None, name: str, a: float, b: float
+) -> Tensor:
+    """The loss of each element, in the memory order of ``x``.
+
+    Raises `DeviceAssertionError` in the interpreter where an operand is out of the loss's range.
+    """
+    x = dense(x)
+    target = dense_like(target, x.stride())
+    (w, *w_extents), (p, *p_extents) = _weights(weight, x), _weights(positive_weight, x)
+    y = torch.empty_like(x)
+    configuration = _configuration("forward", name, x.dtype)
+    launch(configuration, programs_for(x.numel()), x, target, w, p, y, x.numel(), *w_extents, *p_extents, a, b)
+    return y
+
+
+def pointwise_loss_reduced(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor]:
+    """The sum or mean of the losses, and the sum of the weights (of no meaning unless "weighted_mean" needs it).
+
+    Raises as `pointwise_loss` does.
+    """
+    x = dense(x)
+    target = dense_like(target, x.stride())
+    (w, *w_extents), (p, *p_extents) = _weights(weight, x), _weights(positive_weight, x)
+    count = divisor(reduction, x)
+    programs = sum_programs(programs_for(x.numel()))
+    partial = torch.empty((2, programs), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    value = torch.empty((), dtype=x.dtype, device=x.device)
+    weight_total = torch.empty((), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    launch(
+        _configuration("sum", name, x.dtype),
+        programs,
+        *(x, target, w, p, partial, value, weight_total),
+        *(x.numel(), *w_extents, *p_extents, count, a, b),
+    )
+    combine(partial, value, weight_total, count)
+    return value, weight_total
+
+
+def pointwise_loss_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    weight_total: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    reduction: Reduction,
+    wants_dx: bool,
+    wants_dt: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and of the target; one that isn't wanted is empty."""
+    x = dense(x)
+    target = dense_like(target, x.stride())
+    (w, *w_extents), (p, *p_extents) = _weights(weight, x), _weights(positive_weight, x)
+    if reduction == "none":
+        g = dense_like(g, x.stride())
+    if weight_total is None:
+        weight_total = torch.empty((), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
+    dt = torch.empty_like(x) if wants_dt else x.new_empty(0)
+    launch(
+        _configuration("backward", name, x.dtype),
+        programs_for(x.numel()),
+        *(g, x, target, w, p, weight_total, dx, dt),
+        *(x.numel(), *w_extents, *p_extents),
+        *(int(reduction != "none"), int(wants_dx), int(wants_dt)),
+        *(divisor(reduction, x), a, b),
+    )
+    return dx, dt
