@@ -158,9 +158,10 @@ def cross_entropy_forward_kernel(
     if TARGETS != _INDICES:
         tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
     if reduced:
-        total = tl.sum(loss, 0)
+        loss_total = tl.sum(loss, 0)
         weight_total = tl.sum(weight.to(COMPUTE), 0)
-        finish_sum(loss_pointer, value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
+        divisor = scalar(divisor, COMPUTE)
+        finish_sum(loss_pointer, value_pointer, weight_total_pointer, loss_total, weight_total, divisor)
     else:
         tl.store(loss_pointer + line, loss, mask=exists)
 
