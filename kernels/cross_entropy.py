@@ -107,6 +107,7 @@ def cross_entropy_forward_kernel(
     base, line, start, exists = line_block(program, count, length, inner, AXIS, LINES)
     x_pointer += base
     smoothing = scalar(smoothing, COMPUTE)
+    divisor = scalar(divisor, COMPUTE)
 
     maximum, total = start_fold(COMPUTE, AXIS, LINES, WIDTH, PACK)
     mass = tl.zeros_like(total)  # sum of the weights of log p
@@ -160,7 +161,6 @@ def cross_entropy_forward_kernel(
     if reduced:
         loss_total = tl.sum(loss, 0)
         weight_total = tl.sum(weight.to(COMPUTE), 0)
-        divisor = scalar(divisor, COMPUTE)
         finish_sum(loss_pointer, value_pointer, weight_total_pointer, loss_total, weight_total, divisor)
     else:
         tl.store(loss_pointer + line, loss, mask=exists)

@@ -100,7 +100,7 @@ def test_float16_gradients_use_the_upstream_gradients_range(device: str) -> None
         loss = autograd.linear_cross_entropy(*operands, target)
         results.append(torch.autograd.grad(loss, operands[0], torch.full_like(loss, scale))[0])
     scaled, exact = results
-    assert exact.abs().max() / scale < 1e-5  # few bits of float16 are left there
+    assert exact.abs().max() / scale < 2e-5  # few bits of float16 are left there
     torch.testing.assert_close(scaled.double(), exact, rtol=0.01, atol=1e-4 * float(exact.abs().max()))
 
 
