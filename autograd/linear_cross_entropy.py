@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import linear_cross_entropy as kernels
-from ..kernels.cross_entropy import Reduction
+from ..kernels.cross_entropy import ACCUMULATOR, Reduction
 from ..kernels.launch import DeviceAssertionError
 from ..kernels.linear_cross_entropy import Options
-from ..kernels.partial_sums import ACCUMULATOR
 from .cross_entropy import CAST, refusal_of
 from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel, transform_refusal
 from .operators import operator

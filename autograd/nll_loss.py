@@ -10,7 +10,6 @@ from torch.autograd import Function
 
 from ..kernels import nll_loss as kernels
 from ..kernels.launch import DeviceAssertionError
-from ..kernels.partial_sums import ACCUMULATOR
 from .dispatch import autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator
@@ -37,7 +36,7 @@ def _elements(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     "nll_loss_reduced(Tensor x, Tensor target, Tensor? weight, int ignore_index, str reduction) -> (Tensor, Tensor)",
     fake=lambda x, target, weight, ignore_index, reduction: (
         x.new_empty(()),
-        x.new_empty((), dtype=ACCUMULATOR[x.dtype]),
+        x.new_empty((), dtype=torch.float64),
     ),
 )
 def _reduced(
@@ -47,7 +46,7 @@ def _reduced(
         return kernels.nll_loss_reduced(x, target, weight, ignore_index, reduction)
     except DeviceAssertionError:
         loss = _stock(x, target, weight, ignore_index, reduction)  # raises the stock error
-        return loss, loss.new_empty((), dtype=ACCUMULATOR[x.dtype])
+        return loss, loss.new_empty((), dtype=torch.float64)
 
 
 @operator(
@@ -137,7 +136,7 @@ def nll_loss(
     if torch.is_grad_enabled() and x.requires_grad:
         loss = NLLLoss.apply(x, target, weight, ignore_index, name)
     else:
-        loss, _ = _forward(x, target, weight, ignore_index, name)
+        loss, _ = _forward(x, target, weight, ignore_index, name)  # type: ignore[arg-type]
     return loss
 
 

@@ -15,6 +15,19 @@ BEGIN, END = "<!-- support table: begin (docs/support_table.py) -->", "<!-- supp
 # Layers whose family has kernels of its own: function, what is kept, bytes an element forward and backward.  The table
 # of activations knows the others'.
 OWN_KERNELS = {
+    **{
+        layer: (function, "the operands", "2e (mean)", "3e")
+        for layer, function in {
+            "BCELoss": "binary_cross_entropy",
+            "BCEWithLogitsLoss": "binary_cross_entropy_with_logits",
+            "HuberLoss": "huber_loss",
+            "KLDivLoss": "kl_div",
+            "L1Loss": "l1_loss",
+            "MSELoss": "mse_loss",
+            "SmoothL1Loss": "smooth_l1_loss",
+        }.items()
+    },
+    "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),
     "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
 }

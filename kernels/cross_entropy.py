@@ -31,7 +31,7 @@ from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
 from .nll_loss import Reduction
 from .numerics import divide, log, narrow, require, scalar, widen
-from .partial_sums import ACCUMULATOR, SUM_PROGRAMS, combine, finish_sum
+from .partial_sums import SUM_PROGRAMS, combine, finish_sum
 from .tiles import threads_for
 
 __all__ = [
@@ -46,6 +46,10 @@ __all__ = [
     "statistics_shape",
     "targets_of",
 ]
+
+
+#: The type of losses and statistics, and of sums over a chunk, for logits of a dtype.
+ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
 
 
 class Targets(IntEnum):
@@ -84,8 +88,9 @@ def cross_entropy_forward_kernel(
     x_pointer,  # logits
     target_pointer,  # class indices, (count,); or probabilities, in the memory order of the logits
     weight_pointer,  # weights of the classes, (length,); not read unless `weighted`
-    loss_pointer,  # losses, (count,); or, `reduced`, partial sums, see `partial_sums`
-    value_pointer,  # their sum or mean, one element; written where `reduced`
+    loss_pointer,  # losses, (count,); not written where `reduced`
+    partial_pointer,  # partial sums, see `partial_sums`; these three are written where `reduced`
+    value_pointer,  # their sum or mean, one element
     weight_total_pointer,  # sum of the weights, one element; written where `divisor` is 0
     statistics_pointer,  # maximum, log of the sum and, but for indices, sum of weights, each (count,)
     count: tl.int64,
@@ -107,7 +112,6 @@ def cross_entropy_forward_kernel(
     base, line, start, exists = line_block(program, count, length, inner, AXIS, LINES)
     x_pointer += base
     smoothing = scalar(smoothing, COMPUTE)
-    divisor = scalar(divisor, COMPUTE)
 
     maximum, total = start_fold(COMPUTE, AXIS, LINES, WIDTH, PACK)
     mass = tl.zeros_like(total)  # sum of the weights of log p
@@ -159,9 +163,7 @@ def cross_entropy_forward_kernel(
     if TARGETS != _INDICES:
         tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
     if reduced:
-        loss_total = tl.sum(loss, 0)
-        weight_total = tl.sum(weight.to(COMPUTE), 0)
-        finish_sum(loss_pointer, value_pointer, weight_total_pointer, loss_total, weight_total, divisor)
+        finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, COMPUTE)
     else:
         tl.store(loss_pointer + line, loss, mask=exists)
 
@@ -207,7 +209,7 @@ def cross_entropy_backward_kernel(
     g = tl.load(g_pointer + tl.where(reduced != 0, 0, line), mask=exists, other=0)
     divisor = scalar(divisor, COMPUTE)
     if divisor == 0:
-        divisor = tl.load(weight_total_pointer)
+        divisor = tl.load(weight_total_pointer).to(COMPUTE)
     scale = divide(g, divisor)
     maximum = tl.expand_dims(tl.load(statistics_pointer + line, mask=exists, other=0), AXIS)
     log_total = tl.expand_dims(tl.load(statistics_pointer + count + line, mask=exists, other=0), AXIS)
@@ -284,8 +286,9 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
             ("target_pointer", target),
             ("weight_pointer", statistics),
             ("loss_pointer", statistics),
+            ("partial_pointer", "*fp64"),
             ("value_pointer", statistics),
-            ("weight_total_pointer", statistics),
+            ("weight_total_pointer", "*fp64"),
             ("statistics_pointer", statistics),
             *extents,
             *options,
@@ -294,7 +297,7 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
         kernel, own, stores = cross_entropy_backward_kernel, (), wide
         signature = (
             ("g_pointer", statistics),
-            ("weight_total_pointer", statistics),
+            ("weight_total_pointer", "*fp64"),
             ("x_pointer", element),
             ("target_pointer", target),
             ("weight_pointer", statistics),
@@ -401,27 +404,27 @@ def cross_entropy_forward(
     programs = lines.blocks(block)
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
-    value = torch.empty((), dtype=accumulator, device=x.device)
-    weight_total = torch.empty((), dtype=accumulator, device=x.device)
     reduced = reduction != "none"
-    shape, strides = ((2, programs), (programs, 1)) if reduced else (line_shape(x.shape), line_strides(x))
-    loss = statistics.new_empty_strided(shape, strides)
+    loss = statistics if reduced else statistics.new_empty_strided(line_shape(x.shape), line_strides(x))
+    partial = torch.empty((2, programs if reduced else 0), dtype=torch.float64, device=x.device)
+    value = torch.empty((), dtype=accumulator, device=x.device)
+    weight_total = torch.empty((), dtype=torch.float64, device=x.device)
     divisor = 0.0 if reduction == "mean" else 1.0
     launch(
         configuration,
         programs,
         *(x, target, statistics if weight is None else weight.to(accumulator).contiguous()),
-        *(loss, value, weight_total, statistics),
+        *(loss, partial, value, weight_total, statistics),
         *lines.extents,
         *(ignore_index, smoothing, int(weight is not None), int(reduced), divisor),
     )
     if not reduced:
         return loss.to(dtype), statistics, weight_total
     if programs <= SUM_PROGRAMS:
-        combine(loss, value, weight_total, divisor)
+        combine(partial, value, weight_total, divisor)
     else:
-        value, weight_total = loss.sum(1).unbind()
-        value, weight_total = value / weight_total if reduction == "mean" else value, weight_total.clone()
+        total, weight_total = partial.sum(1)
+        value, weight_total = total / weight_total if reduction == "mean" else total, weight_total.clone()
     return value.to(dtype), statistics, weight_total
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
-from .partial_sums import ACCUMULATOR
+from .cross_entropy import ACCUMULATOR, Reduction, cross_entropy_backward, cross_entropy_forward
 
 __all__ = ["LinearCrossEntropy", "Options", "chunk_rows", "kernel_losses", "linear_cross_entropy"]
 

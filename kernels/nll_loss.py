@@ -16,7 +16,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .numerics import divide, narrow, require, scalar, widen
-from .partial_sums import ACCUMULATOR, combine, finish_sum, sum_programs
+from .partial_sums import combine, finish_sum, sum_programs
 
 __all__ = ["LARGEST_PLACES", "Reduction", "nll_loss", "nll_loss_backward", "nll_loss_reduced", "zero_gradient"]
 
@@ -129,9 +129,7 @@ def nll_loss_sum_kernel(
         x = widen(tl.load(x_pointer + elements, mask=counts, other=0), COMPUTE)
         totals += tl.where(counts, -w * x, 0.0)
         weight_totals += w
-    total = tl.sum(totals, axis=0)
-    weight_total = tl.sum(weight_totals, axis=0)
-    finish_sum(partial_pointer, value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
+    finish_sum(partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE)
 
 
 @triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "ignore_index", "weighted", "g_repeats"])
@@ -158,7 +156,7 @@ def nll_loss_backward_kernel(
     offsets = tl.arange(0, BLOCK)
     divisor = scalar(divisor, COMPUTE)
     if divisor == 0:
-        divisor = tl.load(weight_total_pointer)
+        divisor = tl.load(weight_total_pointer).to(COMPUTE)
     t, counts, w = load_targets(
         t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, weighted, False, COMPUTE
     )
@@ -187,7 +185,7 @@ _EXTENTS = (
 
 @cache
 def _configuration(kind: _Kind, dtype: torch.dtype) -> Configuration:
-    element, accumulator = ("*" + TRITON_TYPE[t] for t in (dtype, ACCUMULATOR[dtype]))
+    element = "*" + TRITON_TYPE[dtype]
     operands = (("x_pointer", element), ("t_pointer", "*i64"), ("weight_pointer", element))
     signature: tuple[tuple[str, str], ...]
     if kind == "forward":
@@ -195,13 +193,13 @@ def _configuration(kind: _Kind, dtype: torch.dtype) -> Configuration:
         signature = (*operands, ("y_pointer", element), *_EXTENTS)
     elif kind == "sum":
         kernel = nll_loss_sum_kernel
-        sums = (("partial_pointer", accumulator), ("value_pointer", element), ("weight_total_pointer", accumulator))
+        sums = (("partial_pointer", "*fp64"), ("value_pointer", element), ("weight_total_pointer", "*fp64"))
         signature = (*operands, *sums, *_EXTENTS, ("divisor", "fp64"))
     else:
         kernel = nll_loss_backward_kernel
         signature = (
             *(("g_pointer", element), *operands[1:]),
-            *(("weight_total_pointer", accumulator), ("dx_pointer", element)),
+            *(("weight_total_pointer", "*fp64"), ("dx_pointer", element)),
             *(*_EXTENTS, ("g_repeats", "i32"), ("divisor", "fp64")),
         )
     return Configuration(
@@ -286,9 +284,9 @@ def nll_loss_reduced(
     x, strides, target, weights = _operands(x, target, weight)
     divisor = 0.0 if reduction == "mean" else 1.0
     programs = sum_programs(_blocks(target))
-    partial = torch.empty((2, programs), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    partial = torch.empty((2, programs), dtype=torch.float64, device=x.device)
     value = torch.empty((), dtype=x.dtype, device=x.device)
-    weight_total = torch.empty((), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    weight_total = torch.empty((), dtype=torch.float64, device=x.device)
     launch(
         _configuration("sum", x.dtype),
         programs,
@@ -321,7 +319,7 @@ def nll_loss_backward(
     assert strides is not None
     weights = dx if weight is None else weight.contiguous()
     if weight_total is None:
-        weight_total = torch.empty((), dtype=ACCUMULATOR[x.dtype], device=x.device)
+        weight_total = torch.empty((), dtype=torch.float64, device=x.device)
     launch(
         _configuration("backward", x.dtype),
         _blocks(target),

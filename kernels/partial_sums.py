@@ -3,6 +3,9 @@
 At most `SUM_PROGRAMS` programs walk over the tensor in strides, and leave a partial sum each (and one of the weights
 beside); a second launch of a single program adds those.  A small tensor needs one program only, which then writes the
 result itself.  How many programs there are follows from the size alone, not from the GPU: so do the bits of the result.
+
+A lane adds its elements in the type of the arithmetic; from there on sums are float64, which is free where there are so
+few of them, and leaves little of the rounding where large terms cancel.
 """
 
 from functools import cache
@@ -12,17 +15,14 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .launch import COMPUTE, TRITON_TYPE, Configuration, launch
-from .numerics import divide, narrow, scalar
+from .numerics import narrow
 
-__all__ = ["ACCUMULATOR", "SUM_PROGRAMS", "combination", "combine", "finish_sum", "sum_programs"]
+__all__ = ["SUM_PROGRAMS", "combination", "combine", "finish_sum", "sum_programs"]
 
 #: Enough programs to fill any GPU, few enough for one program to add their sums at once.
 SUM_PROGRAMS = 1024
 # Up to here the sum is latency, and a second launch costs more than it saves.
 _TILES_OF_ONE_PROGRAM = 4
-
-#: The type that a sum over elements of a dtype is kept in.
-ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in COMPUTE}
 
 
 def sum_programs(tiles: int) -> int:
@@ -31,21 +31,25 @@ def sum_programs(tiles: int) -> int:
 
 
 @triton.jit
-def store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor):
+def store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor, COMPUTE: tl.constexpr):
     """Store total / divisor.  A divisor of 0 stands for the sum of the weights, which is stored too."""
     if divisor == 0:
         tl.store(weight_total_pointer, weight_total)
         divisor = weight_total
-    tl.store(value_pointer, narrow(divide(total, divisor), value_pointer.dtype.element_ty))
+    tl.store(value_pointer, narrow((total / divisor).to(COMPUTE), value_pointer.dtype.element_ty))
 
 
 @triton.jit
-def finish_sum(partial_pointer, value_pointer, weight_total_pointer, total, weight_total, divisor):
-    """End of the first stage: store this program's sums, or the result where it is the only program."""
+def finish_sum(
+    partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE: tl.constexpr
+):
+    """End of the first stage: add the lanes, and store their sums, or the result where this is the only program."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    total = tl.sum(totals.to(tl.float64), axis=0)
+    weight_total = tl.sum(weight_totals.to(tl.float64), axis=0)
     if programs == 1:
-        store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor)
+        store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor, COMPUTE)
     else:
         tl.store(partial_pointer + program, total)
         tl.store(partial_pointer + programs + program, weight_total)
@@ -66,20 +70,19 @@ def combine_kernel(
     partial_weights = tl.load(partial_pointer + programs + program, mask=program < programs, other=0)
     total = tl.sum(partial, axis=0)
     weight_total = tl.sum(partial_weights, axis=0)
-    store_quotient(value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
+    store_quotient(value_pointer, weight_total_pointer, total, weight_total, divisor, COMPUTE)
 
 
 @cache
 def combination(dtype: torch.dtype) -> Configuration:
     """The second stage, for a result of ``dtype``."""
-    accumulator = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
     return Configuration(
         label=f"combine partial sums {TRITON_TYPE[dtype]}",
         kernel=combine_kernel,
         signature=(
-            ("partial_pointer", accumulator),
+            ("partial_pointer", "*fp64"),
             ("value_pointer", "*" + TRITON_TYPE[dtype]),
-            ("weight_total_pointer", accumulator),
+            ("weight_total_pointer", "*fp64"),
             ("programs", "i32"),
             ("divisor", "fp64"),
         ),

@@ -22,7 +22,7 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, exp, log, log1p, narrow, require, scalar, sigmoid, widen
-from .partial_sums import ACCUMULATOR, combination, combine, finish_sum, sum_programs
+from .partial_sums import combination, combine, finish_sum, sum_programs
 from .tiles import TILE, flat_tile, load_tile, place_tile, programs_for, store_tile, threads_for, tile_shape
 
 __all__ = [
@@ -111,7 +111,8 @@ def bce_value(x, t, p, a, b):
 @triton.jit
 def bce_gradient(x, t, p, a, b):
     variance = (1 - x) * x
-    return (x - t) / tl.where(variance < 1e-12, 1e-12, variance)
+    least = 9.999999960041972e-13  # 1e-12 in float32, which PyTorch has in float64 too
+    return (x - t) / tl.where(variance < least, least, variance)
 
 
 @triton.jit
@@ -127,18 +128,19 @@ def log_sigmoid(x):
 
 @triton.jit
 def bce_with_logits_value(x, t, p, a, b):
-    return (1 - t) * x - ((p - 1) * t + 1) * log_sigmoid(x)
+    # A weight of 1 leaves the formula that has none, also where the target isn't finite.
+    return (1 - t) * x - tl.where(p == 1, 1.0, (p - 1) * t + 1) * log_sigmoid(x)
 
 
 @triton.jit
 def bce_with_logits_gradient(x, t, p, a, b):
-    # (1 + (p - 1) t) sigmoid(x) - p t, arranged so that nothing cancels, and nothing is left of p where it is 1.
-    return (sigmoid(x) - t) - (p - 1) * t * sigmoid(-x)
+    s = sigmoid(x)
+    return tl.where(p == 1, s - t, (p * t + 1 - t) * s - p * t)
 
 
 @triton.jit
 def bce_with_logits_target_gradient(x, t, p, a, b):
-    return -x - (p - 1) * log_sigmoid(x)
+    return tl.where(p == 1, -x, log_sigmoid(-x) - p * log_sigmoid(x))
 
 
 @triton.jit
@@ -386,9 +388,7 @@ def pointwise_loss_sum_kernel(
             require(VALID(x, t), COMPLAINT)
         totals += tl.sum(tl.where(inside, w * VALUE(x, t, p, a, b), 0.0), axis=0)
         weight_totals += tl.sum(tl.where(inside, w, 0.0), axis=0)
-    total = tl.sum(totals, axis=0)
-    weight_total = tl.sum(weight_totals, axis=0)
-    finish_sum(partial_pointer, value_pointer, weight_total_pointer, total, weight_total, scalar(divisor, COMPUTE))
+    finish_sum(partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE)
 
 
 @triton.jit(
@@ -429,7 +429,7 @@ def pointwise_loss_backward_kernel(
     b = scalar(b, COMPUTE)
     divisor = scalar(divisor, COMPUTE)
     if divisor == 0:
-        divisor = tl.load(weight_total_pointer)
+        divisor = tl.load(weight_total_pointer).to(COMPUTE)
 
     x, t, w, p = load_operands(
         x_pointer,
@@ -487,7 +487,7 @@ _NUMBERS = {"forward": ("a", "b"), "sum": ("divisor", "a", "b"), "backward": ("d
 def _configuration(kind: _Kind, name: str, dtype: torch.dtype) -> Configuration:
     row = LOSSES[name]
     rows, columns = tile_shape(dtype)
-    element, accumulator = ("*" + TRITON_TYPE[t] for t in (dtype, ACCUMULATOR[dtype]))
+    element = "*" + TRITON_TYPE[dtype]
     checks = row.valid is not None and kind != "backward"
     functions: tuple[tuple[str, Any], ...]
     if kind == "backward":
@@ -499,7 +499,7 @@ def _configuration(kind: _Kind, name: str, dtype: torch.dtype) -> Configuration:
         kernel=_KERNELS[kind],
         signature=(
             *(
-                (pointer, accumulator if pointer in ("partial_pointer", "weight_total_pointer") else element)
+                (pointer, "*fp64" if pointer in ("partial_pointer", "weight_total_pointer") else element)
                 for pointer in _POINTERS[kind]
             ),
             ("numel", "i64"),
@@ -525,7 +525,7 @@ def configurations() -> Iterator[Configuration]:
     for dtype in DTYPES:
         for name in LOSSES:
             for kind in _KERNELS:
-                yield _configuration(kind, name, dtype)  # type: ignore[arg-type]
+                yield _configuration(kind, name, dtype)
         yield combination(dtype)
 
 
@@ -549,7 +549,7 @@ def _weights(weight: Tensor | None, x: Tensor) -> Weights:
         return Weights(x, 0, 0)
     # Dimensions from the outermost in memory to the innermost, without those of one element.
     expanded = weight.expand(x.shape)
-    order = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: -x.stride(d))
+    order = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: x.stride()[d], reverse=True)
     varies = [expanded.stride(d) != 0 for d in order]
     outer = varies.index(True) if any(varies) else len(order)
     last = len(order) - varies[::-1].index(True) if any(varies) else len(order)
@@ -615,9 +615,9 @@ def pointwise_loss_reduced(
     (w, *w_extents), (p, *p_extents) = _weights(weight, x), _weights(positive_weight, x)
     count = divisor(reduction, x)
     programs = sum_programs(programs_for(x.numel()))
-    partial = torch.empty((2, programs), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    partial = torch.empty((2, programs), dtype=torch.float64, device=x.device)
     value = torch.empty((), dtype=x.dtype, device=x.device)
-    weight_total = torch.empty((), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    weight_total = torch.empty((), dtype=torch.float64, device=x.device)
     launch(
         _configuration("sum", name, x.dtype),
         programs,
@@ -649,7 +649,7 @@ def pointwise_loss_backward(
     if reduction == "none":
         g = dense_like(g, x.stride())
     if weight_total is None:
-        weight_total = torch.empty((), dtype=ACCUMULATOR[x.dtype], device=x.device)
+        weight_total = torch.empty((), dtype=torch.float64, device=x.device)
     dx = torch.empty_like(x) if wants_dx else x.new_empty(0)
     dt = torch.empty_like(x) if wants_dt else x.new_empty(0)
     launch(

@@ -1,0 +1,125 @@
+"""The pointwise losses, and that of class indices: their means, as in training; one also element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
+from fusednn_bench.replay import device_clock, replay
+from torch import Tensor
+
+from fusednn import autograd
+
+SIZES = {"large": (8192, 8192), "medium": (1024, 1024), "small": (128, 10)}
+COUNTED_SHAPE = (64, 512)
+DTYPES = (torch.bfloat16, torch.float32)
+INDEX_BYTES = 8
+
+POINTWISE = {
+    "mse_loss": "normal",
+    "l1_loss": "normal",
+    "smooth_l1_loss": "normal",
+    "huber_loss": "normal",
+    "binary_cross_entropy": "probability",
+    "binary_cross_entropy_with_logits": "logit",
+    "kl_div": "log_probability",
+}
+
+
+def _pointwise_operands(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Input and target, in the loss's range; of the input alone a gradient is wanted."""
+    target = x.flip(0)
+    if kind == "probability":
+        x = x.sigmoid().clamp(0.01, 0.99)
+    if kind == "log_probability":
+        x = -x.abs()
+    if kind != "normal":
+        target = target.sigmoid()
+    return x.detach().requires_grad_(), target
+
+
+def _class_operands(x: Tensor) -> tuple[Tensor, Tensor]:
+    target = torch.arange(x.shape[0], device=x.device) % x.shape[1]
+    return x.log_softmax(1).detach().requires_grad_(), target
+
+
+def _scalar(shape: torch.Size) -> Sequence[int]:
+    return ()
+
+
+def _mean_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    tensor = shape.numel() * dtype.itemsize
+    return 2 * tensor, 3 * tensor
+
+
+def _element_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    tensor = shape.numel() * dtype.itemsize
+    return 3 * tensor, 4 * tensor
+
+
+def _class_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    """A target and an element of each row; the gradient, zeros and all."""
+    picked = shape[0] * (INDEX_BYTES + dtype.itemsize)
+    return picked, shape.numel() * dtype.itemsize + picked
+
+
+def _pointwise(function: str, reduction: str) -> Operation:
+    ours, stock = (partial(getattr(module, function), reduction=reduction) for module in (autograd, F))
+    mean = reduction == "mean"
+    return Operation(
+        function if mean else f"{function}_none",
+        "loss",
+        ours,
+        stock,
+        _mean_budget if mean else _element_budget,
+        operands=partial(_pointwise_operands, kind=POINTWISE[function]),
+        **({"output_shape": _scalar} if mean else {}),
+    )
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        *(_pointwise(function, "mean") for function in POINTWISE),
+        _pointwise("mse_loss", "none"),
+        Operation("nll_loss", "loss", autograd.nll_loss, F.nll_loss, _class_budget, _class_operands, _scalar),
+    )
+}
+QUICK = ("mse_loss", "mse_loss_none", "binary_cross_entropy_with_logits")
+
+
+def timed_cases(full: bool) -> list[Case]:
+    """The most important first: a time limit cuts the end."""
+    return [
+        Case(operation, dtype, size, shape)
+        for size, shape in SIZES.items()
+        for dtype in DTYPES
+        for operation in OPERATIONS.values()
+        if full or (operation.name in QUICK and size != "medium")
+    ]
+
+
+def counted_cases() -> list[Case]:
+    return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
+
+
+@pytest.mark.benchmark(timer=device_clock)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_device_time(
+    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
+) -> None:
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info["budget_bytes"] = case.budget(direction)
+    replay(benchmark, device_samples[direction])
+
+
+def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
+    """Bytes within the budget (5 % over at most, beside partial sums and scalars)."""
+    for record in counts:
+        if record["contestant"] == "fusednn":
+            assert record["bytes"] <= 1.05 * record["budget_bytes"] + 1024

@@ -1,0 +1,680 @@
+"""The pointwise losses against PyTorch's: values, gradients, weights, layouts, extremes, arguments, bytes."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.layouts import LAYOUTS
+from support.losses import LOSSES, REDUCTIONS, Loss
+from support.samples import random_tensor
+from support.standing import leaf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fusednn
+from fusednn import autograd, kernels, layers
+from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.kernels.instruments.saved_tensors import saved_tensors
+
+if kernels.INTERPRETING:
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+needs_kernels = pytest.mark.kernels
+counts_traffic = pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+SHAPE = (3, 4, 5)
+BY_NAME = {loss.name: loss for loss in reversed(LOSSES)}
+FUNCTIONS = sorted(BY_NAME)
+BATCHMEAN = Loss("kl_div", {"reduction": "batchmean"})
+
+# --- Values and gradients ---------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@every_loss
+@every_dtype
+@pytest.mark.parametrize("reduction", ["none", "mean", pytest.param("sum", marks=pytest.mark.thorough)])
+@pytest.mark.smoke
+def test_values_and_gradients(loss: Loss, dtype: torch.dtype, reduction: str, device: str) -> None:
+    loss.check(*loss.operands(SHAPE, dtype, device), reduction=reduction)
+
+
+@needs_kernels
+@pytest.mark.parametrize("numel", [1, 2047, 2048, 4 * 2048, 4 * 2048 + 1])
+def test_sizes_about_tiles_and_stages(numel: int, device: str) -> None:
+    loss = BY_NAME["mse_loss"]
+    for reduction in ("none", "mean"):
+        loss.check(*loss.operands((numel,), torch.float32, device), reduction=reduction)
+
+
+@needs_kernels
+def test_programs_stride_over_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.pointwise_loss, "sum_programs", lambda tiles: 3)
+    loss = Loss("mse_loss", {}, {"weight": torch.linspace(0, 2, 7 * 2048 + 5)})
+    for reduction in ("sum", "mean"):
+        loss.check(*loss.operands((7 * 2048 + 5,), torch.float32, device), reduction=reduction)
+
+
+@needs_kernels
+@pytest.mark.thorough
+def test_more_tiles_than_programs(device: str) -> None:
+    loss = BY_NAME["l1_loss"]
+    loss.check(*loss.operands((1030 * 2048 + 3,), torch.float32, device), reduction="mean")
+
+
+@needs_kernels
+@every_dtype
+def test_batchmean(dtype: torch.dtype, device: str) -> None:
+    for shape in (SHAPE, (7,), ()):
+        BATCHMEAN.check(*BATCHMEAN.operands(shape, dtype, device))
+
+
+WEIGHT_SHAPES = [(4, 5, 3, 2), (), (1,), (2,), (3, 2), (5, 1, 1), (4, 1, 1, 1), (4, 1, 3, 1), (1, 5, 3, 1)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
+def test_weights_repeat_along_any_dimensions(shape: tuple[int, ...], layout: str, device: str) -> None:
+    weights = {"weight": random_tensor(shape, torch.float32, device, 2).abs()}
+    for name in ("binary_cross_entropy", "binary_cross_entropy_with_logits"):
+        loss = Loss(name, {}, weights)
+        x, t = loss.operands((4, 5, 3, 2), torch.float32, device)
+        loss.check(LAYOUTS[layout](x), t, reduction="none")
+    both = Loss(name, {}, weights | {"pos_weight": random_tensor(shape, torch.float32, device, 3).abs()})
+    both.check(LAYOUTS[layout](x), t, reduction="mean")
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "huber_loss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@every_reduction
+def test_weights_of_the_inputs_shape(name: str, dtype: torch.dtype, reduction: str, device: str) -> None:
+    loss = Loss(name, {}, {"weight": random_tensor(SHAPE, torch.float32, "cpu", 2).abs() + 0.1})
+    loss.check(*loss.operands(SHAPE, dtype, device), reduction=reduction)
+
+
+@needs_kernels
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("t_layout", ["channels_last", "scalar"])
+def test_layouts(x_layout: str, t_layout: str, device: str) -> None:
+    loss = Loss("binary_cross_entropy_with_logits", {}, {"pos_weight": torch.tensor([0.5, 2.0, 3.0]).view(3, 1, 1)})
+    x, t = loss.operands((2, 3, 4, 5), torch.float32, device)
+    x, t = LAYOUTS[x_layout](x), LAYOUTS[t_layout](t)
+    gradient = LAYOUTS[x_layout](random_tensor((2, 3, 4, 5), torch.float32, device, 4))
+    loss.check(x, t, gradient, reduction="none")
+    loss.check(x, t, reduction="mean")
+
+
+@needs_kernels
+@every_loss
+@every_dtype
+def test_extremes(loss: Loss, dtype: torch.dtype, device: str) -> None:
+    if loss.name == "binary_cross_entropy":
+        values, others = [0.0, 1.0, 0.5, 0.25, 1.0], [0.0, 1.0, 0.5, 0.75, 1.0]
+        if dtype.itemsize > 2:  # in 16 bits stock's own product of tiny numbers is 0, and its quotient NaN
+            values.append(1e-20)
+    else:
+        values = [0.0, -0.0, 1.0, -1.0, 0.5, 30.0, -100.0, 200.0, float("inf"), -float("inf"), float("nan")]
+        others = [0.0, 1.0, 0.5, 5.0, -3.0, float("nan")]
+        if not loss.weights:  # where the target is infinite, stock tells a weight of 1 from none
+            others.append(float("inf"))
+    x, t = torch.cartesian_prod(torch.tensor(values), torch.tensor(others)).to(device, dtype).unbind(1)
+    x, t = (operand.repeat_interleave(5).view(-1, 5) for operand in (x, t))
+    loss.check(x, t, torch.ones_like(x), reduction="none")
+
+
+@needs_kernels
+def test_a_mean_is_accumulated_in_more_than_16_bits(device: str) -> None:
+    x, t = torch.full((2**16,), 0.5, dtype=torch.float16, device=device), torch.zeros(2**16, device=device).half()
+    assert autograd.mse_loss(x, t).item() == 0.25
+    assert autograd.l1_loss(x, t, reduction="sum").item() == 2**15
+
+
+@needs_kernels
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_only_where_required(name: str, needed: tuple[bool, bool], device: str) -> None:
+    loss = BY_NAME[name]
+    results = []
+    for function in (loss.ours(), loss.stock()):
+        x, t = (o.requires_grad_(n) for o, n in zip(loss.operands(SHAPE, torch.float32, device), needed, strict=True))
+        y = function(x, t)
+        assert y.requires_grad == any(needed)
+        if any(needed):
+            y.backward()
+        assert (x.grad is not None, t.grad is not None) == needed
+        results.append([y.detach(), *(operand.grad for operand in (x, t) if operand.grad is not None)])
+    torch.testing.assert_close(*results)
+
+
+@needs_kernels
+@pytest.mark.parametrize("loss", [*LOSSES, BATCHMEAN], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.thorough)])
+def test_gradcheck_and_gradgradcheck(loss: Loss, reduction: str, device: str) -> None:
+    options = {} if loss is BATCHMEAN else {"reduction": reduction}
+    operands = [leaf(operand) for operand in loss.operands((2, 5), torch.float64, device)]
+    assert torch.autograd.gradcheck(loss.ours(**options), operands, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss.ours(**options), operands, fast_mode=True)
+
+
+@needs_kernels
+def test_gradgradcheck_of_a_weighted_mean(device: str) -> None:
+    loss = Loss("mse_loss", {}, {"weight": torch.tensor([0.5, 1.0, 2.0])})
+    operands = [leaf(operand) for operand in loss.operands((3,), torch.float64, device)]
+    assert torch.autograd.gradgradcheck(loss.ours(), operands)
+
+
+@needs_kernels
+def test_gradients_accumulate_and_scale_with_upstream(device: str) -> None:
+    results = []
+    for function in (autograd.mse_loss, F.mse_loss):
+        x, t = (random_tensor(SHAPE, torch.float32, device, seed) for seed in (0, 1))
+        x.requires_grad_()
+        for factor in (3.0, -0.5):
+            (factor * function(x, t)).backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)
+
+
+@needs_kernels
+def test_checkpointing(device: str) -> None:
+    x, t = (random_tensor(SHAPE, torch.float32, device, seed) for seed in (0, 1))
+    gradients = []
+    for wrap in (False, True):
+        operand = leaf(x)
+        y = (
+            checkpoint(autograd.huber_loss, operand, t, use_reentrant=False)
+            if wrap
+            else autograd.huber_loss(operand, t)
+        )
+        gradients += torch.autograd.grad(y, operand)
+    assert torch.equal(*gradients)
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "nll_loss"])
+def test_signature_is_stocks(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(module, name)).parameters.values() for module in (autograd, F))
+    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "huber_loss"])
+@pytest.mark.parametrize("size_average", [None, True, False])
+@pytest.mark.parametrize("reduce", [None, True, False])
+def test_deprecated_arguments(name: str, size_average: bool | None, reduce: bool | None, device: str) -> None:
+    loss = BY_NAME[name]
+    x, t = loss.operands(SHAPE, torch.float32, device)
+    outcomes = []
+    for function in (loss.ours(), loss.stock()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = function(x, t, size_average=size_average, reduce=reduce)
+        outcomes.append((y, [str(warning.message) for warning in caught if warning.category is UserWarning]))
+    assert outcomes[0][1] == outcomes[1][1]
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0])
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"])
+def test_broadcasting_is_stocks(name: str, device: str) -> None:
+    x, t = (random_tensor(shape, torch.float32, device).abs() for shape in ((3, 1), (4,)))
+    outcomes = []
+    for function in (getattr(autograd, name), getattr(F, name)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = function(x, t, reduction="sum")
+        outcomes.append((y, [str(warning.message) for warning in caught]))
+    assert outcomes[0][1] == outcomes[1][1]
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0])
+
+
+@every_loss
+@every_reduction
+def test_empty_tensors(loss: Loss, reduction: str, device: str) -> None:
+    x, t = loss.operands((0, 5), torch.float32, device)
+    results = []
+    for function in (loss.ours(reduction=reduction), loss.stock(reduction=reduction)):
+        operand = leaf(x)
+        y = function(operand, t)
+        results.append((y, *torch.autograd.grad(y.sum(), operand)))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+def outcome(function: Callable[..., Tensor], *arguments: object, **options: object) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*arguments, **options)
+    except Exception as error:  # the exception is what is compared
+        return type(error), str(error)
+
+
+WRONG_CALLS = [
+    ("mse_loss", (torch.ones(3), torch.ones(3)), {"reduction": "median"}),
+    ("mse_loss", (torch.ones(3), torch.ones(3)), {"weight": torch.ones(1)}),
+    ("mse_loss", (torch.ones(3), "text"), {}),
+    ("mse_loss", (torch.ones(2, 3), torch.ones(4)), {}),
+    ("mse_loss", (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)), {}),
+    ("l1_loss", (torch.ones(3), None), {}),
+    ("l1_loss", (torch.ones(3), torch.ones(3)), {"reduction": "batchmean"}),
+    ("smooth_l1_loss", (torch.ones(3), torch.ones(3)), {"beta": -1.0}),
+    ("smooth_l1_loss", (torch.ones(3), torch.ones(3)), {"beta": float("nan")}),
+    ("huber_loss", (torch.ones(3), torch.ones(3)), {"delta": 0.0}),
+    ("huber_loss", (torch.ones(3), torch.ones(3)), {"delta": "1"}),
+    ("binary_cross_entropy", (torch.ones(3), torch.ones(4)), {}),
+    ("binary_cross_entropy", (torch.ones(3), torch.ones(3)), {"weight": torch.ones(4)}),
+    ("binary_cross_entropy", (torch.ones(3), torch.ones(3)), {"weight": torch.ones(3, requires_grad=True)}),
+    ("binary_cross_entropy_with_logits", (torch.ones(3), torch.ones(4)), {}),
+    ("binary_cross_entropy_with_logits", (torch.ones(3), torch.ones(3)), {"pos_weight": torch.ones(4)}),
+    ("binary_cross_entropy_with_logits", (torch.ones(3), torch.ones(3)), {"weight": torch.ones(2, 3)}),
+    ("kl_div", (torch.ones(3), torch.ones(3)), {"log_target": "yes"}),
+    ("kl_div", (torch.ones(4, 3), torch.ones(4, 3)), {"reduction": "batchmean", "reduce": True}),
+    ("kl_div", (torch.ones(0), torch.ones(0)), {}),
+    ("mse_loss", (torch.ones(3), torch.ones(3, dtype=torch.float64)), {}),
+    ("mse_loss", (torch.ones(3), torch.ones(3)), {"weight": torch.ones(3, requires_grad=True)}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "options"), WRONG_CALLS)
+def test_what_the_kernels_refuse_is_stocks(name: str, arguments: tuple, options: dict, device: str) -> None:
+    def move(value: object) -> object:
+        return leaf(value.to(device)).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    moved = tuple(map(move, arguments))
+    options = {key: move(value) for key, value in options.items()}
+    mine, theirs = (outcome(getattr(module, name), *moved, **options) for module in (autograd, F))
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    else:
+        assert mine == theirs
+
+
+@pytest.mark.skipif(ON_GPU, reason="a device assertion there, which ends the process")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("x", "t"), [(1.5, 0.5), (-0.1, 0.5), (float("nan"), 0.5), (0.5, 1.5), (0.5, -1.0), (0.5, float("nan"))]
+)
+def test_probabilities_out_of_range_raise_stocks_error(x: float, t: float, reduction: str) -> None:
+    operands = [torch.full((5000,), 0.25) for _ in range(2)]
+    operands[0][-3], operands[1][-3] = x, t
+    mine, theirs = (outcome(m.binary_cross_entropy, *operands, reduction=reduction) for m in (autograd, F))
+    assert isinstance(theirs, tuple)
+    assert mine == theirs
+
+
+@pytest.mark.skipif(ON_GPU, reason="a device assertion there, which ends the process")
+def test_a_compiled_graph_raises_stocks_error() -> None:
+    operands = [torch.full((5,), 0.25), torch.full((5,), 1.25)]
+    compiled = torch.compile(autograd.binary_cross_entropy, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        compiled(*operands)
+
+
+REFUSALS = [
+    (autograd.mse_loss, (torch.ones(3), torch.ones(1)), {}, "input and target differ in shape"),
+    (autograd.mse_loss, (torch.ones(3), torch.ones(3).half()), {}, "operands differ in dtype or device"),
+    (autograd.mse_loss, (torch.ones(3), torch.ones(3)), {"reduction": "median"}, "unknown reduction"),
+    (autograd.l1_loss, (torch.ones(0), torch.ones(0)), {}, "no elements"),
+    (autograd.smooth_l1_loss, (torch.ones(3), torch.ones(3)), {"beta": -1.0}, "the threshold is not positive"),
+    (
+        autograd.huber_loss,
+        (torch.ones(3), torch.ones(3)),
+        {"delta": torch.ones(())},
+        "a parameter is not a Python number",
+    ),
+    (
+        autograd.mse_loss,
+        (torch.ones(3), torch.ones(3)),
+        {"weight": torch.ones(3, requires_grad=True)},
+        "the weights require gradients",
+    ),
+    (
+        autograd.mse_loss,
+        (torch.ones(3), torch.ones(3)),
+        {"weight": torch.ones(1)},
+        "the weights don't have the shape of the input",
+    ),
+    (
+        autograd.binary_cross_entropy,
+        (torch.ones(3), torch.ones(3)),
+        {"weight": torch.ones(2, 3)},
+        "the weights don't fit the input",
+    ),
+]
+
+
+@needs_kernels
+@pytest.mark.skipif(ON_GPU, reason="CPU tensors")
+@pytest.mark.parametrize(("function", "arguments", "options", "reason"), REFUSALS)
+def test_refusals_give_their_reason(function: Callable, arguments: tuple, options: dict, reason: str) -> None:
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        outcome(function, *arguments, **options)
+    assert [(choice.path, choice.reason) for choice in choices] == [("stock", reason)]
+
+
+@every_loss
+def test_plain_calls_take_the_kernel(loss: Loss, device: str) -> None:
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        loss.ours()(*loss.operands(SHAPE, torch.float32, device))
+    assert [choice.path for choice in choices] == ["kernel" if KERNELS_RUN else "stock"]
+
+
+@every_loss
+def test_autocast_is_stocks(loss: Loss, device: str) -> None:
+    dtype = torch.bfloat16
+    x, t = loss.operands(SHAPE, dtype, device)
+    results = []
+    for function in (loss.ours(), loss.stock()):
+        operand = leaf(x)
+        with torch.autocast(device, dtype=dtype):
+            y = outcome(function, operand, t)
+        if isinstance(y, Tensor):
+            y = [y.dtype, y.detach(), *torch.autograd.grad(y, operand)]
+        results.append(y)
+    if isinstance(results[1], tuple):  # CUDA's autocast rejects binary cross-entropy
+        assert results[0] == results[1]
+    else:
+        assert results[0][0] is results[1][0]
+        torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "huber_loss"])
+def test_autocast_of_a_weighted_loss_is_stocks(name: str, device: str) -> None:
+    loss = Loss(name, {}, {"weight": torch.rand(SHAPE)})
+    with torch.autocast(device, dtype=torch.bfloat16):
+        results = [f(*loss.operands(SHAPE, torch.bfloat16, device)) for f in (loss.ours(), loss.stock())]
+    torch.testing.assert_close(*results)
+
+
+def test_autocast_knows_every_loss() -> None:
+    for name in (*FUNCTIONS, "nll_loss"):
+        registered = torch._C._dispatch_dump(f"aten::{name}")
+        assert "AutocastCPU:" in registered
+        assert "AutocastCUDA:" in registered
+
+
+@every_loss
+def test_func_transforms(loss: Loss, device: str) -> None:
+    x, t = loss.operands((4, 5), torch.float64, device)
+    batched = torch.vmap(loss.ours(reduction="sum"))(x, t)
+    torch.testing.assert_close(batched, loss.stock(reduction="none")(x, t).sum(1))
+    gradient = torch.func.grad(loss.ours())(x, t)
+    operand = leaf(x)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(loss.stock()(operand, t), operand))
+
+
+# --- Bytes, launches, what is saved, and what is compiled -------------------------------------------------------------
+
+LARGE = (8, 2048)
+SLACK = 1.05
+
+
+@needs_kernels
+@counts_traffic
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "smooth_l1_loss"])
+@every_reduction
+def test_bytes_and_launches(name: str, reduction: str, device: str) -> None:
+    loss, dtype = BY_NAME[name], torch.bfloat16
+    x, t = loss.operands(LARGE, dtype, device)
+    x.requires_grad_()
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = loss.ours(reduction=reduction)(x, t)
+    gradient = torch.ones_like(y)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, x, gradient)
+    ahead, back = kernels.pointwise_loss.LOSSES[name].budget(x.numel(), dtype, reduction)
+    assert ahead <= forward.bytes <= ahead * SLACK
+    assert back <= backward.bytes <= back * SLACK
+    assert (forward.launches, backward.launches) == (1 if reduction == "none" else 2, 1)
+    assert not forward.operations
+    assert not backward.operations
+    assert saved.bytes_beside(x, t) == 0
+
+
+@needs_kernels
+@counts_traffic
+def test_bytes_of_weights(device: str) -> None:
+    x, t = (random_tensor(LARGE, torch.float32, device, seed) for seed in (0, 1))
+    tensor = x.numel() * x.itemsize
+    for name, shape, read in (
+        ("mse_loss", LARGE, tensor),
+        ("binary_cross_entropy_with_logits", LARGE, tensor),
+        ("binary_cross_entropy_with_logits", (8, 1), 0),
+    ):
+        weight = torch.rand(shape, device=device)
+        operand = leaf(x)
+        with measure_traffic() as forward, saved_tensors() as saved:
+            y = getattr(autograd, name)(operand, t, weight=weight)
+        gradient = torch.ones_like(y)
+        with measure_traffic() as backward:
+            torch.autograd.grad(y, operand, gradient)
+        assert 2 * tensor + read <= forward.bytes <= (2 * tensor + read) * SLACK
+        assert 3 * tensor + read <= backward.bytes <= (3 * tensor + read) * SLACK
+        assert not forward.operations
+        assert not backward.operations
+        assert saved.bytes_beside(operand, t, weight) == (8 if name == "mse_loss" else 0)
+
+
+@needs_kernels
+@counts_traffic
+def test_bytes_of_both_gradients_and_of_a_small_loss(device: str) -> None:
+    x, t = (leaf(random_tensor(LARGE, torch.float32, device, seed)) for seed in (0, 1))
+    y = autograd.mse_loss(x, t)
+    gradient = torch.ones_like(y)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, t), gradient)
+    assert backward.bytes <= 4 * x.numel() * x.itemsize * SLACK
+    with measure_traffic() as small:
+        autograd.mse_loss(x.detach()[:2].contiguous(), t.detach()[:2].contiguous())
+    assert small.launches == 1
+
+
+@needs_kernels
+def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    original = kernels.launch.launch
+
+    def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
+        launched.append((configuration, arguments))
+        original(configuration, programs, *arguments)
+
+    for module in (kernels.pointwise_loss, kernels.nll_loss, kernels.partial_sums):
+        monkeypatch.setattr(module, "launch", record)
+    for dtype in FLOAT_DTYPES:
+        for loss in LOSSES:
+            for reduction in ("none", "mean"):
+                x, t = (leaf(operand) for operand in loss.operands((2, 5), dtype, device))
+                loss.ours(reduction=reduction)(x, t).sum().backward()
+        autograd.mse_loss(*(torch.ones(5 * 2048, dtype=dtype, device=device) for _ in range(2)))
+        x = torch.randn(2, 3, dtype=torch.float32, device=device).to(dtype).requires_grad_()
+        for reduction in ("none", "mean"):
+            autograd.nll_loss(x, torch.tensor([0, 2], device=device), reduction=reduction).sum().backward()
+    shipped = set(kernels.shipped())
+    assert len({configuration for configuration, _ in launched}) == len(set(kernels.shipped("pointwise_loss"))) + 12
+    for configuration, arguments in launched:
+        assert configuration in shipped
+        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
+            expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+
+
+COMPILED = [
+    *((loss, "strided") for loss in (LOSSES[0], LOSSES[7])),
+    *(pytest.param(loss, "channels_last", marks=pytest.mark.thorough) for loss in LOSSES),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("loss", "layout"), COMPILED, ids=str)
+def test_compiled_results_equal_eager(loss: Loss, layout: str, device: str) -> None:
+    torch._dynamo.reset()
+    x, t = loss.operands((2, 3, 4, 5), torch.float32, device)
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+        operands = [leaf(LAYOUTS[layout](x)), leaf(t)]
+        mean, elements = (wrap(loss.ours(reduction=reduction))(*operands) for reduction in ("mean", "none"))
+        results.append((mean, elements, *torch.autograd.grad(mean + elements.sum(), operands)))
+        assert elements.stride() == torch.empty_like(operands[0]).stride()
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{"size_average": False}, {"reduction": "mean"}], ids=str)
+def test_warnings_break_no_graph(options: dict, device: str) -> None:
+    torch._dynamo.reset()
+    x = torch.rand(3, 4, device=device)
+    compiled = torch.compile(autograd.kl_div, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, x, **options), F.kl_div(x, x, **options))
+
+
+@needs_kernels
+def test_opcheck(device: str) -> None:
+    operators = torch.ops.fusednn
+    x, t, g = (random_tensor((4, 6, 5), torch.float32, device, seed)[:, ::2] for seed in (0, 1, 2))
+    weight = random_tensor((5,), torch.float32, device, 3).abs()
+    weight_total = torch.ones((), dtype=torch.float64, device=device)
+    row = ("huber_loss", 1.0, 1.0)
+    torch.library.opcheck(operators.pointwise_loss.default, (x, t, weight, None, *row))
+    torch.library.opcheck(
+        operators.pointwise_loss_reduced.default, (x, t, x, None, "mse_loss", 0.0, 0.0, "weighted_mean")
+    )
+    backward = operators.pointwise_loss_backward.default
+    torch.library.opcheck(backward, (g, x, t, weight, None, None, *row, "none", True, False))
+    torch.library.opcheck(backward, (g.sum(), x, t, x, None, weight_total, *row, "weighted_mean", True, True))
+
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+MODULES = [
+    (nn.MSELoss, {"reduction": "sum"}),
+    (nn.L1Loss, {}),
+    (nn.SmoothL1Loss, {"beta": 0.3}),
+    (nn.HuberLoss, {"delta": 0.3}),
+    (nn.BCELoss, {"weight": torch.tensor([0.5, 1.0, 2.0])}),
+    (nn.BCEWithLogitsLoss, {"weight": torch.rand(4, 1), "pos_weight": torch.tensor([0.5, 1.0, 2.0])}),
+    (nn.KLDivLoss, {"reduction": "batchmean", "log_target": True}),
+]
+
+
+@pytest.mark.parametrize(("stock_class", "options"), MODULES, ids=lambda value: getattr(value, "__name__", ""))
+def test_layers_are_twins(stock_class: type[nn.Module], options: dict, device: str) -> None:
+    stock = stock_class(**options).to(device)
+    model = nn.ModuleDict({"loss": copy.deepcopy(stock)})
+    fusednn.replace_layers(model)
+    ours = model["loss"]
+    assert type(ours) is getattr(layers, stock_class.__name__)
+    assert type(ours).__init__ is stock_class.__init__
+    assert repr(ours) == repr(stock)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    x, t = (torch.rand(4, 3, device=device) for _ in range(2))
+    expected = stock(x, t)
+    saved = type(ours)(**options).to(device)
+    saved.load_state_dict(stock.state_dict())
+    stock.load_state_dict(saved.state_dict())
+    for layer in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), saved):
+        torch.testing.assert_close(layer(x, t), expected)
+    fusednn.restore_layers(model)
+    assert type(model["loss"]) is stock_class
+
+
+def test_explain_names_the_path(device: str) -> None:
+    x = torch.rand(4, 3, device=device)
+    (row,) = fusednn.explain(layers.MSELoss(), x, x)
+    assert (row.operation, row.path) == ("mse_loss", "kernel" if KERNELS_RUN else "stock")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (row,) = fusednn.explain(layers.MSELoss(), x, x[:1])
+    assert row.path == "stock"
+
+
+# --- What only a GPU can show -----------------------------------------------------------------------------------------
+
+
+def step(loss: Loss, x: Tensor, t: Tensor, **options: object) -> tuple[Tensor, ...]:
+    y = loss.ours(**options)(x, t)
+    return (y, *torch.autograd.grad(y.sum(), (x, t)))
+
+
+@pytest.mark.gpu
+@every_loss
+def test_no_host_synchronisation_and_graph_capture(loss: Loss, device: str) -> None:
+    # Weights come from the host in `Loss`: of no interest here.
+    loss = Loss(loss.name, loss.arguments)
+    x, t = (leaf(operand) for operand in loss.operands((64, 500), torch.float32, device))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step(loss, x, t)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(loss, x, t)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(loss, x, t)
+    graph.replay()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_no_recompilation_over_fifty_steps(device: str) -> None:
+    distinct = {
+        configuration.kernel for name in ("pointwise_loss", "nll_loss") for configuration in kernels.shipped(name)
+    }
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    def train(index: int, batch: int) -> None:
+        x = torch.randn(batch, 10, device=device, requires_grad=True)
+        t = torch.rand(batch, 10, device=device)
+        autograd.smooth_l1_loss(x, t, beta=0.5 + index).backward()
+        weights = torch.rand(batch, 1, device=device)
+        autograd.binary_cross_entropy_with_logits(x, t, weights, pos_weight=torch.rand(10, device=device)).backward()
+        labels = torch.randint(10, (batch,), device=device)
+        autograd.nll_loss(x.log_softmax(1), labels, ignore_index=index).backward()
+
+    for batch in (3200, 17, 16, 1):
+        train(0, batch)
+    before = compiled()
+    for index in range(50):
+        train(index, (3200, 1700, 16, 1)[index % 4])
+    assert compiled() == before
+
+
+ASSERTIONS = [
+    "autograd.binary_cross_entropy(torch.full((5,), 1.5, device='cuda'), torch.zeros(5, device='cuda'))",
+    "autograd.nll_loss(torch.zeros(4, 3, device='cuda'), torch.full((4,), 3, device='cuda'))",
+    "autograd.nll_loss(torch.zeros(4, 3, device='cuda'), torch.full((4,), -1, device='cuda'), reduction='none')",
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", ASSERTIONS)
+def test_wrong_operands_fail_a_device_assertion(call: str) -> None:
+    """In a process of its own: a failed assertion ends its use of the GPU."""
+    script = f"import torch\nfrom fusednn import autograd\n{call}\ntorch.cuda.synchronize()"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert "device-side assert" in process.stderr
