@@ -1,6 +1,8 @@
 """Cross-entropy: every kind of target and option, every size class of line, along and across memory."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -368,3 +370,78 @@ def test_launches_are_shipped_configurations(device: str, monkeypatch: pytest.Mo
         for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
             expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
             assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
+
+STEPS = {
+    "softmax": lambda x, target: autograd.softmax(x, 1).square().sum(),
+    "log_softmax": lambda x, target: autograd.log_softmax(x, 1).square().sum(),
+    "cross_entropy": lambda x, target: autograd.cross_entropy(x, target, label_smoothing=0.1),
+    "cross_entropy_none": lambda x, target: autograd.cross_entropy(x, target, reduction="none").sum(),
+    "probabilities": lambda x, target: autograd.cross_entropy(x, F.one_hot(target, x.shape[1]).float()),
+    "linear": lambda x, target: autograd.linear_cross_entropy(x, x.detach(), target % x.shape[0]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "probabilities"])  # one_hot itself waits
+def test_no_host_synchronisation_and_graph_capture(name: str, device: str) -> None:
+    x = leaf(random_tensor((64, 500), torch.float32, device))
+    target = torch.randint(500, (64,), device=device)
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = STEPS[name](x, target)
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_no_recompilation_over_fifty_steps(device: str) -> None:
+    distinct = {
+        configuration.kernel for name in ("softmax", "cross_entropy") for configuration in kernels.shipped(name)
+    }
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    def train(index: int, batch: int) -> None:
+        x, target = leaf(torch.randn(batch, 100, device=device)), torch.randint(100, (batch,), device=device)
+        for function in STEPS.values():
+            function(x, target).backward()
+        autograd.cross_entropy(x, target, ignore_index=index, label_smoothing=0.01 * (1 + index)).backward()
+
+    for batch in (3200, 17, 16, 1):
+        train(0, batch)
+    before = compiled()
+    for index in range(50):
+        train(index, (3200, 1700, 16, 1)[index % 4])
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+def test_wrong_targets_fail_a_device_assertion() -> None:
+    """In a process of its own: a failed assertion ends its use of the GPU."""
+    call = "autograd.cross_entropy(torch.zeros(4, 3, device='cuda'), torch.full((4,), 3, device='cuda'))"
+    script = f"import torch\nfrom fusednn import autograd\n{call}\ntorch.cuda.synchronize()"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert "device-side assert" in process.stderr
