@@ -47,7 +47,7 @@ def _fake_forward(
         loss = x.new_empty_strided(kernels.line_shape(logits.shape), kernels.line_strides(logits), dtype=dtype)
     else:
         loss = x.new_empty((), dtype=dtype)
-    return loss, statistics, x.new_empty((), dtype=torch.float64)
+    return loss, statistics, x.new_empty(kernels.weight_total_shape(reduction), dtype=torch.float64)
 
 
 @operator(

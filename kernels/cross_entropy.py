@@ -45,6 +45,7 @@ __all__ = [
     "line_strides",
     "statistics_shape",
     "targets_of",
+    "weight_total_shape",
 ]
 
 
@@ -246,13 +247,14 @@ def cross_entropy_backward_kernel(
 # indices, the usual targets, get more of them.
 _WIDTHS = {
     "forward": {ALONG: (16, 128, 1024, 4096), ACROSS: (32,)},
-    "backward": {ALONG: (16, 128, 1024), ACROSS: (32,)},
+    "backward": {ALONG: (16, 128, 1024), ACROSS: (32, 128)},
 }
 _FEWER_WIDTHS = {
     "forward": {ALONG: (128, 2048), ACROSS: (32,)},
     "backward": {ALONG: (128, 1024), ACROSS: (32,)},
 }
 _TILE = 2048  # elements of a tile, at least
+_LINES_ACROSS = 64  # neighbouring lines of a tile, at least
 
 
 def _widths(direction: str, dtype: torch.dtype, targets: Targets, axis: int) -> tuple[int, ...]:
@@ -264,7 +266,7 @@ def _widths(direction: str, dtype: torch.dtype, targets: Targets, axis: int) -> 
 def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: int, width: int) -> Configuration:
     element, statistics = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
     target = element if targets is Targets.PROBABILITIES else "*i64"
-    lines = max(_TILE // width, 1)
+    lines = max(_TILE // width, 1 if axis == ALONG else _LINES_ACROSS)
     threads = max(lines * width // 16, threads_for(dtype))
     vector = 16 // dtype.itemsize
     reads = 2 if targets is Targets.PROBABILITIES else 1
@@ -392,7 +394,7 @@ def cross_entropy_forward(
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss in ``dtype``, the statistics of the lines, and the sum of the weights (of no meaning but for a mean).
+    """The loss in ``dtype``, the statistics of the lines, and for a mean the sum of the weights.
 
     Raises `DeviceAssertionError` in the interpreter where a target is out of bounds.
     """
@@ -408,7 +410,7 @@ def cross_entropy_forward(
     loss = statistics if reduced else statistics.new_empty_strided(line_shape(x.shape), line_strides(x))
     partial = torch.empty((2, programs if reduced else 0), dtype=torch.float64, device=x.device)
     value = torch.empty((), dtype=accumulator, device=x.device)
-    weight_total = torch.empty((), dtype=torch.float64, device=x.device)
+    weight_total = torch.empty(weight_total_shape(reduction), dtype=torch.float64, device=x.device)
     divisor = 0.0 if reduction == "mean" else 1.0
     launch(
         configuration,
@@ -423,14 +425,21 @@ def cross_entropy_forward(
     if programs <= SUM_PROGRAMS:
         combine(partial, value, weight_total, divisor)
     else:
-        total, weight_total = partial.sum(1)
-        value, weight_total = total / weight_total if reduction == "mean" else total, weight_total.clone()
+        value, *weights = partial[: 2 if reduction == "mean" else 1].sum(1)
+        if weights:
+            weight_total.copy_(weights[0])
+            value = value / weight_total
     return value.to(dtype), statistics, weight_total
 
 
 def statistics_shape(x: Tensor, targets: Targets) -> tuple[int, int]:
     """Maximum and logarithm of the sum for each line; and the sum of weights, where it isn't the target's own."""
     return 2 if targets is Targets.INDICES else 3, x.numel() // x.shape[class_dim(x.shape)]
+
+
+def weight_total_shape(reduction: Reduction) -> tuple[int, ...]:
+    """The sum of the weights is one number for a mean, else nothing."""
+    return () if reduction == "mean" else (0,)
 
 
 def cross_entropy_backward(
