@@ -10,9 +10,10 @@ With log p = x - max - log(sum(exp(x - max))), weights w of the classes and a li
 ``PROBABILITIES`` -sum(w q log p), with q from ``(1 - s) target + s / C``
 ================  =============================================================================
 
-The logits are read once, whatever the number of classes.  Kept for the backward pass is the log-sum-exp of each line,
-as the maximum and the logarithm of the sum beside it: added up, a large maximum would swallow the other's digits.  The
-gradient, g (m p - what the loss weights log p with), whose m is the sum of these weights, is then elementwise.
+The logits are read once, whatever the number of classes; of the longest lines, several programs read a part each
+(`long_lines`).  Kept for the backward pass is the log-sum-exp of each line, as the maximum and the logarithm of the sum
+beside it: added up, a large maximum would swallow the other's digits.  The gradient, g (m p - what the loss weights
+log p with), whose m is the sum of these weights, is then elementwise.
 
 Each program leaves a partial sum of its losses and weights, which are added in a fixed order.
 """
@@ -29,6 +30,7 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
+from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
 from .nll_loss import Reduction
 from .numerics import divide, log, narrow, require, scalar, widen
 from .partial_sums import SUM_PROGRAMS, combine, finish_sum
@@ -165,6 +167,45 @@ def cross_entropy_forward_kernel(
         tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
     if reduced:
         finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, COMPUTE)
+    else:
+        tl.store(loss_pointer + line, loss, mask=exists)
+
+
+@triton.jit(do_not_specialize=["count", "parts", "ignore_index", "weighted", "reduced", "divisor"])
+def long_cross_entropy_kernel(
+    x_pointer,
+    part_pointer,  # maximum and sum of exponentials of the lines' parts, see `long_lines`
+    target_pointer,  # class indices
+    weight_pointer,
+    loss_pointer,  # this and what follows as above
+    partial_pointer,
+    value_pointer,
+    weight_total_pointer,
+    statistics_pointer,
+    count: tl.int64,
+    length,
+    parts: tl.int32,
+    ignore_index: tl.int64,
+    weighted: tl.int32,
+    reduced: tl.int32,
+    divisor: tl.float64,
+    LINES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    exists = line < count
+    maximum, total = join_parts(part_pointer, line, exists, count, parts, PARTS)
+    log_total = log(total)
+    target, counts, weight = line_targets(
+        target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
+    )
+    x_target = widen(tl.load(x_pointer + line * length + target, mask=counts, other=0), tl.float32)
+    loss = tl.where(counts, weight * (log_total - (x_target - maximum)), 0.0)
+    weight = tl.where(counts, weight, 0.0)
+    tl.store(statistics_pointer + line, maximum, mask=exists)
+    tl.store(statistics_pointer + count + line, log_total, mask=exists)
+    if reduced:
+        finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, tl.float32)
     else:
         tl.store(loss_pointer + line, loss, mask=exists)
 
@@ -333,6 +374,39 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
     )
 
 
+_LONG_LINES = 16  # of a program
+
+
+@cache
+def _long_configuration(dtype: torch.dtype) -> Configuration:
+    return Configuration(
+        label=f"cross_entropy forward indices long {TRITON_TYPE[dtype]}",
+        kernel=long_cross_entropy_kernel,
+        signature=(
+            ("x_pointer", "*" + TRITON_TYPE[dtype]),
+            ("part_pointer", "*fp32"),
+            ("target_pointer", "*i64"),
+            ("weight_pointer", "*fp32"),
+            ("loss_pointer", "*fp32"),
+            ("partial_pointer", "*fp64"),
+            ("value_pointer", "*fp32"),
+            ("weight_total_pointer", "*fp64"),
+            ("statistics_pointer", "*fp32"),
+            ("count", "i64"),
+            ("length", "i32"),
+            ("parts", "i32"),
+            ("ignore_index", "i64"),
+            ("weighted", "i32"),
+            ("reduced", "i32"),
+            ("divisor", "fp64"),
+        ),
+        constants=(("LINES", _LONG_LINES), ("PARTS", PARTS)),
+        threads=128,
+        divisible=("length",),
+        asserts=True,
+    )
+
+
 @ships("cross_entropy")
 def configurations() -> Iterator[Configuration]:
     # The second stage of the sum is among those of `pointwise_loss`.
@@ -342,6 +416,7 @@ def configurations() -> Iterator[Configuration]:
                 for axis in (ALONG, ACROSS):
                     for width in _widths(direction, dtype, targets, axis):
                         yield _configuration(direction, dtype, targets, axis, width)
+    yield from map(_long_configuration, LONG_DTYPES)
 
 
 def _configuration_for(
@@ -402,8 +477,9 @@ def cross_entropy_forward(
     targets = targets_of(x, target, smoothing)
     target = _arranged(x, target, targets)
     lines = lines_of(x, class_dim(x.shape))
+    long = targets is Targets.INDICES and are_shared(lines, x.dtype)
     configuration, block, _ = _configuration_for("forward", x.dtype, targets, lines.axis, lines.length)
-    programs = lines.blocks(block)
+    programs = lines.blocks(_LONG_LINES if long else block)
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
     reduced = reduction != "none"
@@ -412,14 +488,26 @@ def cross_entropy_forward(
     value = torch.empty((), dtype=accumulator, device=x.device)
     weight_total = torch.empty(weight_total_shape(reduction), dtype=torch.float64, device=x.device)
     divisor = 0.0 if reduction == "mean" else 1.0
-    launch(
-        configuration,
-        programs,
-        *(x, target, statistics if weight is None else weight.to(accumulator).contiguous()),
-        *(loss, partial, value, weight_total, statistics),
-        *lines.extents,
-        *(ignore_index, smoothing, int(weight is not None), int(reduced), divisor),
-    )
+    operands = (target, statistics if weight is None else weight.to(accumulator).contiguous())
+    results = (loss, partial, value, weight_total, statistics)
+    flags = (int(weight is not None), int(reduced), divisor)
+    if long:
+        parts = parts_of(lines)
+        extents = (lines.count, lines.length, parts.count)
+        partial_lines = line_parts(x, lines, parts)
+        launch(
+            _long_configuration(x.dtype),
+            programs,
+            x,
+            partial_lines,
+            *operands,
+            *results,
+            *extents,
+            ignore_index,
+            *flags,
+        )
+    else:
+        launch(configuration, programs, x, *operands, *results, *lines.extents, ignore_index, smoothing, *flags)
     if not reduced:
         return loss.to(dtype), statistics, weight_total
     if programs <= SUM_PROGRAMS:

@@ -2,8 +2,8 @@
 
 softmax(x) = exp(x - max) / sum(exp(x - max)), log_softmax(x) = x - max - log(sum(exp(x - max))), softmin(x) =
 softmax(-x).  A line that fits into the registers of a program is read once; a longer one twice, piece by piece, the
-second time from the L2 cache.  The backward passes need the output and its gradient: y (g - sum(g y)) and
-g - exp(y) sum(g).
+second time from the L2 cache; the longest are shared by several programs (`long_lines`).  The backward passes need the
+output and its gradient: y (g - sum(g y)) and g - exp(y) sum(g).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, Lines, fold, line_block, line_tile, lines_of, pack, settle, start_fold
+from .long_lines import LONG_DTYPES, PARTS, PIECE, are_shared, join_parts, line_parts, part_of_line, parts_of
 from .numerics import log, narrow, widen
 from .tiles import threads_for
 
@@ -148,6 +149,87 @@ def input_gradient(g, y, total, logarithm, negated):
     return tl.where(negated != 0, -dx, dx)
 
 
+# --- Lines that several programs share ----------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count", "parts", "pieces", "logarithm", "negated"])
+def long_softmax_forward_kernel(
+    x_pointer,
+    partial_pointer,  # see `long_lines`
+    y_pointer,
+    count: tl.int64,
+    length,
+    parts: tl.int32,
+    pieces: tl.int32,  # of a line
+    logarithm: tl.int32,
+    negated: tl.int32,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    base, line, start, exists = line_block(program // pieces, count, length, 1, 1, 1)
+    maximum, total = join_parts(partial_pointer, line, exists, count, parts, PARTS)
+    first = (program % pieces).to(tl.int32) * WIDTH
+    _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
+    shifted = load_signed(x_pointer + base, offsets, inside, negated, tl.float32) - maximum[:, None]
+    if logarithm:
+        y = normalised(shifted, total[:, None], True)
+    else:
+        y = normalised(shifted, total[:, None], False)
+    tl.store(y_pointer + base + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "parts", "part_length", "logarithm"])
+def long_softmax_shares_kernel(
+    g_pointer,
+    y_pointer,
+    partial_pointer,  # sums of the parts' shares, (parts, count)
+    count: tl.int64,
+    length,
+    parts: tl.int32,
+    part_length: tl.int32,
+    logarithm: tl.int32,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    base, line, start, exists, part, begin, end = part_of_line(program, count, length, parts, part_length)
+    shares = tl.zeros((1, WIDTH), tl.float32)
+    for first in range(begin, end, WIDTH):
+        _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
+        g = widen(tl.load(g_pointer + base + offsets, mask=inside, other=0), tl.float32)
+        y = widen(tl.load(y_pointer + base + offsets, mask=inside & (logarithm == 0), other=0), tl.float32)
+        shares += share(g, y, logarithm)
+    tl.store(partial_pointer + part * count + line, tl.sum(shares, 1))
+
+
+@triton.jit(do_not_specialize=["count", "parts", "pieces", "logarithm", "negated"])
+def long_softmax_backward_kernel(
+    g_pointer,
+    y_pointer,
+    partial_pointer,
+    dx_pointer,
+    count: tl.int64,
+    length,
+    parts: tl.int32,
+    pieces: tl.int32,
+    logarithm: tl.int32,
+    negated: tl.int32,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    base, line, start, exists = line_block(program // pieces, count, length, 1, 1, 1)
+    part = tl.arange(0, PARTS)[None, :]
+    partial = tl.load(partial_pointer + part * count + line[:, None], mask=part < parts, other=0)
+    total = tl.sum(partial, 1)[:, None]
+    first = (program % pieces).to(tl.int32) * WIDTH
+    _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
+    g = widen(tl.load(g_pointer + base + offsets, mask=inside, other=0), tl.float32)
+    y = widen(tl.load(y_pointer + base + offsets, mask=inside, other=0), tl.float32)
+    dx = input_gradient(g, y, total, logarithm, negated)
+    tl.store(dx_pointer + base + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
+
+
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
 # Elements of a line that a program holds: the narrowest that holds them all is taken, or else `_PIECE` of it at a time.
@@ -222,6 +304,31 @@ def _configuration(
     )
 
 
+@cache
+def _long(kind: str, dtype: torch.dtype) -> Configuration:
+    element = "*" + TRITON_TYPE[dtype]
+    extents = (("count", "i64"), ("length", "i32"), ("parts", "i32"))
+    kernel, tensors, integers, join = {
+        "forward": (long_softmax_forward_kernel, "x_y", ("pieces", "logarithm", "negated"), True),
+        "shares": (long_softmax_shares_kernel, "gy_", ("part_length", "logarithm"), False),
+        "backward": (long_softmax_backward_kernel, "gy_d", ("pieces", "logarithm", "negated"), True),
+    }[kind]
+    names = {"x": "x", "y": "y", "g": "g", "d": "dx"}
+    pointers = [(f"{names[t]}_pointer", element) if t in names else ("partial_pointer", "*fp32") for t in tensors]
+    threads = max(PIECE // 16, threads_for(dtype))
+    wide = PIECE * dtype.itemsize // (threads * 16)
+    return Configuration(
+        label=f"long softmax {kind} {TRITON_TYPE[dtype]}",
+        kernel=kernel,
+        signature=(*pointers, *extents, *((name, "i32") for name in integers)),
+        constants=(("WIDTH", PIECE), *((("PARTS", PARTS),) if join else ())),
+        threads=threads,
+        divisible=("length",),
+        wide_loads=wide * (1 if kind == "forward" else 2),
+        wide_stores=wide if join else 0,
+    )
+
+
 @ships("softmax")
 def configurations() -> Iterator[Configuration]:
     for dtype in DTYPES:
@@ -231,6 +338,9 @@ def configurations() -> Iterator[Configuration]:
                 yield _forward(dtype, axis, width, True)
             for width in (*_widths("backward", dtype, axis), None):
                 yield _backward(dtype, axis, width)
+    for dtype in LONG_DTYPES:
+        for kind in ("forward", "shares", "backward"):
+            yield _long(kind, dtype)
 
 
 def _width_for(direction: str, dtype: torch.dtype, lines: Lines) -> int | None:
@@ -244,6 +354,12 @@ def softmax_forward(x: Tensor, dim: int, kind: str) -> Tensor:
     y = torch.empty_like(x)
     lines = lines_of(x, dim)
     logarithm, negated = KINDS[kind]
+    if are_shared(lines, x.dtype):
+        parts, pieces = parts_of(lines), triton.cdiv(lines.length, PIECE)
+        partial = line_parts(x, lines, parts, negated=negated)
+        extents = (lines.count, lines.length, parts.count, pieces)
+        launch(_long("forward", x.dtype), lines.count * pieces, x, partial, y, *extents, int(logarithm), int(negated))
+        return y
     configuration = _forward(x.dtype, lines.axis, _width_for("forward", x.dtype, lines), logarithm)
     programs = lines.blocks(dict(configuration.constants)["LINES"])
     launch(configuration, programs, x, y, *lines.extents, int(negated))
@@ -257,6 +373,15 @@ def softmax_backward(g: Tensor, y: Tensor, dim: int, kind: str) -> Tensor:
     dx = torch.empty_like(y)
     lines = lines_of(y, dim)
     logarithm, negated = KINDS[kind]
+    if are_shared(lines, y.dtype):
+        parts, pieces = parts_of(lines), triton.cdiv(lines.length, PIECE)
+        partial = torch.empty((parts.count, lines.count), dtype=torch.float32, device=y.device)
+        extents = (lines.count, lines.length, parts.count)
+        shares = (*extents, parts.length, int(logarithm))
+        launch(_long("shares", y.dtype), lines.count * parts.count, g, y, partial, *shares)
+        options = (*extents, pieces, int(logarithm), int(negated))
+        launch(_long("backward", y.dtype), lines.count * pieces, g, y, partial, dx, *options)
+        return dx
     configuration = _backward(y.dtype, lines.axis, _width_for("backward", y.dtype, lines))
     programs = lines.blocks(dict(configuration.constants)["LINES"])
     launch(configuration, programs, g, y, dx, *lines.extents, int(logarithm), int(negated))

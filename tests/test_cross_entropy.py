@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd, kernels, layers
+from fusednn.kernels import long_lines
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 
 if kernels.INTERPRETING:
@@ -133,6 +134,20 @@ def test_odd_values(device: str) -> None:
             for data in (target, F.one_hot(target, length).float()):
                 ours, stock = (f.cross_entropy(x, data, reduction="none", **options) for f in (autograd, F))
                 torch.testing.assert_close(ours, stock, equal_nan=True)
+
+
+@every_reduction
+def test_lines_that_programs_share(reduction: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_lines, "_SHARED_FROM", 8000)
+    monkeypatch.setattr(long_lines, "_PART", 1)
+    x = random_tensor((3, 9000), torch.bfloat16 if reduction == "sum" else torch.float32, device)
+    x[0, :4096] = -float("inf")
+    target = torch.tensor([5000, 8999, -100], device=device)
+    check(x, target, reduction, weighted=True)
+    check(x[1:], target[1:], reduction)
+    if not ON_GPU:
+        with pytest.raises(IndexError):
+            autograd.cross_entropy(x, target + 4000)
 
 
 @every_reduction

@@ -75,7 +75,8 @@ def test_results(outputs: tuple[int, ...], probabilities: bool, device: str) -> 
         options["weight"] = options["weight"].double()
         target = target.double() if probabilities else target
         for triple in zip(ours, stock, results(reference, exact, target, **options), strict=True):
-            assert_accurate(*triple)
+            # Sums over rows and classes are added in another order: a rounding of the largest terms.
+            assert_accurate(*triple, inherent=torch.finfo(dtype).eps * triple[2].abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -13,8 +13,9 @@ from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 
 from fusednn import autograd, kernels, layers
+from fusednn.kernels import long_lines
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
-from fusednn.kernels.lines import lines_of
+from fusednn.kernels.lines import Lines, lines_of
 
 if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
@@ -62,6 +63,25 @@ def test_lines(name: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, 
 def test_long_lines(name: str, shape: tuple[int, ...], dim: int, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check(name, random_tensor(shape, dtype, device), random_tensor(shape, dtype, device, seed=1), dim)
+
+
+@pytest.mark.parametrize("length", [9000, 70_000, 300_000], ids=str)
+def test_parts_of_shared_lines(length: int) -> None:
+    """They cover the line, with whole pieces, and one program can join them."""
+    parts = long_lines.parts_of(Lines(3, length, 1))
+    assert parts.length % long_lines.PIECE == 0
+    assert (parts.count - 1) * parts.length < length <= parts.count * parts.length
+    assert parts.count <= long_lines.PARTS
+
+
+@every_name
+def test_lines_that_programs_share(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_lines, "_SHARED_FROM", 8000)
+    monkeypatch.setattr(long_lines, "_PART", 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random_tensor((2, 9000), dtype, device)
+        x[0, :4096] = -float("inf")
+        check(name, x if name != "softmin" else -x, random_tensor((2, 9000), dtype, device, seed=1), 1)
 
 
 @pytest.mark.thorough
