@@ -168,18 +168,19 @@ def long_softmax_forward_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     base, line, start, exists = line_block(program // pieces, count, length, 1, 1, 1)
-    maximum, total = join_parts(partial_pointer, line, exists, count, parts, PARTS)
+    maxima, totals = join_parts(partial_pointer, line, exists, count, parts, PARTS)
+    maximum, total = tl.max(maxima, 0), tl.sum(totals, 0)  # of the one line
     first = (program % pieces).to(tl.int32) * WIDTH
     _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
-    shifted = load_signed(x_pointer + base, offsets, inside, negated, tl.float32) - maximum[:, None]
+    shifted = load_signed(x_pointer + base, offsets, inside, negated, tl.float32) - maximum
     if logarithm:
-        y = normalised(shifted, total[:, None], True)
+        y = normalised(shifted, total, True)
     else:
-        y = normalised(shifted, total[:, None], False)
+        y = normalised(shifted, total, False)
     tl.store(y_pointer + base + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "parts", "part_length", "logarithm"])
+@triton.jit(do_not_specialize=["count", "parts", "logarithm"])
 def long_softmax_shares_kernel(
     g_pointer,
     y_pointer,
@@ -187,7 +188,7 @@ def long_softmax_shares_kernel(
     count: tl.int64,
     length,
     parts: tl.int32,
-    part_length: tl.int32,
+    part_length,
     logarithm: tl.int32,
     WIDTH: tl.constexpr,
 ):
@@ -218,10 +219,9 @@ def long_softmax_backward_kernel(
     PARTS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    base, line, start, exists = line_block(program // pieces, count, length, 1, 1, 1)
-    part = tl.arange(0, PARTS)[None, :]
-    partial = tl.load(partial_pointer + part * count + line[:, None], mask=part < parts, other=0)
-    total = tl.sum(partial, 1)[:, None]
+    base, _line, start, exists = line_block(program // pieces, count, length, 1, 1, 1)
+    part = tl.arange(0, PARTS)
+    total = tl.sum(tl.load(partial_pointer + part * count + program // pieces, mask=part < parts, other=0), 0)
     first = (program % pieces).to(tl.int32) * WIDTH
     _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
     g = widen(tl.load(g_pointer + base + offsets, mask=inside, other=0), tl.float32)
@@ -323,7 +323,7 @@ def _long(kind: str, dtype: torch.dtype) -> Configuration:
         signature=(*pointers, *extents, *((name, "i32") for name in integers)),
         constants=(("WIDTH", PIECE), *((("PARTS", PARTS),) if join else ())),
         threads=threads,
-        divisible=("length",),
+        divisible=("length", *(name for name in integers if name == "part_length")),
         wide_loads=wide * (1 if kind == "forward" else 2),
         wide_stores=wide if join else 0,
     )
