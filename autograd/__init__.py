@@ -23,7 +23,11 @@ from .activation import (
     tanh,
     threshold,
 )
+from .batch_norm import batch_norm, batch_norm_act, channel_statistics
+from .bias_activation_dropout import bias_activation_dropout
 from .cross_entropy import cross_entropy
+from .drop_connect import drop_connect_linear
+from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .linear_cross_entropy import linear_cross_entropy
 from .nll_loss import nll_loss
 from .pointwise_loss import (
@@ -38,13 +42,26 @@ from .pointwise_loss import (
 from .prelu import prelu
 from .rrelu import rrelu
 from .softmax import log_softmax, softmax, softmin
+from .standout import standout
+from .sync_batch_norm import sync_batch_norm
 
 __all__ = [
+    "alpha_dropout",
+    "batch_norm",
+    "batch_norm_act",
+    "bias_activation_dropout",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "channel_statistics",
     "cross_entropy",
+    "drop_connect_linear",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
+    "feature_alpha_dropout",
     "gelu",
     "hardsigmoid",
     "hardswish",
@@ -71,6 +88,8 @@ __all__ = [
     "softmin",
     "softplus",
     "softsign",
+    "standout",
+    "sync_batch_norm",
     "tanh",
     "threshold",
 ]

@@ -200,20 +200,31 @@ class SavedActivation(Function):
         return (None, dx, None, None, None, None) if ctx.from_copy else (dx, None, None, None, None, None)
 
 
-# The stock function of (x, a, b), where the input is saved ...
-_STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+#: The stock function of (x, a, b) for each row of the table.
+STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "celu": lambda x, a, b: F.celu(x, a),
     "celu_half": lambda x, a, b: F.celu(x, a),
+    "elu": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
     "elu_half": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
+    "hardsigmoid": lambda x, a, b: F.hardsigmoid(x),
     "hardswish": lambda x, a, b: F.hardswish(x),
+    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
+    "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
     "logsigmoid": lambda x, a, b: F.logsigmoid(x),
     "mish": lambda x, a, b: F.mish(x),
+    "relu": lambda x, a, b: F.relu(x),
+    "relu6": lambda x, a, b: F.hardtanh(x, a, b),
+    "selu": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
+    "sigmoid": lambda x, a, b: torch.sigmoid(x),
     "silu": lambda x, a, b: F.silu(x),
     "softplus": lambda x, a, b: F.softplus(x, a, b),
     "softsign": lambda x, a, b: F.softsign(x),
+    "tanh": lambda x, a, b: torch.tanh(x),
+    "threshold": lambda x, a, b: F.threshold(x, a, b),
 }
-# ... and the stock gradient of (g, y, a, b), where the output is.
+# The stock gradient of (g, y, a, b), where the output is saved.
 _STOCK_GRADIENT: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "celu": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a, 1.0, 1.0 / a, True, y),
     "elu": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a / b, b, 1.0, True, y),
@@ -228,7 +239,7 @@ def _differentiable_gradient(g: Tensor, saved: Tensor, name: str, a: float, b: f
     if name in _STOCK_GRADIENT:
         return _STOCK_GRADIENT[name](g, saved, a, b)
     with torch.enable_grad():
-        y = _STOCK[name](saved, a, b)
+        y = STOCK[name](saved, a, b)
     (dx,) = torch.autograd.grad(y, saved, g, create_graph=True)
     return dx
 

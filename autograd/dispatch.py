@@ -5,7 +5,7 @@ holds for every operation (device, dtype, layout, transforms) is here.  Whatever
 which also raises the stock error where the arguments are wrong.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -47,13 +47,22 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
         _observers.remove(observer)
 
 
-def takes_kernel(operation: str, *tensors: Tensor, inplace: bool = False, refusal: str | None = None) -> bool:
+def takes_kernel(
+    operation: str,
+    *tensors: Tensor,
+    parameters: Sequence[Tensor] = (),
+    inplace: bool = False,
+    empty: bool = False,
+    refusal: str | None = None,
+) -> bool:
     """Whether ``operation`` on these tensors takes its kernel.
 
-    ``tensors`` are the operands in order (a kernel wants them all on the first's device and of its dtype), ``refusal``
-    the reason why the operation's kernels don't take its other arguments, or None.
+    ``tensors`` are the operands in order (a kernel wants them all on the first's device and of its dtype),
+    ``parameters`` those that may also be float32 beside 16-bit operands, ``empty`` says that the operation has
+    something to do where there are no elements, ``refusal`` is the reason why the operation's kernels don't take its
+    other arguments, or None.
     """
-    refusal = refusal or _refusal(tensors, inplace)
+    refusal = refusal or _refusal(tensors, parameters, inplace, empty)
     if _observers:
         where = "in Triton's interpreter" if INTERPRETING else "on the GPU"
         choice = Choice(operation, refusal is None, refusal or f"kernel {where}")
@@ -62,11 +71,11 @@ def takes_kernel(operation: str, *tensors: Tensor, inplace: bool = False, refusa
     return refusal is None
 
 
-def _refusal(tensors: tuple[Tensor, ...], inplace: bool) -> str | None:
+def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace: bool, empty: bool) -> str | None:
     """Why no kernel takes these operands, or None."""
     if not AVAILABLE:
         return "Triton is not installed"
-    for tensor in tensors:
+    for tensor in (*tensors, *parameters):
         if type(tensor) not in PLAIN_TYPES:
             return f"{type(tensor).__name__} is not a plain tensor"
     first = tensors[0]
@@ -79,11 +88,17 @@ def _refusal(tensors: tuple[Tensor, ...], inplace: bool) -> str | None:
         return f"{first.layout} tensor"
     if first.dtype not in DTYPES:
         return f"no kernel for {first.dtype}"
-    if first.numel() == 0:
+    if first.numel() == 0 and not empty:
         return "no elements"
     for other in tensors[1:]:
         if other.dtype != first.dtype or other.device != first.device:
             return "operands differ in dtype or device"
+    if parameters:
+        wide = {torch.float32} if first.dtype.itemsize == 2 else set()
+        if any(parameter.device != first.device for parameter in parameters):
+            return "a parameter is on another device"
+        if len(dtypes := {parameter.dtype for parameter in parameters}) > 1 or not dtypes <= {first.dtype} | wide:
+            return "no kernel for these parameters' dtypes"
     if inplace:
         if first.requires_grad and first.is_leaf and torch.is_grad_enabled():
             return "in-place on a leaf that requires gradients"

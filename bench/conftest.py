@@ -21,6 +21,7 @@ from fusednn_bench.contest import CONTESTANTS, Contest, Effort, run_contest
 from fusednn_bench.counting import count_case
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
 from fusednn_bench.results import Result, new_result, write_result
+from fusednn_bench.steps import StepCase, count_step_case, run_step_contest
 from fusednn_bench.tables import counted_table, timed_tables
 from fusednn_bench.timing import CopyRate, DeviceTimer, measure_copy
 
@@ -102,7 +103,7 @@ class Run:
         kind = "timed" if self.timed else "counted"
         self.result: Result = new_result(kind, describe_environment(), describe_sources(), settings)
 
-    def contest(self, case: Case) -> Contest:
+    def contest(self, case: Case | StepCase) -> Contest:
         """The contest of a case, held when it is first asked for."""
         if case.id not in self._contests:
             self._contests[case.id] = self._hold(case)
@@ -111,12 +112,15 @@ class Run:
             raise held
         return held
 
-    def _hold(self, case: Case) -> Contest | Exception:
+    def _hold(self, case: Case | StepCase) -> Contest | Exception:
         if time.monotonic() - self._started > self._limit:
             self._leave_out(case, None, "time limit")
             return Contest(left_out=dict.fromkeys(self.contestants, "time limit"))
         try:
-            contest = run_contest(case, self._ready_timer(), self.contestants, Effort())
+            if isinstance(case, StepCase):
+                contest = run_step_contest(case, self._ready_timer(), self.contestants, Effort())
+            else:
+                contest = run_contest(case, self._ready_timer(), self.contestants, Effort())
         except Exception as error:
             self._leave_out(case, None, f"{type(error).__name__}: {error}")
             return error
@@ -125,7 +129,7 @@ class Run:
         self.result["cases"] += contest.records
         return contest
 
-    def _leave_out(self, case: Case, contestant: str | None, reason: str) -> None:
+    def _leave_out(self, case: Case | StepCase, contestant: str | None, reason: str) -> None:
         self.result["left_out"].append({"case": case.id, "contestant": contestant, "reason": reason})
 
     def _ready_timer(self) -> DeviceTimer:
@@ -161,7 +165,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 @pytest.fixture
-def device_samples(run: Run, case: Case, contestant: str) -> dict[str, list[float]]:
+def device_samples(run: Run, case: Case | StepCase, contestant: str) -> dict[str, list[float]]:
     """Device microseconds of a contestant by direction; skips where it was left out, with the reason."""
     contest = run.contest(case)
     if contestant in contest.left_out:
@@ -174,9 +178,9 @@ def device_samples(run: Run, case: Case, contestant: str) -> dict[str, list[floa
 
 
 @pytest.fixture
-def counts(run: Run, case: Case) -> list[dict[str, Any]]:
+def counts(run: Run, case: Case | StepCase) -> list[dict[str, Any]]:
     """The counts of a case, ours and eager's."""
-    records = count_case(case)
+    records = count_step_case(case) if isinstance(case, StepCase) else count_case(case)
     run.result["cases"] += records
     return records
 

@@ -1,4 +1,4 @@
-"""Writes the support table into README.md, from the code.  ``python docs/support_table.py [--check]``."""
+"""Writes the support tables into README.md, from the code.  ``python docs/support_table.py [--check]``."""
 
 import sys
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fusednn import autograd, layers
+from fusednn import autograd, layers, optim
 from fusednn.kernels.activation import ACTIVATIONS, Activation
+from fusednn.kernels.optimizer import ALGORITHMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- support table: begin (docs/support_table.py) -->", "<!-- support table: end -->"
+
+# Alone, and with a residual and an activation whose gradient a bit suffices for.
+_BATCH_NORM_ACT = ("the input; with a residual 1 bit an element", "3e; 4e + 1/8", "5e; 6e + 1/8")
 
 # Layers whose family has kernels of its own: function, what is kept, bytes an element forward and backward.  The table
 # of activations knows the others'.
@@ -33,9 +36,58 @@ OWN_KERNELS = {
             "SmoothL1Loss": "smooth_l1_loss",
         }.items()
     },
+    **{
+        f"{layer}{dims}d": (function, *facts)
+        for layer, function, *facts in (
+            ("BatchNorm", "batch_norm", "the input", "3e", "5e"),
+            ("BatchNormAct", "batch_norm_act", *_BATCH_NORM_ACT),
+        )
+        for dims in (1, 2, 3)
+    },
+    "SyncBatchNorm": ("sync_batch_norm", "the input", "3e", "5e"),
+    "SyncBatchNormAct": ("sync_batch_norm", *_BATCH_NORM_ACT),
+    "InputNorm": ("batch_norm", "the input", "2e", "2e"),
+    "GlobalContrastNorm": ("batch_norm", "the input", "3e", "5e"),
+    **{
+        layer: (function, "a seed", "2e", "2e")
+        for layer, function in {
+            "AlphaDropout": "alpha_dropout",
+            "Dropout": "dropout",
+            "Dropout1d": "dropout1d",
+            "Dropout2d": "dropout2d",
+            "Dropout3d": "dropout3d",
+            "FeatureAlphaDropout": "feature_alpha_dropout",
+        }.items()
+    },
+    "BiasActivationDropout": (
+        "bias_activation_dropout",
+        "1 bit an element; the operands and a seed for smooth activations",
+        "2e + 1/8, or 2e; with a residual e more",
+        "2e + 1/8, or 3e",
+    ),
+    "DropConnect": (
+        "drop_connect_linear",
+        "the operands, and a seed",
+        "2e a weight, and the product",
+        "4e a weight, and the products",
+    ),
     "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),
     "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),
+    "Standout": ("standout", "1 bit an element", "3e + 1/8", "2e + 1/8"),
+}
+
+# The updates that an optimizer has, by the argument that asks for them.
+UPDATES = {
+    "SGD": {"": "sgd", "momentum": "sgd_momentum"},
+    "RMSprop": {
+        "": "rmsprop",
+        "momentum": "rmsprop_momentum",
+        "centered": "rmsprop_centered",
+        "centered, momentum": "rmsprop_centered_momentum",
+    },
+    "Adam": {"": "adam", "amsgrad": "adam_amsgrad"},
+    "AdamW": {"": "adam", "amsgrad": "adam_amsgrad"},
 }
 
 
@@ -77,11 +129,34 @@ def _in_elements(bytes_of_eight_floats: float) -> str:
     return f"{elements:.0f}e" + (" + 1/8" if rest else "")
 
 
+def optimizer_table() -> str:
+    """A Markdown table: a row per optimizer and what it keeps."""
+    lines = ["| optimizer | with | state | bytes a parameter |", "|---|---|---|---|"]
+    exported = (getattr(optim, name) for name in optim.__all__)
+    for cls in sorted(filter(_is_optimizer, exported), key=lambda cls: cls.__name__.lower()):
+        for argument, name in UPDATES.get(cls.__name__, {"": cls.__name__.lower()}).items():
+            row = ALGORITHMS[name]
+            state = ", ".join(f"`{key}`" for key in row.states)
+            size = row.budget(1, torch.float32) // torch.float32.itemsize
+            lines.append(f"| `{cls.__name__}` | {argument} | {state} | {size}e |")
+    return "\n".join(lines)
+
+
+def _is_optimizer(exported: object) -> bool:
+    return isinstance(exported, type) and exported in optim.FusedOptimizer.__subclasses__()
+
+
+TABLES = {"support table": support_table, "optimizer table": optimizer_table}
+
+
 def updated(readme: str) -> str:
-    """The README's text with the table as it should be."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{support_table()}\n{END}{after}"
+    """The README's text with the tables as they should be."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: begin (docs/support_table.py) -->", f"<!-- {name}: end -->"
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{table()}\n{end}{after}"
+    return readme
 
 
 def main() -> int:

@@ -4,7 +4,21 @@ Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipp
 launchers can ask the compiler for.
 """
 
-from . import activation, cross_entropy, linear_cross_entropy, nll_loss, pointwise_loss, prelu, rrelu, softmax
+from . import (
+    activation,
+    batch_norm,
+    bias_activation_dropout,
+    cross_entropy,
+    dropout,
+    linear_cross_entropy,
+    nll_loss,
+    optimizer,
+    pointwise_loss,
+    prelu,
+    rrelu,
+    softmax,
+    standout,
+)
 from ._triton import AVAILABLE, INTERPRETING
 from .launch import Configuration, shipped
 
@@ -13,12 +27,17 @@ __all__ = [
     "INTERPRETING",
     "Configuration",
     "activation",
+    "batch_norm",
+    "bias_activation_dropout",
     "cross_entropy",
+    "dropout",
     "linear_cross_entropy",
     "nll_loss",
+    "optimizer",
     "pointwise_loss",
     "prelu",
     "rrelu",
     "shipped",
     "softmax",
+    "standout",
 ]

@@ -317,6 +317,11 @@ class Activation:
         """The row whose kernels serve ``dtype``."""
         return self.half if self.half and dtype.itemsize == 2 else self.name
 
+    @property
+    def gates(self) -> bool:
+        """Whether the gradient vanishes where the mask's bit is 0: the bit can then tell of dropped elements, too."""
+        return self.saves == "mask" and self.gradient is not leaky_relu_gradient
+
     def budget(self, numel: int, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes of device memory that (forward, backward) must move: each operand once."""
         tensor = numel * dtype.itemsize

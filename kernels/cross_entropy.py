@@ -493,7 +493,7 @@ def cross_entropy_forward(
     flags = (int(weight is not None), int(reduced), divisor)
     if long:
         parts = parts_of(lines)
-        extents = (lines.count, lines.length, parts.count)
+        extents = (lines.count, lines.length, parts.number)
         partial_lines = line_parts(x, lines, parts)
         launch(
             _long_configuration(x.dtype),

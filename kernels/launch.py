@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Configuration:
     values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
     are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
-    says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`.
+    says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`; ``rare``
+    ones are left to the compile check's thorough run.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Configuration:
     wide_stores: int = 0
     tensor_cores: bool = False
     asserts: bool = False
+    rare: bool = field(default=False, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -103,6 +103,15 @@ def divide(x, y):
 
 
 @triton.jit
+def square_root(x):
+    """The square root, correctly rounded: compiled, ``tl.sqrt`` is so in float64 alone."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def require(condition, MESSAGE: tl.constexpr):
     """A device assertion on a tensor of booleans.  The kernel's `Configuration` has to say that it ``asserts``."""
     if INTERPRETED:

@@ -27,7 +27,7 @@ from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, widen
-from .tiles import TILE, load_tile, store_tile, threads_for, tile_shape
+from .tiles import TILE, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
 
 __all__ = ["prelu_backward", "prelu_forward"]
 
@@ -77,12 +77,7 @@ def tile_place(block_row, block_column, rows, columns, SLOPES: tl.constexpr, HEI
         inside = offsets < rows * columns - start
         whole = start + WIDTH <= rows * columns
     else:
-        row = block_row * HEIGHT
-        column = block_column * WIDTH
-        start = row * columns + column
-        offsets = tl.arange(0, HEIGHT)[:, None] * columns + tl.arange(0, WIDTH)[None, :]
-        inside = (tl.arange(0, HEIGHT)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < columns - column)
-        whole = (row + HEIGHT <= rows) & (column + WIDTH <= columns)
+        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
     return start, offsets, inside, whole
 
 
@@ -161,7 +156,7 @@ def prelu_backward_kernel(
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
-# Widths of a tile by row or column.  The widest that wastes at most a quarter of its lanes is taken.
+# Widths of a tile by row or column.
 _WIDTHS = (16, 64, 256)
 
 
@@ -169,12 +164,6 @@ def _widths(slopes: Slopes) -> tuple[int, ...]:
     if slopes is Slopes.SINGLE:
         return (TILE,)
     return (*_WIDTHS, TILE) if slopes is Slopes.BY_ROW else _WIDTHS
-
-
-def _width_for(slopes: Slopes, columns: int) -> int:
-    widths = _widths(slopes)
-    full = [width for width in widths if -columns % width * 3 <= columns]
-    return max(full, default=widths[0])
 
 
 @cache
@@ -248,7 +237,7 @@ def _plan(direction: str, x: Tensor, weight: Tensor) -> _Plan:
     numel, channels = x.numel(), weight.numel()
     if channels == 1:
         slopes, rows, columns = Slopes.SINGLE, numel, 1
-        width = _width_for(slopes, numel)
+        width = width_for(numel, _widths(slopes))
         configuration = _configuration(direction, x.dtype, slopes, width)
         return _Plan(configuration, slopes, rows, columns, 1, 1, triton.cdiv(numel, width))
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
@@ -256,7 +245,7 @@ def _plan(direction: str, x: Tensor, weight: Tensor) -> _Plan:
     slopes = Slopes.BY_COLUMN if inner == 1 else Slopes.BY_ROW
     columns = channels if inner == 1 else inner
     rows = numel // columns
-    configuration = _configuration(direction, x.dtype, slopes, _width_for(slopes, columns))
+    configuration = _configuration(direction, x.dtype, slopes, width_for(columns, _widths(slopes)))
     constants = dict(configuration.constants)
     row_programs = triton.cdiv(rows, constants["HEIGHT"] * constants["STEPS"])
     return _Plan(configuration, slopes, rows, columns, channels, row_programs, triton.cdiv(columns, constants["WIDTH"]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 
-__all__ = ["draw_seed", "random_tile", "uniform_tile"]
+__all__ = ["channel_bits", "draw_seed", "keep_tile", "last_kept", "random_tile", "serves_eight", "uniform_tile"]
 
 # Seven rounds pass BigCrush (table 2 of the paper); PyTorch's ten would double the instructions for nothing.
 PHILOX_ROUNDS = tl.constexpr(7)
@@ -21,6 +21,19 @@ PHILOX_ROUNDS = tl.constexpr(7)
 def draw_seed(device: torch.device) -> Tensor:
     """A 64-bit seed, shape (1,), int64, drawn on ``device`` from PyTorch's generator."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def last_kept(p: float) -> int:
+    """The largest 32-bit random number whose element dropout with probability ``p`` keeps.
+
+    1 - p is met to half of 2^-32; as long as p < 1, one number in 2^32 at least is kept.
+    """
+    return max(round((1 - p) * 2**32) - 1, 0)
+
+
+def serves_eight(dtype: torch.dtype) -> bool:
+    """Whether one Philox call decides about eight elements of ``dtype`` in `keep_tile`, rather than about four."""
+    return dtype.itemsize == 2
 
 
 @triton.jit
@@ -45,3 +58,28 @@ def uniform_tile(seed, tile_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     # 24 bits fill a float32's significand exactly, so the product is exact and below 1.
     bits = random_tile(seed, tile_index, ROWS, COLUMNS)
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def keep_tile(seed, tile_index, last, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SERVES_EIGHT: tl.constexpr):
+    """Which elements of flat tile ``tile_index`` are kept, (ROWS, COLUMNS): those whose 32 random bits are <= ``last``.
+
+    With ``SERVES_EIGHT`` two neighbours share 32 bits, of which the second sees its halves exchanged.  So each is kept
+    with exactly the right probability, decided by a half of its own, unless that half alone can't tell (one time in
+    2^16).  Only then do they see each other: their correlation is below 2^-17 / (p (1 - p)).
+    """
+    if SERVES_EIGHT:
+        bits = random_tile(seed, tile_index, ROWS, COLUMNS // 2)
+        exchanged = (bits >> 16) | (bits << 16)
+        return tl.reshape(tl.join(bits <= last, exchanged <= last), (ROWS, COLUMNS))
+    return random_tile(seed, tile_index, ROWS, COLUMNS) <= last
+
+
+@triton.jit
+def channel_bits(seed, index):
+    """32 random bits for each of these channels, by their 64-bit index: all elements of a channel share them."""
+    low = index.to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    zero = low * 0
+    bits, _, _, _ = tl.philox(seed, low, high, zero, zero, PHILOX_ROUNDS)
+    return bits

@@ -357,7 +357,7 @@ def softmax_forward(x: Tensor, dim: int, kind: str) -> Tensor:
     if are_shared(lines, x.dtype):
         parts, pieces = parts_of(lines), triton.cdiv(lines.length, PIECE)
         partial = line_parts(x, lines, parts, negated=negated)
-        extents = (lines.count, lines.length, parts.count, pieces)
+        extents = (lines.count, lines.length, parts.number, pieces)
         launch(_long("forward", x.dtype), lines.count * pieces, x, partial, y, *extents, int(logarithm), int(negated))
         return y
     configuration = _forward(x.dtype, lines.axis, _width_for("forward", x.dtype, lines), logarithm)
@@ -375,10 +375,10 @@ def softmax_backward(g: Tensor, y: Tensor, dim: int, kind: str) -> Tensor:
     logarithm, negated = KINDS[kind]
     if are_shared(lines, y.dtype):
         parts, pieces = parts_of(lines), triton.cdiv(lines.length, PIECE)
-        partial = torch.empty((parts.count, lines.count), dtype=torch.float32, device=y.device)
-        extents = (lines.count, lines.length, parts.count)
+        partial = torch.empty((parts.number, lines.count), dtype=torch.float32, device=y.device)
+        extents = (lines.count, lines.length, parts.number)
         shares = (*extents, parts.length, int(logarithm))
-        launch(_long("shares", y.dtype), lines.count * parts.count, g, y, partial, *shares)
+        launch(_long("shares", y.dtype), lines.count * parts.number, g, y, partial, *shares)
         options = (*extents, pieces, int(logarithm), int(negated))
         launch(_long("backward", y.dtype), lines.count * pieces, g, y, partial, dx, *options)
         return dx

@@ -9,6 +9,8 @@ Bits: a byte of a mask holds every row of 8 / rows neighbouring columns, which b
 unpacking are then shifts in registers: no shuffles, no shared memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ._triton import tl, triton
@@ -20,12 +22,14 @@ __all__ = [
     "load_bits",
     "load_tile",
     "mask_bytes",
+    "matrix_tile",
     "place_tile",
     "programs_for",
     "store_bits",
     "store_tile",
     "threads_for",
     "tile_shape",
+    "width_for",
 ]
 
 TILE = 2048
@@ -68,6 +72,23 @@ def place_tile(tile_index, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     start = tile_index * ROWS * COLUMNS
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel
+
+
+def width_for(columns: int, widths: Sequence[int]) -> int:
+    """Width of a matrix's tiles: the widest of the ascending ``widths`` that wastes at most a quarter of its lanes."""
+    full = [width for width in widths if -columns % width * 3 <= columns]
+    return max(full, default=widths[0])
+
+
+@triton.jit
+def matrix_tile(block_row, block_column, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile (HEIGHT, WIDTH) of a matrix: its start, offsets from there, which are inside, and whether all are."""
+    row = block_row * HEIGHT
+    column = block_column * WIDTH
+    start = row * columns + column
+    offsets = tl.arange(0, HEIGHT)[:, None] * columns + tl.arange(0, WIDTH)[None, :]
+    inside = (tl.arange(0, HEIGHT)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < columns - column)
+    return start, offsets, inside, (row + HEIGHT <= rows) & (column + WIDTH <= columns)
 
 
 @triton.jit

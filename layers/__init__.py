@@ -20,38 +20,56 @@ from .activation import (
     Tanh,
     Threshold,
 )
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .bias_activation_dropout import BiasActivationDropout
 from .cross_entropy import CrossEntropyLoss
+from .drop_connect import DropConnect
+from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
+from .fold import fold_batch_norm
+from .input_norm import GlobalContrastNorm, InputNorm
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .nll_loss import NLLLoss
-from .pointwise_loss import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    MSELoss,
-    SmoothL1Loss,
-)
+from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
 from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
+from .standout import Standout
+from .sync_batch_norm import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = [
     "CELU",
     "ELU",
     "GELU",
     "SELU",
+    "AlphaDropout",
+    "AnnealedDropout",
     "BCELoss",
     "BCEWithLogitsLoss",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "BiasActivationDropout",
     "CrossEntropyLoss",
+    "DropConnect",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "Explanation",
     "ExplanationRow",
+    "FeatureAlphaDropout",
+    "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
     "HuberLoss",
+    "InputNorm",
     "KLDivLoss",
     "L1Loss",
     "LeakyReLU",
@@ -75,9 +93,13 @@ __all__ = [
     "Softmin",
     "Softplus",
     "Softsign",
+    "Standout",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "Tanh",
     "Threshold",
     "explain",
+    "fold_batch_norm",
     "replace_layers",
     "restore_layers",
 ]

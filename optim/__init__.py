@@ -1,6 +1,24 @@
 """Optimizers: subclasses of ``torch.optim``'s whose ``step`` is one multi-tensor kernel launch.
 
-Empty for now: the family's kernels come with a later version.
+`replace` turns an optimizer that exists already into its twin; `explain` tells which path a step takes, and why.
 """
 
-__all__: list[str] = []
+from .algorithms import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from .optimizer import FusedOptimizer, GroupPath, explain
+from .replace import replace
+
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "FusedOptimizer",
+    "GroupPath",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "explain",
+    "replace",
+]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import subprocess
 import sys
 import time
@@ -21,19 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusednn import autograd
+from fusednn import autograd, optim
 from fusednn.commands import bench as command
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not installed
 
 import bench_activation
+import bench_optimizer
 import gpu_run
+import parameter_lists
 import report
-from fusednn_bench import contest, environment, replay, results, tables, timing, validity
+from fusednn_bench import contest, environment, replay, results, steps, tables, timing, validity
 from fusednn_bench.cases import Case, make_inputs
 from fusednn_bench.goals import Goal, judge, load_goals
 from fusednn_bench.quantiles import median, quantile, spread
+from fusednn_bench.steps import StepCase
 
 CPU = torch.device("cpu")
 FAMILIES = [import_module(path.stem) for path in sorted(BENCH.glob("bench_*.py"))]
@@ -243,6 +247,35 @@ def test_every_function_has_a_benchmark() -> None:
     assert [f for f in autograd.__all__ if not any(name == f or name.startswith(f"{f}_") for name in measured)] == []
 
 
+def test_every_optimizer_has_a_benchmark() -> None:
+    measured = {operation.cls for operation in bench_optimizer.OPERATIONS.values()}
+    assert measured == {cls.__name__ for cls in optim.FusedOptimizer.__subclasses__()}
+
+
+def test_parameter_lists_are_those_of_the_networks() -> None:
+    assert {network: len(shapes) for network, shapes in bench_optimizer.SIZES.items()} == {
+        "resnet50": 161,
+        "transformer_1b": 201,
+    }
+    assert {network: sum(map(math.prod, shapes)) for network, shapes in bench_optimizer.SIZES.items()} == {
+        "resnet50": 25_557_032,
+        "transformer_1b": 1_100_048_384,
+    }
+    assert json.loads(parameter_lists.FILE.read_text()) == json.loads(json.dumps(parameter_lists.networks()))
+
+
+@pytest.mark.parametrize("name", bench_optimizer.OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_wrong_steps_are_caught(name: str, dtype: torch.dtype) -> None:
+    case = StepCase(bench_optimizer.OPERATIONS[name], dtype, "counted", ((3, 4), (2,), (5,), (6,), (7,)))
+    makers = case.operation.contestants()
+    assert steps.check_step(case, makers["eager"], CPU) >= 0
+
+    for make in (lambda parameters, lr: makers["eager"](parameters, lr / 2), lambda parameters, lr: lambda: None):
+        with pytest.raises(validity.WrongResultError):
+            steps.check_step(case, make, CPU)
+
+
 def test_rotation_exceeds_three_times_the_cache() -> None:
     l2 = 60 * 2**20
     for case in bench_activation.timed_cases(full=True):
@@ -359,11 +392,17 @@ def test_goals_are_judged_from_medians(result: dict[str, Any]) -> None:
     assert (host.value, host.outcome) == (1.5, "missed")
 
 
+def test_a_goal_may_be_of_some_dtypes() -> None:
+    goal = Goal("a goal", ("*",), "forward", ("large",), "speedup", "eager", at_least=1, dtypes=("bf16",))
+    assert goal.covers("relu", "bf16", "large", "forward")
+    assert not goal.covers("relu", "fp32", "large", "forward")
+    assert replace(goal, dtypes=()).covers("relu", "fp32", "large", "forward")
+
+
 def test_goals_name_operations_that_exist() -> None:
     named = {name for goal in load_goals() for name in goal.operations}
     assert named - {"*"} <= {name for module in FAMILIES for name in module.OPERATIONS}
-    sizes = {case.size for module in FAMILIES for case in module.timed_cases(full=True)}
-    assert {size for goal in load_goals() for size in goal.sizes} <= sizes
+    assert {size for goal in load_goals() for size in goal.sizes} <= {size for one in FAMILIES for size in one.SIZES}
 
 
 @pytest.mark.parametrize(
@@ -472,6 +511,18 @@ def test_bench_without_pytest_is_wrong_usage(
 def test_bench_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(_parse("--help")) == 0
     assert "--full" in capsys.readouterr().out
+
+
+@pytest.mark.stock
+def test_counting_steps_end_to_end(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "pytest", str(BENCH), "-q", "-k", "adamw-fp32", f"--output={tmp_path}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    (file,) = tmp_path.glob("*-counted.json")
+    ours, eager = json.loads(file.read_text())["cases"]
+    assert (ours["contestant"], ours["kernel_launches"]) == ("fusednn", 1)
+    assert 28 <= ours["bytes"] / ours["elements"] <= 1.05 * 28
+    assert eager["bytes"] / eager["elements"] == pytest.approx(80, rel=0.01)
 
 
 @pytest.mark.stock

@@ -12,7 +12,10 @@ CONFIGURATIONS = list(kernels.shipped()) if kernels.AVAILABLE else []
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.label)
+@pytest.mark.parametrize(
+    "configuration",
+    [pytest.param(c, marks=[pytest.mark.thorough] * c.rare, id=c.label) for c in CONFIGURATIONS],
+)
 def test_compiles(configuration: kernels.Configuration, target: str) -> None:
     from fusednn.kernels.instruments.compile_check import compile_configuration
 

@@ -32,6 +32,13 @@ def test_support_table_has_a_row_per_layer(support_table: object) -> None:
     assert "| `ReLU` | `relu` | 1 bit an element | 2e + 1/8 | 2e + 1/8 |" in rows
 
 
+def test_optimizer_table_has_every_optimizer(support_table: object) -> None:
+    rows = support_table.optimizer_table().splitlines()[2:]
+    named = {row.split("`")[1] for row in rows}
+    assert named == {cls.__name__ for cls in fusednn.optim.FusedOptimizer.__subclasses__()}
+    assert "| `AdamW` | amsgrad | `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` | 9e |" in rows
+
+
 def test_the_readmes_first_example(device: str) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).to(device)
     fusednn.replace_layers(model)

@@ -67,6 +67,18 @@ def test_traffic_meter_sees_an_extra_launch(device: str) -> None:
     assert [operation.name for operation in copied.operations] == ["clone"]
 
 
+@pytest.mark.kernels
+@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+def test_traffic_meter_sees_what_operators_change_in_place() -> None:
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+    x, y = torch.ones(2, 1000)
+    with measure_traffic() as traffic:
+        x.add_(y)
+        torch._foreach_addcmul_([x], [y], [y])
+    assert [(one.read_bytes, one.written_bytes) for one in traffic.operations] == [(8000, 4000)] * 2
+
+
 @pytest.mark.compiles
 def test_compile_check_sees_a_spilling_tile() -> None:
     from fusednn.kernels.instruments.compile_check import compile_configuration

@@ -128,11 +128,11 @@ class PeakMemory(TorchDispatchMode):
             # Our operators are Python: step into them.
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        known = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known | self._known:
-                self._track(leaf.untyped_storage())
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known | self._known:
+                self._track(value.untyped_storage())
         return result
 
     def _track(self, storage: torch.UntypedStorage) -> None:

@@ -62,6 +62,7 @@ def test_replaces_by_exact_type_in_place(network: nn.Module, batch: Tensor) -> N
     report = fusednn.replace_layers(network)
 
     assert {name: (cls, type(network.get_submodule(name))) for name, cls in before.items() if cls in CHANGED} == {
+        "features.1": (nn.BatchNorm2d, fusednn.layers.BatchNorm2d),
         "features.2": (nn.PReLU, fusednn.layers.PReLU),
         "shared": (nn.ReLU, fusednn.layers.ReLU),
         "alias": (nn.ReLU, fusednn.layers.ReLU),
@@ -74,17 +75,17 @@ def test_replaces_by_exact_type_in_place(network: nn.Module, batch: Tensor) -> N
     torch.testing.assert_close(network(batch), expected)
 
     replaced = {row.names: row for row in report.replaced}
-    assert set(replaced) == {("features.2",), ("shared", "alias"), ("head.2",)}
+    assert set(replaced) == {("features.1",), ("features.2",), ("shared", "alias"), ("head.2",)}
     left = {row.names[0]: row.reason for row in report.left}
     assert left["loud"] == "subclass of ReLU, may override it"
     assert left["features.0"] == "no fusednn twin"
-    assert "3 of 10 layers replaced" in str(report)
+    assert "4 of 10 layers replaced" in str(report)
 
     fusednn.restore_layers(network)
     assert classes(network) == before
 
 
-CHANGED = (nn.PReLU, nn.ReLU, nn.GELU)
+CHANGED = (nn.BatchNorm2d, nn.PReLU, nn.ReLU, nn.GELU)
 
 
 def test_restore_is_exact(network: nn.Module) -> None:
@@ -92,7 +93,7 @@ def test_restore_is_exact(network: nn.Module) -> None:
     fusednn.replace_layers(network)
     report = fusednn.restore_layers(network)
     assert {name: dict(vars(module)) for name, module in network.named_modules()} == before
-    assert len(report.replaced) == 3
+    assert len(report.replaced) == 4
     assert not fusednn.restore_layers(network).rows
 
 
@@ -183,11 +184,11 @@ def test_an_instance_with_its_own_forward_is_left() -> None:
 @pytest.mark.parametrize(
     ("include", "exclude", "expected"),
     [
-        (None, None, {"features.2", "shared", "head.2"}),
-        ("features.*", None, {"features.2"}),
+        (None, None, {"features.1", "features.2", "shared", "head.2"}),
+        ("features.*", None, {"features.1", "features.2"}),
         ([nn.ReLU, "head.2"], None, {"shared", "head.2"}),
         (nn.ReLU, None, {"shared"}),
-        (None, ["alias"], {"features.2", "head.2"}),
+        (None, ["alias"], {"features.1", "features.2", "head.2"}),
         (["head.*"], nn.GELU, set()),
         (lambda name, module: isinstance(module, nn.PReLU), None, {"features.2"}),
     ],
@@ -212,13 +213,14 @@ def test_explain_names_every_path(network: nn.Module, batch: Tensor) -> None:
 
     rows = {row.name: row for row in explanation}
     path = "kernel" if KERNELS_RUN else "stock"
-    assert [(rows[name].operation, rows[name].path) for name in ("features.2", "shared", "head.2")] == [
+    assert [(rows[name].operation, rows[name].path) for name in ("features.1", "features.2", "shared", "head.2")] == [
+        ("batch_norm", path),
         ("prelu", path),
         ("relu", path),
         ("gelu_tanh", path),
     ]
     assert rows["features.0"].reason == "no fusednn twin"
-    assert str(explanation).endswith(f"{3 if KERNELS_RUN else 0} of {len(explanation)} on kernels")
+    assert str(explanation).endswith(f"{4 if KERNELS_RUN else 0} of {len(explanation)} on kernels")
 
 
 def test_explain_gives_the_reason_of_a_refusal(device: str) -> None:

@@ -70,8 +70,8 @@ def test_parts_of_shared_lines(length: int) -> None:
     """They cover the line, with whole pieces, and one program can join them."""
     parts = long_lines.parts_of(Lines(3, length, 1))
     assert parts.length % long_lines.PIECE == 0
-    assert (parts.count - 1) * parts.length < length <= parts.count * parts.length
-    assert parts.count <= long_lines.PARTS
+    assert (parts.number - 1) * parts.length < length <= parts.number * parts.length
+    assert parts.number <= long_lines.PARTS
 
 
 @every_name

@@ -22,7 +22,7 @@ MEASURES = ("speedup", "percent_of_copy", "host_slowdown")
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one measure of fusednn, over operations (``*``: all), a direction and sizes.
+    """A bound on one measure of fusednn, over operations (``*``: all), a direction, sizes, and dtypes (none: all).
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
     copy's; ``host_slowdown``: our host time over that of ``against``.
@@ -36,6 +36,7 @@ class Goal:
     against: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -45,9 +46,9 @@ class Goal:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"{self.name}: one of at_least and at_most")
 
-    def covers(self, operation: str, size: str | None, direction: str) -> bool:
+    def covers(self, operation: str, dtype: str, size: str | None, direction: str) -> bool:
         named = operation in self.operations or "*" in self.operations
-        return named and size in self.sizes and direction == self.direction
+        return named and size in self.sizes and direction == self.direction and dtype in (self.dtypes or (dtype,))
 
     def met(self, value: float) -> bool:
         if self.at_least is not None:
@@ -78,7 +79,10 @@ class Verdict:
 
 def load_goals(path: Path = GOALS_FILE) -> list[Goal]:
     listed = json.loads(path.read_text(encoding="utf-8"))["goals"]
-    return [Goal(**{**goal, "operations": tuple(goal["operations"]), "sizes": tuple(goal["sizes"])}) for goal in listed]
+    return [
+        Goal(**{key: tuple(value) if isinstance(value, list) else value for key, value in goal.items()})
+        for goal in listed
+    ]
 
 
 def judge(result: Mapping[str, Any], goals: list[Goal]) -> Iterator[Verdict]:
@@ -87,7 +91,7 @@ def judge(result: Mapping[str, Any], goals: list[Goal]) -> Iterator[Verdict]:
     rate = copy_rate(result)
     for goal in goals:
         for (operation, dtype, size, _, direction), records in groups.items():
-            if goal.covers(operation, size, direction):
+            if goal.covers(operation, dtype, size, direction):
                 yield Verdict(goal, operation, dtype, size, _value(goal, records, rate))
 
 

@@ -41,15 +41,18 @@ def by_contestant(cases: Iterable[Mapping[str, Any]]) -> dict[_Key, dict[str, Ma
 
 
 def counted_table(cases: Iterable[Mapping[str, Any]]) -> str:
-    """Per operation and dtype: bytes per element and launches in each direction, ours / eager's, and their ratios."""
+    """Per operation and dtype: bytes per element and launches in each direction, ours / eager's, and their ratios.
+
+    Operations with other directions (an optimizer has only steps) have a table of their own.
+    """
     groups = by_contestant(cases)
-    head = ["operation", "dtype"]
-    for direction in ("forward", "backward"):
-        head += [f"{direction} bytes/element", "eager", "ratio", "launches", "eager"]
     rows: dict[_Key, list[Cell]] = {}
-    for (operation, dtype, size, _, _), records in groups.items():
+    directions: dict[_Key, tuple[str, ...]] = {}
+    for (operation, dtype, size, _, direction), records in groups.items():
         ours, eager = records["fusednn"], records["eager"]
-        row = rows.setdefault((operation, dtype, size), [operation, dtype])
+        key = (operation, dtype, size)
+        directions[key] = (*directions.get(key, ()), direction)
+        row = rows.setdefault(key, [operation, dtype])
         row += [
             ours["bytes"] / ours["elements"],
             eager["bytes"] / eager["elements"],
@@ -57,7 +60,13 @@ def counted_table(cases: Iterable[Mapping[str, Any]]) -> str:
             ours["launches"],
             eager["launches"],
         ]
-    return markdown_table(head, rows.values())
+    tables = []
+    for kind in dict.fromkeys(directions.values()):
+        head = ["operation", "dtype"]
+        for direction in kind:
+            head += [f"{direction} bytes/element", "eager", "ratio", "launches", "eager"]
+        tables.append(markdown_table(head, [row for key, row in rows.items() if directions[key] == kind]))
+    return "\n\n".join(tables)
 
 
 def timed_tables(result: Mapping[str, Any]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .cases import Case, Inputs, forward, gradients
 
-__all__ = ["LIMIT", "WrongResultError", "check"]
+__all__ = ["LIMIT", "WrongResultError", "check", "compare"]
 
 # Worst |result - reference| / (1 + |reference|), in units of the dtype's epsilon.  Loose on purpose: the tests hold the
 # kernels to PyTorch's own error; this catches a wrong formula, layout or tail.
@@ -34,8 +34,16 @@ def check(case: Case, function: Callable[..., Tensor], inputs: Inputs) -> float:
             )
     if case.operation.check is not None:
         return case.operation.check(case, y, found[1:], inputs)
+    return compare(case, found, inputs, case.operation.stock)
+
+
+def compare(case: Case, found: Sequence[Tensor], inputs: Inputs, stock: Callable[..., Tensor]) -> float:
+    """The worst error of (value, *gradients) against ``stock`` in float64, in epsilons of the case's dtype.
+
+    Raises WrongResultError where it is too large.
+    """
     exact = inputs.upcast()
-    reference = forward(case.operation.stock, exact)
+    reference = forward(stock, exact)
     worst = 0.0
     names = ("value", "gradient of the first operand", "gradient of another operand")
     for i, (actual, expected) in enumerate(zip(found, (reference, *gradients(reference, exact)), strict=True)):

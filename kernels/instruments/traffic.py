@@ -156,13 +156,22 @@ class _OperatorCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if not (self._paused or func.is_view or name in _ALLOCATIONS):
-            self._traffic.operations.append(_count(name, args, kwargs, result))
+            self._traffic.operations.append(
+                _count(name, args, kwargs, _changed(func, args) if result is None else result)
+            )
         return result
 
 
-def _count(name: str, args: Any, kwargs: Any, result: Any) -> Operation:
-    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+def _changed(func: Any, args: Any) -> list[Any]:
+    """What an operator that returns nothing wrote: the arguments that its schema says it changes."""
+    declared = zip(func._schema.arguments, args, strict=False)
+    return [value for argument, value in declared if argument.alias_info and argument.alias_info.is_write]
+
+
+def _count(name: str, args: Any, kwargs: Any, written: Any) -> Operation:
+    leaves = {id(leaf): leaf for leaf in tree_leaves((args, kwargs))}  # an operand given twice is read once
+    inputs = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
+    outputs = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
     if name in _OVERWRITES:
         inputs = inputs[1:]
     return Operation(name, sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, outputs)))

@@ -24,14 +24,15 @@ from torch.testing._internal.common_modules import (
     ModuleInput,
     module_db,
 )
+from torch.testing._internal.common_optimizers import optim_db
 
-from fusednn import autograd
+from fusednn import autograd, optim
 from fusednn.layers.twin import TWINS
 
 from .samples import LAYERS
 
 _INPUTS = {info.module_cls: info.module_inputs_func for info in module_db}
-_ERRORS = {info.module_cls: info.module_error_inputs_func for info in module_db}
+_INFOS = {info.module_cls: info for info in module_db}
 
 
 def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: bool) -> list[ModuleInput]:
@@ -46,9 +47,11 @@ def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: b
 
 def module_errors(cls: type[nn.Module], device: str) -> list[Any]:
     """ModuleInfo's wrong constructors and calls of a ``torch.nn`` class."""
-    inputs = _ERRORS.get(cls)
+    info = _INFOS.get(cls)
+    if info is None or info.module_error_inputs_func is None:
+        return []
     options = {"device": device, "dtype": torch.float32, "requires_grad": False, "training": True}
-    return [] if inputs is None else list(inputs(None, **options))
+    return list(info.module_error_inputs_func(info, **options))
 
 
 def inherent_error(name: str, dtype: torch.dtype) -> float:
@@ -71,3 +74,6 @@ SAMPLED = sorted((cls for cls in TWINS if cls in _INPUTS or cls in LAYERS), key=
 
 #: PyTorch's descriptions of every function that has a twin.
 OPERATORS = [info for info in op_db if info.name.removeprefix("nn.functional.") in autograd.__all__]
+
+#: PyTorch's descriptions of every optimizer that has a twin.
+OPTIMIZERS = [info for info in optim_db if info.name in optim.__all__]

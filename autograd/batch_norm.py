@@ -1,0 +1,442 @@
+"""Batch norm with the signature of ``torch.nn.functional.batch_norm``, and fused with a residual and an activation.
+
+Two steps: the statistics (and the update of the running ones), and the normalisation with them.  Only the second is a
+``torch.autograd.Function``: it takes the statistics as given, and its backward pass is told whether they depend on the
+input.  `fusednn.autograd.sync_batch_norm` puts collectives between the steps.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import batch_norm as kernels
+from ..kernels.activation import ACTIVATIONS
+from .dispatch import takes_kernel
+from .operators import operator
+
+__all__ = ["ACTIVATION_FUNCTIONS", "BatchNorm", "batch_norm", "batch_norm_act", "channel_statistics"]
+
+#: The stock function of each activation that batch norm can be fused with, with the defaults of its module.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: getattr(F, name) for name in ACTIVATIONS if hasattr(F, name)},
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "threshold": partial(F.threshold, threshold=0.0, value=0.0),
+}
+
+# --- Operators ------------------------------------------------------------------------------------------------------
+#
+# Where a result is optional, an empty tensor stands for None.
+
+
+def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    mean, variance = (x.new_empty(x.shape[1], dtype=kernels.accumulator(x.dtype)) for _ in range(2))
+    return mean, variance
+
+
+@operator(
+    "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
+    " float momentum) -> (Tensor, Tensor)",
+    fake=_fake_statistics,
+)
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel."""
+    return kernels.merge_statistics(kernels.partial_statistics(x), running_mean, running_var, batches, momentum)
+
+
+@operator(
+    "batch_norm_merge(Tensor partial, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
+    " float momentum) -> (Tensor, Tensor)",
+    fake=lambda partial, *_: (torch.empty_like(partial[0, 0]), torch.empty_like(partial[0, 0])),
+)
+def merge_statistics(
+    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, from (parts, 3, channels): count, mean, sum of squared deviations."""
+    return kernels.merge_statistics(partial, running_mean, running_var, batches, momentum)
+
+
+@operator(
+    "batch_norm_forward(Tensor x, Tensor? residual, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias,"
+    " float eps, str? activation, bool masked) -> (Tensor, Tensor)",
+    fake=lambda x, residual, mean, variance, weight, bias, eps, activation, masked: (
+        torch.empty_like(x),
+        x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8),
+    ),
+)
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    masked: bool,
+) -> tuple[Tensor, Tensor]:
+    y, mask = kernels.batch_norm_forward(x, residual, mean, variance, weight, bias, eps, activation, masked=masked)
+    return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def _fake_sums(g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    return sums, x.new_empty(0) if residual is None and mask is None else torch.empty_like(x)
+
+
+@operator(
+    "batch_norm_reduce(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
+    " Tensor? weight, Tensor? bias, float eps, str? activation) -> (Tensor, Tensor)",
+    fake=_fake_sums,
+)
+def _reduce(
+    g: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    sums, dz = kernels.batch_norm_reduce(g, x, residual, mask, mean, variance, weight, bias, eps, activation)
+    return sums, x.new_empty(0) if dz is None else dz
+
+
+@operator(
+    "batch_norm_backward(Tensor g, Tensor x, Tensor? sums, float share, Tensor mean, Tensor variance, Tensor? weight,"
+    " Tensor? bias, float eps, str? activation) -> Tensor",
+    fake=lambda g, x, *_: torch.empty_like(x),
+)
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    sums: Tensor | None,
+    share: float,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    return kernels.batch_norm_backward(g, x, sums, share, mean, variance, weight, bias, eps, activation)
+
+
+# --- Gradients ------------------------------------------------------------------------------------------------------
+
+
+class BatchNorm(Function):
+    """activation(normalised x * weight + bias + residual), with given statistics.
+
+    Saves the input and the statistics.  With a residual and an activation it also saves what the activation's gradient
+    needs: the bits of a mask where that suffices, else the residual.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        training: bool,
+        eps: float,
+        activation: str | None,
+    ) -> Tensor:
+        joined = residual is not None and activation is not None
+        masked = joined and activation is not None and ACTIVATIONS[activation].saves == "mask"
+        y: Tensor
+        y, mask = _forward(x, residual, mean, variance, weight, bias, eps, activation, masked)
+        kept = residual if joined and not masked else None
+        ctx.save_for_backward(x, kept, mask if masked else None, weight, bias, mean, variance)
+        ctx.arguments = (training, eps, activation)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, g)
+        return gradients(ctx, g, lambda sums, x: (sums, x.shape[1] / x.numel()))
+
+
+def gradients(
+    ctx: Any, g: Tensor, combine: Callable[[Tensor, Tensor], tuple[Tensor, float]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments of `BatchNorm`.
+
+    ``combine(sums, x)`` gives the sums of dz and dz * normalised x over the whole batch, and 1 / its values per
+    channel.
+    """
+    x, residual, mask, weight, bias, mean, variance = ctx.saved_tensors
+    training, eps, activation = ctx.arguments
+    x_needed, residual_needed, weight_needed, bias_needed, *_ = ctx.needs_input_grad
+    vectors = (mean, variance, weight, bias, eps)
+    dx, dweight, dbias, sums, share = None, None, None, None, 0.0
+    joined = residual is not None or mask is not None
+    if weight_needed or bias_needed or joined or (x_needed and training):
+        sums, dz = _reduce(g, x, residual, mask, *vectors, activation)
+        if weight_needed or bias_needed:
+            dbias, dweight = sums.to((weight if weight_needed else bias).dtype).unbind()
+        if joined:
+            g, activation = dz, None
+    if x_needed:
+        if not training:
+            sums = None
+        elif sums is not None:
+            sums, share = combine(sums, x)
+        dx = _backward(g, x, sums, share, *vectors, activation)
+    return (
+        dx,
+        g if residual_needed else None,
+        dweight if weight_needed else None,
+        dbias if bias_needed else None,
+        *[None] * 5,
+    )
+
+
+def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients, from stock operators that can be differentiated again."""
+    x, residual, mask, weight, bias, mean, variance = ctx.saved_tensors
+    training, eps, activation = ctx.arguments
+    if mask is not None:
+        # The gradient of the activation is linear: its slopes, which the mask tells, are constants.
+        with torch.no_grad():
+            slopes = _reduce(torch.ones_like(g), x, None, mask, mean, variance, weight, bias, eps, activation)[1]
+        g, activation = g * slopes, None
+    with torch.enable_grad():
+        if training:
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        else:
+            dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
+            y = F.batch_norm(x, mean.to(dtype), variance.to(dtype), weight, bias, False, 0.0, eps)
+        y = apply_activation(y, residual, activation)
+    operands = (x, residual, weight, bias)
+    wanted = [t for t, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True)) if wanted else iter(())
+    dx, dresidual, dweight, dbias = (
+        next(found) if needed and t is not None else None
+        for t, needed in zip(operands, ctx.needs_input_grad, strict=False)
+    )
+    if residual is None and ctx.needs_input_grad[1]:
+        dresidual = g
+    return dx, dresidual, dweight, dbias, None, None, None, None, None
+
+
+# --- Functions ------------------------------------------------------------------------------------------------------
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, for each channel.  As `torch.nn.functional.batch_norm`.
+
+    Input (N, C, *).  In training the statistics are those of the input, and the running ones are updated by
+    ``momentum`` (the variance with the unbiased one); otherwise they are the running ones.  Saves the input.  Source:
+    Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    vectors = _given(running_mean, running_var, weight, bias)
+    if not takes_kernel("batch_norm", input, parameters=vectors, refusal=refusal):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _apply(input, None, running_mean, running_var, weight, bias, training, momentum, eps, None)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """activation(batch_norm(x) + residual), in as many passes over memory as batch norm alone.
+
+    Arguments as of `batch_norm`, and:
+
+    momentum: may be the number of batches so far, a tensor of one integer: the running statistics are then the
+        averages over all batches, without a host synchronisation.
+    residual: added before the activation; of the input's shape, or one that can be expanded to it.
+    activation: a name of `fusednn.autograd`'s activations, with its default arguments, ``"gelu_tanh"``, or None.
+
+    Saves the input; with a residual, one bit an element for activations whose gradient needs no more (ReLU and its
+    like), and the residual for the others.
+    """
+    check_activation(activation)
+    batches = momentum if isinstance(momentum, Tensor) else None
+    plain = 0.0 if isinstance(momentum, Tensor) else momentum
+    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    operands = _given(input, residual)
+    name = "batch_norm" if activation is None and residual is None else "batch_norm_act"
+    if takes_kernel(name, *operands, parameters=_given(running_mean, running_var, weight, bias), refusal=refusal):
+        return _apply(
+            input, residual, running_mean, running_var, weight, bias, training, plain, eps, activation, batches
+        )
+    if batches is not None and training:
+        plain = 1.0 / float(batches)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, plain, eps)
+    return apply_activation(y, residual, activation)
+
+
+def apply_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual), by stock operators."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+
+
+def check_activation(name: str | None) -> None:
+    """Raise ValueError unless ``name`` is an activation that batch norm can be fused with, or None."""
+    if name is not None and name not in ACTIVATION_FUNCTIONS:
+        raise ValueError(f"no activation is called {name!r}; known: {', '.join(sorted(ACTIVATION_FUNCTIONS))}")
+
+
+def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel (dimension 1), without gradients.
+
+    In float32, float64 for float64 inputs.
+    """
+    input = input.detach()
+    if takes_kernel("channel_statistics", input, refusal="no dimension of channels" if input.dim() < 2 else None):
+        mean, variance = statistics(input, None, None, None, 0.0)
+    else:
+        others = [dim for dim in range(input.dim()) if dim != 1]
+        variance, mean = torch.var_mean(input.to(kernels.accumulator(input.dtype)), others, correction=0)
+    return mean, variance
+
+
+def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)
+
+
+def _apply(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    batches: Tensor | None = None,
+) -> Tensor:
+    if training:
+        mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))
+        mark_updated(running_mean, running_var)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, variance = running_mean, running_var
+    return normalise(BatchNorm, input, residual, weight, bias, mean, variance, training, eps, activation)
+
+
+def normalise(
+    function: type[Function],
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    *rest: Any,
+) -> Tensor:
+    """`BatchNorm`, or a function like it that takes ``rest`` besides, where something requires gradients."""
+    y: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad for t in _given(input, residual, weight, bias)):
+        if not training:
+            # The running statistics may be updated before the backward pass comes.
+            mean, variance = torch.stack((mean, variance)).unbind()
+        y = function.apply(input, residual, weight, bias, mean, variance, training, float(eps), activation, *rest)
+    else:
+        y, _ = _forward(input, residual, mean, variance, weight, bias, float(eps), activation, False)
+    return y
+
+
+def mark_updated(*statistics: Tensor | None) -> None:
+    """Tell autograd that a kernel wrote these tensors."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([s for s in _given(*statistics) if not s.is_inference()])
+
+
+def _refusal(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any = None,
+) -> str | None:
+    """Why the kernels don't take these arguments, or None."""
+    if type(training) is not bool:
+        return "training is not a boolean"
+    reason = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual)
+    if reason is None and not training and running_mean is None:
+        return "running statistics are missing"
+    if reason is None and training and input.numel() == input.shape[1]:
+        return "one value per channel"
+    return reason
+
+
+def argument_refusal(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any,
+) -> str | None:
+    """Why the kernels take these arguments neither in training nor in evaluation, or None."""
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    vectors = [*running, *(tensor for tensor in (weight, bias) if tensor is not None)]
+    if not isinstance(input, Tensor) or not all(isinstance(tensor, Tensor) for tensor in vectors):
+        return "not a tensor"
+    if isinstance(momentum, Tensor):
+        if momentum.dtype is not torch.int64 or momentum.numel() != 1 or momentum.device != input.device:
+            return "the number of batches is not one int64 beside the input"
+    elif type(momentum) not in (float, int):
+        return "momentum is not a Python number"
+    if type(eps) not in (float, int) or eps <= 0:
+        return "eps is not a positive number"
+    if input.dim() < 2:
+        return "no dimension of channels"
+    if any(vector.shape != input.shape[1:2] for vector in vectors):
+        return "statistics and parameters are not vectors of the channels"
+    if len(running) == 1:
+        return "running statistics are missing"
+    if any(statistic.requires_grad or not statistic.is_contiguous() for statistic in running):
+        return "running statistics require gradients, or are strided"
+    if residual is not None and (not isinstance(residual, Tensor) or residual.shape != input.shape):
+        return "the residual has another shape"
+    return None

@@ -1,0 +1,269 @@
+"""Bias, activation, dropout and a residual as one operation."""
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import bias_activation_dropout as kernels
+from ..kernels.activation import ACTIVATIONS
+from ..kernels.random import draw_seed
+from .activation import STOCK
+from .dispatch import autocast_dtype, takes_kernel
+from .operators import operator
+
+__all__ = ["bias_activation_dropout"]
+
+
+def _fake_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    dim: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    masked = save and kernels.chain_row(name).saves == "mask"
+    return y, x.new_empty(kernels.saved_mask_bytes(y.shape, y.stride(), dim) if masked else 0, dtype=torch.uint8)
+
+
+@operator(
+    "bias_activation_dropout(Tensor x, Tensor? bias, Tensor? residual, Tensor? seed, str name, float a, float b,"
+    " float p, int dim, bool save) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+)
+def _forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    dim: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    y, mask = kernels.bias_activation_dropout_forward(x, bias, residual, seed, name, a, b, p, dim, save=save)
+    return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+@operator(
+    "bias_activation_dropout_backward(Tensor g, Tensor saved, Tensor? bias, Tensor? seed, SymInt[] strides, str name,"
+    " float a, float b, float p, int dim, bool bias_gradient) -> (Tensor, Tensor)",
+    fake=lambda g, saved, bias, seed, strides, name, a, b, p, dim, bias_gradient: (
+        g.new_empty_strided(g.shape, strides),
+        g.new_empty(g.shape[dim] if bias_gradient else 0),
+    ),
+)
+def _backward(
+    g: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    strides: Sequence[int],
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    dim: int,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    dx, db = kernels.bias_activation_dropout_backward(
+        g, saved, bias, seed, strides, name, a, b, p, dim, bias_gradient=bias_gradient
+    )
+    return dx, g.new_empty(0) if db is None else db
+
+
+class BiasActivationDropout(Function):
+    """Saves one bit an element (and the seed, for LeakyReLU), or the input, the bias and the seed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        seed: Tensor | None,
+        name: str,
+        a: float,
+        b: float,
+        p: float,
+        dim: int,
+    ) -> tuple[Tensor, Tensor]:
+        y, mask = _forward(x, bias, residual, seed, name, a, b, p, dim, True)
+        row = kernels.chain_row(name)
+        anchor = x.new_empty(0)  # for a second derivative to hang on: see `MaskedActivation`
+        if row.saves == "mask":
+            ctx.save_for_backward(mask, None, None if row.gates else seed, anchor)
+        else:
+            ctx.save_for_backward(x, bias, seed, anchor)
+        ctx.shape = x.shape
+        ctx.arguments = (y.stride(), name, a, b, p, dim)
+        ctx.set_materialize_grads(False)
+        return y, anchor
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, bias, seed, anchor = ctx.saved_tensors
+        name, dim = ctx.arguments[1], ctx.arguments[-1]
+        needs_dx, needs_db, needs_dr = ctx.needs_input_grad[:3]
+        dx: Tensor | None = None
+        db: Tensor | None = None
+        if not (needs_dx or needs_db):
+            pass
+        elif g is None:  # only the anchor was differentiated
+            dx, db = anchor.new_zeros(ctx.shape), anchor.new_zeros(ctx.shape[dim])
+        elif not torch.is_grad_enabled():
+            dx, db = _backward(g, saved, bias, seed, *ctx.arguments, needs_db)
+        elif kernels.chain_row(name).saves == "mask":
+            dx = MaskedGradient.apply(g, anchor, saved, seed, *ctx.arguments)
+            db = dx.sum([other for other in range(dx.dim()) if other != dim])
+        else:
+            dx, db = _differentiable_gradients(g, saved, bias, seed, *ctx.arguments[1:])
+        return (
+            dx if needs_dx else None,
+            db if needs_db else None,
+            g if needs_dr else None,
+            *(None,) * 6,
+        )
+
+
+class MaskedGradient(Function):
+    """The gradient of the input where bits are saved, linear in that of the output: its derivative is itself again."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, anchor: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(anchor, mask, seed)
+        ctx.arguments = arguments
+        dx: Tensor
+        dx, _ = _backward(g, mask, None, seed, *arguments, False)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+        anchor, mask, seed = ctx.saved_tensors
+        dg = MaskedGradient.apply(gg, anchor, mask, seed, *ctx.arguments)
+        return dg, torch.zeros_like(anchor), *(None,) * (2 + len(ctx.arguments))
+
+
+def _differentiable_gradients(
+    g: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    dim: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the input and the bias, from stock operators that can be differentiated again."""
+    noise, _ = _forward(torch.ones_like(x), None, None, seed, "relu", 0.0, 0.0, p, dim, False)
+    with torch.enable_grad():
+        y = STOCK[name](_biased(x, bias, dim), a, b) * noise
+    wanted = [tensor for tensor in (x, bias) if tensor is not None and tensor.requires_grad]
+    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    dx, db = (next(gradients) if t is not None and t.requires_grad else None for t in (x, bias))
+    return dx, db
+
+
+def _biased(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    if bias is None:
+        return x
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return x + bias.view(shape)
+
+
+def bias_activation_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    p: float = 0.5,
+    activation: str = "relu",
+    parameters: Sequence[float] = (),
+    training: bool = True,
+    dim: int = -1,
+) -> Tensor:
+    """dropout(activation(input + bias)) + residual, in one kernel each way.
+
+    In evaluation nothing is dropped.  The sums are not rounded in between.
+
+    Args:
+        input: any shape of at least one dimension, float16, bfloat16, float32 or float64.
+        bias: (input.shape[dim],), or None.  Under autocast it is taken in the input's dtype.
+        residual: of the input's shape, or None.
+        p: probability to drop an element.
+        activation: a name of `torch.nn.functional` (``"relu"``, ``"gelu"``, ...), or ``"gelu_tanh"``.
+        parameters: the activation's scalar parameters in PyTorch's order; its defaults, where they are missing.
+        training: whether to drop at all.
+        dim: the dimension that the bias lies along: -1 after a linear layer, 1 after a convolution.
+
+    Saves one bit an element where the activation's gradient is 0 or 1 (ReLU, ReLU6, Hardtanh, Threshold, Hardsigmoid),
+    one bit and a seed for LeakyReLU, and otherwise the input and a seed.  Raises ValueError for an unknown activation
+    or too many parameters, and stock's errors.  Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural
+    Networks from Overfitting" (JMLR 2014).
+    """
+    name, a, b = activation_parameters(activation, parameters)
+    if bias is not None and isinstance(input, Tensor) and autocast_dtype(input):
+        bias = bias.to(input.dtype)
+    operands = [operand for operand in (input, bias, residual) if operand is not None]
+    refusal = _refusal(input, bias, residual, p, name, a, b, dim)
+    if not takes_kernel("bias_activation_dropout", *operands, refusal=refusal):
+        y: Tensor = F.dropout(STOCK[name](_biased(input, bias, dim), a, b), p, training)
+        return y if residual is None else y + residual
+    seed = draw_seed(input.device) if training and p > 0 else None
+    arguments = (input, bias, residual, seed, name, a, b, 0.0 if seed is None else float(p), dim % input.dim())
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        y, _ = BiasActivationDropout.apply(*arguments)
+    else:
+        y, _ = _forward(*arguments, False)
+    return y
+
+
+def activation_parameters(activation: str, parameters: Sequence[float]) -> tuple[str, float, float]:
+    """The table's row for an activation, and its two parameters.  Raises ValueError where there are none such."""
+    halves = {row.half for row in ACTIVATIONS.values()}
+    if activation not in ACTIVATIONS or activation in halves:
+        known = ", ".join(name for name in ACTIVATIONS if name not in halves)
+        raise ValueError(f"unknown activation {activation!r}; known: {known}")
+    defaults = ACTIVATIONS[activation].defaults
+    if len(parameters) > 2:
+        raise ValueError(f"an activation has at most two parameters, but got {len(parameters)}")
+    a, b = (*parameters, *defaults[len(parameters) :])
+    return activation, float(a), float(b)
+
+
+def _refusal(
+    input: object,
+    bias: object,
+    residual: object,
+    p: object,
+    name: str,
+    a: float,
+    b: float,
+    dim: int,
+) -> str | None:
+    if not isinstance(input, Tensor) or not all(isinstance(t, Tensor | None) for t in (bias, residual)):
+        return "not a tensor"
+    if input.dim() == 0 or not -input.dim() <= dim < input.dim():
+        return "no such dimension"
+    if isinstance(bias, Tensor) and bias.shape != (input.shape[dim],):
+        return "the bias is not one number for each channel"
+    if isinstance(residual, Tensor) and residual.shape != input.shape:
+        return "the residual is of another shape"
+    if not -inf < a < inf or not -inf < b < inf:
+        return "a parameter is not finite"
+    if not isinstance(p, float | int) or not 0 <= p <= 1:
+        return "p is not a probability"
+    return ACTIVATIONS[name].refuses(a, b, False)

@@ -1,0 +1,69 @@
+"""DropConnect: a linear map whose weights are dropped, each step anew."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels.random import draw_seed
+from .dispatch import autocast_dtype, takes_kernel
+from .dropout import DropoutGradient, apply_dropout, probability_refusal
+
+__all__ = ["drop_connect_linear"]
+
+
+class DropConnectLinear(Function):
+    """Saves the input, the weight and a seed: the backward pass drops the same weights again.
+
+    The products are left to cuBLAS; dropping is a pass over the weight before them, and over its gradient after.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, seed)
+        ctx.p = p
+        return F.linear(x, apply_dropout(weight, p, False, seed=seed), bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, seed = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                y = F.linear(x, apply_dropout(weight, ctx.p, False, seed=seed), bias)
+            wanted = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
+            gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+            return *(next(gradients) if need else None for need in needed), None, None
+        dx = dw = db = None
+        if needed[0]:
+            dx = g @ apply_dropout(weight, ctx.p, False, seed=seed)
+        rows = g.reshape(-1, g.shape[-1])
+        if needed[1]:
+            dw = rows.t() @ x.reshape(-1, x.shape[-1])
+            dw = DropoutGradient.apply(dw, seed, torch.empty_like(weight).stride(), ctx.p, False, 0)
+        if needed[2]:
+            db = rows.sum(0)
+        return dx, dw, db, None, None
+
+
+def drop_connect_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
+) -> Tensor:
+    """x (m W / (1 - p))^T + b, with one m in {0, 1} for each weight and call, 0 with probability ``p``.
+
+    In evaluation, and for p = 0, it is `torch.nn.functional.linear`: the weights' mean takes the place of the paper's
+    sampling from a Gaussian, and the scale is applied in training instead.  The bias is not dropped; one mask serves
+    the whole batch.  (..., in) and (out, in) give (..., out); autocast as in linear.  Beside its operands it saves a
+    seed.  Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of Neural Networks using DropConnect" (ICML 2013).
+    """
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (dtype := autocast_dtype(input)):
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    operands = [operand for operand in (weight, input, bias) if operand is not None]
+    if not takes_kernel("drop_connect_linear", *operands, refusal=probability_refusal(p, training)):
+        return F.linear(input, F.dropout(weight, p, training), bias)
+    seed = draw_seed(weight.device)
+    y: Tensor = DropConnectLinear.apply(input, weight, bias, seed, float(p))
+    return y

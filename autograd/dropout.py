@@ -1,0 +1,192 @@
+"""Dropout with the signatures of ``torch.nn.functional``: six functions, one operation.
+
+Nothing is saved but a seed of 8 bytes: the backward pass draws the same mask again.  The numbers obey
+``torch.manual_seed``, but are others than stock draws.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import dropout as kernels
+from ..kernels.layout import is_dense
+from ..kernels.random import draw_seed
+from .dispatch import takes_kernel
+from .operators import operator
+
+__all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
+
+# ``leading`` dimensions have one random number for all the elements that share their indices; 0: each has its own.
+
+
+@operator(
+    "dropout(Tensor x, Tensor seed, float p, bool alpha, int leading) -> Tensor",
+    fake=lambda x, seed, p, alpha, leading: torch.empty_like(x),
+)
+def _forward(x: Tensor, seed: Tensor, p: float, alpha: bool, leading: int) -> Tensor:
+    return kernels.dropout_forward(x, seed, p, alpha, leading)
+
+
+@operator(
+    "dropout_(Tensor(a!) x, Tensor seed, float p, bool alpha, int leading) -> ()",
+    fake=lambda x, seed, p, alpha, leading: None,
+)
+def _forward_inplace(x: Tensor, seed: Tensor, p: float, alpha: bool, leading: int) -> None:
+    kernels.dropout_forward(x, seed, p, alpha, leading, inplace=True)
+
+
+@operator(
+    "dropout_backward(Tensor g, Tensor seed, SymInt[] strides, float p, bool alpha, int leading) -> Tensor",
+    fake=lambda g, seed, strides, p, alpha, leading: g.new_empty_strided(g.shape, strides),
+)
+def _backward(g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool, leading: int) -> Tensor:
+    return kernels.dropout_backward(g, seed, strides, p, alpha, leading)
+
+
+class Dropout(Function):
+    """Saves the seed alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, inplace: bool) -> Tensor:
+        if inplace:
+            _forward_inplace(x, seed, p, alpha, leading)
+            ctx.mark_dirty(x)
+            y = x
+        else:
+            y = _forward(x, seed, p, alpha, leading)
+        ctx.save_for_backward(seed)
+        ctx.arguments = (y.stride(), p, alpha, leading)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (seed,) = ctx.saved_tensors
+        dx = DropoutGradient.apply(g, seed, *ctx.arguments)
+        return dx, None, None, None, None, None
+
+
+class DropoutGradient(Function):
+    """The gradient of `Dropout`, linear in that of the output: its derivative is the same mask again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool, leading: int
+    ) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.arguments = (strides, p, alpha, leading)
+        dx: Tensor = _backward(g, seed, strides, p, alpha, leading)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (seed,) = ctx.saved_tensors
+        return DropoutGradient.apply(gg, seed, *ctx.arguments), None, None, None, None, None
+
+
+def probability_refusal(p: object, training: object) -> str | None:
+    """Why no kernel drops with probability ``p``, or None: without dropout, stock returns its input."""
+    if training is not True:
+        return "the identity in evaluation" if training is False else "training is not a boolean"
+    if not isinstance(p, float | int):
+        return "p is not a Python number"
+    return None if 0 < p <= 1 else "the identity, as p is 0" if p == 0 else "p is not a probability"
+
+
+def apply_dropout(
+    input: Tensor, p: float, inplace: bool, alpha: bool = False, leading: int = 0, seed: Tensor | None = None
+) -> Tensor:
+    """Apply the kernel with a fresh seed, or a given one, differentiably where the input requires gradients."""
+    if inplace and (torch.compiler.is_compiling() or input._is_view() or not is_dense(input)):
+        # Tracers fold copies away; a view's base needs PyTorch's own bookkeeping; strided memory needs the copy.
+        return input.copy_(apply_dropout(input, p, False, alpha, leading, seed))
+    if seed is None:
+        seed = draw_seed(input.device)
+    p = float(p)
+    if inplace or (torch.is_grad_enabled() and input.requires_grad):
+        y: Tensor = Dropout.apply(input, seed, p, alpha, leading, inplace)
+    else:
+        y = _forward(input, seed, p, alpha, leading)
+    return y
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """x / (1 - p) where an element is kept, 0 where it is dropped, with probability ``p``; x itself in evaluation.
+
+    As `torch.nn.functional.dropout`, with a mask of other random numbers.  Any shape; saves a seed.  Source: Srivastava
+    et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (JMLR 2014).
+    """
+    if not takes_kernel("dropout", input, inplace=inplace, refusal=probability_refusal(p, training)):
+        return F.dropout(input, p, training, inplace)
+    return apply_dropout(input, p, inplace)
+
+
+def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
+    """a x' + b, where x' is x where an element is kept, SELU's negative saturation -1.758... where it is dropped.
+
+    a = ((1 + 1.758...^2 p) (1 - p))^(-1/2) and b = 1.758... a p keep mean 0 and variance 1; p = 1 gives 0.  As
+    `torch.nn.functional.alpha_dropout`, with a mask of other random numbers.  Any shape; saves a seed.  Source:
+    Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing Neural Networks" (NeurIPS 2017).
+    """
+    if not takes_kernel("alpha_dropout", input, inplace=inplace, refusal=probability_refusal(p, training)):
+        return F.alpha_dropout(input, p, training, inplace)
+    return apply_dropout(input, p, inplace, alpha=True)
+
+
+def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`dropout` of whole channels: (N, C, L) or (C, L), with one random number for each of the N C channels.
+
+    As `torch.nn.functional.dropout1d`, with a mask of other random numbers.  Saves a seed.  Source: Tompson et al.,
+    "Efficient Object Localization Using Convolutional Networks" (CVPR 2015).
+    """
+    if not _takes_channels("dropout1d", input, p, training, inplace, (2, 3)):
+        return F.dropout1d(input, p, training, inplace)
+    return apply_dropout(input, p, inplace, leading=input.dim() - 1)
+
+
+def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`dropout` of whole channels: (N, C, H, W), with one random number for each of the N C channels.
+
+    As `torch.nn.functional.dropout2d`, with a mask of other random numbers; other shapes go to stock, which warns of
+    them.  Saves a seed.  Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR
+    2015).
+    """
+    if not _takes_channels("dropout2d", input, p, training, inplace, (4,)):
+        return F.dropout2d(input, p, training, inplace)
+    return apply_dropout(input, p, inplace, leading=2)
+
+
+def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`dropout` of whole channels: (N, C, D, H, W) or (C, D, H, W), with one random number for each of the channels.
+
+    As `torch.nn.functional.dropout3d`, with a mask of other random numbers; other shapes go to stock, which warns of
+    them.  Saves a seed.  Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR
+    2015).
+    """
+    if not _takes_channels("dropout3d", input, p, training, inplace, (4, 5)):
+        return F.dropout3d(input, p, training, inplace)
+    return apply_dropout(input, p, inplace, leading=input.dim() - 3)
+
+
+def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
+    """`alpha_dropout` of whole channels: (N, C, *), with one random number for each of the N C channels.
+
+    As `torch.nn.functional.feature_alpha_dropout`, with a mask of other random numbers.  Saves a seed.  Source:
+    Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing Neural Networks" (NeurIPS 2017).
+    """
+    if not _takes_channels("feature_alpha_dropout", input, p, training, inplace, None):
+        return F.feature_alpha_dropout(input, p, training, inplace)
+    return apply_dropout(input, p, inplace, alpha=True, leading=2)
+
+
+def _takes_channels(
+    name: str, input: Tensor, p: float, training: bool, inplace: bool, dimensions: tuple[int, ...] | None
+) -> bool:
+    """The choice for whole channels, whose input has one of these numbers of ``dimensions``; None: at least two."""
+    refusal = probability_refusal(p, training)
+    if isinstance(input, Tensor) and not (input.dim() >= 2 if dimensions is None else input.dim() in dimensions):
+        refusal = refusal or f"{input.dim()} dimensions"
+    return takes_kernel(name, input, inplace=inplace, refusal=refusal)

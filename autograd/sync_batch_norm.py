@@ -1,0 +1,97 @@
+"""Batch norm over the batches of all ranks: two collectives between the steps of `fusednn.autograd.batch_norm`.
+
+Forward, ranks gather each other's (count, mean, sum of squared deviations) of each channel, and merge them in the order
+of the ranks, weighted by count: ranks may hold batches of different sizes, or none.  Backward, they add up the sums
+that the input's gradient needs.  The parameters' gradients stay each rank's own, as data parallel training wants them.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .batch_norm import BatchNorm, argument_refusal, gradients, mark_updated, merge_statistics, normalise, statistics
+from .dispatch import takes_kernel
+
+__all__ = ["sync_batch_norm", "sync_takes_kernel"]
+
+
+class SyncBatchNorm(Function):
+    """`BatchNorm` with statistics of ``total`` values per channel, held by the ranks of ``group``."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *common, ctx.total, ctx.group = arguments
+        return BatchNorm.forward(ctx, *common)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        def combine(sums: Tensor, x: Tensor) -> tuple[Tensor, float]:
+            everywhere = sums.clone()
+            dist.all_reduce(everywhere, group=ctx.group)
+            return everywhere / ctx.total, 1.0
+
+        return (*gradients(ctx, g, combine), None, None)
+
+
+def sync_takes_kernel(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,
+) -> bool:
+    """Whether `sync_batch_norm` takes these arguments: it has no stock path of its own.
+
+    The answer must be the same on every rank, so it doesn't depend on the size of the batch.
+    """
+    refusal = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual)
+    operands = [input] if residual is None else [input, residual]
+    parameters = [tensor for tensor in (running_mean, running_var, weight, bias) if tensor is not None]
+    return takes_kernel("sync_batch_norm", *operands, parameters=parameters, empty=True, refusal=refusal)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """activation(batch_norm(x) + residual) in training, with the statistics of the batches of all ranks of ``group``.
+
+    Arguments as of `fusednn.autograd.batch_norm_act`; the input may be empty on some ranks.  Every rank has to call it,
+    and has to run the backward pass if one does.  Once differentiable.
+    """
+    local = _local_statistics(input.detach())
+    gathered = local.new_empty((dist.get_world_size(group), *local.shape))
+    dist.all_gather(list(gathered.unbind()), local, group)
+    batches = momentum if isinstance(momentum, Tensor) else None
+    plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
+    mean, variance = merge_statistics(gathered, running_mean, running_var, batches, plain)
+    mark_updated(running_mean, running_var)
+    total = gathered[:, 0, 0].sum()
+    vectors = (weight, bias, mean, variance)
+    return normalise(SyncBatchNorm, input, residual, *vectors, True, eps, activation, total, group)
+
+
+def _local_statistics(x: Tensor) -> Tensor:
+    """(3, channels): count, mean, and sum of squared deviations; zeros where there are no elements."""
+    mean, variance = statistics(x, None, None, None, 0.0)
+    count = x.numel() // x.shape[1]
+    if not count:
+        return torch.zeros((3, x.shape[1]), dtype=mean.dtype, device=x.device)
+    return torch.stack((torch.full_like(mean, count), mean, variance * count))

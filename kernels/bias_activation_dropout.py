@@ -1,0 +1,520 @@
+"""Bias, activation, dropout and a residual in one pass each way: y = dropout(activation(x + bias)) + residual.
+
+A dense tensor is a matrix in which a channel (what shares an element of the bias) is a run of rows or a column, as for
+PReLU: ``BY_ROW`` for (N, C, spatial), otherwise (rows, C).  What the backward pass needs beside the gradient:
+
+=================================  ================================================================
+activation                         saved
+=================================  ================================================================
+its gradient is 0 where its mask   1 bit an element: alive in the activation and kept by dropout
+is (ReLU, Hardtanh, ...)
+LeakyReLU                          1 bit an element (the sign), and the seed: dropout is drawn again
+any other                          the input, the bias and the seed: x + bias is computed again
+=================================  ================================================================
+
+The gradient of the bias leaves the kernel as partial sums, one for each channel and program; PyTorch's ``sum`` adds
+them in a fixed order.  What varies from call to call (whether there are a bias, a residual and dropout, and whether the
+bits are wanted) is decided at run time, by branches that a whole program takes alike, so that one configuration serves.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .activation import ACTIVATIONS, Activation
+from .dropout import steps_for
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .layout import dense, dense_like
+from .numerics import narrow, scalar, widen
+from .random import keep_tile, last_kept, serves_eight
+from .tiles import (
+    MASK_BYTES,
+    TILE,
+    load_bits,
+    load_tile,
+    matrix_tile,
+    store_bits,
+    store_tile,
+    threads_for,
+    tile_shape,
+    width_for,
+)
+
+__all__ = [
+    "bias_activation_dropout_backward",
+    "bias_activation_dropout_forward",
+    "chain_row",
+    "every_configuration",
+    "saved_mask_bytes",
+]
+
+
+@triton.jit
+def bias_tile(
+    bias_pointer,
+    block_row,
+    block_column,
+    columns,
+    channels,
+    BY_ROW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The bias of a tile, broadcastable to (HEIGHT, WIDTH)."""
+    if BY_ROW:
+        bias = tl.load(bias_pointer + (block_row * HEIGHT + tl.arange(0, HEIGHT)) % channels)[:, None]
+    else:
+        column = block_column * WIDTH + tl.arange(0, WIDTH)
+        bias = tl.load(bias_pointer + column, mask=column < columns, other=0)[None, :]
+    return widen(bias, COMPUTE)
+
+
+@triton.jit
+def noise_tile(
+    seed_pointer,
+    tile_index,
+    last,
+    scale,
+    drops,
+    SERVES_EIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What dropout multiplies the flat tile by, (ROWS, COLUMNS): ``scale`` or 0; 1 where nothing ``drops``."""
+    if drops != 0:
+        keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
+        noise = tl.where(keep, scale, scale * 0)
+    else:
+        noise = tl.zeros((ROWS, COLUMNS), scale.dtype) + 1
+    return noise
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "row_blocks", "steps", "column_blocks", "flags", "last"])
+def bias_activation_dropout_forward_kernel(
+    x_pointer,  # input, (rows, columns)
+    bias_pointer,  # (channels,)
+    residual_pointer,  # (rows, columns)
+    y_pointer,  # output, (rows, columns)
+    mask_pointer,  # packed bits, a tile's as for flat tiles
+    seed_pointer,  # one int64
+    rows: tl.int64,
+    columns,
+    channels: tl.int32,
+    row_blocks: tl.int64,
+    steps: tl.int64,  # row blocks per program
+    column_blocks: tl.int64,
+    flags: tl.int32,  # bits: there is a bias (1), a residual (2), a seed (4), a mask (8)
+    last: tl.int64,  # the last random number that is kept
+    scale: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    VALUE: tl.constexpr,
+    KEEPS: tl.constexpr,  # None where no bits are saved
+    GATES: tl.constexpr,  # a bit tells of dropout too
+    BY_ROW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SERVES_EIGHT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    block_column = program % column_blocks
+    first = program // column_blocks * steps
+    scale = scalar(scale, COMPUTE)
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
+        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+        tile_index = block_row * column_blocks + block_column
+
+        h = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+        if flags & 1:
+            h += bias_tile(bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH)
+        y = VALUE(h, a, b)
+        noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
+        y = y * tl.reshape(noise, (HEIGHT, WIDTH))
+        if flags & 2:
+            y += widen(load_tile(residual_pointer + start, offsets, inside, whole), COMPUTE)
+        store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+        if KEEPS is not None:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
+            if flags & 8:
+                bits = tl.reshape(KEEPS(h, a, b), (ROWS, COLUMNS))
+                if GATES:
+                    bits = bits & (noise != 0)
+                store_bits(mask_pointer, bits, tile_index, ROWS, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "row_blocks", "steps", "column_blocks", "flags", "last"])
+def bias_activation_dropout_backward_kernel(
+    g_pointer,  # gradient of the output, (rows, columns)
+    saved_pointer,  # packed bits, or the input, (rows, columns)
+    bias_pointer,  # (channels,)
+    dx_pointer,  # gradient of the input, (rows, columns)
+    partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`
+    seed_pointer,  # the forward pass's, unless GATES
+    rows: tl.int64,
+    columns,
+    channels: tl.int32,
+    row_blocks: tl.int64,
+    steps: tl.int64,
+    column_blocks: tl.int64,
+    flags: tl.int32,  # bits: there is a bias (1), partial sums (2), a seed (4)
+    last: tl.int64,
+    scale: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    VALUE: tl.constexpr,  # given where the gradient is read off the activation's output
+    GRADIENT: tl.constexpr,
+    MASKED: tl.constexpr,  # saved_pointer holds packed bits
+    GATES: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SERVES_EIGHT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    block_column = program % column_blocks
+    first = program // column_blocks * steps
+    scale = scalar(scale, COMPUTE)
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
+        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+        tile_index = block_row * column_blocks + block_column
+
+        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
+        if GATES:
+            g = g * scale
+        else:
+            noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
+            g = g * tl.reshape(noise, (HEIGHT, WIDTH))
+        if MASKED:
+            saved = tl.reshape(load_bits(saved_pointer, tile_index, ROWS, COLUMNS), (HEIGHT, WIDTH))
+        else:
+            saved = widen(load_tile(saved_pointer + start, offsets, inside, whole), COMPUTE)
+            if flags & 1:
+                saved += bias_tile(
+                    bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
+                )
+            if VALUE is not None:
+                saved = VALUE(saved, a, b)
+        dx = GRADIENT(g, saved, a, b)
+        store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+
+        if flags & 2:
+            addend = tl.where(inside, dx, 0.0)  # an infinite bias gives NaN outside, too
+            if BY_ROW:
+                row = block_row * HEIGHT + tl.arange(0, HEIGHT)
+                tl.store(partial_pointer + row * column_blocks + block_column, tl.sum(addend, axis=1), mask=row < rows)
+            else:
+                totals += addend
+    if not BY_ROW:
+        column = block_column * WIDTH + tl.arange(0, WIDTH)
+        wanted = (column < columns) & ((flags & 2) != 0)
+        # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
+        total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
+        tl.store(partial_pointer + program // column_blocks * columns + column, total, mask=wanted)
+
+
+# --- Configurations and launchers -----------------------------------------------------------------------------------
+
+_ROW_WIDTHS = (16, 256, TILE)
+_COLUMN_WIDTHS = (16, 64, 256)
+
+
+def chain_row(name: str) -> Activation:
+    """The activation's row for this chain, which keeps no output: ELU's gradient is read off the input in any dtype."""
+    row = ACTIVATIONS[name]
+    return ACTIVATIONS[row.half] if row.half else row
+
+
+def _geometry(dtype: torch.dtype, by_row: bool, width: int) -> tuple[tuple[str, object], ...]:
+    tile_rows, tile_columns = tile_shape(dtype)
+    return (
+        ("BY_ROW", by_row),
+        ("COMPUTE", COMPUTE[dtype]),
+        ("SERVES_EIGHT", serves_eight(dtype)),
+        ("HEIGHT", TILE // width),
+        ("WIDTH", width),
+        ("ROWS", tile_rows),
+        ("COLUMNS", tile_columns),
+    )
+
+
+_SCALARS = (
+    ("rows", "i64"),
+    ("columns", "i32"),
+    ("channels", "i32"),
+    ("row_blocks", "i64"),
+    ("steps", "i64"),
+    ("column_blocks", "i64"),
+    ("flags", "i32"),
+    ("last", "i64"),
+    ("scale", "fp64"),
+    ("a", "fp64"),
+    ("b", "fp64"),
+)
+
+
+@cache
+def _forward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
+    row = chain_row(name)
+    element = "*" + TRITON_TYPE[dtype]
+    wide = tile_shape(dtype)[0] if width > 16 else 0
+    return Configuration(
+        label=f"bias + {row.name} + dropout forward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        kernel=bias_activation_dropout_forward_kernel,
+        signature=(
+            *((pointer, element) for pointer in ("x_pointer", "bias_pointer", "residual_pointer", "y_pointer")),
+            ("mask_pointer", "*u8"),
+            ("seed_pointer", "*i64"),
+            *_SCALARS,
+        ),
+        constants=(
+            ("VALUE", row.value),
+            ("KEEPS", row.keeps),
+            ("GATES", row.gates),
+            *_geometry(dtype, by_row, width),
+        ),
+        threads=threads_for(dtype),
+        divisible=("columns",),
+        wide_loads=2 * wide,
+        wide_stores=wide,
+    )
+
+
+@cache
+def _backward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
+    row = chain_row(name)
+    element = "*" + TRITON_TYPE[dtype]
+    masked = row.saves == "mask"
+    wide = tile_shape(dtype)[0] if width > 16 else 0
+    return Configuration(
+        label=f"bias + {row.name} + dropout backward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        kernel=bias_activation_dropout_backward_kernel,
+        signature=(
+            ("g_pointer", element),
+            ("saved_pointer", "*u8" if masked else element),
+            ("bias_pointer", element),
+            ("dx_pointer", element),
+            ("partial_pointer", "*fp64" if dtype is torch.float64 else "*fp32"),
+            ("seed_pointer", "*i64"),
+            *_SCALARS,
+        ),
+        constants=(
+            ("VALUE", row.value if row.saves == "output" else None),
+            ("GRADIENT", row.gradient),
+            ("MASKED", masked),
+            ("GATES", row.gates),
+            *_geometry(dtype, by_row, width),
+        ),
+        threads=threads_for(dtype),
+        divisible=("columns",),
+        wide_loads=wide if masked else 2 * wide,
+        wide_stores=wide,
+    )
+
+
+def _chain_names() -> Iterable[str]:
+    return dict.fromkeys(chain_row(name).name for name in ACTIVATIONS)
+
+
+def every_configuration() -> Iterator[Configuration]:
+    """All that the launchers can ask for: many hundreds."""
+    for name in _chain_names():
+        for dtype in DTYPES:
+            for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
+                for width in widths:
+                    yield _forward(name, dtype, by_row, width)
+                    yield _backward(name, dtype, by_row, width)
+
+
+@ships("bias_activation_dropout")
+def configurations() -> Iterator[Configuration]:
+    """Of all, every geometry with ReLU in two dtypes, and every activation and dtype in one geometry.
+
+    What is left out are the same device functions in other combinations.
+    """
+    for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
+        for width in widths:
+            for dtype in DTYPES if (by_row, width) == (False, 256) else (torch.bfloat16, torch.float32):
+                yield _forward("relu", dtype, by_row, width)
+                yield _backward("relu", dtype, by_row, width)
+    for name in _chain_names():
+        if name != "relu":
+            yield _forward(name, torch.bfloat16, False, 256)
+            yield _backward(name, torch.bfloat16, False, 256)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A dense tensor seen as a matrix, and its division into programs."""
+
+    by_row: bool
+    rows: int
+    columns: int
+    channels: int
+    width: int
+    row_blocks: int
+    steps: int
+    column_blocks: int
+
+    @property
+    def row_programs(self) -> int:
+        return -(-self.row_blocks // self.steps)
+
+    @property
+    def programs(self) -> int:
+        return self.row_programs * self.column_blocks
+
+    @property
+    def extents(self) -> tuple[int, int, int, int, int, int]:
+        return self.rows, self.columns, self.channels, self.row_blocks, self.steps, self.column_blocks
+
+
+def _plan(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Plan:
+    """Of a dense tensor that isn't empty; its channels lie along ``dim``."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    channels = shape[dim]
+    # Dense memory: the dimensions inside a channel span its stride, whatever their order.  One channel is one row.
+    inner = strides[dim] if channels > 1 else numel
+    by_row = inner > 1 or channels == 1
+    columns = inner if by_row else channels
+    rows = numel // columns
+    width = width_for(columns, _ROW_WIDTHS if by_row else _COLUMN_WIDTHS)
+    row_blocks, column_blocks = -(-rows // (TILE // width)), -(-columns // width)
+    # Partial sums by row are of one row block; by column, those of a program's steps share accumulators.
+    steps = 1 if by_row else min(steps_for(row_blocks * column_blocks), row_blocks)
+    return _Plan(by_row, rows, columns, channels, width, row_blocks, steps, column_blocks)
+
+
+def saved_mask_bytes(shape: Sequence[int], strides: Sequence[int], dim: int) -> int:
+    """Bytes of the packed mask of a dense tensor, whole tiles; its channels lie along ``dim``."""
+    plan = _plan(shape, strides, dim)
+    return plan.row_blocks * plan.column_blocks * MASK_BYTES
+
+
+def _flags(*operands: Tensor | None) -> int:
+    """A bit for each operand that is there."""
+    return sum(1 << bit for bit, operand in enumerate(operands) if operand is not None)
+
+
+def _noise(p: float) -> tuple[int, float]:
+    """The kernels' ``last`` and ``scale``."""
+    return last_kept(p), 0.0 if p == 1 else 1 / (1 - p)
+
+
+def bias_activation_dropout_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    dim: int,
+    *,
+    save: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """dropout(activation(x + bias)) + residual, and the packed mask where the activation has one and ``save`` wants it.
+
+    ``bias`` lies along ``dim``; ``residual`` has the shape of ``x``.  Without a ``seed``, ``p`` has to be 0.
+    """
+    x = dense(x)
+    y = torch.empty_like(x)
+    row = chain_row(name)
+    mask = None
+    if save and row.saves == "mask":
+        mask = torch.empty(saved_mask_bytes(x.shape, x.stride(), dim), dtype=torch.uint8, device=x.device)
+    if bias is not None:
+        bias = bias.contiguous()
+    if residual is not None:
+        residual = dense_like(residual, x.stride())
+    plan = _plan(x.shape, x.stride(), dim)
+    launch(
+        _forward(name, x.dtype, plan.by_row, plan.width),
+        plan.programs,
+        x,
+        *(x if operand is None else operand for operand in (bias, residual)),  # what isn't there isn't read
+        y,
+        x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
+        x.new_empty(0, dtype=torch.int64) if seed is None else seed,
+        *plan.extents,
+        _flags(bias, residual, seed, mask),
+        *_noise(p),
+        a,
+        b,
+    )
+    return y, mask
+
+
+def bias_activation_dropout_backward(
+    g: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    strides: Sequence[int],
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    dim: int,
+    *,
+    bias_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the input, whose dense strides were ``strides``, and where ``bias_gradient`` wants it, of the bias.
+
+    ``saved`` is the packed mask where the activation has one, and ``bias`` isn't needed; otherwise it is the input.
+    Where the mask tells of dropout, too, ``seed`` isn't needed.
+    """
+    g = dense_like(g, strides)
+    row = chain_row(name)
+    if row.saves != "mask":
+        saved = dense_like(saved, strides)
+    dx = g.new_empty_strided(g.shape, strides)
+    plan = _plan(g.shape, strides, dim)
+    accumulator = torch.float64 if g.dtype is torch.float64 else torch.float32
+    partial = torch.empty(_partial_shape(plan), dtype=accumulator, device=g.device) if bias_gradient else None
+    if bias is not None:
+        bias = bias.contiguous()
+    launch(
+        _backward(name, g.dtype, plan.by_row, plan.width),
+        plan.programs,
+        g,
+        saved,
+        g if bias is None else bias,
+        dx,
+        g.new_empty(0, dtype=accumulator) if partial is None else partial,
+        g.new_empty(0, dtype=torch.int64) if seed is None else seed,
+        *plan.extents,
+        _flags(bias, partial, seed),
+        *_noise(p),
+        a,
+        b,
+    )
+    if partial is None:
+        return dx, None
+    if plan.by_row:
+        total = partial.view(-1, plan.channels, plan.column_blocks).sum((0, 2))
+    else:
+        total = partial.sum(0)
+    return dx, total.to(g.dtype)
+
+
+def _partial_shape(plan: _Plan) -> tuple[int, int]:
+    """One partial sum for each channel that a program sees."""
+    return (plan.rows, plan.column_blocks) if plan.by_row else (plan.row_programs, plan.columns)

@@ -1,0 +1,273 @@
+"""Dropout, plain, of whole channels, and alpha: masks that are regenerated and never stored.
+
+All are one affine map, of which a random number chooses the branch: y = x scale - kept_offset where an element is kept,
+y = x 0 - dropped_offset where it is dropped.  The gradient is the same map without offsets, so one kernel serves both
+directions.  Subtracting an offset of 0 changes no number, not even a zero's sign.
+
+=================  =================================  ==============================  ==================
+kernel             memory order                       random number                   drawn for
+=================  =================================  ==============================  ==================
+`dropout`          any                                one an element                  a tile
+`row_dropout`      (N, C, spatial): a channel a row   one a row                       a tile
+`column_dropout`   (N, spatial, C), channels last     one a column of each sample     many rows at once
+=================  =================================  ==============================  ==================
+
+A channel's number depends on its index n C + c alone, so its fate is the same in both memory formats.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .layout import dense, dense_like
+from .numerics import narrow, scalar, widen
+from .random import channel_bits, keep_tile, last_kept, serves_eight
+from .tiles import TILE, flat_tile, load_tile, matrix_tile, programs_for, store_tile, threads_for, tile_shape, width_for
+
+__all__ = ["dropout_backward", "dropout_forward", "steps_for"]
+
+
+@triton.jit
+def dropped(x, keep, scale, kept_offset, dropped_offset):
+    """The affine map.  A dropped NaN or infinity gives NaN, as in PyTorch, which multiplies by 0 too."""
+    return x * tl.where(keep, scale, 0.0) - tl.where(keep, kept_offset, dropped_offset)
+
+
+@triton.jit(do_not_specialize=["numel", "last"])
+def dropout_kernel(
+    x_pointer,  # input, flat
+    y_pointer,  # output, flat; may be the input
+    seed_pointer,  # one int64
+    numel: tl.int64,
+    last: tl.int64,  # the last random number that is kept
+    scale: tl.float64,
+    kept_offset: tl.float64,
+    dropped_offset: tl.float64,
+    COMPUTE: tl.constexpr,
+    SERVES_EIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+
+    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
+    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
+    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+
+
+@triton.jit(do_not_specialize=["rows", "column_blocks", "last"])
+def row_dropout_kernel(
+    x_pointer,  # input, (rows, columns): a row is a channel
+    y_pointer,  # output, (rows, columns); may be the input
+    seed_pointer,  # one int64
+    rows: tl.int64,
+    columns,
+    column_blocks: tl.int64,
+    last: tl.int64,
+    scale: tl.float64,
+    kept_offset: tl.float64,
+    dropped_offset: tl.float64,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    block_row = program // column_blocks
+    start, offsets, inside, whole = matrix_tile(block_row, program % column_blocks, rows, columns, HEIGHT, WIDTH)
+
+    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    bits = channel_bits(tl.load(seed_pointer), block_row * HEIGHT + tl.arange(0, HEIGHT))
+    keep = (bits <= scalar(last, tl.uint32))[:, None]
+    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
+    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+
+
+@triton.jit(do_not_specialize=["rows", "row_blocks", "steps", "column_blocks", "last"])
+def column_dropout_kernel(
+    x_pointer,  # input, (samples, rows, columns): a column of a sample is a channel
+    y_pointer,  # output, (samples, rows, columns); may be the input
+    seed_pointer,  # one int64
+    rows: tl.int64,
+    columns,
+    row_blocks: tl.int64,  # of a sample
+    steps: tl.int64,  # row blocks per program
+    column_blocks: tl.int64,
+    last: tl.int64,
+    scale: tl.float64,
+    kept_offset: tl.float64,
+    dropped_offset: tl.float64,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    block_column = program % column_blocks
+    row_programs = tl.cdiv(row_blocks, steps)
+    sample = program // column_blocks // row_programs
+    first = program // column_blocks % row_programs * steps
+
+    channel = sample * columns + block_column * WIDTH + tl.arange(0, WIDTH)
+    keep = (channel_bits(tl.load(seed_pointer), channel) <= scalar(last, tl.uint32))[None, :]
+    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
+        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+        start += sample * rows * columns
+        x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+        y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
+        store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+
+
+# --- Configurations and launchers -----------------------------------------------------------------------------------
+
+_ROW_WIDTHS = (16, 256, TILE)
+_COLUMN_WIDTHS = (16, 64, 256)
+
+# Programs that fill a large GPU several times over: beyond, a program takes more steps instead.
+_ENOUGH_PROGRAMS = 2048
+_MOST_STEPS = 16
+
+
+def steps_for(tiles: int) -> int:
+    """Row blocks that a program works through, when ``tiles`` are to be shared out."""
+    return min(max(tiles // _ENOUGH_PROGRAMS, 1), _MOST_STEPS)
+
+
+_NOISE = (("last", "i64"), ("scale", "fp64"), ("kept_offset", "fp64"), ("dropped_offset", "fp64"))
+
+
+def _pointers(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+    element = "*" + TRITON_TYPE[dtype]
+    return (("x_pointer", element), ("y_pointer", element), ("seed_pointer", "*i64"))
+
+
+@cache
+def _elements(dtype: torch.dtype) -> Configuration:
+    rows, columns = tile_shape(dtype)
+    return Configuration(
+        label=f"dropout {TRITON_TYPE[dtype]}",
+        kernel=dropout_kernel,
+        signature=(*_pointers(dtype), ("numel", "i64"), *_NOISE),
+        constants=(
+            ("COMPUTE", COMPUTE[dtype]),
+            ("SERVES_EIGHT", serves_eight(dtype)),
+            ("ROWS", rows),
+            ("COLUMNS", columns),
+        ),
+        threads=threads_for(dtype),
+        wide_loads=rows,
+        wide_stores=rows,
+    )
+
+
+@cache
+def _channels(dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
+    extents = ("rows", "column_blocks") if by_row else ("rows", "row_blocks", "steps", "column_blocks")
+    # A row of 16 elements is narrower than the accesses of a warp.
+    wide = tile_shape(dtype)[0] if width > 16 else 0
+    return Configuration(
+        label=f"dropout of {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        kernel=row_dropout_kernel if by_row else column_dropout_kernel,
+        signature=(
+            *_pointers(dtype),
+            ("rows", "i64"),
+            ("columns", "i32"),
+            *((name, "i64") for name in extents[1:]),
+            *_NOISE,
+        ),
+        constants=(("COMPUTE", COMPUTE[dtype]), ("HEIGHT", TILE // width), ("WIDTH", width)),
+        threads=threads_for(dtype),
+        divisible=("columns",),
+        wide_loads=wide,
+        wide_stores=wide,
+    )
+
+
+@ships("dropout")
+def configurations() -> Iterator[Configuration]:
+    for dtype in DTYPES:
+        yield _elements(dtype)
+        for width in _ROW_WIDTHS:
+            yield _channels(dtype, True, width)
+        for width in _COLUMN_WIDTHS:
+            yield _channels(dtype, False, width)
+
+
+# The value that SELU saturates at, far below 0: -scale alpha, with the sign turned.
+_SELU_SATURATION = 1.7580993408473766
+
+
+def _noise(p: float, alpha: bool, offset: bool) -> tuple[int, float, float, float]:
+    """The kernels' ``last``, ``scale``, ``kept_offset`` and ``dropped_offset``."""
+    if p == 1:
+        return last_kept(p), 0.0, 0.0, 0.0
+    if not alpha:
+        return last_kept(p), 1 / (1 - p), 0.0, 0.0
+    scale = ((1 + _SELU_SATURATION**2 * p) * (1 - p)) ** -0.5
+    if not offset:
+        return last_kept(p), scale, 0.0, 0.0
+    saturated = _SELU_SATURATION * scale
+    return last_kept(p), scale, -saturated * p, saturated * (1 - p)
+
+
+def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, offset: bool) -> None:
+    """Write the dropout of the dense ``x`` to ``y``, which lies in memory like it, and may be it."""
+    noise = _noise(p, alpha, offset)
+    numel = x.numel()
+    channels = x.shape[leading - 1] if leading else 1
+    samples = x.shape[0] if leading == 2 else 1
+    spatial = numel // (samples * channels) if leading and numel else 1
+    if spatial == 1 or not leading:
+        launch(_elements(x.dtype), programs_for(numel), x, y, seed, numel, *noise)
+    elif _strides_are(x, leading, (channels * spatial, spatial)):
+        width = width_for(spatial, _ROW_WIDTHS)
+        rows, blocks = samples * channels, triton.cdiv(spatial, width)
+        programs = triton.cdiv(rows, TILE // width) * blocks
+        launch(_channels(x.dtype, True, width), programs, x, y, seed, rows, spatial, blocks, *noise)
+    elif _strides_are(x, leading, (channels * spatial, 1)):
+        width = width_for(channels, _COLUMN_WIDTHS)
+        row_blocks, blocks = triton.cdiv(spatial, TILE // width), triton.cdiv(channels, width)
+        steps = min(steps_for(samples * row_blocks * blocks), row_blocks)
+        programs = samples * triton.cdiv(row_blocks, steps) * blocks
+        configuration = _channels(x.dtype, False, width)
+        launch(configuration, programs, x, y, seed, spatial, channels, row_blocks, steps, blocks, *noise)
+    else:  # the samples lie inside the channels, or both inside the rest: too rare for a kernel
+        ordered = x.contiguous()
+        _apply(ordered, ordered, seed, p, alpha, leading, offset)
+        y.copy_(ordered)
+
+
+def _strides_are(x: Tensor, leading: int, expected: tuple[int, int]) -> bool:
+    """Whether the ``leading`` dimensions have the last of the ``expected`` strides, wherever these matter."""
+    return all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(x.shape[:leading], x.stride()[:leading], expected[2 - leading :], strict=True)
+    )
+
+
+def dropout_forward(
+    x: Tensor, seed: Tensor, p: float, alpha: bool = False, leading: int = 0, *, inplace: bool = False
+) -> Tensor:
+    """Dropout with probability ``p``, in the memory order of ``x``; with ``inplace`` written over the dense ``x``.
+
+    ``alpha`` keeps mean and variance of SELU's outputs.  ``leading`` is the number of leading dimensions whose indices
+    draw one number together: 2 for the channels of a batch, 1 for those of a single sample, 0 where every element draws
+    its own.  Applied to ones, it shows the mask of a seed.
+    """
+    x = dense(x)
+    y = x if inplace else torch.empty_like(x)
+    _apply(x, y, seed, p, alpha, leading, offset=True)
+    return y
+
+
+def dropout_backward(
+    g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool = False, leading: int = 0
+) -> Tensor:
+    """Gradient of the input from that of the output, whose strides were ``strides``."""
+    g = dense_like(g, strides)
+    dx = g.new_empty_strided(g.shape, strides)
+    _apply(g, dx, seed, p, alpha, leading, offset=False)
+    return dx

@@ -1,0 +1,95 @@
+"""Standout: dropout whose keep probability is a sigmoid of each unit's belief, sampled in the same pass.
+
+Saves one bit an element.  The backward pass is that of any other gate of bits: ReLU's, in `activation`.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .layout import dense, dense_like
+from .numerics import narrow, scalar, sigmoid, widen
+from .random import uniform_tile
+from .tiles import (
+    flat_tile,
+    load_tile,
+    mask_bytes,
+    programs_for,
+    store_bits,
+    store_tile,
+    threads_for,
+    tile_shape,
+)
+
+__all__ = ["standout_forward"]
+
+
+@triton.jit(do_not_specialize=["numel"])
+def standout_kernel(
+    x_pointer,  # input, flat
+    belief_pointer,  # the belief network's pre-activations, flat
+    y_pointer,  # output, flat
+    mask_pointer,  # packed bits: kept
+    seed_pointer,  # one int64
+    numel: tl.int64,
+    alpha: tl.float64,
+    beta: tl.float64,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+
+    x = load_tile(x_pointer + start, offsets, inside, whole)
+    belief = widen(load_tile(belief_pointer + start, offsets, inside, whole), COMPUTE)
+    probability = sigmoid(scalar(alpha, COMPUTE) * belief + scalar(beta, COMPUTE))
+    keep = uniform_tile(tl.load(seed_pointer), tile_index, ROWS, COLUMNS).to(COMPUTE) < probability
+    y = widen(x, COMPUTE) * keep.to(COMPUTE)
+    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store_bits(mask_pointer, keep, tile_index, ROWS, COLUMNS)
+
+
+@cache
+def _configuration(dtype: torch.dtype) -> Configuration:
+    element = "*" + TRITON_TYPE[dtype]
+    rows, columns = tile_shape(dtype)
+    return Configuration(
+        label=f"standout {TRITON_TYPE[dtype]}",
+        kernel=standout_kernel,
+        signature=(
+            ("x_pointer", element),
+            ("belief_pointer", element),
+            ("y_pointer", element),
+            ("mask_pointer", "*u8"),
+            ("seed_pointer", "*i64"),
+            ("numel", "i64"),
+            ("alpha", "fp64"),
+            ("beta", "fp64"),
+        ),
+        constants=(("COMPUTE", COMPUTE[dtype]), ("ROWS", rows), ("COLUMNS", columns)),
+        threads=threads_for(dtype),
+        wide_loads=2 * rows,
+        wide_stores=rows,
+    )
+
+
+@ships("standout")
+def configurations() -> Iterator[Configuration]:
+    for dtype in DTYPES:
+        yield _configuration(dtype)
+
+
+def standout_forward(x: Tensor, belief: Tensor, seed: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """``x`` where a unit is kept, with probability sigmoid(alpha belief + beta), else 0; and the packed mask."""
+    x = dense(x)
+    belief = dense_like(belief, x.stride())
+    y = torch.empty_like(x)
+    mask = torch.empty(mask_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+    launch(
+        _configuration(x.dtype), programs_for(x.numel()), x, belief, y, mask, seed, x.numel(), float(alpha), float(beta)
+    )
+    return y, mask

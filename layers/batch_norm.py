@@ -1,0 +1,150 @@
+"""Batch norm as layers: drop-in subclasses of ``torch.nn``'s, and forms with an activation and a residual in one.
+
+Inputs (N, C), (N, C, L), (N, C, H, W) and (N, C, D, H, W) in float16, bfloat16, float32 or float64, in any memory
+format; the parameters and running statistics of 16-bit inputs may be float32.  Whatever else PyTorch accepts goes to
+the stock operator, which raises the stock errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..autograd.batch_norm import batch_norm_act, check_activation
+from .twin import Twin
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+
+
+def counted_batches(layer: _BatchNorm) -> Tensor | None:
+    """The number of batches so far, where the layer counts them: in training."""
+    return layer.num_batches_tracked if layer.training and layer.track_running_stats else None
+
+
+def count_batch(layer: _BatchNorm) -> None:
+    batches = counted_batches(layer)
+    if batches is not None:
+        batches.add_(1)
+
+
+def momentum_of(layer: _BatchNorm) -> float | Tensor:
+    """The weight of a batch in the running statistics; where they are averages, the number of batches."""
+    if layer.momentum is not None:
+        return layer.momentum
+    batches = counted_batches(layer)
+    return 0.0 if batches is None else batches
+
+
+def uses_batch_statistics(layer: _BatchNorm) -> bool:
+    """Whether the layer normalises with the batch's statistics: in training, and where it tracks none."""
+    return layer.training or (layer.running_mean is None and layer.running_var is None)
+
+
+def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that a forward pass uses or updates: none where the layer stopped tracking them."""
+    if layer.training and not layer.track_running_stats:
+        return None, None
+    return layer.running_mean, layer.running_var
+
+
+def forward(layer: _BatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    layer._check_input_dim(input)
+    count_batch(layer)
+    return batch_norm_act(
+        input,
+        *running_statistics(layer),
+        layer.weight,
+        layer.bias,
+        uses_batch_statistics(layer),
+        momentum_of(layer),
+        layer.eps,
+        residual=residual,
+        activation=activation,
+    )
+
+
+class BatchNorm1d(Twin, nn.BatchNorm1d):
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel of (N, C) or (N, C, L).
+
+    Twin of `torch.nn.BatchNorm1d`; saves the input.  Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return forward(self, input, None, None)
+
+
+class BatchNorm2d(Twin, nn.BatchNorm2d):
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel of (N, C, H, W).
+
+    Twin of `torch.nn.BatchNorm2d`; saves the input.  Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return forward(self, input, None, None)
+
+
+class BatchNorm3d(Twin, nn.BatchNorm3d):
+    """(x - mean) / sqrt(variance + eps) * weight + bias for each channel of (N, C, D, H, W).
+
+    Twin of `torch.nn.BatchNorm3d`; saves the input.  Source: Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return forward(self, input, None, None)
+
+
+class Activated(_BatchNorm):
+    """What the fused forms share; before a batch norm among their bases."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+        **options: Any,  # those that the installed PyTorch's batch norm has besides
+    ) -> None:
+        check_activation(activation)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
+        )
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return forward(self, input, residual, self.activation)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__} has no torch.nn class that TorchScript could compile instead")
+
+    def extra_repr(self) -> str:
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, activation={self.activation!r}"
+
+
+class BatchNormAct1d(Activated, BatchNorm1d):
+    """activation(batch_norm(x) + residual) for (N, C) or (N, C, L), in one.
+
+    Args as of `torch.nn.BatchNorm1d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    """
+
+
+class BatchNormAct2d(Activated, BatchNorm2d):
+    """activation(batch_norm(x) + residual) for (N, C, H, W), in one.
+
+    Args as of `torch.nn.BatchNorm2d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    """
+
+
+class BatchNormAct3d(Activated, BatchNorm3d):
+    """activation(batch_norm(x) + residual) for (N, C, D, H, W), in one.
+
+    Args as of `torch.nn.BatchNorm3d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    """

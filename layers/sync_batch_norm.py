@@ -1,0 +1,84 @@
+"""Batch norm over the batches of all ranks, as a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..autograd.batch_norm import apply_activation
+from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
+from .batch_norm import Activated, count_batch, forward, momentum_of, running_statistics
+from .twin import Twin
+
+__all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
+
+
+class SyncBatchNorm(Twin, nn.SyncBatchNorm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with statistics over the batches of all ranks in training.
+
+    Twin of `torch.nn.SyncBatchNorm`; input (N, C, *), where N may differ from rank to rank.  Saves the input.  As stock
+    does, it raises ValueError for CPU tensors where there are several ranks, except in Triton's interpreter.  Source:
+    Zhang et al., "Context Encoding for Semantic Segmentation" (CVPR 2018).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input, None, None)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+        """Turn every batch norm of ``module`` into a `SyncBatchNorm`, and every fused one into a `SyncBatchNormAct`.
+
+        As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`: parameters and buffers stay the same tensors; returns
+        ``module``, or its replacement where it is a batch norm itself.
+        """
+        converted = module
+        if isinstance(module, _BatchNorm):
+            # The stock method knows which attributes travel; it is given a layer without children.
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+            converted.__class__ = SyncBatchNorm
+            if isinstance(module, Activated):
+                converted.__class__ = SyncBatchNormAct
+                converted.activation = module.activation
+        for name, child in module.named_children():
+            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return converted
+
+
+class SyncBatchNormAct(Activated, SyncBatchNorm):
+    """activation(batch_norm(x) + residual) in one, with statistics over the batches of all ranks in training.
+
+    What `SyncBatchNorm.convert_sync_batchnorm` makes of `BatchNormAct1d`, `BatchNormAct2d` and `BatchNormAct3d`.  Args
+    as of `torch.nn.SyncBatchNorm`, all but the first by keyword, and ``activation`` as theirs.
+    """
+
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _forward(self, input, residual, self.activation)
+
+
+def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    layer._check_input_dim(input)
+    layer._check_non_zero_input_channels(input)
+    group = _group(layer)
+    if group is None:
+        return forward(layer, input, residual, activation)
+    arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum_of(layer), layer.eps)
+    if not sync_takes_kernel(input, *arguments, residual):
+        return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, activation)
+    if dist.get_world_size(group) == 1:
+        return forward(layer, input, residual, activation)
+    count_batch(layer)
+    return sync_batch_norm(input, *arguments, group, residual=residual, activation=activation)
+
+
+def _group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The ranks that the layer's statistics are over, or None where there is but this process."""
+    if not (layer.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group: dist.ProcessGroup | None = layer.process_group or dist.group.WORLD
+    return group

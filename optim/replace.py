@@ -1,0 +1,55 @@
+"""Turning an optimizer that exists already into its twin."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .optimizer import TWINS, FusedOptimizer
+
+__all__ = ["replace"]
+
+
+def replace(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
+    """Make a ``torch.optim`` optimizer its twin, in place, and return it.
+
+    Its parameter groups, state and hooks stay, and so does its identity: learning-rate schedulers and GradScalers that
+    know it go on with it.  ``options`` are the keywords of ours that the twin is to have.
+
+    Raises TypeError where the optimizer's class, taken exactly, has no twin, or lacks an option; ValueError where
+    ``step`` is overridden on the instance, or an option is out of its range.
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        if type(optimizer) not in TWINS:
+            raise TypeError(f"{type(optimizer).__name__} has no fusednn twin")
+        scheduled = optimizer.__dict__.pop("step", None)
+        if scheduled is not None and not hasattr(scheduled, "_wrapped_by_lr_sched"):
+            optimizer.__dict__["step"] = scheduled
+            raise ValueError("step is overridden on the instance")
+        optimizer.__class__ = TWINS[type(optimizer)]
+        optimizer._patch_step_function()
+        if scheduled is not None:
+            _tell_schedulers(optimizer)
+    assert isinstance(optimizer, FusedOptimizer)
+    if unknown := [name for name in options if name not in optimizer.options]:
+        raise TypeError(f"{type(optimizer).__name__} has no option {', '.join(unknown)}")
+    optimizer._set_options(options)
+    return optimizer
+
+
+def _tell_schedulers(optimizer: Optimizer) -> None:
+    """Note each step on the instance: schedulers check that it came before theirs, and have wrapped the old one."""
+    reference = weakref.ref(optimizer)
+    step = type(optimizer).step
+
+    @functools.wraps(step)
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        owner = reference()
+        owner._opt_called = True  # type: ignore[union-attr]
+        return step(owner, *arguments, **keywords)  # type: ignore[arg-type]
+
+    noted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = noted  # type: ignore[method-assign]

@@ -1,0 +1,792 @@
+"""Batch norm: statistics, normalisation, gradients and running buffers against stock, in every layout."""
+
+import copy
+import inspect
+import pickle
+import warnings
+from collections.abc import Callable, Container, Iterable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.accuracy import assert_accurate
+from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.layouts import LAYOUTS
+from support.samples import random_tensor
+from support.standing import check_against_stock, leaf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fusednn
+from fusednn import autograd, kernels, layers
+from fusednn.autograd.batch_norm import ACTIVATION_FUNCTIONS
+from fusednn.autograd.dispatch import observe_choices
+from fusednn.kernels.activation import ACTIVATIONS
+from fusednn.kernels.instruments.saved_tensors import saved_tensors
+
+if kernels.INTERPRETING:
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+needs_kernels = pytest.mark.kernels
+counts_traffic = [pytest.mark.kernels, pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")]
+
+
+def mostly_thorough(values: Iterable[Any], usual: Container[Any]) -> list[Any]:
+    """All values as parameters of a test; those that aren't ``usual`` only where there is time."""
+    return [
+        value if value in usual else pytest.param(*_as_tuple(value), marks=pytest.mark.thorough) for value in values
+    ]
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+SHAPES = [
+    (4, 3),
+    (2, 1),  # one channel, two values
+    (2100, 5),  # a batch beyond 2048
+    (300, 20),
+    (1, 3, 7),  # batch 1
+    (3, 16, 5),
+    (2, 3, 7, 9),  # ragged
+    (3, 1, 11, 5),
+    (1, 2, 5000),  # a channel is many tiles
+    (2, 3, 2, 3, 5),
+]
+
+
+def vectors(channels: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Running mean and variance, weight and bias."""
+    options = {"dtype": dtype, "device": device}
+    return (
+        torch.linspace(-1, 2, channels, **options),
+        torch.linspace(0.5, 3, channels, **options),
+        torch.linspace(-1.5, 2, channels, **options),
+        torch.linspace(1, -1, channels, **options),
+    )
+
+
+def run(function: Callable[..., Tensor], training: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A call with fresh running statistics, so that it can be repeated."""
+    mean, variance, *_ = vectors(x.shape[1], weight.dtype, x.device.type)
+    return function(x, mean, variance, weight, bias, training)
+
+
+def check(x: Tensor, gradient: Tensor, training: bool) -> None:
+    _, _, weight, bias = vectors(x.shape[1], x.dtype, x.device.type)
+    ours, stock = (partial(run, function, training) for function in (autograd.batch_norm, F.batch_norm))
+    check_against_stock(ours, stock, [x, weight, bias], gradient)
+
+
+# --- Against stock ----------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    mostly_thorough(
+        product(FLOAT_DTYPES, (True, False)),
+        {(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)},
+    ),
+    ids=str,
+)
+def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: str) -> None:
+    check(random_tensor(shape, dtype, device), random_tensor(shape, dtype, device, seed=1), training)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@modes
+def test_layouts(layout: str, training: bool, device: str) -> None:
+    x = LAYOUTS[layout](random_tensor((3, 6, 5, 4), torch.float32, device))
+    gradient = LAYOUTS[layout](random_tensor((3, 6, 5, 4), torch.float32, device, seed=1))
+    if training and layout in ("scalar", "expanded"):
+        gradient = random_tensor((3, 6, 5, 4), torch.float32, device, seed=1)
+        x = x + random_tensor((3, 6, 1, 4), torch.float32, device, seed=2).expand(3, 6, 5, 4)
+    check(x, gradient, training)
+
+
+@needs_kernels
+@pytest.mark.smoke
+@pytest.mark.parametrize("gradient_layout", ["contiguous", "channels_last", "scalar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_in_another_layout(gradient_layout: str, dtype: torch.dtype, device: str) -> None:
+    x = random_tensor((3, 6, 5, 4), dtype, device).contiguous(memory_format=torch.channels_last)
+    check(x, LAYOUTS[gradient_layout](random_tensor((3, 6, 5, 4), dtype, device, seed=1)), True)
+
+
+@needs_kernels
+def test_channels_last_3d_and_permuted_memory(device: str) -> None:
+    x, gradient = (random_tensor((2, 20, 3, 4, 5), torch.float32, device, seed) for seed in (0, 1))
+    check(x.contiguous(memory_format=torch.channels_last_3d), gradient, True)
+    for order in ((1, 0, 2, 3, 4), (4, 1, 0, 2, 3)):
+        inverse = [order.index(dim) for dim in range(5)]
+        check(x.permute(order).contiguous().permute(inverse), gradient, True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@modes
+def test_float32_parameters_beside_16_bits(dtype: torch.dtype, training: bool, device: str) -> None:
+    results = []
+    for function, kind, wide in (
+        (autograd.batch_norm, dtype, torch.float32),
+        (F.batch_norm, dtype, torch.float32),
+        (F.batch_norm, torch.float64, torch.float64),
+    ):
+        mean, variance, *parameters = vectors(6, wide, device)
+        x, weight, bias = leaf(random_tensor((3, 6, 5, 4), dtype, device).to(kind)), *map(leaf, parameters)
+        y = function(x, mean, variance, weight, bias, training)
+        gradient = random_tensor((3, 6, 5, 4), dtype, device, seed=1).to(kind)
+        results.append((y, *torch.autograd.grad(y, (x, weight, bias), gradient), mean, variance))
+    for triple in zip(*results, strict=True):
+        assert_accurate(*triple)
+
+
+@needs_kernels
+@pytest.mark.parametrize("affine", ["neither", "weight", "bias"])
+@modes
+def test_missing_parameters(affine: str, training: bool, device: str) -> None:
+    x, gradient = (random_tensor((3, 4, 5), torch.float32, device, seed) for seed in (0, 1))
+    mean, variance, weight, bias = vectors(4, torch.float32, device)
+    parameters = {name: value for name, value in (("weight", weight), ("bias", bias)) if name == affine}
+
+    def call(function: Callable[..., Tensor], x: Tensor, *values: Tensor) -> Tensor:
+        options = dict(zip(parameters, values, strict=True))
+        return function(x, mean.to(x.dtype, copy=True), variance.to(x.dtype, copy=True), training=training, **options)
+
+    ours, stock = (partial(call, function) for function in (autograd.batch_norm, F.batch_norm))
+    check_against_stock(ours, stock, [x, *parameters.values()], gradient)
+
+
+@needs_kernels
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+@modes
+def test_gradients_only_where_required(needed: tuple[bool, ...], training: bool, device: str) -> None:
+    results = []
+    for function in (autograd.batch_norm, F.batch_norm):
+        x = random_tensor((4, 3, 5), torch.float32, device).requires_grad_(needed[0])
+        mean, variance, weight, bias = vectors(3, torch.float32, device)
+        weight.requires_grad_(needed[1])
+        bias.requires_grad_(needed[2])
+        function(x, mean, variance, weight, bias, training).square().sum().backward()
+        grads = [operand.grad for operand in (x, weight, bias)]
+        assert tuple(grad is not None for grad in grads) == needed
+        results.append(next(grad for grad in grads if grad is not None))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+# --- Inputs that hurt -------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("shift", "memory_format"), [(1000.0, torch.contiguous_format), (-1000.0, torch.channels_last)], ids=str
+)
+def test_large_means(shift: float, memory_format: torch.memory_format, device: str) -> None:
+    x, gradient = (random_tensor((20, 3, 9, 9), torch.float32, device, seed) for seed in (0, 1))
+    check((x + shift).contiguous(memory_format=memory_format), gradient, True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [0.1, -3e4])
+@pytest.mark.parametrize("shape", [(300, 5), (3, 5, 50, 7), (2, 1, 4097)], ids=str)
+def test_constant_channels_have_no_variance(value: float, shape: tuple[int, ...], device: str) -> None:
+    x = torch.full(shape, value, device=device)
+    mean, variance = autograd.channel_statistics(x)
+    assert (variance == 0).all()
+    assert (mean == x.flatten()[0]).all()
+    y = autograd.batch_norm(x, None, None, training=True)
+    assert (y == 0).all()
+
+
+@needs_kernels
+def test_one_far_value_does_not_spoil_the_variance(device: str) -> None:
+    x = random_tensor((1, 2, 6000), torch.float32, device)
+    x[0, 0, 0] = 1e6
+    _, variance = autograd.channel_statistics(x)
+    exact = x.double().var((0, 2), correction=0)
+    torch.testing.assert_close(variance.double(), exact, rtol=1e-6, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nan_stays_in_its_channel(memory_format: torch.memory_format, device: str) -> None:
+    x = random_tensor((2, 4, 5, 6), torch.float32, device)
+    x[0, 1, 2, 3] = float("nan")
+    x[0, 2, 0, 0] = float("inf")
+    x = x.contiguous(memory_format=memory_format)
+    outcomes = []
+    for function in (autograd.batch_norm, F.batch_norm):
+        running = torch.zeros(4, device=device), torch.ones(4, device=device)
+        outcomes.append((function(x, *running, training=True), running[1]))
+    for ours, stock in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, stock, equal_nan=True)
+
+
+@needs_kernels
+def test_one_value_per_channel_is_refused_as_by_stock(device: str) -> None:
+    for function in (autograd.batch_norm, F.batch_norm):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            function(torch.ones(1, 3, 1, device=device), None, None, training=True)
+    y = autograd.batch_norm(torch.ones(1, 3, device=device), *vectors(3, torch.float32, device)[:2])
+    assert y.shape == (1, 3)
+
+
+WRONG = {
+    "no running statistics": lambda f, x, v: f(x, None, None),
+    "one running statistic": lambda f, x, v: f(x, v[0], None, training=True),
+    "too few channels": lambda f, x, v: f(x, v[0][:2], v[1][:2]),
+    "too many weights": lambda f, x, v: f(x, v[0], v[1], torch.ones(9, device=x.device)),
+    "no channels": lambda f, x, v: f(x[0, 0], v[0], v[1]),
+    "other dtype": lambda f, x, v: f(x.double(), v[0], v[1]),
+    "integers": lambda f, x, v: f(x.long(), v[0], v[1]),
+    "no momentum": lambda f, x, v: f(x, v[0], v[1], training=True, momentum=None),
+    "negative eps": lambda f, x, v: f(x, v[0], v[1], training=True, eps=-1.0),
+    "training is a number": lambda f, x, v: f(x, v[0], v[1], training=3),
+    "not a tensor": lambda f, x, v: f(3.0, v[0], v[1]),
+    "differentiable statistics": lambda f, x, v: f(x, v[0].requires_grad_(), v[1]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_errors_are_stocks(wrong: str, device: str) -> None:
+    x = torch.ones(2, 3, 4, device=device)
+    raised = []
+    for function in (F.batch_norm, autograd.batch_norm):
+        with pytest.raises(Exception) as caught:  # noqa: PT011  # its type is what is compared
+            WRONG[wrong](function, x, vectors(3, torch.float32, device))
+        raised.append(caught.type)
+    assert raised[0] is raised[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batches(training: bool, device: str) -> None:
+    x = torch.ones(0, 3, 4, device=device)
+    assert autograd.batch_norm(x, *vectors(3, torch.float32, device), training).shape == x.shape
+
+
+def test_signatures() -> None:
+    theirs, ours = (inspect.signature(function) for function in (F.batch_norm, autograd.batch_norm))
+    assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.parameters.values()
+    ]
+    names = list(inspect.signature(layers.BatchNormAct2d).parameters)
+    assert names[:7] == list(inspect.signature(nn.BatchNorm2d).parameters)[:7]
+    assert inspect.signature(layers.BatchNormAct2d).parameters["activation"].default == "relu"
+
+
+# --- Running statistics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("momentum", "dtype"),
+    mostly_thorough(
+        product((0.1, None, 1.0), (torch.float32, torch.float64, torch.bfloat16)),
+        {(0.1, torch.float32), (None, torch.float32)},
+    ),
+    ids=str,
+)
+def test_running_buffers_after_fifty_steps(momentum: float | None, dtype: torch.dtype, device: str) -> None:
+    kind = torch.float64 if dtype is torch.float64 else torch.float32
+    stock = nn.BatchNorm2d(3, momentum=momentum).to(device, kind)
+    ours = copy.deepcopy(stock)
+    fusednn.replace_layers(ours)
+    versions = ours.running_mean._version, ours.running_var._version
+    for step in range(50):
+        x = 2 + random_tensor((2 + step % 3, 3, 2, 3), dtype, device, seed=step)
+        torch.testing.assert_close(ours(x), stock(x), rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
+    torch.testing.assert_close(ours.running_mean, stock.running_mean, **tolerance)
+    torch.testing.assert_close(ours.running_var, stock.running_var, **tolerance)
+    assert ours.num_batches_tracked == stock.num_batches_tracked == 50
+    if KERNELS_RUN:
+        assert ours.running_mean._version > versions[0]
+        assert ours.running_var._version > versions[1]
+
+
+def test_without_tracking(device: str) -> None:
+    stock = nn.BatchNorm1d(4, track_running_stats=False).to(device)
+    ours = layers.BatchNorm1d(4, track_running_stats=False).to(device)
+    x = random_tensor((5, 4), torch.float32, device)
+    for training in (True, False):
+        torch.testing.assert_close(ours.train(training)(x), stock.train(training)(x))
+    tracked = layers.BatchNorm1d(4).to(device)
+    tracked.track_running_stats = False  # from now on: its buffers stay as they are
+    tracked(x)
+    assert tracked.num_batches_tracked == 0
+    assert (tracked.running_mean == 0).all()
+
+
+@needs_kernels
+def test_running_statistics_may_change_before_the_backward_pass(device: str) -> None:
+    x = random_tensor((5, 4), torch.float32, device).requires_grad_()
+    layer = layers.BatchNorm1d(4).to(device).eval()
+    y = layer(x)
+    expected = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    layer.train()(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x), expected)
+
+
+def test_half_precision_models(device: str) -> None:
+    stock = nn.BatchNorm1d(4).to(device).half()
+    ours = copy.deepcopy(stock)
+    fusednn.replace_layers(ours)
+    x = random_tensor((50, 4), torch.float16, device)
+    torch.testing.assert_close(ours(x), stock(x), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(ours.running_var, stock.running_var, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(ours.eval()(x), stock.eval()(x), rtol=2e-3, atol=2e-3)
+
+
+# --- Activation and residual ------------------------------------------------------------------------------------------
+
+ACTS = [None, *sorted(ACTIVATION_FUNCTIONS)]
+
+
+def compose(
+    activation: str | None, training: bool, x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor
+) -> Tensor:
+    """What the fused function stands for, of stock operators."""
+    mean, variance, *_ = vectors(x.shape[1], weight.dtype, x.device.type)
+    y = F.batch_norm(x, mean, variance, weight, bias, training)
+    for added in residual:
+        y = y + added
+    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+
+
+def fused(activation: str | None, training: bool, x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
+    mean, variance, *_ = vectors(x.shape[1], weight.dtype, x.device.type)
+    added = residual[0] if residual else None
+    return autograd.batch_norm_act(x, mean, variance, weight, bias, training, residual=added, activation=activation)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", mostly_thorough(ACTS, (None, "relu", "gelu")))
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
+@modes
+def test_fused_forms(activation: str | None, joined: bool, training: bool, device: str) -> None:
+    shape = (3, 18, 5, 4)
+    x, gradient, residual = (random_tensor(shape, torch.float32, device, seed) for seed in range(3))
+    _, _, weight, bias = vectors(shape[1], torch.float32, device)
+    ours, stock = (partial(function, activation, training) for function in (fused, compose))
+    for layout in ("contiguous", "channels_last"):
+        operands = [LAYOUTS[layout](x), weight, bias, *([residual] if joined else [])]
+        check_against_stock(ours, stock, operands, gradient)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_fused_forms_in_other_dtypes(activation: str, dtype: torch.dtype, device: str) -> None:
+    shape = (3, 5, 70)
+    x, gradient, residual = (random_tensor(shape, dtype, device, seed) for seed in range(3))
+    _, _, weight, bias = vectors(5, dtype, device)
+    ours, stock = (partial(function, activation, True) for function in (fused, compose))
+    check_against_stock(ours, stock, [x, weight, bias, residual], gradient)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_strided_and_expanded_residuals(activation: str, device: str) -> None:
+    x, gradient = (random_tensor((3, 6, 5, 4), torch.float32, device, seed) for seed in (0, 1))
+    _, _, weight, bias = vectors(6, torch.float32, device)
+    ours, stock = (partial(function, activation, True) for function in (fused, compose))
+    for layout in ("sliced", "expanded", "transposed"):
+        residual = LAYOUTS[layout](random_tensor((3, 6, 5, 4), torch.float32, device, seed=2))
+        check_against_stock(ours, stock, [x, weight, bias, residual], gradient)
+    broadcast = random_tensor((1, 6, 1, 1), torch.float32, device)  # takes the stock path
+    torch.testing.assert_close(ours(x, weight, bias, broadcast), stock(x, weight, bias, broadcast))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("activation", "joined", "training"),
+    mostly_thorough(
+        product((None, "relu", "leaky_relu", "tanh", "silu"), (False, True), (True, False)),
+        {("relu", True, True), ("silu", False, True), ("relu", False, False)},
+    ),
+    ids=str,
+)
+def test_gradcheck(activation: str | None, joined: bool, training: bool, device: str) -> None:
+    x, residual = (random_tensor((3, 2, 3), torch.float64, device, seed).requires_grad_() for seed in (0, 1))
+    parameters = [leaf(vector) for vector in vectors(2, torch.float64, device)[2:]]
+    operands = [x, *parameters, *([residual] if joined else [])]
+    function = partial(fused, activation, training)
+    assert torch.autograd.gradcheck(function, operands, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, operands, fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh", None])
+def test_fused_layers_on_either_path(activation: str | None, device: str) -> None:
+    for cls, stock, shape in (
+        (layers.BatchNormAct1d, nn.BatchNorm1d, (5, 4)),
+        (layers.BatchNormAct2d, nn.BatchNorm2d, (2, 4, 3, 5)),
+        (layers.BatchNormAct3d, nn.BatchNorm3d, (2, 4, 3, 2, 2)),
+    ):
+        ours, plain = cls(4, activation=activation).to(device), stock(4).to(device)
+        assert isinstance(ours, getattr(layers, stock.__name__))
+        ours.load_state_dict(plain.state_dict())
+        x, residual = (random_tensor(shape, torch.float32, device, seed) for seed in (0, 1))
+        for training in (True, False):
+            y = plain.train(training)(x) + residual
+            expected = y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+            torch.testing.assert_close(ours.train(training)(x, residual), expected)
+        assert ours.running_var.equal(plain.running_var) or KERNELS_RUN
+        assert f"activation={activation!r}" in repr(ours)
+        for duplicate in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            torch.testing.assert_close(duplicate(x, residual), ours(x, residual))
+        with pytest.raises(ValueError, match="expected"):
+            ours(torch.ones(3, device=device))
+
+
+def test_scripting() -> None:
+    x = random_tensor((5, 4), torch.float32, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(layers.BatchNorm1d(4))
+        torch.testing.assert_close(scripted(x), nn.BatchNorm1d(4)(x))
+        with pytest.raises(NotImplementedError, match=r"BatchNormAct1d has no torch\.nn class"):
+            torch.jit.script(layers.BatchNormAct1d(4))
+
+
+def test_unknown_activations_are_named() -> None:
+    for wrong in ("rellu", "elu_half"):
+        with pytest.raises(ValueError, match="no activation is called"):
+            layers.BatchNormAct2d(3, activation=wrong)
+        with pytest.raises(ValueError, match="no activation is called"):
+            autograd.batch_norm_act(torch.ones(2, 3), None, None, training=True, activation=wrong)
+
+
+# --- Bytes and launches -----------------------------------------------------------------------------------------------
+
+SHAPE = (4, 16, 16, 16)  # 8 whole tiles, in both memory formats
+
+
+class Counted:
+    """Bytes of a forward and a backward pass in units of the input's, and what was kept."""
+
+    def __init__(self, activation: str | None, joined: bool, layout: torch.memory_format, dtype: torch.dtype) -> None:
+        x, gradient, residual = (
+            random_tensor(SHAPE, dtype, "cpu", seed).contiguous(memory_format=layout) for seed in range(3)
+        )
+        x, residual = leaf(x), leaf(residual)
+        mean, variance, weight, bias = vectors(SHAPE[1], torch.float32, "cpu")
+        weight, bias = leaf(weight), leaf(bias)
+        added = residual if joined else None
+        with measure_traffic() as forward, saved_tensors() as saved:
+            y = autograd.batch_norm_act(x, mean, variance, weight, bias, True, residual=added, activation=activation)
+        with measure_traffic() as backward:
+            torch.autograd.grad(y, [x, weight, bias, *([residual] if joined else [])], gradient)
+        unit = x.numel() * x.itemsize
+        self.forward, self.backward = forward.bytes / unit, backward.bytes / unit
+        self.bit = x.numel() / 8 / unit
+        # Statistics, partial sums and parameters are vectors of the channels, for each program: apart from the budget.
+        plan = kernels.batch_norm.plan_of(x)
+        channels = plan.tiling.width if plan.tiling.axis == 0 else plan.tiling.height
+        self.apart = 16 * plan.programs * channels * 4 / unit
+        self.kept = saved.bytes_beside(x, weight, bias) / unit
+        self.launches = forward.launches, backward.launches
+        self.operations = [operation.name for operation in (*forward.operations, *backward.operations)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+class TestBudget:
+    pytestmark = counts_traffic
+
+    @pytest.mark.parametrize("activation", [None, pytest.param("relu", marks=pytest.mark.thorough), "gelu"])
+    def test_alone_and_with_an_activation(
+        self, activation: str | None, layout: torch.memory_format, dtype: torch.dtype
+    ) -> None:
+        counted = Counted(activation, False, layout, dtype)
+        assert 3 <= counted.forward <= 3 + counted.apart
+        assert 5 <= counted.backward <= 5 + counted.apart
+        assert counted.kept <= 0.05
+        assert counted.launches == (3, 2)
+        assert counted.operations == ["sum", "_to_copy"]
+
+    def test_with_residual_and_relu(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
+        counted = Counted("relu", True, layout, dtype)
+        assert 4 + counted.bit <= counted.forward <= 4 + counted.bit + counted.apart
+        assert 6 + counted.bit <= counted.backward <= 6 + 2 * counted.bit + counted.apart
+        assert counted.bit <= counted.kept <= counted.bit + 0.05
+        assert counted.launches == (3, 2)
+
+    def test_with_residual_and_a_smooth_activation(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
+        counted = Counted("gelu", True, layout, dtype)
+        assert counted.forward <= 4 + counted.apart
+        assert counted.backward <= 7 + counted.apart
+        assert counted.kept <= 1 + 0.05  # the residual itself
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")
+def test_evaluation_moves_each_operand_once(device: str) -> None:
+    x, gradient = (random_tensor(SHAPE, torch.float32, device, seed) for seed in (0, 1))
+    unit = x.numel() * x.itemsize
+    running = vectors(SHAPE[1], torch.float32, device)
+    with measure_traffic() as forward:
+        autograd.batch_norm(x, *running)
+    assert forward.bytes <= 2.05 * unit
+    assert forward.launches == 1
+    assert not forward.operations
+    y = autograd.batch_norm(leaf(x), *running)
+    with measure_traffic() as backward:
+        y.backward(gradient)
+    assert backward.bytes <= 2.05 * unit  # the parameters need no gradients, so the input isn't read
+    assert backward.launches == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((32, 64, 112, 112), torch.contiguous_format),
+        ((32, 64, 112, 112), torch.channels_last),
+        ((32, 256, 56, 56), torch.contiguous_format),
+        ((32, 512, 28, 28), torch.channels_last),
+        ((32, 1024, 14, 14), torch.contiguous_format),
+        ((32, 2048, 7, 7), torch.contiguous_format),
+        ((32, 2048, 7, 7), torch.channels_last),
+        ((1, 1, 1000, 1000), torch.contiguous_format),
+        ((1, 3, 1000, 1000), torch.contiguous_format),
+        ((65536, 16, 1, 1), torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_programs_fill_a_gpu(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    x = torch.empty(1, dtype=torch.bfloat16).expand(shape)
+    strides = torch.empty(shape, device="meta").contiguous(memory_format=memory_format).stride()
+    plan = kernels.batch_norm.plan_of(torch.empty_strided(shape, strides, device="meta"))
+    assert x.numel() >= 10**6
+    assert 148 <= plan.programs <= 1024  # multiprocessors of a B200, the most that there are
+
+
+# --- In company -------------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize(("activation", "dynamic"), [("silu", False), ("relu", True)])
+def test_compiled(activation: str, dynamic: bool, device: str) -> None:
+    torch._dynamo.reset()
+    eager = nn.ModuleList([layers.BatchNormAct2d(3, activation=activation), layers.BatchNorm2d(3, momentum=None)])
+    eager.to(device)
+    compiled_layers = copy.deepcopy(eager)
+
+    def network(modules: nn.ModuleList, x: Tensor) -> Tensor:
+        return modules[0](modules[1](x), x)
+
+    compiled = torch.compile(partial(network, compiled_layers), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (4, 6, 5):
+        x = random_tensor((batch, 3, 4, 5), torch.float32, device).contiguous(memory_format=torch.channels_last)
+        results = []
+        for function in (compiled, partial(network, eager)):
+            operand = leaf(x)
+            y = function(operand)
+            results.append((y, *torch.autograd.grad(y.square().sum(), operand)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for ours, theirs in zip(compiled_layers.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def _operator_calls() -> list[object]:
+    ops = torch.ops.fusednn
+    x, g, residual = (random_tensor((3, 4, 6), torch.float32, "cpu", seed) for seed in range(3))
+    mean, variance, weight, bias = vectors(4, torch.float32, "cpu")
+    mask = torch.zeros(4096, dtype=torch.uint8)
+    partial_ = torch.rand(5, 3, 4) + 1
+    given = (mean, variance, weight, bias, 1e-5)
+    sums = torch.rand(2, 4, dtype=torch.float64)
+    return [
+        (ops.batch_norm_statistics, (x, mean.clone(), variance.clone(), None, 0.1)),
+        (ops.batch_norm_statistics, (x[:, ::2], None, None, None, 0.1)),
+        (ops.batch_norm_merge, (partial_, mean.clone(), variance.clone(), torch.tensor(3), 0.1)),
+        (ops.batch_norm_forward, (x, None, *given, None, False)),
+        (ops.batch_norm_forward, (x, residual, *given, "relu", True)),
+        (ops.batch_norm_reduce, (g, x, None, None, *given, "silu")),
+        (ops.batch_norm_reduce, (g, x, None, mask, *given, "relu")),
+        (ops.batch_norm_reduce, (g, x, residual, None, *given, "silu")),
+        (ops.batch_norm_backward, (g, x, sums, 0.1, *given, "relu")),
+        (ops.batch_norm_backward, (g, x, None, 0.1, *given, None)),
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("operator", "arguments"), _operator_calls(), ids=lambda value: getattr(value, "__name__", ""))
+def test_opcheck(operator: object, arguments: tuple, device: str) -> None:
+    moved = tuple(argument.to(device) if isinstance(argument, Tensor) else argument for argument in arguments)
+    torch.library.opcheck(operator.default, moved)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant: bool, device: str) -> None:
+    x = random_tensor((4, 3, 5), torch.float32, device)
+    gradients = []
+    for wrapped in (False, True):
+        layer = layers.BatchNormAct1d(3).to(device)
+        operand = leaf(x)
+        y = checkpoint(layer, operand, use_reentrant=use_reentrant) if wrapped else layer(operand)
+        y.square().sum().backward()
+        gradients.append(operand.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_the_dtype(dtype: torch.dtype, device: str) -> None:
+    for kind in (torch.float32, dtype):
+        x = random_tensor((4, 3, 5), kind, device)
+        with torch.autocast(device, dtype=dtype):
+            assert layers.BatchNorm1d(3).to(device)(x).dtype == nn.BatchNorm1d(3).to(device)(x).dtype
+
+
+def test_func_transforms(device: str) -> None:
+    x = random_tensor((4, 3, 5), torch.float64, device)
+    layer = layers.BatchNormAct1d(3).to(device).double().eval()
+    batched = torch.vmap(lambda row: layer(row.unsqueeze(0)).squeeze(0))(x)
+    torch.testing.assert_close(batched, layer(x))
+    tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, (layer(x) > 0).double() * layer.weight[:, None] / (1 + layer.eps) ** 0.5)
+
+
+def test_replacement_gives_the_same_training(device: str) -> None:
+    def train(model: nn.Module) -> list[float]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for step in range(3):
+            x = random_tensor((8, 1, 6, 6), torch.float32, device, seed=step)
+            loss = F.cross_entropy(model(x), torch.arange(8, device=device) % 3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    stock.append(nn.BatchNorm1d(3)).to(device)
+    replaced = copy.deepcopy(stock)
+    assert len(fusednn.replace_layers(replaced).replaced) == 3
+    assert train(replaced) == pytest.approx(train(stock), rel=1e-4)
+
+
+@needs_kernels
+def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
+    choices = []
+    with observe_choices(choices.append):
+        x = torch.randn(2, 3, 4, device=device)
+        layers.BatchNorm1d(3).to(device)(x)
+        layers.BatchNormAct1d(3).to(device)(x, x)
+        autograd.batch_norm_act(x, None, None, training=True, residual=x[:1])
+        autograd.batch_norm(x, *vectors(3, torch.float32, device), eps=0.0)
+        autograd.batch_norm_act(x, None, None, training=True, momentum=torch.tensor(2.0, device=device))
+    assert [choice.path for choice in choices] == ["kernel", "kernel", "stock", "stock", "stock"]
+    assert [choice.operation for choice in choices[:2]] == ["batch_norm", "batch_norm_act"]
+    assert [choice.reason for choice in choices[2:]] == [
+        "the residual has another shape",
+        "eps is not a positive number",
+        "the number of batches is not one int64 beside the input",
+    ]
+
+
+def test_every_activation_of_the_table_can_be_fused() -> None:
+    served_by_others = {row.half for row in ACTIVATIONS.values()}
+    assert set(ACTIVATION_FUNCTIONS) == set(ACTIVATIONS) - served_by_others
+
+
+# --- What only a GPU can show -----------------------------------------------------------------------------------------
+
+
+def training_step(layer: nn.Module, x: Tensor, residual: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    y = layer(x, residual)
+    return (y, *torch.autograd.grad(y, (x, residual, *layer.parameters()), gradient))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_host_synchronisation_and_graph_capture(
+    momentum: float | None, memory_format: torch.memory_format, device: str
+) -> None:
+    x, residual, gradient = (
+        random_tensor((8, 64, 14, 14), torch.bfloat16, device, seed).contiguous(memory_format=memory_format)
+        for seed in range(3)
+    )
+    x, residual = leaf(x), leaf(residual)
+    layer = layers.BatchNormAct2d(64, momentum=momentum).to(device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = training_step(layer, x, residual, gradient)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training_step(layer, x, residual, gradient)
+            layer.eval()(x, residual)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.train()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training_step(layer, x, residual, gradient)
+    before = layer.num_batches_tracked.item()
+    graph.replay()
+    assert layer.num_batches_tracked.item() == before + 1
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_no_recompilation_over_fifty_steps(device: str) -> None:
+    distinct = {configuration.kernel for configuration in kernels.shipped("batch_norm")}
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), layers.BatchNormAct2d(24), nn.Conv2d(24, 32, 3), layers.BatchNorm2d(32))
+    model.to(device)
+
+    def train(batch: int) -> None:
+        model(torch.randn(batch, 3, 20, 20, device=device)).square().mean().backward()
+
+    for batch in (32, 17):  # a full batch and a last, partial one
+        train(batch)
+    before = compiled()
+    for index in range(50):
+        model[1].momentum = 1 / (index + 2)
+        train(17 if index % 10 == 9 else 32)
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_by_inductor(mode: str, device: str) -> None:
+    torch._dynamo.reset()
+    eager = layers.BatchNormAct2d(16).to(device)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    for seed in range(3):
+        x, residual = (leaf(random_tensor((8, 16, 32, 32), torch.float32, device, seed + i)) for i in (0, 7))
+        gradient = torch.ones_like(x)
+        results = []
+        for layer in (compiled, eager):
+            y = layer(x, residual)
+            results.append((y.clone(), *(g.clone() for g in torch.autograd.grad(y, (x, residual), gradient))))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(module.running_var, eager.running_var)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_layer_of_resnet_50(memory_format: torch.memory_format, device: str) -> None:
+    """Many steps in each program, in every pass."""
+    x = 5 + random_tensor((64, 256, 56, 56), torch.float32, device).contiguous(memory_format=memory_format)
+    check(x, random_tensor((64, 256, 56, 56), torch.float32, device, seed=1), True)
