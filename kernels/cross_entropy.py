@@ -86,6 +86,22 @@ def line_targets(target_pointer, weight_pointer, line, exists, length, ignore_in
     return target, counts, weight
 
 
+# A line's loss is float64, as the sums are that it may go into: nothing is rounded where losses cancel.
+
+
+@triton.jit
+def index_loss(weight, log_total, x_target, maximum):
+    """-w log p of the target."""
+    log_p = x_target.to(tl.float64) - maximum.to(tl.float64) - log_total.to(tl.float64)
+    return -weight.to(tl.float64) * log_p
+
+
+@triton.jit
+def difference(mass, log_total, moment):
+    """-sum(w log p), from the sums of w and of w (x - maximum)."""
+    return mass.to(tl.float64) * log_total.to(tl.float64) - moment.to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["count", "ignore_index", "smoothing", "weighted", "reduced", "divisor"])
 def cross_entropy_forward_kernel(
     x_pointer,  # logits
@@ -144,7 +160,7 @@ def cross_entropy_forward_kernel(
         moment = tl.sum(moment + (pieces - reference_point(maximum)[:, None]) * mass, 1)
         mass = tl.sum(mass, 1)
     if TARGETS == _PROBABILITIES:
-        loss = tl.where(exists, mass * log_total - moment, 0.0)
+        loss = tl.where(exists, difference(mass, log_total, moment), 0.0)
         weight = exists.to(COMPUTE)
     else:
         target, counts, weight = line_targets(
@@ -154,9 +170,9 @@ def cross_entropy_forward_kernel(
             x_target = tl.load(x_pointer + start + target, mask=counts, other=0)
         else:
             x_target = tl.load(x_pointer + start + target * inner, mask=counts, other=0)
-        loss = weight * (log_total - (widen(x_target, COMPUTE) - maximum))
+        loss = index_loss(weight, log_total, widen(x_target, COMPUTE), maximum)
         if TARGETS != _INDICES:
-            loss = (1 - smoothing) * loss + smoothing / length * (mass * log_total - moment)
+            loss = (1 - smoothing) * loss + smoothing / length * difference(mass, log_total, moment)
             mass = (1 - smoothing) * weight + smoothing / length * mass
         loss = tl.where(counts, loss, 0.0)
         weight = tl.where(counts, weight, 0.0)
@@ -168,7 +184,7 @@ def cross_entropy_forward_kernel(
     if reduced:
         finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, COMPUTE)
     else:
-        tl.store(loss_pointer + line, loss, mask=exists)
+        tl.store(loss_pointer + line, loss.to(COMPUTE), mask=exists)
 
 
 @triton.jit(do_not_specialize=["count", "parts", "ignore_index", "weighted", "reduced", "divisor"])
@@ -200,14 +216,14 @@ def long_cross_entropy_kernel(
         target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
     )
     x_target = widen(tl.load(x_pointer + line * length + target, mask=counts, other=0), tl.float32)
-    loss = tl.where(counts, weight * (log_total - (x_target - maximum)), 0.0)
+    loss = tl.where(counts, index_loss(weight, log_total, x_target, maximum), 0.0)
     weight = tl.where(counts, weight, 0.0)
     tl.store(statistics_pointer + line, maximum, mask=exists)
     tl.store(statistics_pointer + count + line, log_total, mask=exists)
     if reduced:
         finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, tl.float32)
     else:
-        tl.store(loss_pointer + line, loss, mask=exists)
+        tl.store(loss_pointer + line, loss.to(tl.float32), mask=exists)
 
 
 @triton.jit(
@@ -371,6 +387,7 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
         wide_loads=reads * wide,
         wide_stores=stores,
         asserts=direction == "forward" and targets is not Targets.PROBABILITIES,
+        rare=dtype not in (torch.bfloat16, torch.float32),
     )
 
 
@@ -404,6 +421,7 @@ def _long_configuration(dtype: torch.dtype) -> Configuration:
         threads=128,
         divisible=("length",),
         asserts=True,
+        rare=dtype not in (torch.bfloat16, torch.float32),
     )
 
 

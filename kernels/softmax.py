@@ -301,6 +301,7 @@ def _configuration(
         divisible=("length", "inner"),
         wide_loads=(len(tensors) - 1) * wide,
         wide_stores=wide,
+        rare=dtype not in (torch.bfloat16, torch.float32),
     )
 
 
@@ -326,6 +327,7 @@ def _long(kind: str, dtype: torch.dtype) -> Configuration:
         divisible=("length", *(name for name in integers if name == "part_length")),
         wide_loads=wide * (1 if kind == "forward" else 2),
         wide_stores=wide if join else 0,
+        rare=dtype not in (torch.bfloat16, torch.float32),
     )
 
 
