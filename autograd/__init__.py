@@ -29,6 +29,7 @@ from .cross_entropy import cross_entropy
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .linear_cross_entropy import linear_cross_entropy
+from .maxout import maxout, maxout_conv2d, maxout_linear
 from .nll_loss import nll_loss
 from .pointwise_loss import (
     binary_cross_entropy,
@@ -73,6 +74,9 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",
+    "maxout",
+    "maxout_conv2d",
+    "maxout_linear",
     "mish",
     "mse_loss",
     "nll_loss",

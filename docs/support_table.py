@@ -71,6 +71,18 @@ OWN_KERNELS = {
         "2e a weight, and the product",
         "4e a weight, and the products",
     ),
+    "Maxout": (
+        "maxout_linear",
+        "the operands, 1 byte a maximum",
+        "the operands, e + 1 a maximum",
+        "e + 1 a maximum, an expansion of pieces e or none",
+    ),
+    "MaxoutConv2d": (
+        "maxout_conv2d",
+        "the operands, 1 byte a maximum",
+        "beside the convolution, (pieces + 1) e + 1 a maximum",
+        "the same",
+    ),
     "NLLLoss": ("nll_loss", "the operands", "e + 8 a target", "e, and e + 8 a target"),
     "PReLU": ("prelu", "the input", "2e", "3e"),
     "RReLU": ("rrelu", "1 bit an element, and a seed", "2e + 1/8", "2e + 1/8"),

@@ -1,5 +1,6 @@
 """Drop-in layers: subclasses of ``torch.nn``'s, and the tools that put them into existing models."""
 
+from . import init
 from .activation import (
     CELU,
     ELU,
@@ -30,6 +31,7 @@ from .explain import Explanation, ExplanationRow, explain
 from .fold import fold_batch_norm
 from .input_norm import GlobalContrastNorm, InputNorm
 from .linear_cross_entropy import LinearCrossEntropyLoss
+from .maxout import Maxout, MaxoutConv2d
 from .nll_loss import NLLLoss
 from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .prelu import PReLU
@@ -77,6 +79,8 @@ __all__ = [
     "LogSigmoid",
     "LogSoftmax",
     "MSELoss",
+    "Maxout",
+    "MaxoutConv2d",
     "Mish",
     "NLLLoss",
     "PReLU",
@@ -100,6 +104,7 @@ __all__ = [
     "Threshold",
     "explain",
     "fold_batch_norm",
+    "init",
     "replace_layers",
     "restore_layers",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..autograd.dispatch import Choice, observe_choices
 from .table import format_table
-from .twin import TWINS, Twin
+from .twin import TWINS, Layer
 
 __all__ = ["Explanation", "ExplanationRow", "explain"]
 
@@ -98,6 +98,6 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 def _why_stock(module: nn.Module) -> str:
     if type(module) in TWINS:
         return "has a twin: call fusednn.replace_layers"
-    if isinstance(module, Twin):
+    if isinstance(module, Layer):
         return "called no operation"
     return "no fusednn twin"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .table import format_table
-from .twin import TWINS, Twin, stock_class
+from .twin import TWINS, Layer, stock_class
 
 __all__ = ["ReplacementReport", "ReplacementRow", "replace_layers", "restore_layers"]
 
@@ -139,7 +139,7 @@ def _reason_to_leave(
     names: tuple[str, ...], module: nn.Module, include: Selection | None, exclude: Selection | None
 ) -> str | None:
     cls = _plain_class(module)
-    if issubclass(cls, Twin):
+    if issubclass(cls, Layer):
         return "already a fusednn layer"
     if cls not in TWINS:
         base = next((stock for stock in cls.__mro__ if stock in TWINS), None)

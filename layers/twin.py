@@ -1,4 +1,4 @@
-"""What makes a layer a drop-in twin of a ``torch.nn`` layer."""
+"""What makes a layer one of fusednn's, and what makes it a drop-in twin of a ``torch.nn`` layer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import copy
 
 from torch import nn
 
-__all__ = ["TWINS", "Twin", "stock_class"]
+__all__ = ["TWINS", "Layer", "Twin", "stock_class"]
 
 #: The twin of each ``torch.nn`` class that has one.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class Twin(nn.Module):
-    """Mixin of every layer here, first among its bases: ``class ReLU(Twin, nn.ReLU)``.
+class Layer(nn.Module):
+    """Base of every layer here: of the twins, and of those that ``torch.nn`` doesn't have."""
+
+
+class Twin(Layer):
+    """Mixin of every layer that ``torch.nn`` has too, first among its bases: ``class ReLU(Twin, nn.ReLU)``.
 
     A twin has exactly the attributes of its stock class, so a module becomes its twin, and itself again, by assigning
     ``__class__``.

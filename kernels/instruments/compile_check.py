@@ -57,7 +57,8 @@ class MachineCode:
 
     @property
     def wide_loads(self) -> int:
-        return self.count("LDG", "128")
+        """To registers, and asynchronous copies to shared memory."""
+        return self.count("LDG", "128") + self.count("LDGSTS", "128")
 
     @property
     def wide_stores(self) -> int:
