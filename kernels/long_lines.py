@@ -5,7 +5,6 @@ a first launch leaves the maximum and the sum of exp(x - maximum) of each part o
 one join them.  Only lines that are contiguous, in the dtypes that networks train in, are shared.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import DTYPES, TRITON_TYPE, Configuration, launch
 from .lines import ALONG, Lines, fold, line_block, line_tile, pack, reference_point, settle, start_fold
 from .numerics import widen
 from .tiles import threads_for
@@ -27,6 +26,7 @@ __all__ = [
     "join_parts",
     "line_parts",
     "part_of_line",
+    "parts_configuration",
     "parts_of",
 ]
 
@@ -101,7 +101,8 @@ def join_parts(partial_pointer, line, exists, count, parts, PARTS: tl.constexpr)
 
 
 @cache
-def _configuration(dtype: torch.dtype) -> Configuration:
+def parts_configuration(dtype: torch.dtype) -> Configuration:
+    """The first launch, of lines of ``dtype``."""
     threads = max(PIECE // 16, threads_for(dtype))
     return Configuration(
         label=f"parts of lines {TRITON_TYPE[dtype]}",
@@ -119,12 +120,8 @@ def _configuration(dtype: torch.dtype) -> Configuration:
         threads=threads,
         divisible=("length", "part_length"),
         wide_loads=PIECE * dtype.itemsize // (threads * 16),
+        rare=dtype is torch.float16,
     )
-
-
-@ships("long_lines")
-def configurations() -> Iterator[Configuration]:
-    return map(_configuration, LONG_DTYPES)
 
 
 def parts_of(lines: Lines) -> Parts:
@@ -137,7 +134,7 @@ def line_parts(x: Tensor, lines: Lines, parts: Parts, *, negated: bool = False) 
     """Maximum and sum of exponentials of each part, (2, parts, lines), float32; of -x where ``negated``."""
     partial = torch.empty((2, parts.number, lines.count), dtype=torch.float32, device=x.device)
     launch(
-        _configuration(x.dtype),
+        parts_configuration(x.dtype),
         lines.count * parts.number,
         *(x, partial, lines.count, lines.length, parts.number, parts.length, int(negated)),
     )

@@ -17,7 +17,17 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, Lines, fold, line_block, line_tile, lines_of, pack, settle, start_fold
-from .long_lines import LONG_DTYPES, PARTS, PIECE, are_shared, join_parts, line_parts, part_of_line, parts_of
+from .long_lines import (
+    LONG_DTYPES,
+    PARTS,
+    PIECE,
+    are_shared,
+    join_parts,
+    line_parts,
+    part_of_line,
+    parts_configuration,
+    parts_of,
+)
 from .numerics import log, narrow, widen
 from .tiles import threads_for
 
@@ -341,6 +351,7 @@ def configurations() -> Iterator[Configuration]:
             for width in (*_widths("backward", dtype, axis), None):
                 yield _backward(dtype, axis, width)
     for dtype in LONG_DTYPES:
+        yield parts_configuration(dtype)
         for kind in ("forward", "shares", "backward"):
             yield _long(kind, dtype)
 
