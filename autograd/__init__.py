@@ -27,8 +27,10 @@ from .batch_norm import batch_norm, batch_norm_act, channel_statistics
 from .bias_activation_dropout import bias_activation_dropout
 from .conv import conv1d, conv2d, conv_act_pool2d
 from .conv_batch_norm import conv_batch_norm_act2d
+from .cross_entropy import cross_entropy
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from .linear_cross_entropy import linear_cross_entropy
 from .maxout import maxout, maxout_conv2d, maxout_linear
 from .nll_loss import nll_loss
 from .pointwise_loss import (
@@ -43,6 +45,7 @@ from .pointwise_loss import (
 from .pool import max_pool1d, max_pool2d
 from .prelu import prelu
 from .rrelu import rrelu
+from .softmax import log_softmax, softmax, softmin
 from .standout import standout
 from .sync_batch_norm import sync_batch_norm
 
@@ -59,6 +62,7 @@ __all__ = [
     "conv2d",
     "conv_act_pool2d",
     "conv_batch_norm_act2d",
+    "cross_entropy",
     "drop_connect_linear",
     "dropout",
     "dropout1d",
@@ -74,6 +78,8 @@ __all__ = [
     "kl_div",
     "l1_loss",
     "leaky_relu",
+    "linear_cross_entropy",
+    "log_softmax",
     "logsigmoid",
     "max_pool1d",
     "max_pool2d",
@@ -91,6 +97,8 @@ __all__ = [
     "sigmoid",
     "silu",
     "smooth_l1_loss",
+    "softmax",
+    "softmin",
     "softplus",
     "softsign",
     "standout",

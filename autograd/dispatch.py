@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from ..kernels import AVAILABLE, INTERPRETING
 from ..kernels.launch import DTYPES
 
-__all__ = ["Choice", "autocast_dtype", "observe_choices", "takes_kernel"]
+__all__ = ["PLAIN_TYPES", "Choice", "autocast_dtype", "observe_choices", "takes_kernel", "transform_refusal"]
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+#: The classes whose tensors kernels take: a subclass may override anything.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Choice(NamedTuple):
@@ -75,7 +76,7 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
     if not AVAILABLE:
         return "Triton is not installed"
     for tensor in (*tensors, *parameters):
-        if type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return f"{type(tensor).__name__} is not a plain tensor"
     first = tensors[0]
     if first.device.type == "cpu":
@@ -103,10 +104,10 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
             return "in-place on a leaf that requires gradients"
         if any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True)):
             return "in-place on memory that overlaps itself"
-    return _transform_refusal()
+    return transform_refusal()
 
 
-def _transform_refusal() -> str | None:
+def transform_refusal() -> str | None:
     """Why a kernel can't run under the transforms that are active, or None."""
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"

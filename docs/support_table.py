@@ -18,6 +18,12 @@ _BATCH_NORM_ACT = ("the input; with a residual 1 bit an element", "3e; 4e + 1/8"
 # Layers whose family has kernels of its own: function, what is kept, bytes an element forward and backward.  The table
 # of activations knows the others'.
 OWN_KERNELS = {
+    "CrossEntropyLoss": ("cross_entropy", "the input, 8 bytes a sample", "e", "2e"),
+    "LinearCrossEntropyLoss": ("linear_cross_entropy", "the operands and their gradients", "never all logits", "-"),
+    "LogSoftmax": ("log_softmax", "the output", "2e", "3e"),
+    "Softmax": ("softmax", "the output", "2e", "3e"),
+    "Softmax2d": ("softmax", "the output", "2e", "3e"),
+    "Softmin": ("softmin", "the output", "2e", "3e"),
     **{
         layer: (function, "the operands", "2e (mean)", "3e")
         for layer, function in {

@@ -1,4 +1,4 @@
-"""An ordinary PyTorch training script, plus one line: a small CNN learns scikit-learn's handwritten digits.
+"""An ordinary PyTorch training script, plus two lines: a small CNN learns scikit-learn's handwritten digits.
 
 pip install "fusednn[demo]"
 python examples/digits.py
@@ -54,10 +54,12 @@ def main(epochs: int = 10) -> float:
     train, test = load_data()
     model = build_model().to(device)
 
-    fusednn.replace_layers(model)  # this is all
-
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     loss_function = nn.CrossEntropyLoss()
+
+    fusednn.replace_layers(model)  # this is all
+    fusednn.replace_layers(loss_function)
+
     test_images, test_labels = (tensor.to(device) for tensor in test.tensors)
     score = 0.0
     for epoch in range(1, epochs + 1):

@@ -9,7 +9,9 @@ from . import (
     batch_norm,
     bias_activation_dropout,
     conv,
+    cross_entropy,
     dropout,
+    linear_cross_entropy,
     maxout,
     nll_loss,
     optimizer,
@@ -17,6 +19,7 @@ from . import (
     pool,
     prelu,
     rrelu,
+    softmax,
     standout,
 )
 from ._triton import AVAILABLE, INTERPRETING
@@ -30,7 +33,9 @@ __all__ = [
     "batch_norm",
     "bias_activation_dropout",
     "conv",
+    "cross_entropy",
     "dropout",
+    "linear_cross_entropy",
     "maxout",
     "nll_loss",
     "optimizer",
@@ -39,5 +44,6 @@ __all__ = [
     "prelu",
     "rrelu",
     "shipped",
+    "softmax",
     "standout",
 ]

@@ -25,27 +25,22 @@ from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, B
 from .bias_activation_dropout import BiasActivationDropout
 from .conv import Conv1d, Conv2d, ConvAct2d, ConvMaxPool2d
 from .conv_batch_norm import ConvBatchNormAct2d
+from .cross_entropy import CrossEntropyLoss
 from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .dropout_schedule import AnnealedDropout
 from .explain import Explanation, ExplanationRow, explain
 from .fold import fold_batch_norm
 from .input_norm import GlobalContrastNorm, InputNorm
+from .linear_cross_entropy import LinearCrossEntropyLoss
 from .maxout import Maxout, MaxoutConv2d
 from .nll_loss import NLLLoss
-from .pointwise_loss import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    MSELoss,
-    SmoothL1Loss,
-)
+from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
 from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
+from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 from .standout import Standout
 from .sync_batch_norm import SyncBatchNorm, SyncBatchNormAct
 
@@ -70,6 +65,7 @@ __all__ = [
     "ConvAct2d",
     "ConvBatchNormAct2d",
     "ConvMaxPool2d",
+    "CrossEntropyLoss",
     "DropConnect",
     "Dropout",
     "Dropout1d",
@@ -87,7 +83,9 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LeakyReLU",
+    "LinearCrossEntropyLoss",
     "LogSigmoid",
+    "LogSoftmax",
     "MSELoss",
     "MaxPool1d",
     "MaxPool2d",
@@ -104,6 +102,9 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "SmoothL1Loss",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
     "Softplus",
     "Softsign",
     "Standout",

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.bias_activation_dropout import activation_parameters, bias_activation_dropout
+from .twin import Layer
 
 __all__ = ["BiasActivationDropout"]
 
 
-class BiasActivationDropout(nn.Module):
+class BiasActivationDropout(Layer):
     """dropout(activation(x + bias)) + residual, for a linear layer or a convolution without a bias of its own.
 
     >>> block = nn.Sequential(nn.Linear(64, 256, bias=False), BiasActivationDropout(256, 0.1, activation="gelu"))

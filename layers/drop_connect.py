@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.drop_connect import drop_connect_linear
+from .twin import Layer
 
 __all__ = ["DropConnect"]
 
 
-class DropConnect(nn.Linear):
+class DropConnect(Layer, nn.Linear):
     """y = x (m W / (1 - p))^T + b, with a mask m over the weights that each training step draws anew.
 
     A `torch.nn.Linear` otherwise, and just that in evaluation.  The mask is never stored: the weights are dropped in a

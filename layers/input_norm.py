@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..autograd.batch_norm import batch_norm, channel_statistics
+from .twin import Layer
 
 __all__ = ["GlobalContrastNorm", "InputNorm"]
 
 
-class InputNorm(nn.Module):
+class InputNorm(Layer):
     """(x - mean) / sqrt(variance + eps) for each feature, with the statistics of the training set.
 
     Input (N, num_features, *), floating point; `fit` learns the statistics in one pass over the training set, and they
@@ -86,7 +87,7 @@ class InputNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-class GlobalContrastNorm(nn.Module):
+class GlobalContrastNorm(Layer):
     """scale (x - mean) / sqrt(variance + eps), with the mean and the variance of each example over all its elements.
 
     Input (N, *), floating point, with more than one element an example; keeps shape, dtype and memory format.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..autograd.standout import standout
+from .twin import Layer
 
 __all__ = ["Standout"]
 
 
-class Standout(nn.Module):
+class Standout(Layer):
     """standout(x, z) = x m with m drawn from Bernoulli(sigmoid(alpha z + beta)); in evaluation, x times its mean.
 
     >>> z = linear(x)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fusednn
+from fusednn import layers
+from fusednn.layers.twin import Layer
 
 
 class Doubled(nn.Module):
@@ -255,3 +257,10 @@ def test_training_a_replaced_model_gives_the_same_losses(device: str) -> None:
     replaced = copy.deepcopy(stock)
     fusednn.replace_layers(replaced)
     assert train(replaced) == pytest.approx(train(stock), rel=1e-5)
+
+
+def test_every_layer_here_is_known_as_one() -> None:
+    exported = [getattr(layers, name) for name in layers.__all__]
+    modules = [one for one in exported if isinstance(one, type) and issubclass(one, nn.Module)]
+    assert modules
+    assert [cls for cls in modules if not issubclass(cls, Layer)] == []

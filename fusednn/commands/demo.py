@@ -224,28 +224,44 @@ def load_digits(device: torch.device, test_images: int = FULL.test_images) -> Di
     return Digits(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def build_network(seed: int) -> nn.Sequential:
-    """An ordinary small CNN, nothing but ``torch.nn``; the same weights for the same seed."""
+class Classifier(nn.Module):
+    """An ordinary small CNN with its loss, nothing but ``torch.nn``: logits of images, or given labels their loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.PReLU(32),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.PReLU(64),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.25),
+            nn.Linear(256, 64),
+            nn.ReLU(),
+            nn.Dropout(0.25),
+            nn.Linear(64, 10),
+        )
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.layers(images)
+        if labels is None:
+            return logits
+        loss: Tensor = self.loss(logits, labels)
+        return loss
+
+
+def build_network(seed: int) -> Classifier:
+    """The same weights for the same seed."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.PReLU(32),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.PReLU(64),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.25),
-        nn.Linear(256, 64),
-        nn.ReLU(),
-        nn.Dropout(0.25),
-        nn.Linear(64, 10),
-    )
+    return Classifier()
 
 
 def compare(device: torch.device, scale: Scale, seed: int) -> Comparison:
@@ -260,7 +276,7 @@ def compare(device: torch.device, scale: Scale, seed: int) -> Comparison:
         # Given the same seed, a dropout kernel draws other masks than PyTorch's: equally random, but the curves could
         # no longer be compared number by number.
         replacement = replace_layers(model, exclude=nn.Dropout)
-        explanation = explain(model, digits.images[: scale.batch_size])
+        explanation = explain(model, digits.images[: scale.batch_size], digits.labels[: scale.batch_size])
         fused = train(model, digits, scale, seed, "fusednn")
     return Comparison(
         device=_describe(device),
@@ -308,13 +324,12 @@ def train(model: nn.Module, digits: Digits, scale: Scale, seed: int, name: str) 
     meter.reset()
     # Not Adam: it divides gradients by their size, and would hide a kernel whose gradient is off by a factor.
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-    loss_function = nn.CrossEntropyLoss()
     losses, seconds = [], []
     model.train()
     progress = tqdm(_batches(digits, scale, seed), total=scale.steps, desc=name.ljust(7), unit="step")
     for images, labels in progress:
         start = time.perf_counter()
-        loss = loss_function(model(images), labels)
+        loss = model(images, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -452,7 +467,7 @@ def _report(comparison: Comparison) -> str:
             f"Path: {_path(comparison)}",
             "\nfusednn.replace_layers(model, exclude=nn.Dropout)  # a dropout kernel would draw other masks",
             f"{comparison.replacement}",
-            f"\nfusednn.explain(model, batch)\n{comparison.explanation}",
+            f"\nfusednn.explain(model, images, labels)\n{comparison.explanation}",
             f"\n{_results(comparison)}",
             f"\n{_difference(comparison)}",
         ]

@@ -36,10 +36,15 @@ _INPUTS = {info.module_cls: info.module_inputs_func for info in module_db}
 _INFOS = {info.module_cls: info for info in module_db}
 
 
+# Of the hundreds of samples that losses have, about so many are taken, evenly spread.
+_ENOUGH_SAMPLES = 50
+
+
 def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: bool) -> list[ModuleInput]:
     """ModuleInfo's samples of a ``torch.nn`` class; our own, in its style, for those that it leaves out."""
     if cls in _INPUTS:
-        return list(_INPUTS[cls](None, device=device, dtype=dtype, requires_grad=True, training=training))
+        samples = list(_INPUTS[cls](None, device=device, dtype=dtype, requires_grad=True, training=training))
+        return samples[:: len(samples) // _ENOUGH_SAMPLES or 1]
     sample = _INPUTS[nn.ReLU](None, device=device, dtype=dtype, requires_grad=True, training=training)
     if cls is nn.RReLU:  # equal bounds, so that training, too, has one right answer
         return [ModuleInput(FunctionInput(0.25, 0.25), item.forward_input, item.desc) for item in sample]

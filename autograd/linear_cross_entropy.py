@@ -1,0 +1,332 @@
+"""An output layer and its cross-entropy in one, with the signature of ``torch.nn.functional.linear_cross_entropy``.
+
+The logits exist a chunk at a time.  Gradients are computed on the way, for an upstream gradient of 1, by which the
+backward pass multiplies them; but where each sample has its own (``reduction="none"``), and in float16, whose range the
+upstream gradient (a `torch.amp.GradScaler`'s) is there to save, the backward pass computes the logits again.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import linear_cross_entropy as kernels
+from ..kernels.cross_entropy import ACCUMULATOR, Reduction
+from ..kernels.launch import DeviceAssertionError
+from ..kernels.linear_cross_entropy import Options
+from .cross_entropy import CAST, refusal_of
+from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel, transform_refusal
+from .operators import operator
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions
+
+__all__ = ["linear_cross_entropy"]
+
+
+def _fake(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    g: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], *linear_weight.shape[1:-1]) if reduction == "none" else ()
+    return (
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(x.shape if needs_input else 0),
+        x.new_empty(linear_weight.shape if needs_weight else 0),
+        x.new_empty(linear_weight.shape[:-1] if needs_bias else 0),
+    )
+
+
+@operator(
+    "linear_cross_entropy(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+    " Tensor? g, str reduction, int ignore_index, float smoothing, ScalarType dtype, bool needs_input,"
+    " bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+)
+def _by_kernels(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    g: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(weight, reduction, ignore_index, smoothing)
+    needed = (needs_input, needs_weight, needs_bias)
+    try:
+        loss, *gradients = kernels.linear_cross_entropy(
+            x, linear_weight, linear_bias, target, g, options, dtype, needed
+        )
+    except DeviceAssertionError:
+        logits = _logits(x, linear_weight, linear_bias)
+        F.cross_entropy(logits, target, weight, ignore_index=ignore_index)  # raises the stock error
+        raise
+    dx, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return loss, dx, dweight, dbias
+
+
+def _by_stock(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    g: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
+    *needed: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The same chunks, each by PyTorch's own operators."""
+    options = Options(weight, reduction, ignore_index, smoothing)
+    return kernels.linear_cross_entropy(
+        x, linear_weight, linear_bias, target, g, options, dtype, needed, losses=_stock_losses
+    )
+
+
+def _stock_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
+    weight, reduction, ignore_index, smoothing = options
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_(g is not None)
+        loss = F.cross_entropy(
+            logits.to(ACCUMULATOR[logits.dtype]),
+            target if not target.is_floating_point() else target.to(ACCUMULATOR[logits.dtype]),
+            None if weight is None else weight.to(ACCUMULATOR[logits.dtype]),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+    return loss.detach(), None if g is None else torch.autograd.grad(loss, logits, g)[0]
+
+
+class LinearCrossEntropy(Function):
+    """Saves the operands, and for a reduced loss their gradients for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: Reduction,
+        ignore_index: int,
+        smoothing: float,
+        dtype: torch.dtype,
+        kernel: bool,
+    ) -> Tensor:
+        ctx.run = _by_kernels if kernel else _by_stock
+        ctx.arguments = (reduction, ignore_index, smoothing)
+        ctx.on_the_way = reduction != "none" and x.dtype is not torch.float16
+        needed = [needs and ctx.on_the_way for needs in ctx.needs_input_grad[:3]]
+        operands = (x, linear_weight, linear_bias, target, weight)
+        loss, *gradients = ctx.run(*operands, None, *ctx.arguments, dtype, *needed)
+        ctx.save_for_backward(*operands, *(gradients if ctx.on_the_way else ()))
+        result: Tensor = loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, linear_weight, linear_bias, target, weight, *gradients = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(ctx, g)
+        elif ctx.on_the_way:
+            gradients = [gradient * g if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
+        else:
+            _, *gradients = ctx.run(x, linear_weight, linear_bias, target, weight, g, *ctx.arguments, g.dtype, *needed)
+        gradients = [gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
+        return *gradients, None, None, None, None, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
+    """Gradients of input, weight and bias from stock operators, with all logits at once."""
+    *operands, target, weight = ctx.saved_tensors[:5]
+    reduction, ignore_index, smoothing = ctx.arguments
+    needed = ctx.needs_input_grad[:3]
+    with torch.enable_grad():
+        logits = _logits(*operands)
+        loss = F.cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        ).to(g.dtype)
+    wanted = [operand for operand, needs in zip(operands, needed, strict=True) if needs]
+    gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+    return [next(gradients) if needs else None for needs in needed]
+
+
+def _logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """(N, C, d1, ...) for x (N, features), linear_weight (C, d1, ..., features), linear_bias (C, d1, ...)."""
+    flat = F.linear(x, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
+    return flat.reshape(*x.shape[:-1], *linear_weight.shape[:-1])
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: "LinearCrossEntropyOptions | None" = None,
+) -> Tensor:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target), without ever holding all logits.
+
+    As `torch.nn.functional.linear_cross_entropy` (torch 2.13), also with older PyTorch.  ``input`` is (features) or
+    (N, features), ``linear_weight`` (C, features) or (C, d1, ..., features), ``linear_bias`` its shape without the
+    features; the other arguments are those of `cross_entropy`, with the logits (N, C, d1, ...).  ``ignore_index``
+    defaults to -100 for class indices, and mustn't be given for probabilities.  Chunks follow from the shapes;
+    ``options`` asks for PyTorch's own.
+
+    Raises what PyTorch raises.
+    """
+    x, matrix, vector = input, linear_weight, linear_bias
+    dtype = input.dtype if isinstance(input, Tensor) else torch.float32
+    if isinstance(input, Tensor) and (low := autocast_dtype(input)) is not None and input.dtype in CAST:
+        x, matrix = x.to(low), matrix.to(low) if isinstance(matrix, Tensor) and matrix.dtype in CAST else matrix
+        vector = vector.to(low) if isinstance(vector, Tensor) and vector.dtype in CAST else vector
+        dtype = torch.float32
+    operands = (x, matrix) if vector is None else (x, matrix, vector)
+    ignored = -100 if ignore_index is None else ignore_index
+    refusal = _refusal(x, matrix, vector, target, weight, reduction, ignore_index, label_smoothing, options)
+    kernel = takes_kernel("linear_cross_entropy", *operands, refusal=refusal)
+    if not kernel and (refusal is not None or not _takes_chunks(*operands)):
+        return _stock(
+            *(input, linear_weight, target),
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+    batched = x.dim() == 2
+    if not batched:
+        x, target = x[None], target[None]
+    loss: Tensor = LinearCrossEntropy.apply(
+        *(x, matrix, vector, target, weight),
+        *(reduction, ignored, float(label_smoothing), dtype, kernel),
+    )
+    return loss if batched or reduction != "none" else loss[0]
+
+
+def _refusal(
+    x: object,
+    linear_weight: object,
+    linear_bias: object,
+    target: object,
+    weight: object,
+    reduction: object,
+    ignore_index: object,
+    smoothing: object,
+    options: object,
+) -> str | None:
+    """Why chunks don't take these arguments, or None."""
+    if not isinstance(x, Tensor) or not isinstance(linear_weight, Tensor):
+        return "not a tensor"
+    if options is not None:
+        return "options ask for PyTorch's own chunks"
+    if x.dim() not in (1, 2) or linear_weight.dim() < 2 or x.shape[-1] != linear_weight.shape[-1]:
+        return "input and linear_weight don't fit"
+    if x.dim() == 1 and linear_weight.dim() > 2:
+        return "an unbatched input with a K-dimensional loss"
+    if linear_bias is not None and (
+        not isinstance(linear_bias, Tensor) or linear_bias.shape != linear_weight.shape[:-1]
+    ):
+        return "linear_bias doesn't fit linear_weight"
+    shape = torch.Size((*x.shape[:-1], *linear_weight.shape[:-1]))
+    if isinstance(target, Tensor) and target.shape == shape:
+        if ignore_index is not None:
+            return "ignore_index for probabilities"
+        if target.requires_grad and torch.is_grad_enabled():
+            return "the probabilities require gradients"
+    ignored = -100 if ignore_index is None else ignore_index
+    return refusal_of(shape, x, target, weight, reduction, ignored, smoothing)
+
+
+def _takes_chunks(*operands: Tensor) -> bool:
+    """Whether stock operators can work through chunks: on any device, but nothing must look inside."""
+    first = operands[0]
+    return (
+        transform_refusal() is None
+        and not torch.compiler.is_compiling()
+        and first.device.type != "meta"
+        and first.dtype in ACCUMULATOR
+        and all(type(operand) in PLAIN_TYPES and operand.layout is torch.strided for operand in operands)
+        and all(operand.numel() for operand in operands)
+        and all(operand.dtype == first.dtype and operand.device == first.device for operand in operands)
+    )
+
+
+def _stock(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    if hasattr(F, "linear_cross_entropy"):
+        return F.linear_cross_entropy(input, linear_weight, target, **options)
+    return composed(input, linear_weight, target, **options)
+
+
+def composed(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    options: object,
+) -> Tensor:
+    """What torch 2.13 computes and raises, for older versions."""
+    if options is not None:
+        raise RuntimeError("options need torch 2.13")
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected input (features) or (N, features) and linear_weight (C, d1, ..., features),"
+            f" got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias of shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if input.dim() == 1 and linear_weight.dim() > 2:
+        raise RuntimeError("a K-dimensional loss needs batched input (N, features)")
+    logits = _logits(input, linear_weight, linear_bias)
+    if target.shape == logits.shape and ignore_index is not None:
+        raise RuntimeError("ignore_index can't be given for probabilities")
+    return F.cross_entropy(
+        logits,
+        target,
+        weight,
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+    )

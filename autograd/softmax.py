@@ -1,0 +1,108 @@
+"""Softmax, log-softmax and softmin with the signatures of ``torch.nn.functional``.
+
+The output is saved, and suffices for the gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import softmax as kernels
+from ..kernels.launch import DTYPES
+from .dispatch import autocast_dtype, takes_kernel
+from .operators import operator
+
+__all__ = ["log_softmax", "softmax", "softmin"]
+
+
+@operator("softmax(Tensor x, int dim, str kind) -> Tensor", fake=lambda x, dim, kind: torch.empty_like(x))
+def _forward(x: Tensor, dim: int, kind: str) -> Tensor:
+    return kernels.softmax_forward(x, dim, kind)
+
+
+@operator(
+    "softmax_backward(Tensor g, Tensor y, int dim, str kind) -> Tensor",
+    fake=lambda g, y, dim, kind: torch.empty_like(y),
+)
+def _backward(g: Tensor, y: Tensor, dim: int, kind: str) -> Tensor:
+    return kernels.softmax_backward(g, y, dim, kind)
+
+
+class Softmax(Function):
+    """A row of `fusednn.kernels.softmax.KINDS`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, kind: str) -> Tensor:
+        y: Tensor = _forward(x, dim, kind)
+        ctx.save_for_backward(y)
+        ctx.arguments = (dim, kind)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        dim, kind = ctx.arguments
+        if not torch.is_grad_enabled():
+            dx = _backward(g, y, dim, kind)
+        elif kind == "log_softmax":
+            dx = torch.ops.aten._log_softmax_backward_data(g, y, dim, y.dtype)
+        else:
+            dx = torch.ops.aten._softmax_backward_data(g, y, dim, y.dtype)
+            dx = -dx if kind == "softmin" else dx
+        return dx, None, None
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(x) / sum(exp(x)) along ``dim``.  As `torch.nn.functional.softmax`; saves the output."""
+    if dim is None:
+        dim = _default_dim("softmax", input.dim(), _stacklevel)
+    y = _apply(input, dim, dtype, "softmax")
+    return F.softmax(input, dim, _stacklevel, dtype) if y is None else y
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x - log(sum(exp(x))) along ``dim``.  As `torch.nn.functional.log_softmax`; saves the output."""
+    if dim is None:
+        dim = _default_dim("log_softmax", input.dim(), _stacklevel)
+    y = _apply(input, dim, dtype, "log_softmax")
+    return F.log_softmax(input, dim, _stacklevel, dtype) if y is None else y
+
+
+def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(-x) / sum(exp(-x)) along ``dim``.  As `torch.nn.functional.softmin`; saves the output."""
+    if dim is None:
+        dim = _default_dim("softmin", input.dim(), _stacklevel)
+    y = _apply(input, dim, dtype, "softmin")
+    return F.softmin(input, dim, _stacklevel, dtype) if y is None else y
+
+
+#: The deprecated choice of a dimension, with its warning.
+_default_dim: Callable[[str, int, int], int] = getattr(F, "_get_softmax_dim")  # noqa: B009 (it has no type)
+
+
+def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Tensor | None:
+    """The kernel's result, or None where stock has to do it."""
+    if not takes_kernel(kind, input, refusal=_refusal(input, dim, dtype)):
+        return None
+    if dtype is None and input.is_cuda and input.dtype.itemsize == 2 and autocast_dtype(input) is not None:
+        dtype = torch.float32  # CUDA's autocast does it in float32; the CPU's leaves it alone
+    x = input if dtype is None else input.to(dtype)
+    dim = dim % max(x.dim(), 1)
+    y: Tensor = Softmax.apply(x, dim, kind) if torch.is_grad_enabled() and x.requires_grad else _forward(x, dim, kind)
+    return y
+
+
+def _refusal(input: object, dim: object, dtype: torch.dtype | None) -> str | None:
+    if not isinstance(input, Tensor):
+        return None  # judged for all operations
+    if type(dim) is not int or not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
+        return "no such dimension"
+    if dtype is not None and dtype not in DTYPES:
+        return f"no kernel for {dtype}"
+    return None

@@ -1,0 +1,182 @@
+"""Softmax and cross-entropy over classes from ten to a language model's, and the output layer with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
+from fusednn_bench.replay import device_clock, replay
+from torch import Tensor
+
+from fusednn import autograd
+
+# About 134 MB of logits in bfloat16, however many the classes; and the last layer of a small network.
+SIZES = {
+    "10 classes": (6_553_600, 10),
+    "1,000 classes": (65_536, 1000),
+    "32,768 classes": (2048, 32_768),
+    "131,072 classes": (512, 131_072),
+    "262,144 classes": (256, 262_144),
+    "small": (128, 10),
+}
+#: Inputs of the output layer: tokens and features.
+TOKENS = {"small": (128, 64), "tokens": (8192, 2048)}
+LINEAR_CLASSES = {"small": 10, "tokens": 32_768}
+COUNTED_SHAPE = (64, 512)
+DTYPES = (torch.bfloat16, torch.float32)
+INDEX_BYTES = 8
+STATISTICS_BYTES = 8  # of a line: its maximum and the logarithm of its sum, float32
+
+
+def _line_softmax(function: str) -> Operation:
+    ours, stock = (partial(getattr(module, function), dim=1) for module in (autograd, F))
+    return Operation(function, "softmax", ours, stock, _softmax_budget, peers=_softmax_peers[function])
+
+
+def _softmax_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    tensor = shape.numel() * dtype.itemsize
+    return 2 * tensor, 3 * tensor
+
+
+def _cross_entropy_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    """The logits; and again, with their gradient.  A target, its logit and the statistics of each line beside."""
+    tensor, lines = shape.numel() * dtype.itemsize, shape.numel() // shape[1]
+    beside = lines * (INDEX_BYTES + STATISTICS_BYTES)
+    return tensor + beside + lines * dtype.itemsize, 2 * tensor + beside
+
+
+def _linear_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    """Input, weight and the gradients of both; targets.  The matrix products' time is what there is to it."""
+    operands = shape.numel() + _linear_classes(shape) * shape[1]
+    return 2 * operands * dtype.itemsize + shape[0] * INDEX_BYTES, 0.0
+
+
+def _scalar(shape: torch.Size) -> Sequence[int]:
+    return ()
+
+
+def _targets(x: Tensor, classes: int) -> Tensor:
+    shape = (x.shape[0], *x.shape[2:])
+    generator = torch.Generator(x.device).manual_seed(0)
+    return torch.randint(classes, shape, generator=generator, device=x.device)
+
+
+def _class_operands(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.requires_grad_(), _targets(x, x.shape[1])
+
+
+def _linear_classes(shape: torch.Size) -> int:
+    return next(LINEAR_CLASSES[size] for size, tokens in TOKENS.items() if tokens == tuple(shape))
+
+
+def _linear_operands(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    classes = _linear_classes(x.shape)
+    generator = torch.Generator(x.device).manual_seed(1)
+    weight = torch.randn((classes, x.shape[1]), generator=generator, device=x.device, dtype=torch.float32)
+    weight = (weight / x.shape[1] ** 0.5).to(x.dtype)
+    return x.requires_grad_(), weight.requires_grad_(), _targets(x, classes)
+
+
+def _two_steps(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The output layer and its loss as they are usually written."""
+    return F.cross_entropy(F.linear(x, weight), target)
+
+
+# --- Liger-Kernel, where it is installed ------------------------------------------------------------------------------
+
+
+def _liger(name: str) -> dict[str, Callable[..., Tensor]]:
+    if find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.transformers import functional
+
+    return {"liger": getattr(functional, name)}
+
+
+def _liger_cross_entropy() -> dict[str, Callable[..., Tensor]]:
+    """On a copy of the logits, since it writes their gradient over them; the copy's time counts."""
+    return {
+        name: lambda x, target, function=function: function(x.clone(), target)
+        for name, function in _liger("liger_cross_entropy").items()
+    }
+
+
+_softmax_peers: dict[str, Callable[[], dict[str, Callable[..., Tensor]]]] = {
+    "softmax": partial(_liger, "liger_softmax"),
+    "log_softmax": dict,
+    "softmin": dict,
+}
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        *(_line_softmax(function) for function in _softmax_peers),
+        Operation(
+            "cross_entropy",
+            "softmax",
+            autograd.cross_entropy,
+            F.cross_entropy,
+            _cross_entropy_budget,
+            _class_operands,
+            _scalar,
+            peers=_liger_cross_entropy,
+        ),
+        Operation(
+            "linear_cross_entropy",
+            "softmax",
+            autograd.linear_cross_entropy,
+            _two_steps,
+            _linear_budget,
+            _linear_operands,
+            _scalar,
+            peers=partial(_liger, "liger_fused_linear_cross_entropy"),
+        ),
+    )
+}
+LINEAR = OPERATIONS["linear_cross_entropy"]
+OF_LOGITS = [operation for operation in OPERATIONS.values() if operation is not LINEAR]
+QUICK = ("softmax", "cross_entropy")
+
+
+def timed_cases(full: bool) -> list[Case]:
+    """The most important first: a time limit cuts the end."""
+    logits = [
+        Case(operation, dtype, size, shape)
+        for size, shape in SIZES.items()
+        for dtype in DTYPES
+        for operation in OF_LOGITS
+        if full or (operation.name in QUICK and (dtype is torch.bfloat16 or size == "small"))
+    ]
+    return logits + [
+        Case(LINEAR, dtype, size, shape)
+        for size, shape in TOKENS.items()
+        for dtype in (DTYPES if full else (torch.bfloat16,))
+    ]
+
+
+def counted_cases() -> list[Case]:
+    logits = [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OF_LOGITS for dtype in DTYPES]
+    return logits + [Case(LINEAR, dtype, "small", TOKENS["small"]) for dtype in DTYPES]
+
+
+@pytest.mark.benchmark(timer=device_clock)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_device_time(
+    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
+) -> None:
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info["budget_bytes"] = case.budget(direction)
+    replay(benchmark, device_samples[direction])
+
+
+def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
+    """Bytes within the budget (5 % over at most, beside partial sums and scalars); the output layer's are counted."""
+    for record in counts:
+        if record["contestant"] == "fusednn" and case.operation is not LINEAR:
+            assert record["bytes"] <= 1.05 * record["budget_bytes"] + 1024

@@ -1,0 +1,589 @@
+"""Cross-entropy of logits along any dimension of a dense tensor, with class indices or probabilities as targets.
+
+With log p = x - max - log(sum(exp(x - max))), weights w of the classes and a line's target t or probabilities q:
+
+================  =============================================================================
+`Targets`         loss of a line
+================  =============================================================================
+``INDICES``       -w[t] log p[t]
+``SMOOTHED``      -(1 - s) w[t] log p[t] - s / C sum(w log p), with label smoothing s, C classes
+``PROBABILITIES`` -sum(w q log p), with q from ``(1 - s) target + s / C``
+================  =============================================================================
+
+The logits are read once, whatever the number of classes; of the longest lines, several programs read a part each
+(`long_lines`).  Kept for the backward pass is the log-sum-exp of each line, as the maximum and the logarithm of the sum
+beside it: added up, a large maximum would swallow the other's digits.  The gradient, g (m p - what the loss weights
+log p with), whose m is the sum of these weights, is then elementwise.
+
+Each program leaves a partial sum of its losses and weights, which are added in a fixed order.
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .layout import dense, dense_like
+from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
+from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
+from .nll_loss import Reduction
+from .numerics import divide, log, narrow, require, scalar, widen
+from .partial_sums import SUM_PROGRAMS, combine, finish_sum
+from .tiles import threads_for
+
+__all__ = [
+    "ACCUMULATOR",
+    "Reduction",
+    "Targets",
+    "class_dim",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "line_shape",
+    "line_strides",
+    "statistics_shape",
+    "targets_of",
+    "weight_total_shape",
+]
+
+
+#: The type of losses and statistics, and of sums over a chunk, for logits of a dtype.
+ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
+
+
+class Targets(IntEnum):
+    """What the targets are, and so what a line's loss is."""
+
+    INDICES = 0
+    SMOOTHED = 1
+    PROBABILITIES = 2
+
+
+_INDICES = tl.constexpr(int(Targets.INDICES))
+_PROBABILITIES = tl.constexpr(int(Targets.PROBABILITIES))
+
+
+@triton.jit
+def class_weights(weight_pointer, place, length, weighted, COMPUTE: tl.constexpr):
+    """The weights of the classes at ``place``; 1 where there are none."""
+    return tl.load(weight_pointer + place, mask=(place < length) & (weighted != 0), other=1).to(COMPUTE)
+
+
+@triton.jit
+def line_targets(target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, CHECK: tl.constexpr):
+    """Class indices of the lines, whether they count, and their weights."""
+    target = tl.load(target_pointer + line, mask=exists, other=0)
+    counts = exists & (target != ignore_index)
+    valid = (target >= 0) & (target < length)
+    if CHECK:
+        require(valid | (counts == 0), "cross-entropy: target is out of bounds")
+    counts = counts & valid
+    weight = tl.load(weight_pointer + target, mask=counts & (weighted != 0), other=1)
+    return target, counts, weight
+
+
+# A line's loss is float64, as the sums are that it may go into: nothing is rounded where losses cancel.
+
+
+@triton.jit
+def index_loss(weight, log_total, x_target, maximum):
+    """-w log p of the target."""
+    log_p = x_target.to(tl.float64) - maximum.to(tl.float64) - log_total.to(tl.float64)
+    return -weight.to(tl.float64) * log_p
+
+
+@triton.jit
+def difference(mass, log_total, moment):
+    """-sum(w log p), from the sums of w and of w (x - maximum)."""
+    return mass.to(tl.float64) * log_total.to(tl.float64) - moment.to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["count", "ignore_index", "smoothing", "weighted", "reduced", "divisor"])
+def cross_entropy_forward_kernel(
+    x_pointer,  # logits
+    target_pointer,  # class indices, (count,); or probabilities, in the memory order of the logits
+    weight_pointer,  # weights of the classes, (length,); not read unless `weighted`
+    loss_pointer,  # losses, (count,); not written where `reduced`
+    partial_pointer,  # partial sums, see `partial_sums`; these three are written where `reduced`
+    value_pointer,  # their sum or mean, one element
+    weight_total_pointer,  # sum of the weights, one element; written where `divisor` is 0
+    statistics_pointer,  # maximum, log of the sum and, but for indices, sum of weights, each (count,)
+    count: tl.int64,
+    length,
+    inner,
+    ignore_index: tl.int64,
+    smoothing: tl.float64,
+    weighted: tl.int32,
+    reduced: tl.int32,
+    divisor: tl.float64,
+    TARGETS: tl.constexpr,
+    AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    base, line, start, exists = line_block(program, count, length, inner, AXIS, LINES)
+    x_pointer += base
+    smoothing = scalar(smoothing, COMPUTE)
+
+    maximum, total = start_fold(COMPUTE, AXIS, LINES, WIDTH, PACK)
+    mass = tl.zeros_like(total)  # sum of the weights of log p
+    moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
+    for first in range(0, length, WIDTH):
+        place, offsets, inside = line_tile(start, exists, first, length, inner, AXIS, WIDTH)
+        x = widen(tl.load(x_pointer + offsets, mask=inside, other=float("-inf")), COMPUTE)
+        x = pack(x, AXIS, LINES, WIDTH, PACK)
+        previous = reference_point(maximum)
+        maximum, total = fold(maximum, total, x, AXIS)
+        if TARGETS != _INDICES:
+            weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
+            if TARGETS == _PROBABILITIES:
+                q = widen(tl.load(target_pointer + base + offsets, mask=inside, other=0), COMPUTE)
+                weight *= q * (1 - smoothing) + smoothing / length
+            weight = pack(tl.where(inside, weight, 0.0), AXIS, LINES, WIDTH, PACK)
+            reference = reference_point(maximum)
+            weighted_x = weight * (x - tl.expand_dims(reference, 2 * AXIS))
+            weighted_x = tl.where(pack(inside, AXIS, LINES, WIDTH, PACK), weighted_x, 0.0)
+            moment += (previous - reference) * mass + tl.sum(weighted_x, 2 * AXIS)
+            mass += tl.sum(weight, 2 * AXIS)
+
+    pieces = reference_point(maximum)
+    maximum, total = settle(maximum, total, AXIS)
+    log_total = log(total)
+    if TARGETS != _INDICES and AXIS == 1:
+        moment = tl.sum(moment + (pieces - reference_point(maximum)[:, None]) * mass, 1)
+        mass = tl.sum(mass, 1)
+    if TARGETS == _PROBABILITIES:
+        loss = tl.where(exists, difference(mass, log_total, moment), 0.0)
+        weight = exists.to(COMPUTE)
+    else:
+        target, counts, weight = line_targets(
+            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
+        )
+        if AXIS == 1:
+            x_target = tl.load(x_pointer + start + target, mask=counts, other=0)
+        else:
+            x_target = tl.load(x_pointer + start + target * inner, mask=counts, other=0)
+        loss = index_loss(weight, log_total, widen(x_target, COMPUTE), maximum)
+        if TARGETS != _INDICES:
+            loss = (1 - smoothing) * loss + smoothing / length * difference(mass, log_total, moment)
+            mass = (1 - smoothing) * weight + smoothing / length * mass
+        loss = tl.where(counts, loss, 0.0)
+        weight = tl.where(counts, weight, 0.0)
+
+    tl.store(statistics_pointer + line, maximum, mask=exists)
+    tl.store(statistics_pointer + count + line, log_total, mask=exists)
+    if TARGETS != _INDICES:
+        tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
+    if reduced:
+        finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, COMPUTE)
+    else:
+        tl.store(loss_pointer + line, loss.to(COMPUTE), mask=exists)
+
+
+@triton.jit(do_not_specialize=["count", "parts", "ignore_index", "weighted", "reduced", "divisor"])
+def long_cross_entropy_kernel(
+    x_pointer,
+    part_pointer,  # maximum and sum of exponentials of the lines' parts, see `long_lines`
+    target_pointer,  # class indices
+    weight_pointer,
+    loss_pointer,  # this and what follows as above
+    partial_pointer,
+    value_pointer,
+    weight_total_pointer,
+    statistics_pointer,
+    count: tl.int64,
+    length,
+    parts: tl.int32,
+    ignore_index: tl.int64,
+    weighted: tl.int32,
+    reduced: tl.int32,
+    divisor: tl.float64,
+    LINES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    exists = line < count
+    maximum, total = join_parts(part_pointer, line, exists, count, parts, PARTS)
+    log_total = log(total)
+    target, counts, weight = line_targets(
+        target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
+    )
+    x_target = widen(tl.load(x_pointer + line * length + target, mask=counts, other=0), tl.float32)
+    loss = tl.where(counts, index_loss(weight, log_total, x_target, maximum), 0.0)
+    weight = tl.where(counts, weight, 0.0)
+    tl.store(statistics_pointer + line, maximum, mask=exists)
+    tl.store(statistics_pointer + count + line, log_total, mask=exists)
+    if reduced:
+        finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, tl.float32)
+    else:
+        tl.store(loss_pointer + line, loss.to(tl.float32), mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("count", "pieces", "ignore_index", "smoothing"),
+        *("weighted", "reduced", "divisor", "needs_input", "needs_target"),
+    ]
+)
+def cross_entropy_backward_kernel(
+    g_pointer,  # gradients of the losses, (count,); or, `reduced`, of their sum or mean, ()
+    weight_total_pointer,  # sum of the weights, one element; read where `divisor` is 0
+    x_pointer,  # logits
+    target_pointer,
+    weight_pointer,
+    statistics_pointer,
+    dx_pointer,  # gradient of the logits; not written unless `needs_input`
+    dtarget_pointer,  # gradient of the probabilities; not written unless `needs_target`
+    count: tl.int64,
+    length,
+    inner,
+    pieces: tl.int32,  # of a line
+    ignore_index: tl.int64,
+    smoothing: tl.float64,
+    weighted: tl.int32,
+    reduced: tl.int32,
+    divisor: tl.float64,
+    needs_input: tl.int32,
+    needs_target: tl.int32,
+    TARGETS: tl.constexpr,
+    AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    base, line, start, exists = line_block(program // pieces, count, length, inner, AXIS, LINES)
+    first = (program % pieces).to(tl.int32) * WIDTH
+    place, offsets, inside = line_tile(start, exists, first, length, inner, AXIS, WIDTH)
+    smoothing = scalar(smoothing, COMPUTE)
+
+    g = tl.load(g_pointer + tl.where(reduced != 0, 0, line), mask=exists, other=0)
+    divisor = scalar(divisor, COMPUTE)
+    if divisor == 0:
+        divisor = tl.load(weight_total_pointer).to(COMPUTE)
+    scale = divide(g, divisor)
+    maximum = tl.expand_dims(tl.load(statistics_pointer + line, mask=exists, other=0), AXIS)
+    log_total = tl.expand_dims(tl.load(statistics_pointer + count + line, mask=exists, other=0), AXIS)
+    x = widen(tl.load(x_pointer + base + offsets, mask=inside, other=0), COMPUTE)
+    log_p = x - maximum - log_total
+
+    if TARGETS == _PROBABILITIES:
+        q = widen(tl.load(target_pointer + base + offsets, mask=inside, other=0), COMPUTE)
+        weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
+        share = weight * (q * (1 - smoothing) + smoothing / length)
+        scale = tl.expand_dims(scale, AXIS)
+        dtarget = -scale * (1 - smoothing) * weight * log_p
+        wanted = inside & (needs_target != 0)
+        tl.store(dtarget_pointer + base + offsets, narrow(dtarget, dtarget_pointer.dtype.element_ty), mask=wanted)
+    else:
+        target, counts, mass = line_targets(
+            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, False
+        )
+        scale = tl.expand_dims(tl.where(counts, scale, 0.0), AXIS)
+        share = tl.where(place == tl.expand_dims(target, AXIS), tl.expand_dims(mass, AXIS), 0.0)
+        if TARGETS != _INDICES:
+            weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
+            share = (1 - smoothing) * share + smoothing / length * weight
+    if TARGETS != _INDICES:
+        mass = tl.load(statistics_pointer + 2 * count + line, mask=exists, other=0)
+    dx = scale * (tl.expand_dims(mass, AXIS) * tl.exp(log_p) - share)
+    wanted = inside & (needs_input != 0)
+    tl.store(dx_pointer + base + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=wanted)
+
+
+# --- Configurations and launchers -----------------------------------------------------------------------------------
+
+# Elements of a line that a tile holds at a time: the narrowest that holds a line is taken, or else the widest.  Class
+# indices, the usual targets, get more of them.
+_WIDTHS = {
+    "forward": {ALONG: (16, 128, 1024, 4096), ACROSS: (32,)},
+    "backward": {ALONG: (16, 128, 1024), ACROSS: (32, 128)},
+}
+_FEWER_WIDTHS = {
+    "forward": {ALONG: (128, 2048), ACROSS: (32,)},
+    "backward": {ALONG: (128, 1024), ACROSS: (32,)},
+}
+_TILE = 2048  # elements of a tile, at least
+_LINES_ACROSS = 64  # neighbouring lines of a tile, at least
+
+
+def _widths(direction: str, dtype: torch.dtype, targets: Targets, axis: int) -> tuple[int, ...]:
+    usual = targets is Targets.INDICES and dtype is not torch.float64
+    return (_WIDTHS if usual else _FEWER_WIDTHS)[direction][axis]
+
+
+@cache
+def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: int, width: int) -> Configuration:
+    element, statistics = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
+    target = element if targets is Targets.PROBABILITIES else "*i64"
+    lines = max(_TILE // width, 1 if axis == ALONG else _LINES_ACROSS)
+    threads = max(lines * width // 16, threads_for(dtype))
+    vector = 16 // dtype.itemsize
+    reads = 2 if targets is Targets.PROBABILITIES else 1
+    wide = lines * width // (threads * vector)
+    extents = (("count", "i64"), ("length", "i32"), ("inner", "i32"))
+    options = (
+        ("ignore_index", "i64"),
+        ("smoothing", "fp64"),
+        ("weighted", "i32"),
+        ("reduced", "i32"),
+        ("divisor", "fp64"),
+    )
+    signature: tuple[tuple[str, str], ...]
+    own: tuple[tuple[str, Any], ...]
+    if direction == "forward":
+        kernel, own, stores = cross_entropy_forward_kernel, (("PACK", vector),), 0
+        signature = (
+            ("x_pointer", element),
+            ("target_pointer", target),
+            ("weight_pointer", statistics),
+            ("loss_pointer", statistics),
+            ("partial_pointer", "*fp64"),
+            ("value_pointer", statistics),
+            ("weight_total_pointer", "*fp64"),
+            ("statistics_pointer", statistics),
+            *extents,
+            *options,
+        )
+    else:
+        kernel, own, stores = cross_entropy_backward_kernel, (), wide
+        signature = (
+            ("g_pointer", statistics),
+            ("weight_total_pointer", "*fp64"),
+            ("x_pointer", element),
+            ("target_pointer", target),
+            ("weight_pointer", statistics),
+            ("statistics_pointer", statistics),
+            ("dx_pointer", element),
+            ("dtarget_pointer", element),
+            *extents,
+            ("pieces", "i32"),
+            *options,
+            ("needs_input", "i32"),
+            ("needs_target", "i32"),
+        )
+    place = "along" if axis == ALONG else "across"
+    return Configuration(
+        label=f"cross_entropy {direction} {targets.name.lower()} {place} x{width} {TRITON_TYPE[dtype]}",
+        kernel=kernel,
+        signature=signature,
+        constants=(
+            ("TARGETS", int(targets)),
+            ("AXIS", axis),
+            ("COMPUTE", COMPUTE[dtype]),
+            ("LINES", lines),
+            ("WIDTH", width),
+            *own,
+        ),
+        threads=threads,
+        divisible=("length", "inner"),
+        wide_loads=reads * wide,
+        wide_stores=stores,
+        asserts=direction == "forward" and targets is not Targets.PROBABILITIES,
+        rare=dtype not in (torch.bfloat16, torch.float32),
+    )
+
+
+_LONG_LINES = 16  # of a program
+
+
+@cache
+def _long_configuration(dtype: torch.dtype) -> Configuration:
+    return Configuration(
+        label=f"cross_entropy forward indices long {TRITON_TYPE[dtype]}",
+        kernel=long_cross_entropy_kernel,
+        signature=(
+            ("x_pointer", "*" + TRITON_TYPE[dtype]),
+            ("part_pointer", "*fp32"),
+            ("target_pointer", "*i64"),
+            ("weight_pointer", "*fp32"),
+            ("loss_pointer", "*fp32"),
+            ("partial_pointer", "*fp64"),
+            ("value_pointer", "*fp32"),
+            ("weight_total_pointer", "*fp64"),
+            ("statistics_pointer", "*fp32"),
+            ("count", "i64"),
+            ("length", "i32"),
+            ("parts", "i32"),
+            ("ignore_index", "i64"),
+            ("weighted", "i32"),
+            ("reduced", "i32"),
+            ("divisor", "fp64"),
+        ),
+        constants=(("LINES", _LONG_LINES), ("PARTS", PARTS)),
+        threads=128,
+        divisible=("length",),
+        asserts=True,
+        rare=dtype not in (torch.bfloat16, torch.float32),
+    )
+
+
+@ships("cross_entropy")
+def configurations() -> Iterator[Configuration]:
+    # The second stage of the sum is among those of `pointwise_loss`.
+    for dtype in DTYPES:
+        for targets in Targets:
+            for direction in ("forward", "backward"):
+                for axis in (ALONG, ACROSS):
+                    for width in _widths(direction, dtype, targets, axis):
+                        yield _configuration(direction, dtype, targets, axis, width)
+    yield from map(_long_configuration, LONG_DTYPES)
+
+
+def _configuration_for(
+    direction: str, dtype: torch.dtype, targets: Targets, axis: int, length: int
+) -> tuple[Configuration, int, int]:
+    """The configuration for lines of ``length`` elements, and how many lines and elements of each its tile holds."""
+    widths = _widths(direction, dtype, targets, axis)
+    width = next((width for width in widths if length <= width), widths[-1])
+    configuration = _configuration(direction, dtype, targets, axis, width)
+    return configuration, dict(configuration.constants)["LINES"], width
+
+
+def targets_of(x: Tensor, target: Tensor, smoothing: float) -> Targets:
+    """What kind of target it is.  As PyTorch decides: probabilities have the shape of the logits."""
+    if target.shape == x.shape:
+        return Targets.PROBABILITIES
+    return Targets.SMOOTHED if smoothing > 0 else Targets.INDICES
+
+
+def class_dim(shape: Sequence[int]) -> int:
+    """The dimension of the classes in logits of this shape: the second, or the only one."""
+    return min(len(shape) - 1, 1)
+
+
+def line_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of logits without their classes."""
+    dim = class_dim(shape)
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def line_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of a tensor with an element for each line of ``x``, in the order in which the lines lie in memory."""
+    dim = class_dim(x.shape)
+    classes, inner = x.shape[dim], x.stride(dim)
+    rest = [stride for position, stride in enumerate(x.stride()) if position != dim]
+    return tuple(stride if classes == 1 or stride < inner else stride // classes for stride in rest)
+
+
+def _arranged(x: Tensor, target: Tensor, targets: Targets) -> Tensor:
+    """The target in the memory order of the logits."""
+    return dense_like(target, x.stride() if targets is Targets.PROBABILITIES else line_strides(x))
+
+
+def cross_entropy_forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    smoothing: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss in ``dtype``, the statistics of the lines, and for a mean the sum of the weights.
+
+    Raises `DeviceAssertionError` in the interpreter where a target is out of bounds.
+    """
+    x = dense(x)
+    targets = targets_of(x, target, smoothing)
+    target = _arranged(x, target, targets)
+    lines = lines_of(x, class_dim(x.shape))
+    long = targets is Targets.INDICES and are_shared(lines, x.dtype)
+    configuration, block, _ = _configuration_for("forward", x.dtype, targets, lines.axis, lines.length)
+    programs = lines.blocks(_LONG_LINES if long else block)
+    accumulator = ACCUMULATOR[x.dtype]
+    statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
+    reduced = reduction != "none"
+    loss = statistics if reduced else statistics.new_empty_strided(line_shape(x.shape), line_strides(x))
+    partial = torch.empty((2, programs if reduced else 0), dtype=torch.float64, device=x.device)
+    value = torch.empty((), dtype=accumulator, device=x.device)
+    weight_total = torch.empty(weight_total_shape(reduction), dtype=torch.float64, device=x.device)
+    divisor = 0.0 if reduction == "mean" else 1.0
+    operands = (target, statistics if weight is None else weight.to(accumulator).contiguous())
+    results = (loss, partial, value, weight_total, statistics)
+    flags = (int(weight is not None), int(reduced), divisor)
+    if long:
+        parts = parts_of(lines)
+        extents = (lines.count, lines.length, parts.number)
+        partial_lines = line_parts(x, lines, parts)
+        launch(
+            _long_configuration(x.dtype),
+            programs,
+            x,
+            partial_lines,
+            *operands,
+            *results,
+            *extents,
+            ignore_index,
+            *flags,
+        )
+    else:
+        launch(configuration, programs, x, *operands, *results, *lines.extents, ignore_index, smoothing, *flags)
+    if not reduced:
+        return loss.to(dtype), statistics, weight_total
+    if programs <= SUM_PROGRAMS:
+        combine(partial, value, weight_total, divisor)
+    else:
+        value, *weights = partial[: 2 if reduction == "mean" else 1].sum(1)
+        if weights:
+            weight_total.copy_(weights[0])
+            value = value / weight_total
+    return value.to(dtype), statistics, weight_total
+
+
+def statistics_shape(x: Tensor, targets: Targets) -> tuple[int, int]:
+    """Maximum and logarithm of the sum for each line; and the sum of weights, where it isn't the target's own."""
+    return 2 if targets is Targets.INDICES else 3, x.numel() // x.shape[class_dim(x.shape)]
+
+
+def weight_total_shape(reduction: Reduction) -> tuple[int, ...]:
+    """The sum of the weights is one number for a mean, else nothing."""
+    return () if reduction == "mean" else (0,)
+
+
+def cross_entropy_backward(
+    g: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    weight_total: Tensor,
+    reduction: Reduction,
+    ignore_index: int,
+    smoothing: float,
+    needed: Sequence[bool],
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits and of the probabilities, where ``needed``; otherwise nothing.
+
+    ``overwrite`` writes the gradient over the (dense) logits.
+    """
+    x = dense(x)
+    targets = targets_of(x, target, smoothing)
+    target = _arranged(x, target, targets)
+    lines = lines_of(x, class_dim(x.shape))
+    configuration, block, width = _configuration_for("backward", x.dtype, targets, lines.axis, lines.length)
+    pieces = triton.cdiv(lines.length, width)
+    reduced = reduction != "none"
+    g = g.to(statistics.dtype) if reduced else dense_like(g.to(statistics.dtype), line_strides(x))
+    dx = (x if overwrite else torch.empty_like(x)) if needed[0] else x.new_empty(0)
+    dtarget = torch.empty_like(x) if needed[1] else x.new_empty(0)
+    launch(
+        configuration,
+        lines.blocks(block) * pieces,
+        *(g, weight_total, x, target),
+        *(statistics if weight is None else weight.to(statistics.dtype).contiguous(), statistics),
+        *(dx, dtarget),
+        *lines.extents,
+        *(pieces, ignore_index, smoothing, int(weight is not None), int(reduced)),
+        *(0.0 if reduction == "mean" else 1.0, int(needed[0]), int(needed[1])),
+    )
+    return dx, dtarget
