@@ -3,17 +3,18 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..autograd.batch_norm import check_activation
 from ..autograd.conv_batch_norm import conv_batch_norm_act2d
 from .batch_norm import BatchNorm2d, count_batch, momentum_of, running_statistics, uses_batch_statistics
 from .conv import Conv2d, padded
+from .twin import Layer
 
 __all__ = ["ConvBatchNormAct2d"]
 
 
-class ConvBatchNormAct2d(nn.Module):
+class ConvBatchNormAct2d(Layer):
     """max_pool(activation(batch_norm(conv(x)) + residual)) for (N, C, H, W).
 
     Args as of `torch.nn.Conv2d`, and keyword-only:
