@@ -1,6 +1,6 @@
 """Convolution + bias + ReLU + max pooling: the stages of AlexNet, VGG-16, LeNet, and ResNet-50's stem.
 
-Channels-last on both sides; float32 multiplies as PyTorch's switch for TF32 says, which the result file records.
+Channels-last, and NCHW, on both sides.  float32 multiplies by TF32, and without: as allowed for all contestants.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Stage:
         depth = self.channels * self.kernel**2
         weight = torch.randn((self.filters, self.channels, self.kernel, self.kernel), **options) / depth**0.5
         bias = torch.randn(self.filters, **options)
-        weight = weight.contiguous(memory_format=torch.channels_last)
+        if not x.is_contiguous():
+            weight = weight.contiguous(memory_format=torch.channels_last)
         return tuple(t.to(x.dtype).requires_grad_() for t in (x, weight, bias))
 
     def budget(self, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
@@ -114,7 +115,9 @@ def _check(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -
     return error
 
 
-def _operation(name: str, stage: Stage) -> Operation:
+def _operation(
+    name: str, stage: Stage, memory_format: torch.memory_format = torch.channels_last, tf32: bool | None = True
+) -> Operation:
     return Operation(
         name,
         "conv",
@@ -123,8 +126,9 @@ def _operation(name: str, stage: Stage) -> Operation:
         stage.budget,
         operands=stage.operands,
         output_shape=stage.output_shape,
-        memory_format=torch.channels_last,
+        memory_format=memory_format,
         check=_check,
+        tf32=tf32,
     )
 
 
@@ -199,6 +203,8 @@ OPERATIONS = {
     operation.name: operation
     for operation in (
         *(_operation(name, stage) for name, stage in FUSED.items()),
+        *(_operation(f"{name}_nchw", stage, torch.contiguous_format) for name, stage in FUSED.items()),
+        *(_operation(f"{name}_no_tf32", stage, tf32=False) for name, stage in FUSED.items()),
         *(_plain_operation(function, PLAIN) for function in ("conv2d", "conv1d")),
     )
 }
@@ -212,13 +218,21 @@ def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
     stages = {**FUSED, "conv2d": PLAIN, "conv1d": PLAIN}
     quick = {f"conv_act_pool2d_{name}" for name in QUICK}
-    return [
+    usual = [
         Case(OPERATIONS[name], dtype, size, _shape(stage, batch))
         for dtype in DTYPES
         for size, batch in SIZES.items()
         for name, stage in stages.items()
         if full or (name in quick and batch == 32 and dtype is torch.bfloat16)
     ]
+    others = [
+        Case(OPERATIONS[name + suffix], dtype, size, _shape(stage, batch))
+        for suffix, dtypes in (("_nchw", DTYPES), ("_no_tf32", (torch.float32,)))
+        for dtype in dtypes
+        for size, batch in SIZES.items()
+        for name, stage in FUSED.items()
+    ]
+    return usual + others if full else usual
 
 
 def counted_cases() -> list[Case]:

@@ -242,6 +242,17 @@ def test_quick_run_has_every_operation_large_and_fusednn_is_not_stock() -> None:
         assert case.operation.ours != case.operation.stock
 
 
+def test_a_case_may_forbid_tf32() -> None:
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    for wanted, precision in ((True, "tf32"), (False, "ieee")):
+        with contest.float32_products(wanted):
+            assert [switch.fp32_precision for switch in switches] == [precision] * 2
+        assert [switch.fp32_precision for switch in switches] == before
+    with contest.float32_products(None):
+        assert [switch.fp32_precision for switch in switches] == before
+
+
 def test_every_function_has_a_benchmark() -> None:
     measured = {name for module in FAMILIES for name in module.OPERATIONS}
     assert [f for f in autograd.__all__ if not any(name == f or name.startswith(f"{f}_") for name in measured)] == []

@@ -39,7 +39,8 @@ class Operation:
     normal numbers x of the case's shape; those that require gradients are differentiated.  ``output_shape`` gives the
     output's shape from x's.  ``check(case, y, gradients, inputs)`` takes the place of the comparison with eager PyTorch
     where results differ from call to call: it returns the error in epsilons, or raises WrongResultError.  ``peers()``
-    imports other libraries' implementations, by name: those that are installed.
+    imports other libraries' implementations, by name: those that are installed.  ``tf32`` sets whether float32 products
+    may be TF32's, for all contestants; None leaves PyTorch's defaults.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Operation:
     operands: Callable[[Tensor], tuple[Tensor, ...]] = _just_x
     output_shape: Callable[[torch.Size], Sequence[int]] = _same_shape
     memory_format: torch.memory_format = torch.contiguous_format
+    tf32: bool | None = None
     check: Callable[[Case, Tensor, Sequence[Tensor], Inputs], float] | None = None
     peers: Callable[[], dict[str, Callable[..., Tensor]]] = _no_peers
 
@@ -86,6 +88,7 @@ class Case:
             "size": self.size,
             "shape": list(self.shape),
             "channels_last": self.operation.memory_format is torch.channels_last,
+            "tf32": self.operation.tf32,
             "budget_bytes": self.budget(direction),
         }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from .cases import DIRECTIONS, Case, Direction, Inputs, forward, gradients, make
 from .timing import DEVICE, DeviceTimer, host_times, interleave
 from .validity import check
 
-__all__ = ["CONTESTANTS", "CaseRecord", "Contest", "Effort", "run_contest", "sets_needed"]
+__all__ = ["CONTESTANTS", "CaseRecord", "Contest", "Effort", "float32_products", "run_contest", "sets_needed"]
 
 #: Compiled contestants are torch.compile of the stock function, with these modes.
 _COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
@@ -82,6 +83,28 @@ def run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: 
 
     Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.
     """
+    with float32_products(case.operation.tf32):
+        return _run_contest(case, timer, names, effort)
+
+
+@contextmanager
+def float32_products(tf32: bool | None) -> Iterator[None]:
+    """Allow or forbid TF32 in products and convolutions; None changes nothing."""
+    if tf32 is None:
+        yield
+        return
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+def _run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
     l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     sets = tuple(make_inputs(case, DEVICE, seed) for seed in range(sets_needed(case, l2_bytes)))
     torch._dynamo.reset()  # cases share the code that is compiled, and the compiler gives up on recompiling too often
