@@ -671,7 +671,7 @@ def test_replacement_gives_the_same_training(device: str) -> None:
     stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     stock.append(nn.BatchNorm1d(3)).to(device)
     replaced = copy.deepcopy(stock)
-    assert len(fusednn.replace_layers(replaced).replaced) == 3
+    assert {"BatchNorm1d", "BatchNorm2d"} <= {row.layer for row in fusednn.replace_layers(replaced).replaced}
     assert train(replaced) == pytest.approx(train(stock), rel=1e-4)
 
 
