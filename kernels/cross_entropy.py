@@ -325,6 +325,8 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
     target = element if targets is Targets.PROBABILITIES else "*i64"
     lines = max(_TILE // width, 1 if axis == ALONG else _LINES_ACROSS)
     threads = max(lines * width // 16, threads_for(dtype))
+    if targets is Targets.PROBABILITIES and axis == ACROSS:
+        threads *= 2  # else Triton 3.6 runs out of registers
     vector = 16 // dtype.itemsize
     reads = 2 if targets is Targets.PROBABILITIES else 1
     wide = lines * width // (threads * vector)
