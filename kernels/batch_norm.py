@@ -493,6 +493,11 @@ class _Tiling:
 _TILINGS = tuple(_Tiling(axis, width) for axis, widths in _WIDTHS.items() for width in widths)
 
 
+def _tilings_of(dtype: torch.dtype) -> tuple[_Tiling, ...]:
+    """Of the widest rows, float64 statistics don't fit into registers."""
+    return tuple(tiling for tiling in _TILINGS if dtype is not torch.float64 or tiling.width < TILE)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type of the statistics of an input of ``dtype``."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -700,8 +705,9 @@ def _other_configurations() -> Iterator[Configuration]:
     for dtype in (torch.float32, torch.float64):
         for tracked, averaged in ((False, False), (True, False), (True, True)):
             yield _merge(dtype, tracked, averaged)
-    for dtype, tiling in product(DTYPES, _TILINGS):
-        yield from _plain(dtype, tiling)
+    for dtype in DTYPES:
+        for tiling in _tilings_of(dtype):
+            yield from _plain(dtype, tiling)
     for dtype, tiling in product(DTYPES, _COMMON_TILINGS):
         yield from _fused(dtype, tiling, "relu")
         yield _normalise(dtype, tiling, None, False, False, False)
@@ -769,9 +775,9 @@ class Plan:
         )
 
 
-def _tiling_for(axis: int, columns: int, rows: int) -> _Tiling:
+def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> _Tiling:
     """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
-    tilings = [_Tiling(axis, width) for width in _WIDTHS[axis]]
+    tilings = [tiling for tiling in _tilings_of(dtype) if tiling.axis == axis]
     lanes = [
         triton.cdiv(columns, tiling.width) * tiling.width * triton.cdiv(rows, tiling.height) * tiling.height
         for tiling in tilings
@@ -789,7 +795,7 @@ def plan_of(x: Tensor) -> Plan:
     inner = x.numel() if channels == 1 else x.stride(1)
     outer = x.numel() // (channels * inner)
     axis, columns = (0, channels) if inner == 1 else (1, inner)
-    tiling = _tiling_for(axis, columns, channels if axis == 1 else outer)
+    tiling = _tiling_for(x.dtype, axis, columns, channels if axis == 1 else outer)
     width = tiling.width
     if axis == 0:
         channel_blocks, tracks, length = triton.cdiv(columns, width), 1, triton.cdiv(outer, tiling.height)
