@@ -193,12 +193,6 @@ def bias_activation_dropout_backward_kernel(
         start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         tile_index = block_row * column_blocks + block_column
 
-        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
-        if GATES:
-            g = g * scale
-        else:
-            noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
-            g = g * tl.reshape(noise, (HEIGHT, WIDTH))
         if MASKED:
             saved = tl.reshape(load_bits(saved_pointer, tile_index, ROWS, COLUMNS), (HEIGHT, WIDTH))
         else:
@@ -209,6 +203,12 @@ def bias_activation_dropout_backward_kernel(
                 )
             if VALUE is not None:
                 saved = VALUE(saved, a, b)
+        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
+        if GATES:
+            g = g * scale
+        else:
+            noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
+            g = g * tl.reshape(noise, (HEIGHT, WIDTH))
         dx = GRADIENT(g, saved, a, b)
         store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
 
