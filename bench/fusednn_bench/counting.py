@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from .cases import Case, Direction, forward, gradients, make_inputs
 from .validity import check
 
-__all__ = ["count_case"]
+if TYPE_CHECKING:
+    from fusednn.kernels.instruments.traffic import Traffic
+
+__all__ = ["count_case", "counts_of"]
 
 
 def count_case(case: Case) -> list[dict[str, Any]]:
@@ -37,20 +40,23 @@ def count_case(case: Case) -> list[dict[str, Any]]:
 
 
 def _count(case: Case, function: Callable[..., Tensor]) -> dict[Direction, dict[str, int]]:
-    from fusednn.kernels.instruments.traffic import Traffic, measure_traffic
+    from fusednn.kernels.instruments.saved_tensors import saved_tensors
+    from fusednn.kernels.instruments.traffic import measure_traffic
 
     inputs = make_inputs(case, torch.device("cpu"), seed=0)
-    with measure_traffic() as ahead:
+    with measure_traffic() as ahead, saved_tensors() as census:
         y = forward(function, inputs)
+    saved = census.bytes
     with measure_traffic() as back:
         gradients(y, inputs)
-    measured: dict[Direction, Traffic] = {"forward": ahead, "backward": back}
+    return {"forward": {**counts_of(ahead), "saved_bytes": saved}, "backward": counts_of(back)}
+
+
+def counts_of(traffic: Traffic) -> dict[str, int]:
+    """What a record says of the traffic: of our kernels, and of ATen's operators."""
     return {
-        direction: {
-            "bytes": traffic.bytes + traffic.aten_bytes,
-            "launches": traffic.launches + traffic.aten_operations,
-            "kernel_launches": traffic.launches,
-            "aten_operations": traffic.aten_operations,
-        }
-        for direction, traffic in measured.items()
+        "bytes": traffic.bytes + traffic.aten_bytes,
+        "launches": traffic.launches + traffic.aten_operations,
+        "kernel_launches": traffic.launches,
+        "aten_operations": traffic.aten_operations,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ GOALS_FILE = Path(__file__).resolve().parents[1] / "goals.json"
 
 _Records = Mapping[str, Mapping[str, Any]]
 
-MEASURES = ("speedup", "percent_of_copy", "host_slowdown")
+#: What each measure is a ratio of.
+MEASURES = {
+    "speedup": "device_us",
+    "percent_of_copy": "device_us",
+    "wall_slowdown": "wall_us",
+    "memory": "kept_bytes",
+}
+
+OUTCOMES = ("missed", "met", "unmeasured")
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class Goal:
     """A bound on one measure of fusednn, over operations (``*``: all), a direction, sizes, and dtypes (none: all).
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
-    copy's; ``host_slowdown``: our host time over that of ``against``.
+    copy's; ``wall_slowdown``: our wall time over that of ``against``; ``memory``: likewise, bytes kept for the backward
+    pass.
     """
 
     name: str
@@ -62,18 +71,21 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One goal on one case.  ``value`` is None, and the goal open, where a contestant has no timing."""
+    """One goal on one case.  ``value`` is None, and the goal unmeasured, where a contestant has no timing.
+
+    A goal that no result has a case for is unmeasured as a whole: it names no operation.
+    """
 
     goal: Goal
-    operation: str
-    dtype: str
-    size: str
-    value: float | None
+    operation: str | None = None
+    dtype: str | None = None
+    size: str | None = None
+    value: float | None = None
 
     @property
     def outcome(self) -> str:
         if self.value is None:
-            return "open"
+            return "unmeasured"
         return "met" if self.goal.met(self.value) else "missed"
 
 
@@ -85,29 +97,38 @@ def load_goals(path: Path = GOALS_FILE) -> list[Goal]:
     ]
 
 
-def judge(result: Mapping[str, Any], goals: list[Goal]) -> Iterator[Verdict]:
-    """Every goal on every case of a timed result that it covers."""
-    groups = by_contestant(result["cases"])
-    rate = copy_rate(result)
+def judge(results: Iterable[Mapping[str, Any]], goals: Iterable[Goal]) -> Iterator[Verdict]:
+    """Every goal, on every case of the timed results that it covers."""
+    groups = [
+        (key, records, copy_rate(result))
+        for result in results
+        if result["kind"] == "timed"
+        for key, records in by_contestant(result["cases"]).items()
+    ]
     for goal in goals:
-        for (operation, dtype, size, _, direction), records in groups.items():
-            if goal.covers(operation, dtype, size, direction):
-                yield Verdict(goal, operation, dtype, size, _value(goal, records, rate))
+        covered = [
+            Verdict(goal, operation, dtype, size, _value(goal, records, rate))
+            for (operation, dtype, size, _, direction), records, rate in groups
+            if goal.covers(operation, dtype, size, direction)
+        ]
+        yield from covered or [Verdict(goal)]
 
 
 def _value(goal: Goal, records: _Records, rate: float) -> float | None:
-    field = "host_us" if goal.measure == "host_slowdown" else "device_us"
-    ours = _median(records, "fusednn", field)
+    ours = _figure(records, "fusednn", goal.measure)
     if ours is None:
         return None
     if goal.against is None:
         return 100 * float(records["fusednn"]["budget_bytes"]) / ours / rate
-    other = _median(records, goal.against, field)
+    other = _figure(records, goal.against, goal.measure)
     if other is None:
         return None
-    return ours / other if goal.measure == "host_slowdown" else other / ours
+    return other / ours if goal.measure == "speedup" else ours / other
 
 
-def _median(records: _Records, contestant: str, field: str) -> float | None:
-    samples = records.get(contestant, {}).get(field)
-    return median(samples) if samples else None
+def _figure(records: _Records, contestant: str, measure: str) -> float | None:
+    """Bytes, or the median of the samples; None where there are none."""
+    found = records.get(contestant, {}).get(MEASURES[measure])
+    if isinstance(found, list):
+        return median(found) if found else None
+    return found or None
