@@ -1,6 +1,6 @@
 """What eager PyTorch does at a shape, without doing it: bytes of its ATen operators, operations of its products.
 
-The operators run on tensors without memory.  They are those of PyTorch for CPUs.
+The operators run on tensors without memory.  They are those of PyTorch for CPUs, but for dropout.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import Case, Direction, forward, gradients, make_inputs
+from .counting import operators_of_cuda
 
 if TYPE_CHECKING:
     from .steps import StepCase
@@ -36,7 +37,7 @@ def eager_work(case: Case) -> dict[Direction, Work]:
     """Of a call in each direction."""
     from fusednn.kernels.instruments.traffic import measure_traffic
 
-    with FakeTensorMode():
+    with FakeTensorMode(), operators_of_cuda():
         inputs = make_inputs(case, torch.device("cpu"), seed=0)
         with FlopCounterMode(display=False) as products, measure_traffic() as traffic:
             y = forward(case.operation.stock, inputs)
