@@ -17,12 +17,21 @@ from .cases import DIRECTIONS, Case, Direction, Inputs, forward, gradients, make
 from .timing import DEVICE, DeviceTimer, host_times, interleave, wall_times
 from .validity import check
 
-__all__ = ["CONTESTANTS", "CaseRecord", "Contest", "Effort", "float32_products", "run_contest", "sets_needed"]
+__all__ = [
+    "COMPILE_MODES",
+    "CONTESTANTS",
+    "CaseRecord",
+    "Contest",
+    "Effort",
+    "float32_products",
+    "run_contest",
+    "sets_needed",
+]
 
 #: Compiled contestants are torch.compile of the stock function, with these modes.
-_COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
+COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
 
-CONTESTANTS = ("fusednn", "eager", *_COMPILE_MODES)
+CONTESTANTS = ("fusednn", "eager", *COMPILE_MODES)
 
 CaseRecord = dict[str, Any]
 
@@ -137,13 +146,13 @@ def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
     stock = case.operation.stock
     if name == "eager":
         return stock
-    if name not in _COMPILE_MODES:
+    if name not in COMPILE_MODES:
         return case.operation.peers()[name]
 
     def call(*operands: Tensor) -> Tensor:
         return stock(*operands)
 
-    compiled: Callable[..., Tensor] = torch.compile(call, fullgraph=True, dynamic=False, mode=_COMPILE_MODES[name])
+    compiled: Callable[..., Tensor] = torch.compile(call, fullgraph=True, dynamic=False, mode=COMPILE_MODES[name])
     return compiled
 
 

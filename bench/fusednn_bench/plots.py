@@ -140,9 +140,9 @@ def _predicted_ratio(result: _Result, figure: Any) -> None:
 def _percent_of_copy(result: _Result, figure: Any) -> None:
     rate = copy_rate(result)
 
-    def percent(records: Mapping[str, Any]) -> float:
+    def percent(records: Mapping[str, Any]) -> float | None:
         ours = records["fusednn"]
-        return float(100 * ours["budget_bytes"] / median(ours["device_us"]) / rate)
+        return 100 * float(ours["budget_bytes"]) / median(ours["device_us"]) / rate if ours["budget_bytes"] else None
 
     title = f"Rate of the budget's bytes, {result['environment']['device']}"
     axes = _axes(figure, title, "size of the tensor, MB", "% of the copy's rate")
@@ -210,7 +210,7 @@ def _bars(figure: Any, pairs: dict[str, tuple[float, float]], title: str, y: str
 def _saved_memory(result: _Result, figure: Any) -> None:
     field = "kept_bytes" if result["kind"] == "timed" else "saved_bytes"
     what = "Kept until the backward pass, the output included" if result["kind"] == "timed" else "Saved by autograd"
-    pairs = _pairs(result, ("forward",), field)
+    pairs = _pairs(result, ("forward", "training_step"), field)
     _bars(figure, pairs, f"{what}: activation memory", "bytes an element of the input")
 
 

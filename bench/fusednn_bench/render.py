@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .goals import OUTCOMES, Goal, judge
-from .tables import compiled_table, counted_tables, markdown_table, predicted_table, slower, timed_tables
+from .tables import compiled_table, counted_tables, markdown_table, network_table, predicted_table, slower, timed_tables
 
 __all__ = ["render", "summary"]
 
@@ -71,10 +71,12 @@ def _origin(result: Mapping[str, Any], name: str) -> str:
 def _timed(result: Mapping[str, Any], name: str) -> str:
     losses = slower(result)
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+    networks = network_table(result)
     parts = [
         f"## Timed on {result['environment']['device']}",
         f"{_origin(result, name)}\n- Settings of all contestants: {settings}",
         timed_tables(result),
+        *(("### Networks", networks) if networks else ()),
         f"### Slower than another: {len(losses)}",
         markdown_table(("case", "contestant", "ratio"), losses) if losses else "Nowhere.",
     ]

@@ -28,10 +28,10 @@ _CASE_KEYS = ("family", "operation", "contestant", "direction", "dtype", "shape"
 _KERNEL_KEYS = ("family", "kernel", "configuration", "target")
 #: Numbers that a record of each kind has; those of the second list may be 0.
 _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "timed": (("budget_bytes", "calls_per_sample", "sets"), ("peak_bytes", "kept_bytes", "error_epsilons")),
+    "timed": (("calls_per_sample", "sets"), ("budget_bytes", "peak_bytes", "kept_bytes", "error_epsilons")),
     "counted": (("bytes", "launches", "elements"), ("kernel_launches", "aten_operations")),
     "predicted": (("bytes", "predicted_us"), ("operations",)),
-    "compiled": (("registers", "threads", "occupancy"), ("spills", "shared_bytes", "access_bits")),
+    "compiled": (("registers", "threads"), ("occupancy", "spills", "shared_bytes", "access_bits")),
 }
 
 
@@ -125,6 +125,8 @@ def _case_problems(case: Mapping[str, Any], kind: str, result: Mapping[str, Any]
         if type(value) in (int, float) and not (math.isfinite(value) and value >= 0):
             yield f"{key} is {value}"
     if kind == "timed":
+        if not case.get("budget_bytes") and case.get("direction") != "training_step":
+            yield "no budget"  # a whole network has none
         yield from _sample_problems(case)
     if kind == "counted" and case.get("launches") != sum(
         value for key in ("kernel_launches", "aten_operations") if _is_number(value := case.get(key))

@@ -13,6 +13,7 @@ __all__ = [
     "copy_rate",
     "counted_tables",
     "markdown_table",
+    "network_table",
     "predicted_table",
     "product_rate",
     "slower",
@@ -158,6 +159,22 @@ def timed_tables(result: _Record) -> str:
     return "\n\n".join(parts)
 
 
+def network_table(result: _Record) -> str:
+    """Training steps: wall time, images a second, and memory, a row for each contestant."""
+    head = ("network", "contestant", "ms a step", "images/s", "against eager", "peak MB", "activations MB")
+    rows = []
+    for key, records in by_contestant(result["cases"]).items():
+        walls = {name: median(record["wall_us"]) for name, record in records.items() if "images" in record}
+        for name, microseconds in walls.items():
+            record = records[name]
+            against = _ratio(walls["eager"] / microseconds) if "eager" in walls else None
+            memory = (record["peak_bytes"] / 1e6, record["kept_bytes"] / 1e6)
+            rows.append(
+                (_name(key), name, microseconds / 1e3, round(record["images"] / microseconds * 1e6), against, *memory)
+            )
+    return markdown_table(head, rows) if rows else ""
+
+
 def slower(result: _Record) -> list[tuple[str, str, float]]:
     """Where fusednn's device time is longer: the case, the contestant, and the ratio, the worst first."""
     found = []
@@ -204,6 +221,7 @@ def _device_row(key: _Key, records: Mapping[str, _Record], others: Sequence[str]
     ours = records.get("fusednn")
     if ours is None or times[0] is None:
         return [*row, None, None, None, None, None]
-    achieved = ours["budget_bytes"] / float(times[0])
+    achieved = ours["budget_bytes"] / float(times[0]) or None
     peaks = [records[name]["peak_bytes"] / 1e6 if name in records else None for name in ("fusednn", "eager")]
-    return [*row, achieved / 1e3, 100 * achieved / rate, *peaks, ours["error_epsilons"]]
+    rates = (achieved / 1e3, 100 * achieved / rate) if achieved else (None, None)
+    return [*row, *rates, *peaks, ours["error_epsilons"]]

@@ -108,7 +108,7 @@ def _of_assembly(target: str, threads: int, shared: int, assembly: str) -> Resou
         target,
         threads,
         metadata("vgpr_count"),
-        metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        metadata("vgpr_spill_count"),  # scalar registers spill to vector registers, not to memory
         max(shared, metadata("group_segment_fixed_size")),
         max(widths, default=0),
         re.search(r"^\s+v_mfma_", assembly, re.MULTILINE) is not None,
