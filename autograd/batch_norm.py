@@ -18,6 +18,7 @@ from ..kernels import batch_norm as kernels
 from ..kernels.activation import ACTIVATIONS
 from .dispatch import takes_kernel
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["ACTIVATION_FUNCTIONS", "BatchNorm", "batch_norm", "batch_norm_act", "channel_statistics"]
 
@@ -221,13 +222,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
             y = F.batch_norm(x, mean.to(dtype), variance.to(dtype), weight, bias, False, 0.0, eps)
         y = apply_activation(y, residual, activation)
-    operands = (x, residual, weight, bias)
-    wanted = [t for t, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True)) if wanted else iter(())
-    dx, dresidual, dweight, dbias = (
-        next(found) if needed and t is not None else None
-        for t, needed in zip(operands, ctx.needs_input_grad, strict=False)
-    )
+    dx, dresidual, dweight, dbias = stock_gradients(y, (x, residual, weight, bias), ctx.needs_input_grad[:4], g)
     if residual is None and ctx.needs_input_grad[1]:
         dresidual = g
     return dx, dresidual, dweight, dbias, None, None, None, None, None

@@ -22,6 +22,7 @@ from .batch_norm import apply_activation, check_activation
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
+from .stock_gradients import stock_gradients
 
 __all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_statistics2d", "saved_by"]
 
@@ -183,11 +184,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     with torch.enable_grad():
         y = apply_activation(F.conv2d(x, weight, bias, *convolution), residual, activation)
         y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-    operands = (x, weight, bias, residual)
-    needed = ctx.needs_input_grad[:4]
-    wanted = [operand for operand, need in zip(operands, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    return [next(found) if need else None for need in needed]
+    return stock_gradients(y, (x, weight, bias, residual), ctx.needs_input_grad[:4], g)
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from .batch_norm import reduce as norm_reduce
 from .conv import conv_act_pool2d, conv_statistics2d, saved_by
 from .dispatch import takes_kernel
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
+from .stock_gradients import stock_gradients
 
 __all__ = ["conv_batch_norm_act2d"]
 
@@ -73,9 +74,7 @@ class BatchNormActPool(Function):
                 y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
                 y = apply_activation(y, residual, activation)
                 y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-            wanted = [t for t, need in zip((x, residual, weight, bias), needed, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            return (*(next(found) if need else None for need in needed), None, None, None, None, None)
+            return *stock_gradients(y, (x, residual, weight, bias), needed, g), None, None, None, None, None
         _, channels_last = images(x)
         dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, activation, *window, False)
         dx, dweight, dbias = None, None, None

@@ -17,6 +17,7 @@ from ..kernels.launch import DeviceAssertionError
 from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["cross_entropy"]
 
@@ -142,9 +143,7 @@ class CrossEntropy(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 loss = _stock(x, target, weight, reduction, ignore_index, smoothing).to(g.dtype)
-            wanted = [tensor for tensor, wants in zip((x, target), needed, strict=True) if wants]
-            gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
-            dx, dtarget = (next(gradients) if wants else None for wants in needed)
+            dx, dtarget = stock_gradients(loss, (x, target), needed, g)
         else:
             dx, dtarget = _backward(
                 g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, *needed

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from ..kernels.random import draw_seed
 from .dispatch import autocast_dtype, takes_kernel
 from .dropout import DropoutGradient, apply_dropout, probability_refusal
+from .stock_gradients import stock_gradients
 
 __all__ = ["drop_connect_linear"]
 
@@ -33,9 +34,7 @@ class DropConnectLinear(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 y = F.linear(x, apply_dropout(weight, ctx.p, False, seed=seed), bias)
-            wanted = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
-            gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            return *(next(gradients) if need else None for need in needed), None, None
+            return *stock_gradients(y, (x, weight, bias), needed, g), None, None
         dx = dw = db = None
         if needed[0]:
             dx = g @ apply_dropout(weight, ctx.p, False, seed=seed)

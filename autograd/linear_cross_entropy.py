@@ -22,6 +22,7 @@ from .operators import operator
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
+from .stock_gradients import stock_gradients
 
 __all__ = ["linear_cross_entropy"]
 
@@ -165,7 +166,6 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     """Gradients of input, weight and bias from stock operators, with all logits at once."""
     *operands, target, weight = ctx.saved_tensors[:5]
     reduction, ignore_index, smoothing = ctx.arguments
-    needed = ctx.needs_input_grad[:3]
     with torch.enable_grad():
         logits = _logits(*operands)
         loss = F.cross_entropy(
@@ -176,9 +176,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
             reduction=reduction,
             label_smoothing=smoothing,
         ).to(g.dtype)
-    wanted = [operand for operand, needs in zip(operands, needed, strict=True) if needs]
-    gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
-    return [next(gradients) if needs else None for needs in needed]
+    return stock_gradients(loss, operands, ctx.needs_input_grad[:3], g)
 
 
 def _logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

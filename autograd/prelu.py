@@ -10,6 +10,7 @@ from torch.autograd import Function
 from ..kernels import prelu as kernels
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["prelu"]
 
@@ -42,9 +43,7 @@ class PReLU(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 y = F.prelu(x, weight)
-            wanted = [tensor for tensor, needed in zip((x, weight), ctx.needs_input_grad, strict=True) if needed]
-            gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            dx, dw = (next(gradients) if needed else None for needed in ctx.needs_input_grad)
+            dx, dw = stock_gradients(y, (x, weight), ctx.needs_input_grad, g)
         else:
             dx, dw = _backward(g, x, weight)
         return dx if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None
