@@ -14,15 +14,12 @@ from torch.autograd import Function
 from ..kernels import cross_entropy as kernels
 from ..kernels.cross_entropy import ACCUMULATOR, Reduction
 from ..kernels.launch import DeviceAssertionError
-from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel
+from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
 from .stock_gradients import stock_gradients
 
 __all__ = ["cross_entropy"]
-
-#: What autocast casts.
-CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _stock(
@@ -173,8 +170,8 @@ def cross_entropy(
     """
     name = reduction_name(size_average, reduce, reduction)
     x, q = input, target
-    low = isinstance(x, Tensor) and x.dtype in CAST and autocast_dtype(x) is not None
-    if low and isinstance(q, Tensor) and q.dtype in CAST and q.dtype != x.dtype:
+    low = isinstance(x, Tensor) and x.dtype in AUTOCAST_TYPES and autocast_dtype(x) is not None
+    if low and isinstance(q, Tensor) and q.dtype in AUTOCAST_TYPES and q.dtype != x.dtype:
         x, q = x.float(), q.float()
     shape = x.shape if isinstance(x, Tensor) else ()
     refusal = refusal_of(shape, x, q, weight, name, ignore_index, label_smoothing)
@@ -217,7 +214,7 @@ def refusal_of(
         return None
     if not isinstance(weight, Tensor) or type(weight) not in PLAIN_TYPES or weight.device != x.device:
         return "the weights are not a plain tensor on the input's device"
-    if weight.dtype != x.dtype and not (autocast_dtype(x) is not None and weight.dtype in CAST):
+    if weight.dtype != x.dtype and not (autocast_dtype(x) is not None and weight.dtype in AUTOCAST_TYPES):
         return "the weights are of another dtype"
     if weight.shape != (shape[kernels.class_dim(shape)],):
         return "the weights are not one for each class"

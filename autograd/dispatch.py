@@ -7,7 +7,7 @@ which also raises the stock error where the arguments are wrong.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,22 @@ from torch.autograd import forward_ad
 from ..kernels import AVAILABLE, INTERPRETING
 from ..kernels.launch import DTYPES
 
-__all__ = ["PLAIN_TYPES", "Choice", "autocast_dtype", "observe_choices", "takes_kernel", "transform_refusal"]
+__all__ = [
+    "AUTOCAST_TYPES",
+    "PLAIN_TYPES",
+    "Choice",
+    "autocast_dtype",
+    "in_low_precision",
+    "observe_choices",
+    "takes_kernel",
+    "transform_refusal",
+]
 
 #: The classes whose tensors kernels take: a subclass may override anything.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+#: The dtypes that autocast casts, and casts to.
+AUTOCAST_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Choice(NamedTuple):
@@ -124,3 +136,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def in_low_precision(*operands: Any) -> tuple[Any, ...]:
+    """The operands as autocast gives them to an operator that it computes in its low precision.
+
+    Outside a region, which the first operand's device decides, they come back as they are; float64 always does.
+    """
+    dtype = autocast_dtype(operands[0]) if isinstance(operands[0], Tensor) else None
+    if dtype is None:
+        return operands
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in AUTOCAST_TYPES else t for t in operands)

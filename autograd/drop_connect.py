@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels.random import draw_seed
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
 from .dropout import DropoutGradient, apply_dropout, probability_refusal
 from .stock_gradients import stock_gradients
 
@@ -57,9 +57,7 @@ def drop_connect_linear(
     the whole batch.  (..., in) and (out, in) give (..., out); autocast as in linear.  Beside its operands it saves a
     seed.  Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of Neural Networks using DropConnect" (ICML 2013).
     """
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (dtype := autocast_dtype(input)):
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    input, weight, bias = in_low_precision(input, weight, bias)
     operands = [operand for operand in (weight, input, bias) if operand is not None]
     if not takes_kernel("drop_connect_linear", *operands, refusal=probability_refusal(p, training)):
         return F.linear(input, F.dropout(weight, p, training), bias)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import prelu as kernels
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
 
@@ -55,15 +55,11 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     ``weight`` holds one slope, or one for each channel (dimension 1 of the input).  Autocast computes in its low
     precision, and so does this.  Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers" (ICCV 2015).
     """
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (dtype := autocast_dtype(input)):
-        input, weight = (t.to(dtype) if t.dtype in _CAST else t for t in (input, weight))
+    input, weight = in_low_precision(input, weight)
     if not takes_kernel("prelu", input, weight, refusal=_refusal(input, weight)):
         return F.prelu(input, weight)
     y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _forward(input, weight)
     return y
-
-
-_CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _refusal(input: object, weight: object) -> str | None:
