@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from ..kernels import batch_norm as kernels
 from ..kernels.activation import ACTIVATIONS
+from ..kernels.launch import ACCUMULATOR
 from .dispatch import takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
@@ -35,7 +36,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    mean, variance = (x.new_empty(x.shape[1], dtype=kernels.accumulator(x.dtype)) for _ in range(2))
+    mean, variance = (x.new_empty(x.shape[1], dtype=ACCUMULATOR[x.dtype]) for _ in range(2))
     return mean, variance
 
 
@@ -318,7 +319,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = statistics(input, None, None, None, 0.0)
     else:
         others = [dim for dim in range(input.dim()) if dim != 1]
-        variance, mean = torch.var_mean(input.to(kernels.accumulator(input.dtype)), others, correction=0)
+        variance, mean = torch.var_mean(input.to(ACCUMULATOR[input.dtype]), others, correction=0)
     return mean, variance
 
 

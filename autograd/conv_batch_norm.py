@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels.activation import ACTIVATIONS
-from ..kernels.batch_norm import accumulator
+from ..kernels.launch import ACCUMULATOR
 from ..kernels.pool import POINT, Window, images, is_masked
 from .batch_norm import (
     BatchNorm,
@@ -196,7 +196,7 @@ def _folded(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Filters and bias of the convolution that also normalises; differentiable."""
-    dtype = accumulator(weight.dtype)
+    dtype = ACCUMULATOR[weight.dtype]
     scale = _scale(norm_weight, variance.to(dtype), eps)
     shift = -mean if bias is None else bias - mean
     shift = shift * scale if norm_bias is None else shift * scale + norm_bias

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import cross_entropy as kernels
-from ..kernels.cross_entropy import ACCUMULATOR, Reduction
-from ..kernels.launch import DeviceAssertionError
+from ..kernels.cross_entropy import Reduction
+from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..kernels import AVAILABLE, INTERPRETING
-from ..kernels.launch import DTYPES
+from ..kernels.launch import memory_refusal
 
 __all__ = [
     "AUTOCAST_TYPES",
@@ -91,15 +91,8 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
         if type(tensor) not in PLAIN_TYPES:
             return f"{type(tensor).__name__} is not a plain tensor"
     first = tensors[0]
-    if first.device.type == "cpu":
-        if not INTERPRETING:
-            return "CPU tensor"
-    elif first.device.type != "cuda":
-        return f"no kernels for {first.device.type} tensors"
-    if first.layout is not torch.strided:
-        return f"{first.layout} tensor"
-    if first.dtype not in DTYPES:
-        return f"no kernel for {first.dtype}"
+    if refusal := memory_refusal(first):
+        return refusal
     if first.numel() == 0 and not empty:
         return "no elements"
     for other in tensors[1:]:

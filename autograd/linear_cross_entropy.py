@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import linear_cross_entropy as kernels
-from ..kernels.cross_entropy import ACCUMULATOR, Reduction
-from ..kernels.launch import DeviceAssertionError
+from ..kernels.cross_entropy import Reduction
+from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.linear_cross_entropy import Options
 from .cross_entropy import refusal_of
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, in_low_precision, takes_kernel, transform_refusal

@@ -34,14 +34,13 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import ACTIVATIONS
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, narrow, scalar, square_root, widen
 from .tiles import MASK_BYTES, TILE, load_bits, store_bits, threads_for, tile_shape
 
 __all__ = [
     "Plan",
-    "accumulator",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_norm_reduce",
@@ -498,11 +497,6 @@ def _tilings_of(dtype: torch.dtype) -> tuple[_Tiling, ...]:
     return tuple(tiling for tiling in _TILINGS if dtype is not torch.float64 or tiling.width < TILE)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of the statistics of an input of ``dtype``."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _configuration(
     label: str,
     kernel: Any,
@@ -542,7 +536,7 @@ def _configuration(
 
 def _types(dtype: torch.dtype) -> tuple[str, str]:
     """Pointer types of elements and of statistics."""
-    return "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[accumulator(dtype)]
+    return "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
 
 
 def _parameters(dtype: torch.dtype, affine: bool) -> dict[str, str | None]:
@@ -820,7 +814,7 @@ def _vectors(
         weight = torch.ones_like(bias)
     elif bias is None and weight is not None:
         bias = torch.zeros_like(weight)
-    statistic = accumulator(dtype)
+    statistic = ACCUMULATOR[dtype]
     return tuple(None if v is None else v.to(statistic).contiguous() for v in (mean, variance, weight, bias))
 
 
@@ -832,9 +826,9 @@ def partial_statistics(x: Tensor) -> Tensor:
     """(splits, 3, channels): of each part of each channel its count, mean, and sum of squared deviations."""
     x = dense(x)
     if not x.numel():
-        return torch.zeros((1, 3, x.shape[1]), dtype=accumulator(x.dtype), device=x.device)
+        return torch.zeros((1, 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device)
     plan = plan_of(x)
-    partial = torch.empty((plan.splits, 3, plan.channels), dtype=accumulator(x.dtype), device=x.device)
+    partial = torch.empty((plan.splits, 3, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     _launch(_statistics(x.dtype, plan.tiling), plan, (x, partial))
     return partial
 

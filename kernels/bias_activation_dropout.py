@@ -27,7 +27,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .activation import ACTIVATIONS, Activation
 from .dropout import steps_for
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import keep_tile, last_kept, serves_eight
@@ -308,7 +308,7 @@ def _backward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Config
             ("saved_pointer", "*u8" if masked else element),
             ("bias_pointer", element),
             ("dx_pointer", element),
-            ("partial_pointer", "*fp64" if dtype is torch.float64 else "*fp32"),
+            ("partial_pointer", "*" + TRITON_TYPE[ACCUMULATOR[dtype]]),
             ("seed_pointer", "*i64"),
             *_SCALARS,
         ),
@@ -487,7 +487,7 @@ def bias_activation_dropout_backward(
         saved = dense_like(saved, strides)
     dx = g.new_empty_strided(g.shape, strides)
     plan = _plan(g.shape, strides, dim)
-    accumulator = torch.float64 if g.dtype is torch.float64 else torch.float32
+    accumulator = ACCUMULATOR[g.dtype]
     partial = torch.empty(_partial_shape(plan), dtype=accumulator, device=g.device) if bias_gradient else None
     if bias is not None:
         bias = bias.contiguous()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
 from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
@@ -37,7 +37,6 @@ from .partial_sums import SUM_PROGRAMS, combine, finish_sum
 from .tiles import threads_for
 
 __all__ = [
-    "ACCUMULATOR",
     "Reduction",
     "Targets",
     "class_dim",
@@ -49,10 +48,6 @@ __all__ = [
     "targets_of",
     "weight_total_shape",
 ]
-
-
-#: The type of losses and statistics, and of sums over a chunk, for logits of a dtype.
-ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
 
 
 class Targets(IntEnum):

@@ -16,7 +16,18 @@ import torch
 
 from ._triton import INTERPRETING, tl
 
-__all__ = ["COMPUTE", "DTYPES", "TRITON_TYPE", "Configuration", "DeviceAssertionError", "launch", "shipped", "ships"]
+__all__ = [
+    "ACCUMULATOR",
+    "COMPUTE",
+    "DTYPES",
+    "TRITON_TYPE",
+    "Configuration",
+    "DeviceAssertionError",
+    "launch",
+    "memory_refusal",
+    "shipped",
+    "ships",
+]
 
 #: The floating-point types that kernels take.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +44,9 @@ TRITON_TYPE = {
 
 #: The type that arithmetic on a dtype is done in.
 COMPUTE = {dtype: tl.float64 if dtype is torch.float64 else tl.float32 for dtype in DTYPES}
+
+#: The type that statistics of a dtype, and partial sums, are kept in.
+ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -121,6 +135,20 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
             if INTERPRETING and isinstance(cause := _root_cause(error), AssertionError):
                 raise DeviceAssertionError(str(cause)) from None
             raise
+
+
+def memory_refusal(tensor: torch.Tensor) -> str | None:
+    """Why no kernel works on the memory of a plain tensor, by its device, layout and dtype, or None."""
+    if tensor.device.type == "cpu":
+        if not INTERPRETING:
+            return "CPU tensor"
+    elif tensor.device.type != "cuda":
+        return f"no kernels for {tensor.device.type} tensors"
+    if tensor.layout is not torch.strided:
+        return f"{tensor.layout} tensor"
+    if tensor.dtype not in DTYPES:
+        return f"no kernel for {tensor.dtype}"
+    return None
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import INTERPRETED, tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import uniform_tile
@@ -671,7 +671,7 @@ def _pass(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Co
         scalars = [("has_bias", "i32"), ("keeps_winner", "i32"), ("drops", "i32"), ("p", "fp64"), ("scale", "fp64")]
     else:
         kernel = expansion_kernel
-        partial = "*fp64" if dtype is torch.float64 else "*fp32"
+        partial = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
         pointers = [("g_pointer", element), ("winner_pointer", "*u8"), ("dx_pointer", element)]
         pointers += [("partial_pointer", partial)]
         scalars = [("sums_bias", "i32"), ("scale", "fp64")]
@@ -842,7 +842,7 @@ def maxout_backward(
     programs, extents = _division(memory, pieces, configuration)
     partial = torch.empty(
         _partial_shape(memory, extents, programs, pieces) if sums_bias else 0,
-        dtype=torch.float64 if g.dtype is torch.float64 else torch.float32,
+        dtype=ACCUMULATOR[g.dtype],
         device=g.device,
     )
     launch(configuration, programs, g, winner, dx, partial, *extents, int(sums_bias), _dropout_scale(p))

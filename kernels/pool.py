@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import ACTIVATIONS
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 
@@ -627,7 +627,7 @@ def _configuration(
     residual: bool = False,
 ) -> Configuration:
     """``biased``: a bias is added, or its gradient is summed."""
-    element, accumulator = "*" + TRITON_TYPE[dtype], "*fp64" if dtype is torch.float64 else "*fp32"
+    element, accumulator = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
     row = ACTIVATIONS[activation] if activation else None
     masked = is_masked(activation)
     kernel, stride = fixed
@@ -837,7 +837,7 @@ def pool_backward(
     else:
         rows, columns = _matrix(shape, channels_last)
         extents = (*size, pooled_height, pooled_width, *window.arguments)
-    accumulator = torch.float64 if g.dtype is torch.float64 else torch.float32
+    accumulator = ACCUMULATOR[g.dtype]
     sums = _partial_shape(rows, columns, channels_last) if sums_bias else (0,)
     partial = torch.empty(sums, dtype=accumulator, device=g.device)
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
