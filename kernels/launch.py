@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,6 +86,21 @@ class Configuration:
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The run-time arguments."""
+        return tuple(name for name, _ in self.signature)
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        """What a launch is given beside its run-time arguments."""
+        return {
+            **dict(self.constants),
+            **self.options,
+            "num_warps": self.num_warps(_WARP_SIZE),
+            "num_stages": self.num_stages,
+        }
+
 
 _FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}
 
@@ -125,11 +141,7 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
     with torch.cuda.device(tensor.device) if elsewhere else nullcontext():
         try:
             configuration.kernel[(programs,)](
-                **dict(zip((name for name, _ in configuration.signature), arguments, strict=True)),
-                **dict(configuration.constants),
-                **configuration.options,
-                num_warps=configuration.num_warps(_WARP_SIZE),
-                num_stages=configuration.num_stages,
+                **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords
             )
         except Exception as error:
             if INTERPRETING and isinstance(cause := _root_cause(error), AssertionError):
