@@ -37,7 +37,7 @@ from .activation import ACTIVATIONS
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, narrow, scalar, square_root, widen
-from .tiles import MASK_BYTES, TILE, load_bits, store_bits, threads_for, tile_shape
+from .tiles import MASK_BYTES, TILE, cdiv, load_bits, store_bits, threads_for, tile_shape
 
 __all__ = [
     "Plan",
@@ -748,8 +748,7 @@ class Plan:
 
     @property
     def splits(self) -> int:
-        chunks: int = triton.cdiv(self.length, self.steps)
-        return self.tracks * chunks
+        return self.tracks * cdiv(self.length, self.steps)
 
     @property
     def programs(self) -> int:
@@ -773,8 +772,7 @@ def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> _Tili
     """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
     tilings = [tiling for tiling in _tilings_of(dtype) if tiling.axis == axis]
     lanes = [
-        triton.cdiv(columns, tiling.width) * tiling.width * triton.cdiv(rows, tiling.height) * tiling.height
-        for tiling in tilings
+        cdiv(columns, tiling.width) * tiling.width * cdiv(rows, tiling.height) * tiling.height for tiling in tilings
     ]
     fewest = min(lanes)
     return next(
@@ -792,11 +790,11 @@ def plan_of(x: Tensor) -> Plan:
     tiling = _tiling_for(x.dtype, axis, columns, channels if axis == 1 else outer)
     width = tiling.width
     if axis == 0:
-        channel_blocks, tracks, length = triton.cdiv(columns, width), 1, triton.cdiv(outer, tiling.height)
+        channel_blocks, tracks, length = cdiv(columns, width), 1, cdiv(outer, tiling.height)
     else:
-        channel_blocks = triton.cdiv(channels, tiling.height)
-        tracks, length = sorted((outer, triton.cdiv(columns, width)))
-    steps = triton.cdiv(length, max(1, _PROGRAMS // (channel_blocks * tracks)))
+        channel_blocks = cdiv(channels, tiling.height)
+        tracks, length = sorted((outer, cdiv(columns, width)))
+    steps = cdiv(length, max(1, _PROGRAMS // (channel_blocks * tracks)))
     along_inner = axis == 1 and length != outer
     return Plan(tiling, outer, channels, columns, channel_blocks, tracks, length, steps, along_inner)
 
@@ -851,7 +849,7 @@ def merge_statistics(
     updated = [None if statistic is None else statistic.to(partial.dtype) for statistic in running]
     configuration = _merge(partial.dtype, running_mean is not None, batches is not None)
     pointers = (pointer for pointer in (partial, mean, variance, *updated, batches) if pointer is not None)
-    launch(configuration, triton.cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
+    launch(configuration, cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
     for statistic, update in zip(running, updated, strict=True):
         if update is not statistic and statistic is not None and update is not None:
             statistic.copy_(update)

@@ -34,6 +34,7 @@ from .random import keep_tile, last_kept, serves_eight
 from .tiles import (
     MASK_BYTES,
     TILE,
+    cdiv,
     load_bits,
     load_tile,
     matrix_tile,
@@ -372,7 +373,7 @@ class _Plan:
 
     @property
     def row_programs(self) -> int:
-        return -(-self.row_blocks // self.steps)
+        return cdiv(self.row_blocks, self.steps)
 
     @property
     def programs(self) -> int:
@@ -395,7 +396,7 @@ def _plan(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Plan:
     columns = inner if by_row else channels
     rows = numel // columns
     width = width_for(columns, _ROW_WIDTHS if by_row else _COLUMN_WIDTHS)
-    row_blocks, column_blocks = -(-rows // (TILE // width)), -(-columns // width)
+    row_blocks, column_blocks = cdiv(rows, TILE // width), cdiv(columns, width)
     # Partial sums by row are of one row block; by column, those of a program's steps share accumulators.
     steps = 1 if by_row else min(steps_for(row_blocks * column_blocks), row_blocks)
     return _Plan(by_row, rows, columns, channels, width, row_blocks, steps, column_blocks)

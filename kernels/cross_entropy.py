@@ -34,7 +34,7 @@ from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, 
 from .nll_loss import Reduction
 from .numerics import divide, log, narrow, require, scalar, widen
 from .partial_sums import SUM_PROGRAMS, combine, finish_sum
-from .tiles import threads_for
+from .tiles import cdiv, threads_for
 
 __all__ = [
     "Reduction",
@@ -568,7 +568,7 @@ def cross_entropy_backward(
     target = _arranged(x, target, targets)
     lines = lines_of(x, class_dim(x.shape))
     configuration, block, width = _configuration_for("backward", x.dtype, targets, lines.axis, lines.length)
-    pieces = triton.cdiv(lines.length, width)
+    pieces = cdiv(lines.length, width)
     reduced = reduction != "none"
     g = g.to(statistics.dtype) if reduced else dense_like(g.to(statistics.dtype), line_strides(x))
     dx = (x if overwrite else torch.empty_like(x)) if needed[0] else x.new_empty(0)

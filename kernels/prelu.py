@@ -27,7 +27,7 @@ from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, widen
-from .tiles import TILE, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
+from .tiles import TILE, cdiv, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
 
 __all__ = ["prelu_backward", "prelu_forward"]
 
@@ -239,7 +239,7 @@ def _plan(direction: str, x: Tensor, weight: Tensor) -> _Plan:
         slopes, rows, columns = Slopes.SINGLE, numel, 1
         width = width_for(numel, _widths(slopes))
         configuration = _configuration(direction, x.dtype, slopes, width)
-        return _Plan(configuration, slopes, rows, columns, 1, 1, triton.cdiv(numel, width))
+        return _Plan(configuration, slopes, rows, columns, 1, 1, cdiv(numel, width))
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
     inner = x.stride(1)
     slopes = Slopes.BY_COLUMN if inner == 1 else Slopes.BY_ROW
@@ -247,8 +247,8 @@ def _plan(direction: str, x: Tensor, weight: Tensor) -> _Plan:
     rows = numel // columns
     configuration = _configuration(direction, x.dtype, slopes, width_for(columns, _widths(slopes)))
     constants = dict(configuration.constants)
-    row_programs = triton.cdiv(rows, constants["HEIGHT"] * constants["STEPS"])
-    return _Plan(configuration, slopes, rows, columns, channels, row_programs, triton.cdiv(columns, constants["WIDTH"]))
+    row_programs = cdiv(rows, constants["HEIGHT"] * constants["STEPS"])
+    return _Plan(configuration, slopes, rows, columns, channels, row_programs, cdiv(columns, constants["WIDTH"]))
 
 
 def prelu_forward(x: Tensor, weight: Tensor) -> Tensor:
