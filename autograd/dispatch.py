@@ -99,11 +99,12 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
         if other.dtype != first.dtype or other.device != first.device:
             return "operands differ in dtype or device"
     if parameters:
-        wide = {torch.float32} if first.dtype.itemsize == 2 else set()
-        if any(parameter.device != first.device for parameter in parameters):
-            return "a parameter is on another device"
-        if len(dtypes := {parameter.dtype for parameter in parameters}) > 1 or not dtypes <= {first.dtype} | wide:
+        dtype = parameters[0].dtype
+        if dtype != first.dtype and (dtype is not torch.float32 or first.dtype.itemsize > 2):
             return "no kernel for these parameters' dtypes"
+        for parameter in parameters:
+            if parameter.dtype != dtype or parameter.device != first.device:
+                return "the parameters differ in dtype, or are on another device"
     if inplace:
         if first.requires_grad and first.is_leaf and torch.is_grad_enabled():
             return "in-place on a leaf that requires gradients"

@@ -25,7 +25,7 @@ large terms that cancel, only that of single lanes is left.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -746,15 +746,15 @@ class Plan:
     steps: int
     along_inner: bool
 
-    @property
+    @cached_property
     def splits(self) -> int:
         return self.tracks * cdiv(self.length, self.steps)
 
-    @property
+    @cached_property
     def programs(self) -> int:
         return self.splits * self.channel_blocks
 
-    @property
+    @cached_property
     def extents(self) -> tuple[int, ...]:
         return (
             self.outer,
@@ -786,8 +786,15 @@ def plan_of(x: Tensor) -> Plan:
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
     inner = x.numel() if channels == 1 else x.stride(1)
     outer = x.numel() // (channels * inner)
+    # In a traced function sizes may be symbolic, and can't be a key.
+    plan = _plan if type(outer) is int else _plan.__wrapped__
+    return plan(x.dtype, outer, channels, inner)
+
+
+@lru_cache(maxsize=4096)
+def _plan(dtype: torch.dtype, outer: int, channels: int, inner: int) -> Plan:
     axis, columns = (0, channels) if inner == 1 else (1, inner)
-    tiling = _tiling_for(x.dtype, axis, columns, channels if axis == 1 else outer)
+    tiling = _tiling_for(dtype, axis, columns, channels if axis == 1 else outer)
     width = tiling.width
     if axis == 0:
         channel_blocks, tracks, length = cdiv(columns, width), 1, cdiv(outer, tiling.height)
@@ -813,7 +820,10 @@ def _vectors(
     elif bias is None and weight is not None:
         bias = torch.zeros_like(weight)
     statistic = ACCUMULATOR[dtype]
-    return tuple(None if v is None else v.to(statistic).contiguous() for v in (mean, variance, weight, bias))
+    return tuple(
+        v if v is None or (v.dtype is statistic and v.is_contiguous()) else v.to(statistic).contiguous()
+        for v in (mean, variance, weight, bias)
+    )
 
 
 def _defaults(activation: str | None) -> tuple[float, float]:
