@@ -28,7 +28,7 @@ SIZES = {
 #: Inputs of the output layer: tokens and features.
 TOKENS = {"small": (128, 64), "tokens": (8192, 2048)}
 LINEAR_CLASSES = {"small": 10, "tokens": 32_768}
-COUNTED_SHAPE = (64, 512)
+COUNTED_SHAPE = (16, 512)
 DTYPES = (torch.bfloat16, torch.float32)
 INDEX_BYTES = 8
 STATISTICS_BYTES = 8  # of a line: its maximum and the logarithm of its sum, float32
