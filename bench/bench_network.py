@@ -125,7 +125,7 @@ OPERATIONS = {
 }
 #: Width, batch and size of the images.
 TIMED = {"vgg": (64, 64, 224), "resnet": (64, 64, 224), "maxout_mlp": (1024, 1024, 28), "lenet_digits": (6, 64, 32)}
-COUNTED = {"vgg": (4, 2, 16), "resnet": (4, 2, 16), "maxout_mlp": (32, 4, 28), "lenet_digits": (6, 2, 32)}
+COUNTED = {"vgg": (4, 2, 16), "resnet": (4, 8, 16), "maxout_mlp": (32, 4, 28), "lenet_digits": (6, 2, 32)}
 SIZES = {"network": TIMED, "small": TIMED, "counted": COUNTED}
 SMALL = ("lenet_digits",)
 

@@ -382,10 +382,24 @@ def test_counting_run_end_to_end(tmp_path: Path) -> None:
     assert [case["launches"] for case in counted["cases"]] == [1, 1, 1, 1]
 
 
-def test_gpu_run_stays_within_eight_minutes(tmp_path: Path) -> None:
-    steps = gpu_run.steps(tmp_path)
-    assert [step.name for step in steps] == ["install", "tests", "bench"]
-    assert sum(step.limit + gpu_run.GRACE_SECONDS for step in steps) < 470
+@pytest.mark.parametrize(
+    ("arguments", "names", "selection"),
+    [
+        ({}, ["install", "tests", "bench"], "--quick"),
+        ({"tests": False}, ["install", "bench"], "--quick"),
+        ({"rest": True}, ["install", "bench"], "--full"),
+    ],
+)
+def test_gpu_run_stays_within_eight_minutes(
+    arguments: dict[str, bool], names: list[str], selection: str, tmp_path: Path
+) -> None:
+    steps = gpu_run.steps(tmp_path, **arguments)
+    assert [step.name for step in steps] == names
+    assert 400 < sum(step.limit + gpu_run.GRACE_SECONDS for step in steps) < 470
+    assert selection in steps[-1].command
+    assert f"--resume={tmp_path / gpu_run.RESULT}" in steps[-1].command
+    limits = [float(part.partition("=")[2]) for part in steps[-1].command if part.startswith("--time-limit=")]
+    assert limits[0] + 30 < steps[-1].limit  # the last case that is begun ends in time
 
 
 @pytest.mark.parametrize(
@@ -407,7 +421,7 @@ def test_gpu_run_goes_on_after_a_failure(
     python = (sys.executable, "-c")
     first = gpu_run.Step("tests", (*python, "raise SystemExit(1)"), 20)
     second = gpu_run.Step("bench", (*python, "print('measured')"), 20)
-    monkeypatch.setattr(gpu_run, "steps", lambda folder: [first, second])
+    monkeypatch.setattr(gpu_run, "steps", lambda folder, **_: [first, second])
     monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: True)
     assert gpu_run.main([str(tmp_path / "run")]) == 1
     assert "measured" in capsys.readouterr().out

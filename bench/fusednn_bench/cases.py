@@ -90,10 +90,10 @@ class Case:
 
         return run_contest(self, timer, contestants, effort)
 
-    def count(self) -> list[dict[str, Any]]:
+    def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
         from .counting import count_case
 
-        return count_case(self)
+        return count_case(self, checked=checked)
 
     def record(self, contestant: str, direction: Direction) -> dict[str, Any]:
         """What a result file says of the case, whatever was measured."""
