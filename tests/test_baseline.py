@@ -18,8 +18,10 @@ FAMILIES = [import_module(path.stem) for path in sorted(BENCH.glob("bench_*.py")
 COUNTED = [(family, case) for family in FAMILIES for case in family.counted_cases()]
 
 
-def _repeats(family: Any, case: Any) -> bool:
-    """Whether the same operation is counted in another dtype, which shows the same."""
+def _is_dear(family: Any, case: Any) -> bool:
+    """Whether the same operation is counted in another dtype, which shows the same; or a whole CNN."""
+    if case.operation.name in ("vgg", "resnet"):
+        return True
     dtypes = [other.dtype for other in family.counted_cases() if other.operation.name == case.operation.name]
     return torch.bfloat16 in dtypes and case.dtype is not torch.bfloat16
 
@@ -29,7 +31,7 @@ def _repeats(family: Any, case: Any) -> bool:
 @pytest.mark.parametrize(
     ("family", "case"),
     [
-        pytest.param(family, case, marks=[pytest.mark.thorough] * _repeats(family, case), id=case.id)
+        pytest.param(family, case, marks=[pytest.mark.thorough] * _is_dear(family, case), id=case.id)
         for family, case in COUNTED
     ],
 )

@@ -65,8 +65,8 @@ def _plots(result: _Result) -> Iterator[tuple[str, Callable[[_Result, Any], None
         yield "bytes-against-eager", _byte_ratios
         yield "saved-activation-memory", _saved_memory
     elif kind == "predicted":
-        yield "predicted-ratio-by-size", _predicted_ratio
-        yield "predicted-roofline", _roofline
+        yield "ratio-by-size", _predicted_ratio
+        yield "roofline", _roofline
 
 
 def _figure() -> Any:
@@ -171,7 +171,7 @@ def _roofline(result: _Result, figure: Any) -> None:
             microseconds = record.get("predicted_us") or median(record["device_us"])
             place = (record["operations"] / moved, record["operations"] / microseconds / 1e6)
             points.setdefault(record["family"], []).append(place)
-    intensities = [2.0**exponent for exponent in range(-2, 15)]
+    intensities = [2.0**-2, matrix / copy, 2.0**14]
     axes.plot(intensities, [min(copy * x, matrix) / 1e6 for x in intensities], color="#999999", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
