@@ -19,8 +19,8 @@ COUNTED = [(family, case) for family in FAMILIES for case in family.counted_case
 
 
 def _is_dear(family: Any, case: Any) -> bool:
-    """Whether the same operation is counted in another dtype, which shows the same; or a whole CNN."""
-    if case.operation.name in ("vgg", "resnet"):
+    """Whether the same operation is counted in another dtype, which shows the same; or a CNN."""
+    if case.operation.name in ("vgg", "resnet", "lenet_digits"):
         return True
     dtypes = [other.dtype for other in family.counted_cases() if other.operation.name == case.operation.name]
     return torch.bfloat16 in dtypes and case.dtype is not torch.bfloat16

@@ -72,7 +72,7 @@ def occupancy(target: str, threads: int, registers: int, shared_bytes: int) -> f
         _PARTS * (processor.registers // of_a_warp) // warps,
         processor.shared_bytes // max(1, shared_bytes + processor.shared_overhead),
     )
-    return programs * warps / processor.warps
+    return float(programs * warps / processor.warps)
 
 
 def resources_for(configuration: Configuration, target: str) -> Resources:
