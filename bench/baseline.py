@@ -39,11 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.part:
         print(json.dumps(_PARTS[parsed.part]()))
         return 0
+    made = {part: _in_another_process(part) for part in FIGURES if parsed.only in (None, part)}
     before = load() if FILE.exists() else {}
-    after = {"versions": versions()}
-    for part in FIGURES:
-        skipped = parsed.only not in (None, part)
-        after[part] = before.get(part, {}) if skipped else _in_another_process(part)
+    after = {"versions": versions(), **{part: made.get(part, before.get(part, {})) for part in FIGURES}}
     differences = [line for part in FIGURES for line in compare(part, after[part], before.get(part, {}))]
     print("\n".join(differences) or "as the baseline")
     if parsed.check:

@@ -4,6 +4,7 @@ Registers and spills are compared where they are at hand anyway, in `test_compil
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +79,19 @@ def test_tells_what_changed() -> None:
         "compiled c: gone",
         "compiled d: new",
     ]
+
+
+def test_one_part_is_renewed_and_the_other_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "FILE", tmp_path / "baseline.json")
+    monkeypatch.setattr(baseline, "_in_another_process", lambda part: {f"{part} b": [2, 0], f"{part} a": [1, 0]})
+    assert baseline.main([]) == 0
+    lines = baseline.FILE.read_text().splitlines()
+    assert lines[lines.index('"counted": {') + 1] == '"counted a": [1, 0],'  # sorted, a line each
+    monkeypatch.setattr(baseline, "_in_another_process", lambda part: {"c": [3, 0]})
+    assert baseline.main(["--check"]) == 1
+    assert baseline.main(["--only", "compiled"]) == 0
+    assert (baseline.load()["counted"], baseline.load()["compiled"]) == (
+        {"counted a": [1, 0], "counted b": [2, 0]},
+        {"c": [3, 0]},
+    )
+    assert baseline.main(["--only", "compiled", "--check"]) == 0
