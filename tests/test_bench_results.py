@@ -362,6 +362,13 @@ def test_a_goal_may_be_of_memory(result: dict[str, Any]) -> None:
     assert (verdict.value, verdict.outcome) == (0.5, "met")
 
 
+def test_a_goal_may_be_of_the_matrix_products_rate(result: dict[str, Any]) -> None:
+    result["cases"] = [_timed("fusednn", "forward", 2.0, operations=4000)]  # the product: 4000 in a microsecond
+    goal = Goal("products", ("relu",), "forward", ("large",), "percent_of_product", at_least=88)
+    (verdict,) = judge([result], [goal])
+    assert (verdict.value, verdict.outcome) == (pytest.approx(50), "missed")
+
+
 def test_a_goal_may_be_of_some_dtypes() -> None:
     goal = Goal("a goal", ("*",), "forward", ("large",), "speedup", "eager", at_least=1, dtypes=("bf16",))
     assert goal.covers("relu", "bf16", "large", "forward")
@@ -382,6 +389,7 @@ def test_goals_name_operations_that_exist() -> None:
         {"measure": "speedup", "at_least": 1.0},
         {"measure": "percent_of_copy", "against": "eager", "at_least": 1.0},
         {"measure": "percent_of_copy"},
+        {"measure": "percent_of_product", "against": "eager", "at_least": 1.0},
         {"measure": "percent_of_copy", "at_least": 1.0, "at_most": 2.0},
     ],
 )

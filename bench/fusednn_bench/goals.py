@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .quantiles import median
-from .tables import by_contestant, copy_rate
+from .tables import by_contestant, copy_rate, product_rate
 
 __all__ = ["GOALS_FILE", "Goal", "Verdict", "judge", "load_goals"]
 
@@ -21,9 +21,13 @@ _Records = Mapping[str, Mapping[str, Any]]
 MEASURES = {
     "speedup": "device_us",
     "percent_of_copy": "device_us",
+    "percent_of_product": "device_us",
     "wall_slowdown": "wall_us",
     "memory": "kept_bytes",
 }
+
+#: Those that compare with a ceiling, and not with a contestant.
+_OF_CEILINGS = ("percent_of_copy", "percent_of_product")
 
 OUTCOMES = ("missed", "met", "unmeasured")
 
@@ -33,8 +37,8 @@ class Goal:
     """A bound on one measure of fusednn, over operations (``*``: all), a direction, sizes, and dtypes (none: all).
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
-    copy's; ``wall_slowdown``: our wall time over that of ``against``; ``memory``: likewise, bytes kept for the backward
-    pass.
+    copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
+    wall time over that of ``against``; ``memory``: likewise, bytes kept for the backward pass.
     """
 
     name: str
@@ -50,7 +54,7 @@ class Goal:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"{self.name}: unknown measure {self.measure}")
-        if (self.against is None) != (self.measure == "percent_of_copy"):
+        if (self.against is None) != (self.measure in _OF_CEILINGS):
             raise ValueError(f"{self.name}: {self.measure} with against={self.against}")
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"{self.name}: one of at_least and at_most")
@@ -100,26 +104,28 @@ def load_goals(path: Path = GOALS_FILE) -> list[Goal]:
 def judge(results: Iterable[Mapping[str, Any]], goals: Iterable[Goal]) -> Iterator[Verdict]:
     """Every goal, on every case of the timed results that it covers."""
     groups = [
-        (key, records, copy_rate(result))
+        (key, records, result)
         for result in results
         if result["kind"] == "timed"
         for key, records in by_contestant(result["cases"]).items()
     ]
     for goal in goals:
         covered = [
-            Verdict(goal, operation, dtype, size, _value(goal, records, rate))
-            for (operation, dtype, size, _, direction), records, rate in groups
+            Verdict(goal, operation, dtype, size, _value(goal, records, result))
+            for (operation, dtype, size, _, direction), records, result in groups
             if goal.covers(operation, dtype, size, direction)
         ]
         yield from covered or [Verdict(goal)]
 
 
-def _value(goal: Goal, records: _Records, rate: float) -> float | None:
+def _value(goal: Goal, records: _Records, result: Mapping[str, Any]) -> float | None:
     ours = _figure(records, "fusednn", goal.measure)
     if ours is None:
         return None
+    if goal.measure == "percent_of_copy":
+        return 100 * float(records["fusednn"]["budget_bytes"]) / ours / copy_rate(result)
     if goal.against is None:
-        return 100 * float(records["fusednn"]["budget_bytes"]) / ours / rate
+        return 100 * float(records["fusednn"]["operations"]) / ours / product_rate(result)
     other = _figure(records, goal.against, goal.measure)
     if other is None:
         return None
