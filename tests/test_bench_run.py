@@ -320,6 +320,12 @@ def test_ligers_cross_entropy_works_on_a_copy(monkeypatch: pytest.MonkeyPatch) -
     assert bool((x == 1).all())
 
 
+def test_quacks_loss_is_converted_to_the_type_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    _modules(monkeypatch, quack={"cross_entropy": lambda x, target: x.float().sum()})
+    x, target = torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    assert peers.cross_entropy_peers()["quack"](x, target).dtype is torch.bfloat16
+
+
 # --- Predictions and resources ----------------------------------------------------------------------------------------
 
 

@@ -34,13 +34,19 @@ def softmax_peers() -> Peers:
 
 
 def cross_entropy_peers() -> Peers:
-    """Liger's works on a copy of the logits, since it writes their gradient over them; the copy's time counts."""
+    """Mean losses in the type of the logits, as PyTorch's: quack's is float32, and converted.
+
+    Liger's works on a copy of the logits, since it writes their gradient over them; the copy's time counts.
+    """
     liger = {
         name: lambda x, target, function=function: function(x.clone(), target)
         for name, function in _liger("liger_cross_entropy").items()
     }
-    found = _attribute("flag_gems", "flag_gems.fused", "cross_entropy_loss")
-    return {**liger, **_attribute("quack", "quack", "cross_entropy"), **found}
+    quack = {
+        name: lambda x, target, function=function: function(x, target).to(x.dtype)
+        for name, function in _attribute("quack", "quack", "cross_entropy").items()
+    }
+    return {**liger, **quack, **_attribute("flag_gems", "flag_gems.fused", "cross_entropy_loss")}
 
 
 def linear_cross_entropy_peers() -> Peers:

@@ -124,7 +124,7 @@ def compiled_table(cases: Iterable[_Record]) -> str:
                 case["registers"],
                 case["spills"],
                 case["shared_bytes"],
-                round(100 * case["occupancy"]),
+                round(100 * case["occupancy"]) or "**0: doesn't fit**",
                 case["access_bits"],
                 "yes" if case["tensor_cores"] else "",
             )
