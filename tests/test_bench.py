@@ -267,6 +267,17 @@ def test_a_case_may_forbid_tf32() -> None:
         assert [switch.fp32_precision for switch in switches] == before
 
 
+def test_cases_have_names_of_their_own() -> None:
+    """A result file is continued by them."""
+    for cases in ([case for one in FAMILIES for case in one.timed_cases(True)], _counted_cases()):
+        ids = [case.id for case in cases]
+        assert len(set(ids)) == len(ids)
+
+
+def _counted_cases() -> list[Any]:
+    return [case for one in FAMILIES for case in one.counted_cases()]
+
+
 def test_every_function_has_a_benchmark() -> None:
     measured = {name for module in FAMILIES for name in module.OPERATIONS}
     assert [f for f in autograd.__all__ if not any(name == f or name.startswith(f"{f}_") for name in measured)] == []
@@ -333,6 +344,20 @@ def test_bench_passes_everything_on_to_pytest(arguments: tuple[str, ...], monkey
     monkeypatch.setattr(command.subprocess, "run", fake_run)
     assert command.run(_parse(*arguments)) == 5
     assert called == [[sys.executable, "-m", "pytest", str(BENCH), *arguments]]
+
+
+@pytest.mark.parametrize("program", ["report", "predict", "resources", "baseline"])
+def test_bench_runs_the_programs_beside_it(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def fake_run(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        called.append(line)
+        return subprocess.CompletedProcess(line, 1)
+
+    monkeypatch.setattr(command.subprocess, "run", fake_run)
+    assert command.run(_parse(program, "--help", "a")) == 1
+    assert called == [[sys.executable, str(BENCH / f"{program}.py"), "--help", "a"]]
+    assert (BENCH / f"{program}.py").is_file()
 
 
 def test_bench_without_a_checkout_is_wrong_usage(

@@ -86,13 +86,14 @@ def _axes(figure: Any, title: str, x: str, y: str) -> Any:
     return axes
 
 
-def _scatter(axes: Any, points: _Points, marker: str = "o") -> None:
+def _scatter(axes: Any, points: _Points, marker: str = "o", named: bool = True) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["tab20"].colors
     for i, (family, places) in enumerate(sorted(points.items())):
-        axes.scatter(*zip(*places, strict=True), s=16, marker=marker, color=colours[i % len(colours)], label=family)
-    if points:
+        label = family if named else None
+        axes.scatter(*zip(*places, strict=True), s=16, marker=marker, color=colours[i % len(colours)], label=label)
+    if points and named:
         axes.legend(frameon=False, fontsize=7, ncols=2)
 
 
@@ -116,19 +117,22 @@ def _by_family(result: _Result, value: Callable[[Mapping[str, Any]], float | Non
 
 
 def _ratios(result: _Result, figure: Any, title: str, figure_of: Callable[[Mapping[str, Any]], float]) -> None:
-    def ratio(records: Mapping[str, Any]) -> float | None:
-        return figure_of(records["eager"]) / figure_of(records["fusednn"]) if "eager" in records else None
-
-    axes = _axes(figure, title, "size of the tensor, MB", "eager's time / fusednn's")
+    """Circles against eager, triangles against torch.compile."""
+    axes = _axes(figure, title, "size of the tensor, MB", "the other's time / fusednn's")
     axes.axhline(1, color="#999999", linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
-    _scatter(axes, _by_family(result, ratio))
+    for other, marker in (("compile", "^"), ("eager", "o")):
+
+        def ratio(records: Mapping[str, Any], other: str = other) -> float | None:
+            return figure_of(records[other]) / figure_of(records["fusednn"]) if other in records else None
+
+        _scatter(axes, _by_family(result, ratio), marker, named=other == "eager")
 
 
 def _speed_up(result: _Result, figure: Any) -> None:
-    title = f"Speed-up over eager PyTorch by size, {result['environment']['device']}"
+    title = f"Speed-up over eager (circles) and torch.compile (triangles), {result['environment']['device']}"
     _ratios(result, figure, title, lambda record: median(record["device_us"]))
 
 
