@@ -257,11 +257,17 @@ def _memory(trainer: Trainer) -> dict[str, int]:
 
 
 def _count(case: NetworkCase, contestant: str) -> dict[str, Any]:
-    """A record of a first step; activations are what autograd saves, parameters and images apart."""
+    """A record of a step that isn't the optimizer's first, which makes its state.
+
+    Activations are what autograd saves, parameters and images apart.
+    """
     from fusednn.kernels.instruments.saved_tensors import saved_tensors
     from fusednn.kernels.instruments.traffic import measure_traffic
 
     trainer = Trainer(case, contestant, torch.device("cpu"))
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
     with operators_of_cuda(), measure_traffic() as traffic, saved_tensors() as census:
         trainer.step()
     return {

@@ -193,7 +193,7 @@ def _pairs(result: _Result, direction: Iterable[str], field: str) -> dict[str, t
         if towards in direction and all(field in side for side in sides) and operation not in found:
             elements = math.prod(sides[0]["shape"])
             found[operation] = (sides[0][field] / elements, sides[1][field] / elements)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _bars(figure: Any, pairs: dict[str, tuple[float, float]], title: str, y: str) -> None:
@@ -206,6 +206,8 @@ def _bars(figure: Any, pairs: dict[str, tuple[float, float]], title: str, y: str
             color=colour,
             label=label,
         )
+    axes.set_yscale("symlog", linthresh=0.125)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(pairs)), list(pairs), rotation=90, fontsize=5)
     axes.margins(x=0.01)
     axes.legend(frameon=False)
@@ -239,4 +241,4 @@ def _both_directions(result: _Result) -> dict[str, list[tuple[float, float]]]:
         if "fusednn" in records and "eager" in records:
             pair = (records["fusednn"]["bytes"], records["eager"]["bytes"])
             found.setdefault(operation, {}).setdefault(direction, pair)
-    return {operation: list(pairs.values()) for operation, pairs in found.items()}
+    return {operation: list(pairs.values()) for operation, pairs in sorted(found.items())}
