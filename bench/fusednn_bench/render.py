@@ -91,8 +91,8 @@ def _counted(result: Mapping[str, Any], name: str) -> str:
         "## Counted bytes and launches",
         "Counted in Triton's interpreter; nothing was timed. A ratio above 1: eager PyTorch moves more. What a kernel "
         "of ours reads again counts again, though a cache would serve it (overlapping windows, tiles of products); "
-        "what an operator of PyTorch's reads counts once. The tensors are small, so that sums and tables of a fixed size "
-        "weigh more than they would.",
+        "what an operator of PyTorch's reads counts once. The tensors are small, so that sums and tables of fixed "
+        "sizes weigh more than they would.",
         _origin(result, name),
     ]
     for family, cases in sorted(families.items()):
