@@ -16,7 +16,15 @@ from torch.autograd import forward_ad
 from ..kernels import AVAILABLE, INTERPRETING
 from ..kernels.launch import DTYPES
 
-__all__ = ["PLAIN_TYPES", "Choice", "autocast_dtype", "observe_choices", "takes_kernel", "transform_refusal"]
+__all__ = [
+    "PLAIN_TYPES",
+    "Choice",
+    "autocast_dtype",
+    "observe_choices",
+    "takes_kernel",
+    "tensor_refusal",
+    "transform_refusal",
+]
 
 #: The classes whose tensors kernels take: a subclass may override anything.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -105,6 +113,11 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
         if any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True)):
             return "in-place on memory that overlaps itself"
     return transform_refusal()
+
+
+def tensor_refusal(tensor: Tensor) -> str | None:
+    """Why no kernel takes this operand, whatever the operation, or None."""
+    return _refusal((tensor,), (), False, False)
 
 
 def transform_refusal() -> str | None:
