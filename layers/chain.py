@@ -34,7 +34,7 @@ __all__ = [
     "conv_chain",
     "has_default_parameters",
     "is_one_of",
-    "is_plain",
+    "is_untouched",
     "linear_chain",
     "maxout_chain",
     "maxout_pool_chain",
@@ -64,9 +64,6 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
     nn.Tanh: lambda layer: ("tanh", ()),
 }
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FUSIBLE = (*ACTIVATIONS, *NORMS, nn.Conv2d, nn.Linear, nn.MaxPool1d, nn.MaxPool2d, nn.Dropout)
-_CLASSES = frozenset(cls for stock in _FUSIBLE for cls in (stock, TWINS.get(stock, stock)))
-
 #: What stands for a layer where the code calls a function: an activation's name, the arguments of a pooling or dropout.
 Activation = nn.Module | str | None
 Pooling = nn.Module | tuple[Any, Any, Any] | None
@@ -88,10 +85,10 @@ def observe_chains(observer: Callable[[Sequence[nn.Module]], None]) -> Iterator[
 # --- Layers -----------------------------------------------------------------------------------------------------------
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does what its class says, and nothing listens to it."""
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a layer's code is its class's, and nothing listens to it."""
     listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) in _CLASSES and not listened and "forward" not in layer.__dict__
+    return not listened and "forward" not in layer.__dict__
 
 
 def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
@@ -122,13 +119,23 @@ def pooling_of(pool: Any) -> tuple[Any, Any, Any] | None:
     """Size, stride and padding of a max pooling layer, or None where it has options that can't be fused."""
     if isinstance(pool, tuple):
         return pool
-    if pool.return_indices or pool.ceil_mode or pool.dilation not in (1, (1, 1)):
+    if (
+        not is_one_of(pool, (nn.MaxPool2d,))
+        or pool.return_indices
+        or pool.ceil_mode
+        or pool.dilation not in (1, (1, 1))
+    ):
         return None
     return pool.kernel_size, pool.stride, pool.padding
 
 
-def _all_plain(*layers: Any) -> bool:
-    return all(is_plain(layer) for layer in layers if isinstance(layer, nn.Module))
+def _is_ready(layer: Any, *classes: type[nn.Module]) -> bool:
+    """Whether a layer, where it is one, still is one of these classes, and may be computed with others."""
+    return not isinstance(layer, nn.Module) or (is_one_of(layer, classes) and is_untouched(layer))
+
+
+def _is_ready_activation(activation: Activation) -> bool:
+    return _is_ready(activation, *ACTIVATIONS) and has_default_parameters(activation)
 
 
 def _computed(function: Callable[[], Tensor], *layers: Any) -> Tensor:
@@ -166,8 +173,10 @@ def conv_chain(
     fused = (
         tensor_refusal(input) is None
         and (input.dim() == 4 or (input.dim() == 3 and norm is None))
-        and _all_plain(conv, norm, activation, pool)
-        and has_default_parameters(activation)
+        and _is_ready(conv, nn.Conv2d)
+        and _is_ready(norm, nn.BatchNorm2d)
+        and _is_ready_activation(activation)
+        and _is_ready(pool, nn.MaxPool2d)
         and window is not None
         and (residual is None or _fits(residual, input, conv))
     )
@@ -185,7 +194,7 @@ def conv_chain(
         operands = (x, conv.weight, conv.bias)
         geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
         options: dict[str, Any] = {
-            "residual": residual,
+            "residual": _distinct(residual, input),
             "activation": None if activation is None else activation_of(activation)[0],
             **dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True)),
         }
@@ -207,20 +216,26 @@ def norm_chain(input: Tensor, residual: Tensor | None, in_place: bool, norm: Any
     """activation(norm(x) + residual), of which all but the norm may be missing.  ``in_place`` as of `conv_chain`."""
     fused = (
         tensor_refusal(input) is None
-        and _all_plain(norm, activation)
-        and has_default_parameters(activation)
+        and _is_ready(norm, *NORMS)
+        and _is_ready_activation(activation)
         and (residual is None or _are_alike(residual, input.shape, input.dtype))
     )
     if not fused:
         return _activated(_added(norm(input), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
     name = None if activation is None else activation_of(activation)[0]
-    return _computed(lambda: forward(norm, input, residual, name), norm, activation)
+    return _computed(lambda: forward(norm, input, _distinct(residual, input), name), norm, activation)
 
 
 def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop: Dropping) -> Tensor:
     """dropout(activation(linear(x))), of which the dropout may be missing."""
-    if tensor_refusal(input) is not None or not _all_plain(linear, activation, drop):
+    fused = (
+        tensor_refusal(input) is None
+        and _is_ready(linear, nn.Linear)
+        and _is_ready(activation, *ACTIVATIONS)
+        and _is_ready(drop, nn.Dropout)
+    )
+    if not fused:
         y = _activated(linear(input), activation)
         if isinstance(drop, tuple):
             return F.dropout(y, *drop)
@@ -243,8 +258,13 @@ def maxout_chain(input: Tensor, linear: nn.Linear, sizes: tuple[int, int], dim: 
 
     ``split`` is the dimension that the code unflattens, or for ``view`` its first size: "rest" (-1) or "rows".
     """
-    fits = split == -1 or input.dim() == 2
-    if fits and tensor_refusal(input) is None and is_plain(linear) and linear.out_features == sizes[0] * sizes[1]:
+    fused = (
+        tensor_refusal(input) is None
+        and (split == -1 or input.dim() == 2)
+        and _is_ready(linear, nn.Linear)
+        and linear.out_features == sizes[0] * sizes[1]
+    )
+    if fused:
         return _computed(lambda: _maxima(input, linear, sizes, dim), linear)
     y = linear(input)
     if isinstance(split, int):
@@ -257,9 +277,9 @@ def maxout_chain(input: Tensor, linear: nn.Linear, sizes: tuple[int, int], dim: 
 
 def maxout_pool_chain(input: Tensor, linear: nn.Linear, pool: nn.MaxPool1d) -> Tensor:
     """max_pool(linear(x)) along the features."""
-    pieces = pieces_of(pool, linear)
-    fused = tensor_refusal(input) is None and input.dim() in (2, 3) and _all_plain(linear, pool)
-    if not fused or pieces is None:
+    ready = _is_ready(linear, nn.Linear) and _is_ready(pool, nn.MaxPool1d)
+    pieces = pieces_of(pool, linear) if ready and input.dim() in (2, 3) else None
+    if pieces is None or tensor_refusal(input) is not None:
         maxima: Tensor = pool(linear(input))
         return maxima
     return _computed(lambda: _maxima(input, linear, (linear.out_features // pieces, pieces), -1), linear, pool)
@@ -297,6 +317,11 @@ def _fits(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
 
 def _are_alike(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
     return isinstance(residual, Tensor) and residual.shape == shape and residual.dtype is dtype
+
+
+def _distinct(residual: Tensor | None, input: Tensor) -> Tensor | None:
+    """The residual as a tensor of its own: torch.compile doesn't trace functions of the same tensor twice."""
+    return residual.view_as(residual) if residual is input else residual
 
 
 def _added(y: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from .chain import is_one_of, is_plain
+from .chain import is_one_of, is_untouched
 from .graph import Assumptions, NotTraceable, assumptions_of, calls_in_order, code_graph
 from .neighbours import FIRST, Refusal, Search, is_known
 
@@ -123,7 +123,7 @@ def _new(stock: type[nn.Module]) -> nn.Module:
 
 
 def _all_but(names: tuple[str, ...]) -> Refusal:
-    return lambda name, layer: None if name in names and is_plain(layer) else "not fused before"
+    return lambda name, layer: None if name in names and is_untouched(layer) else "not fused before"
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------

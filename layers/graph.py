@@ -81,6 +81,8 @@ def code_graph(module: nn.Module) -> fx.Graph:
     if calls_in_order(type(module)):
         return _sequential_graph(module)
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    for function in _own_functions(type(module)):
+        list(_names(function.__code__))  # tracing runs the code, which must have no effects then
     if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
         raise NotTraceable("it takes any number of arguments")
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -44,11 +44,11 @@ class Search:
         self.nodes = list(graph.nodes)
         self.matches: list[Match] = []
         self.stops: dict[nn.Module, str] = {}
-        taken: set[fx.Node] = set()
+        self._taken: set[fx.Node] = set()
         for node in self.nodes:
-            match = None if node in taken else self._match(node)
+            match = None if node in self._taken else self._match(node)
             if match is not None and len(match.nodes) > 1:
-                taken.update(match.nodes)
+                self._taken.update(match.nodes)
                 self.matches.append(match)
 
     def callee(self, node: fx.Node) -> nn.Module:
@@ -107,7 +107,7 @@ class Search:
         """What ``recognise`` finds the only use of the last node to be; that use then belongs to the chain, too."""
         users = list(nodes[-1].users)
         for user in users:
-            found = recognise(user)
+            found = None if user in self._taken else recognise(user)
             if found is None:
                 continue
             if len(users) > 1:

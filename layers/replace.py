@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .chain import is_plain
+from .chain import is_untouched
 from .fuse import fuse_neighbours, is_searched, unfuse
 from .table import format_table
 from .twin import TWINS, Layer, stock_class
@@ -135,6 +135,8 @@ def _fuse(
         if fusion.untraced is not None:
             untraced.append(ReplacementRow(names, _plain_class(module).__name__, False, fusion.untraced))
         for layer, reason in fusion.stops.items():
+            if reason == rows[layer].reason:
+                continue
             rows[layer] = replace(rows[layer], reason=f"{rows[layer].reason}; not fused: {reason}")
         hosts: dict[nn.Module, list[str]] = {}
         for first, *others in fusion.chains:
@@ -223,7 +225,7 @@ def _reason_not_selected(
 
 def _reason_to_keep_apart(layer: nn.Module) -> str | None:
     """Why a layer must not be fused, whatever its neighbours are, or None."""
-    if is_plain(layer):
+    if is_untouched(layer):
         return None
     return "forward is overridden on the instance" if "forward" in layer.__dict__ else "has hooks"
 
