@@ -232,6 +232,7 @@ def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop:
     fused = (
         tensor_refusal(input) is None
         and _is_ready(linear, nn.Linear)
+        and (linear.bias is None or linear.bias.dtype is linear.weight.dtype)
         and _is_ready(activation, *ACTIVATIONS)
         and _is_ready(drop, nn.Dropout)
     )

@@ -99,9 +99,12 @@ _classes: dict[type[nn.Module], type[Fused]] = {}
 
 
 def fused_class(stock: type[nn.Module]) -> type[Fused]:
-    """The subclass of ``stock`` that its fused instances are of; it goes by the same name."""
+    """The subclass of ``stock`` that its fused instances are of; it goes by the same name.  Raises NotTraceable."""
     if stock not in _classes:
-        _classes[stock] = _subclass(stock)
+        try:
+            _classes[stock] = _subclass(stock)
+        except Exception as error:  # a class may run any code when another is derived from it
+            raise NotTraceable(f"no class can be derived from its class ({type(error).__name__})") from error
     return _classes[stock]
 
 
@@ -225,7 +228,7 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
         if plan.chains:
             module.__class__ = fused_class(stock)
             module.__dict__[_PLAN] = plan
-    except (NotTraceable, TypeError) as error:  # TypeError: its metaclass, or __slots__, forbids the subclass
+    except NotTraceable as error:
         return Fusion(untraced=str(error))
     new = [names for names in plan.chains if old is None or names not in old.chains]
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)

@@ -62,7 +62,12 @@ class ReplacementReport:
         ]
         table = format_table(("layer", "class", "result", "reason"), body)
         lines = [table, f"{len(self.replaced)} of {len(self.rows)} layers replaced"]
-        lines += [f"no neighbours fused in {_readable(row.names)} ({row.layer}): {row.reason}" for row in self.untraced]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for row in self.untraced:
+            alike.setdefault((row.layer, row.reason), []).append(_readable(row.names))
+        for (layer, reason), names in alike.items():
+            which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
+            lines.append(f"no neighbours fused in {which} ({layer}): {reason}")
         return "\n".join(lines)
 
 
@@ -95,7 +100,8 @@ def replace_layers(
     Layers that have hooks or parametrizations, and values that are used twice, aren't fused.  No layer moves, and none
     changes beyond the swap: the module that calls them runs its code with a single call for neighbours.  It runs its
     own code for any call that is unlike those that were traced, and calls neighbours one by one where one of them has
-    got a hook, another class or unusual options, or where no kernel takes the input.
+    got a hook, another class or unusual options, or where no kernel takes the input.  Hooks of all modules at once
+    (``register_module_forward_hook``) don't see neighbours that are computed in one.
     """
     report = ReplacementReport()
     modules = _unique_modules(model)
