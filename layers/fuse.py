@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .chain import is_one_of, is_untouched
-from .graph import Assumptions, NotTraceable, assumptions_of, calls_in_order, code_graph
+from .graph import Assumptions, Code, NotTraceable, calls_in_order, code_graph
 from .neighbours import FIRST, Refusal, Search, is_known
 
 __all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "unfuse"]
@@ -134,8 +134,9 @@ def _all_but(names: tuple[str, ...]) -> Refusal:
 
 def _search(module: nn.Module, stock: type[nn.Module], refuses: Refusal) -> tuple[Plan, dict[nn.Module, str]]:
     """The plan of a module whose class is, or was, ``stock``; why chains aren't longer.  Raises NotTraceable."""
+    code = Code(module, stock)
     graphs = _graphs_of_modes(module, stock)
-    assumptions = assumptions_of(module, stock, list(graphs.values()))
+    assumptions = code.explained_by(graphs.values())
     modes = (True, False) if assumptions.reads_mode else (None,)
     searches = {mode: Search(module, graphs[bool(mode)], refuses) for mode in modes}
     plan = Plan(

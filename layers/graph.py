@@ -6,15 +6,16 @@ import builtins
 import dis
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from .twin import Twin
 
-__all__ = ["IN_PLACE", "Assumptions", "LayerTracer", "NotTraceable", "assumptions_of", "calls_in_order", "code_graph"]
+__all__ = ["IN_PLACE", "Assumptions", "Code", "LayerTracer", "NotTraceable", "calls_in_order", "code_graph"]
 
 
 class LayerTracer(fx.Tracer):
@@ -76,13 +77,11 @@ def calls_in_order(cls: type[nn.Module]) -> bool:
 def code_graph(module: nn.Module) -> fx.Graph:
     """The graph of the module's own code, called with a tensor for each argument that has no default value.
 
-    Raises NotTraceable.
+    The code is run, so `Code` should have judged it first.  Raises NotTraceable.
     """
     if calls_in_order(type(module)):
         return _sequential_graph(module)
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    for function in _own_functions(type(module)):
-        list(_names(function.__code__))  # tracing runs the code, which must have no effects then
     if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
         raise NotTraceable("it takes any number of arguments")
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -147,36 +146,66 @@ class Assumptions(NamedTuple):
         return not self.reads_mode or all(child.training == module.training for child in module.children())
 
 
-def assumptions_of(module: nn.Module, stock: type[nn.Module], graphs: list[fx.Graph]) -> Assumptions:
-    """What ``graphs``, traced from the code of ``stock``, take for granted about the module.
+class Code:
+    """What the code of a class, run on a module of it, names.  Raises NotTraceable where that isn't safe to trace.
 
-    Raises NotTraceable where the code does something that no graph tells: every name in it has to be an attribute of
-    the module or an operation of a graph.
+    Every name has to be an attribute of the module, or an operation that the graph records (`explained_by`).
     """
-    if calls_in_order(stock):
-        return Assumptions((), (), False)
-    operations, functions = set(), set()
-    for node in (node for graph in graphs for node in graph.nodes):
-        if node.op == "call_function":
-            functions.add(node.target)
-            operations |= {getattr(node.target, "__name__", ""), node.name.rstrip("0123456789").rstrip("_")}
-            operations |= {argument for argument in node.args if isinstance(argument, str)}
-        operations |= {node.target} if node.op == "call_method" else set()
-    constants: dict[str, Any] = {}
-    present: dict[str, int] = {}
-    for function in _own_functions(stock):
-        for kind, name in _names(function.__code__):
-            if kind == "global":
-                _check_global(name, function, functions)
-            elif _reads_attribute(module, name, operations):
-                value = getattr(module, name)
-                if _is_constant(value) and name not in module._modules:
-                    constants[name] = value
-                elif not isinstance(value, nn.Module | Tensor):
-                    raise NotTraceable(f"its code reads the attribute {name!r}")
-                present[name] = _presence(value)
-    mode = constants.pop("training", None) is not None
-    return Assumptions(tuple(constants.items()), tuple(present.items()), mode)
+
+    def __init__(self, module: nn.Module, stock: type[nn.Module]) -> None:
+        self.constants: dict[str, Any] = {}
+        self.present: dict[str, int] = {}
+        self._functions: dict[str, Any] = {}
+        self._others: set[str] = set()
+        if calls_in_order(stock):
+            return
+        for function in _own_functions(stock):
+            for kind, name in _names(function.__code__):
+                if kind == "global":
+                    self._read_global(name, function.__globals__.get(name, getattr(builtins, name, None)))
+                else:
+                    self._read_attribute(name, module, inspect.getattr_static(stock, name, None))
+
+    def _read_global(self, name: str, value: Any) -> None:
+        exception = isinstance(value, type) and issubclass(value, BaseException)
+        if name in _BUILTINS or exception or (isinstance(value, ModuleType) and _is_of_torch(value.__name__)):
+            return
+        if not _is_torch_function(value):
+            raise NotTraceable(f"its code uses {name!r}")
+        self._functions[name] = value
+
+    def _read_attribute(self, name: str, module: nn.Module, static: Any) -> None:
+        if isinstance(static, property):
+            raise NotTraceable(f"its code reads the property {name!r}")
+        if not hasattr(module, name) or (hasattr(nn.Module, name) and name != "training"):
+            self._others.add(name)
+        elif not isinstance(static, FunctionType):  # methods are read as code
+            value = getattr(module, name)
+            if _is_torch_function(value):
+                self._functions[name] = value
+            elif not (_is_constant(value) or isinstance(value, nn.Module | Tensor)):
+                raise NotTraceable(f"its code reads the attribute {name!r}")
+            if isinstance(value, nn.Module | Tensor | None):
+                self.present[name] = _presence(value)
+            else:
+                self.constants[name] = value
+
+    def explained_by(self, graphs: Iterable[fx.Graph]) -> Assumptions:
+        """What ``graphs``, traced from the code, take for granted.  Raises NotTraceable where a name isn't theirs."""
+        functions, operations = set(), set(_NAMESPACES)
+        for node in (node for graph in graphs for node in graph.nodes):
+            if node.op == "call_function":
+                functions.add(node.target)
+                operations |= {getattr(node.target, "__name__", ""), node.name.rstrip("0123456789").rstrip("_")}
+                operations |= {argument for argument in node.args if isinstance(argument, str)}
+            elif node.op == "call_method":
+                operations.add(str(node.target))
+        unknown = [name for name, value in self._functions.items() if value not in functions]
+        unknown += sorted(self._others - operations)
+        if unknown:
+            raise NotTraceable(f"its code uses {unknown[0]!r}")
+        constants = tuple((name, value) for name, value in self.constants.items() if name != "training")
+        return Assumptions(constants, tuple(self.present.items()), "training" in self.constants)
 
 
 def _own_functions(stock: type[nn.Module]) -> Iterator[FunctionType]:
@@ -211,25 +240,17 @@ def _names(code: CodeType) -> Iterator[tuple[str, str]]:
             yield from _names(constant)
 
 
-def _check_global(name: str, function: FunctionType, recorded: set[Any]) -> None:
-    value = function.__globals__.get(name, getattr(builtins, name, None))
-    if isinstance(value, ModuleType) and value.__name__.split(".")[0] in ("torch", "operator"):
-        return
-    if name in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException)):
-        return
-    if not any(value is target for target in recorded):
-        raise NotTraceable(f"its code uses {name!r}")
+def _is_of_torch(name: str | None) -> bool:
+    return name is not None and name.split(".")[0] in ("torch", "operator", "_operator")
 
 
-def _reads_attribute(module: nn.Module, name: str, operations: set[str]) -> bool:
-    """Whether the name is that of an attribute to be looked after; raises where it is of nothing known."""
-    static = inspect.getattr_static(type(module), name, None)
-    if isinstance(static, property):
-        raise NotTraceable(f"its code reads the property {name!r}")
-    own = hasattr(module, name) and (name == "training" or not hasattr(nn.Module, name))
-    if not own and name not in operations | _NAMESPACES:
-        raise NotTraceable(f"its code uses {name!r}")
-    return own and not callable(static)
+def _is_torch_function(value: Any) -> bool:
+    """Whether a value is a function of PyTorch, whose calls a tracer records."""
+    if isinstance(value, type) or not callable(value) or isinstance(value, nn.Module | Tensor):
+        return False
+    return (
+        _is_of_torch(getattr(value, "__module__", None)) or getattr(torch, getattr(value, "__name__", ""), 0) is value
+    )
 
 
 def _is_constant(value: Any) -> bool:

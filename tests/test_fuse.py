@@ -511,6 +511,22 @@ class CallsAHelper(UsedTwice):
         return scaled(self.act(self.conv(x)))
 
 
+class Keeping(UsedTwice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(x)
+        return self.act(self.conv(x))
+
+
+class Printing(UsedTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        print("called")
+        return self.act(self.conv(x))
+
+
 class Clamp(nn.Module):
     """Changes its input."""
 
@@ -546,11 +562,15 @@ APART = {
     AsksTheType: "its code uses 'isinstance'",
     AsksTheShape: "its code can't be traced (TraceError)",
     CallsAHelper: "its code uses 'scaled'",
+    Keeping: "its code reads the attribute 'kept'",
+    Printing: "its code uses 'print'",
 }
 
 
 @pytest.mark.parametrize("cls", APART)
-def test_code_that_keeps_its_layers_apart(cls: type[nn.Module], device: str) -> None:
+def test_code_that_keeps_its_layers_apart(
+    cls: type[nn.Module], device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if cls is Noisy and device != "cpu":
         pytest.skip("the code makes tensors of the CPU")
     stock = make(cls(), device)
@@ -560,6 +580,10 @@ def test_code_that_keeps_its_layers_apart(cls: type[nn.Module], device: str) -> 
     if APART[cls] is not None:
         assert any(reason.endswith(APART[cls]) for reason in found.values()), found
     assert type(model) is cls
+    assert vars(model).keys() == vars(stock).keys()
+    assert not getattr(model, "kept", ())
+    assert not getattr(model, "calls", 0)
+    assert not capsys.readouterr().out
     if cls not in (Chance, Noisy, Decorated, NoGradient):
         x = batch(*IMAGES, device=device)
         expected = stock(x)
@@ -718,6 +742,25 @@ def test_optional_arguments(options: dict[str, object], device: str) -> None:
     assert_same(model, stock, batch(*IMAGES, device=device), **options)
     with pytest.raises(TypeError):
         model()
+
+
+class HoldsAFunction(UsedTwice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv(x))
+
+
+def test_a_function_that_the_module_holds(device: str) -> None:
+    stock = make(HoldsAFunction(), device)
+    model = copy.deepcopy(stock)
+    assert reasons(model)["conv"] == "fused with the functions behind it"
+    assert_same(model, stock, batch(*IMAGES, device=device))
+    for one in (stock, model):
+        one.function = torch.cos
+    assert_same(model, stock, batch(*IMAGES, device=device))
 
 
 class Modes(UsedTwice):
