@@ -182,6 +182,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         {"0": "1"},
     ),
     "norm, act": (lambda: Block(nn.BatchNorm1d(6), nn.Sigmoid(), nn.BatchNorm1d(6)), ROWS, {"0": "1"}),
+    "synchronised norm, act": (lambda: Block(nn.SyncBatchNorm(6), nn.ReLU()), ROWS, {"0": "1"}),
     "linear, act, dropout": (
         lambda: Block(nn.Linear(6, 4), nn.LeakyReLU(0.3), nn.Dropout(0.0), nn.Linear(4, 3), nn.Hardtanh(-0.5, 0.25)),
         ROWS,
@@ -222,7 +223,8 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
 
 #: Those that the quick suite leaves out.
 LONG = ("residual of a convolution", "branches", "norm without statistics", "linear, norm", "conv, norm", "norm first")
-SHORT_AND_LONG = [pytest.param(name, marks=[pytest.mark.thorough] * (name in LONG)) for name in PATTERNS]
+MARKS = {**dict.fromkeys(LONG, pytest.mark.thorough), "conv, act, pool": pytest.mark.smoke}
+SHORT_AND_LONG = [pytest.param(name, marks=MARKS.get(name, ())) for name in PATTERNS]
 
 
 @pytest.mark.parametrize("name", SHORT_AND_LONG)
@@ -991,6 +993,15 @@ def test_a_class_made_of_a_fused_one(device: str) -> None:
     fusednn.restore_layers(model)
     assert type(model).__name__ == "Sharded"
     assert_same(model, stock, x)
+
+
+def test_folding_after_fusion(device: str) -> None:
+    stock = make(Residual(), device).eval()
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    assert len(layers.fold_batch_norm(model).replaced) == 2
+    x = batch(*IMAGES, device=device)
+    torch.testing.assert_close(model(x), stock(x))
 
 
 def test_a_fused_module_looks_like_itself() -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.device import KERNELS_RUN
 from torch import Tensor, nn
 
 import fusednn
@@ -66,10 +67,14 @@ NETWORKS = {
     ),
 }
 QUICK = ("ResNet, basic",)
+#: Those whose many layers take minutes in Triton's interpreter.
+LARGE = ("AlexNet", "GoogLeNet", "MobileNetV1", "MobileNetV2", "ResNet18", "VGG")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.thorough] * (name not in QUICK)) for name in NETWORKS])
-def network(request: pytest.FixtureRequest) -> Network:
+def network(request: pytest.FixtureRequest, device: str) -> Network:
+    if request.param in LARGE and KERNELS_RUN and device == "cpu":
+        pytest.skip("takes minutes in the interpreter")
     return NETWORKS[request.param]
 
 
