@@ -16,8 +16,10 @@ from torch.autograd import Function
 
 from ..kernels import batch_norm as kernels
 from ..kernels.activation import ACTIVATIONS
+from ..kernels.launch import ACCUMULATOR
 from .dispatch import takes_kernel
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["ACTIVATION_FUNCTIONS", "BatchNorm", "batch_norm", "batch_norm_act", "channel_statistics"]
 
@@ -34,7 +36,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    mean, variance = (x.new_empty(x.shape[1], dtype=kernels.accumulator(x.dtype)) for _ in range(2))
+    mean, variance = (x.new_empty(x.shape[1], dtype=ACCUMULATOR[x.dtype]) for _ in range(2))
     return mean, variance
 
 
@@ -221,13 +223,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
             y = F.batch_norm(x, mean.to(dtype), variance.to(dtype), weight, bias, False, 0.0, eps)
         y = apply_activation(y, residual, activation)
-    operands = (x, residual, weight, bias)
-    wanted = [t for t, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True)) if wanted else iter(())
-    dx, dresidual, dweight, dbias = (
-        next(found) if needed and t is not None else None
-        for t, needed in zip(operands, ctx.needs_input_grad, strict=False)
-    )
+    dx, dresidual, dweight, dbias = stock_gradients(y, (x, residual, weight, bias), ctx.needs_input_grad[:4], g)
     if residual is None and ctx.needs_input_grad[1]:
         dresidual = g
     return dx, dresidual, dweight, dbias, None, None, None, None, None
@@ -323,7 +319,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = statistics(input, None, None, None, 0.0)
     else:
         others = [dim for dim in range(input.dim()) if dim != 1]
-        variance, mean = torch.var_mean(input.to(kernels.accumulator(input.dtype)), others, correction=0)
+        variance, mean = torch.var_mean(input.to(ACCUMULATOR[input.dtype]), others, correction=0)
     return mean, variance
 
 

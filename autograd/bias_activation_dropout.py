@@ -15,6 +15,7 @@ from ..kernels.random import draw_seed
 from .activation import STOCK
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["bias_activation_dropout"]
 
@@ -171,9 +172,7 @@ def _differentiable_gradients(
     noise, _ = _forward(torch.ones_like(x), None, None, seed, "relu", 0.0, 0.0, p, dim, False)
     with torch.enable_grad():
         y = STOCK[name](_biased(x, bias, dim), a, b) * noise
-    wanted = [tensor for tensor in (x, bias) if tensor is not None and tensor.requires_grad]
-    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    dx, db = (next(gradients) if t is not None and t.requires_grad else None for t in (x, bias))
+    dx, db = stock_gradients(y, (x, bias), [t is not None and t.requires_grad for t in (x, bias)], g)
     return dx, db
 
 

@@ -19,9 +19,10 @@ from ..kernels import conv as kernels
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.pool import POINT, Pooled, Window, images
 from .batch_norm import apply_activation, check_activation
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
 from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
+from .stock_gradients import stock_gradients
 
 __all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_statistics2d", "saved_by"]
 
@@ -183,11 +184,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     with torch.enable_grad():
         y = apply_activation(F.conv2d(x, weight, bias, *convolution), residual, activation)
         y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-    operands = (x, weight, bias, residual)
-    needed = ctx.needs_input_grad[:4]
-    wanted = [operand for operand, need in zip(operands, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    return [next(found) if need else None for need in needed]
+    return stock_gradients(y, (x, weight, bias, residual), ctx.needs_input_grad[:4], g)
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------
@@ -257,7 +254,7 @@ def conv_act_pool2d(
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
     check_activation(activation)
-    operands = input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    operands = input, weight, bias, residual = in_low_precision(input, weight, bias, residual)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     padded, border = _padded(input, weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
@@ -291,7 +288,7 @@ def conv_statistics2d(
     groups: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`conv2d`, and the partial statistics of its channels, where a kernel makes both; else None."""
-    operands = x, w, b = _autocast(input, weight, bias)
+    operands = x, w, b = in_low_precision(input, weight, bias)
     x, border = _padded(x, w, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
     refusal = _refusal(x, w, b, None, convolution, "relu", POINT)
@@ -306,17 +303,6 @@ def conv_statistics2d(
     partial: Tensor
     z, partial = ConvStatistics.apply(x, w, b, convolution)
     return z, partial
-
-
-def _autocast(*operands: Any) -> tuple[Any, ...]:
-    """The operands, in the region of an autocast in its low precision."""
-    dtype = autocast_dtype(operands[0]) if isinstance(operands[0], Tensor) else None
-    if dtype is None:
-        return operands
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in operands)
-
-
-_CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _padded(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels.activation import ACTIVATIONS
-from ..kernels.batch_norm import accumulator
+from ..kernels.launch import ACCUMULATOR
 from ..kernels.pool import POINT, Window, images, is_masked
 from .batch_norm import (
     BatchNorm,
@@ -31,6 +31,7 @@ from .batch_norm import reduce as norm_reduce
 from .conv import conv_act_pool2d, conv_statistics2d, saved_by
 from .dispatch import takes_kernel
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
+from .stock_gradients import stock_gradients
 
 __all__ = ["conv_batch_norm_act2d"]
 
@@ -73,9 +74,7 @@ class BatchNormActPool(Function):
                 y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
                 y = apply_activation(y, residual, activation)
                 y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-            wanted = [t for t, need in zip((x, residual, weight, bias), needed, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            return (*(next(found) if need else None for need in needed), None, None, None, None, None)
+            return *stock_gradients(y, (x, residual, weight, bias), needed, g), None, None, None, None, None
         _, channels_last = images(x)
         dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, activation, *window, False)
         dx, dweight, dbias = None, None, None
@@ -197,7 +196,7 @@ def _folded(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Filters and bias of the convolution that also normalises; differentiable."""
-    dtype = accumulator(weight.dtype)
+    dtype = ACCUMULATOR[weight.dtype]
     scale = _scale(norm_weight, variance.to(dtype), eps)
     shift = -mean if bias is None else bias - mean
     shift = shift * scale if norm_bias is None else shift * scale + norm_bias

@@ -12,16 +12,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import cross_entropy as kernels
-from ..kernels.cross_entropy import ACCUMULATOR, Reduction
-from ..kernels.launch import DeviceAssertionError
-from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel
+from ..kernels.cross_entropy import Reduction
+from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
+from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["cross_entropy"]
-
-#: What autocast casts.
-CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _stock(
@@ -142,9 +140,7 @@ class CrossEntropy(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 loss = _stock(x, target, weight, reduction, ignore_index, smoothing).to(g.dtype)
-            wanted = [tensor for tensor, wants in zip((x, target), needed, strict=True) if wants]
-            gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
-            dx, dtarget = (next(gradients) if wants else None for wants in needed)
+            dx, dtarget = stock_gradients(loss, (x, target), needed, g)
         else:
             dx, dtarget = _backward(
                 g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, *needed
@@ -174,8 +170,8 @@ def cross_entropy(
     """
     name = reduction_name(size_average, reduce, reduction)
     x, q = input, target
-    low = isinstance(x, Tensor) and x.dtype in CAST and autocast_dtype(x) is not None
-    if low and isinstance(q, Tensor) and q.dtype in CAST and q.dtype != x.dtype:
+    low = isinstance(x, Tensor) and x.dtype in AUTOCAST_TYPES and autocast_dtype(x) is not None
+    if low and isinstance(q, Tensor) and q.dtype in AUTOCAST_TYPES and q.dtype != x.dtype:
         x, q = x.float(), q.float()
     shape = x.shape if isinstance(x, Tensor) else ()
     refusal = refusal_of(shape, x, q, weight, name, ignore_index, label_smoothing)
@@ -218,7 +214,7 @@ def refusal_of(
         return None
     if not isinstance(weight, Tensor) or type(weight) not in PLAIN_TYPES or weight.device != x.device:
         return "the weights are not a plain tensor on the input's device"
-    if weight.dtype != x.dtype and not (autocast_dtype(x) is not None and weight.dtype in CAST):
+    if weight.dtype != x.dtype and not (autocast_dtype(x) is not None and weight.dtype in AUTOCAST_TYPES):
         return "the weights are of another dtype"
     if weight.shape != (shape[kernels.class_dim(shape)],):
         return "the weights are not one for each class"

@@ -7,19 +7,31 @@ which also raises the stock error where the arguments are wrong.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..kernels import AVAILABLE, INTERPRETING
-from ..kernels.launch import DTYPES
+from ..kernels.launch import memory_refusal
 
-__all__ = ["PLAIN_TYPES", "Choice", "autocast_dtype", "observe_choices", "takes_kernel", "transform_refusal"]
+__all__ = [
+    "AUTOCAST_TYPES",
+    "PLAIN_TYPES",
+    "Choice",
+    "autocast_dtype",
+    "in_low_precision",
+    "observe_choices",
+    "takes_kernel",
+    "transform_refusal",
+]
 
 #: The classes whose tensors kernels take: a subclass may override anything.
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+#: The dtypes that autocast casts, and casts to.
+AUTOCAST_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Choice(NamedTuple):
@@ -79,26 +91,20 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
         if type(tensor) not in PLAIN_TYPES:
             return f"{type(tensor).__name__} is not a plain tensor"
     first = tensors[0]
-    if first.device.type == "cpu":
-        if not INTERPRETING:
-            return "CPU tensor"
-    elif first.device.type != "cuda":
-        return f"no kernels for {first.device.type} tensors"
-    if first.layout is not torch.strided:
-        return f"{first.layout} tensor"
-    if first.dtype not in DTYPES:
-        return f"no kernel for {first.dtype}"
+    if refusal := memory_refusal(first):
+        return refusal
     if first.numel() == 0 and not empty:
         return "no elements"
     for other in tensors[1:]:
         if other.dtype != first.dtype or other.device != first.device:
             return "operands differ in dtype or device"
     if parameters:
-        wide = {torch.float32} if first.dtype.itemsize == 2 else set()
-        if any(parameter.device != first.device for parameter in parameters):
-            return "a parameter is on another device"
-        if len(dtypes := {parameter.dtype for parameter in parameters}) > 1 or not dtypes <= {first.dtype} | wide:
+        dtype = parameters[0].dtype
+        if dtype != first.dtype and (dtype is not torch.float32 or first.dtype.itemsize > 2):
             return "no kernel for these parameters' dtypes"
+        for parameter in parameters:
+            if parameter.dtype != dtype or parameter.device != first.device:
+                return "the parameters differ in dtype, or are on another device"
     if inplace:
         if first.requires_grad and first.is_leaf and torch.is_grad_enabled():
             return "in-place on a leaf that requires gradients"
@@ -124,3 +130,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def in_low_precision(*operands: Any) -> tuple[Any, ...]:
+    """The operands as autocast gives them to an operator that it computes in its low precision.
+
+    Outside a region, which the first operand's device decides, they come back as they are; float64 always does.
+    """
+    dtype = autocast_dtype(operands[0]) if isinstance(operands[0], Tensor) else None
+    if dtype is None:
+        return operands
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in AUTOCAST_TYPES else t for t in operands)

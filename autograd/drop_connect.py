@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels.random import draw_seed
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
 from .dropout import DropoutGradient, apply_dropout, probability_refusal
+from .stock_gradients import stock_gradients
 
 __all__ = ["drop_connect_linear"]
 
@@ -33,9 +34,7 @@ class DropConnectLinear(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 y = F.linear(x, apply_dropout(weight, ctx.p, False, seed=seed), bias)
-            wanted = [tensor for tensor, need in zip((x, weight, bias), needed, strict=True) if need]
-            gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            return *(next(gradients) if need else None for need in needed), None, None
+            return *stock_gradients(y, (x, weight, bias), needed, g), None, None
         dx = dw = db = None
         if needed[0]:
             dx = g @ apply_dropout(weight, ctx.p, False, seed=seed)
@@ -58,9 +57,7 @@ def drop_connect_linear(
     the whole batch.  (..., in) and (out, in) give (..., out); autocast as in linear.  Beside its operands it saves a
     seed.  Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of Neural Networks using DropConnect" (ICML 2013).
     """
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (dtype := autocast_dtype(input)):
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    input, weight, bias = in_low_precision(input, weight, bias)
     operands = [operand for operand in (weight, input, bias) if operand is not None]
     if not takes_kernel("drop_connect_linear", *operands, refusal=probability_refusal(p, training)):
         return F.linear(input, F.dropout(weight, p, training), bias)

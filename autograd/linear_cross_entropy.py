@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import linear_cross_entropy as kernels
-from ..kernels.cross_entropy import ACCUMULATOR, Reduction
-from ..kernels.launch import DeviceAssertionError
+from ..kernels.cross_entropy import Reduction
+from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.linear_cross_entropy import Options
-from .cross_entropy import CAST, refusal_of
-from .dispatch import PLAIN_TYPES, autocast_dtype, takes_kernel, transform_refusal
+from .cross_entropy import refusal_of
+from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, in_low_precision, takes_kernel, transform_refusal
 from .operators import operator
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
+from .stock_gradients import stock_gradients
 
 __all__ = ["linear_cross_entropy"]
 
@@ -165,7 +166,6 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     """Gradients of input, weight and bias from stock operators, with all logits at once."""
     *operands, target, weight = ctx.saved_tensors[:5]
     reduction, ignore_index, smoothing = ctx.arguments
-    needed = ctx.needs_input_grad[:3]
     with torch.enable_grad():
         logits = _logits(*operands)
         loss = F.cross_entropy(
@@ -176,9 +176,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
             reduction=reduction,
             label_smoothing=smoothing,
         ).to(g.dtype)
-    wanted = [operand for operand, needs in zip(operands, needed, strict=True) if needs]
-    gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
-    return [next(gradients) if needs else None for needs in needed]
+    return stock_gradients(loss, operands, ctx.needs_input_grad[:3], g)
 
 
 def _logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -209,12 +207,9 @@ def linear_cross_entropy(
 
     Raises what PyTorch raises.
     """
-    x, matrix, vector = input, linear_weight, linear_bias
-    dtype = input.dtype if isinstance(input, Tensor) else torch.float32
-    if isinstance(input, Tensor) and (low := autocast_dtype(input)) is not None and input.dtype in CAST:
-        x, matrix = x.to(low), matrix.to(low) if isinstance(matrix, Tensor) and matrix.dtype in CAST else matrix
-        vector = vector.to(low) if isinstance(vector, Tensor) and vector.dtype in CAST else vector
-        dtype = torch.float32
+    x, matrix, vector = in_low_precision(input, linear_weight, linear_bias)
+    low = isinstance(x, Tensor) and x.dtype in AUTOCAST_TYPES and autocast_dtype(x) is not None
+    dtype = torch.float32 if low or not isinstance(x, Tensor) else x.dtype
     operands = (x, matrix) if vector is None else (x, matrix, vector)
     ignored = -100 if ignore_index is None else ignore_index
     refusal = _refusal(x, matrix, vector, target, weight, reduction, ignore_index, label_smoothing, options)

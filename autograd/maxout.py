@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from ..kernels import maxout as kernels
 from ..kernels.random import draw_seed
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
 from .operators import operator
 
 __all__ = ["maxout", "maxout_conv2d", "maxout_linear"]
@@ -229,7 +229,7 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be a probability, not {dropout}")
     pieces, units, features = weight.shape
-    input, weight, bias = _under_autocast(input, weight, bias)
+    input, weight, bias = in_low_precision(input, weight, bias)
     operands = (input, weight) if bias is None else (input, weight, bias)
     refusal = _refusal(pieces)
     if input.dim() == 0 or input.shape[-1] != features:
@@ -279,7 +279,7 @@ def maxout_conv2d(
     """
     _check_weight(weight, bias, 5)
     pieces = weight.shape[0]
-    input, weight, bias = _under_autocast(input, weight, bias)
+    input, weight, bias = in_low_precision(input, weight, bias)
     operands = (input, weight) if bias is None else (input, weight, bias)
     takes = takes_kernel("maxout_conv2d", *operands, refusal=_refusal(pieces))
     fused = takes and groups == 1
@@ -328,15 +328,3 @@ def _as_channels(parameter: Tensor, groups: int) -> Tensor:
         by_group: Tensor = parameter.unflatten(1, (groups, -1))
         parameter = by_group.transpose(0, 1).flatten(0, 1)
     return parameter.flatten(0, 1)
-
-
-def _under_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in the low precision of the autocast region that they are in."""
-    dtype = autocast_dtype(input)
-    if dtype is None:
-        return input, weight, bias
-    cast = [t if t is None or t.dtype not in _CAST else t.to(dtype) for t in (input, weight, bias)]
-    return cast[0], cast[1], cast[2]  # type: ignore[return-value]
-
-
-_CAST = (torch.float16, torch.bfloat16, torch.float32)

@@ -18,6 +18,7 @@ from ..kernels.launch import DeviceAssertionError
 from .dispatch import autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = [
     "binary_cross_entropy",
@@ -166,9 +167,7 @@ class PointwiseLoss(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 loss = _stock_loss(x, target, weight, positive_weight, *ctx.arguments)
-            wanted = [tensor for tensor, needed in ((x, wants_dx), (target, wants_dt)) if needed]
-            gradients = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
-            dx, dt = (next(gradients) if needed else None for needed in (wants_dx, wants_dt))
+            dx, dt = stock_gradients(loss, (x, target), (wants_dx, wants_dt), g)
         else:
             dx, dt = _backward(g, x, target, weight, positive_weight, weight_total, *ctx.arguments, wants_dx, wants_dt)
         return dx if wants_dx else None, dt if wants_dt else None, None, None, None, None, None, None

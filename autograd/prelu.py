@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import prelu as kernels
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
 from .operators import operator
+from .stock_gradients import stock_gradients
 
 __all__ = ["prelu"]
 
@@ -42,9 +43,7 @@ class PReLU(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 y = F.prelu(x, weight)
-            wanted = [tensor for tensor, needed in zip((x, weight), ctx.needs_input_grad, strict=True) if needed]
-            gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-            dx, dw = (next(gradients) if needed else None for needed in ctx.needs_input_grad)
+            dx, dw = stock_gradients(y, (x, weight), ctx.needs_input_grad, g)
         else:
             dx, dw = _backward(g, x, weight)
         return dx if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None
@@ -56,15 +55,11 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     ``weight`` holds one slope, or one for each channel (dimension 1 of the input).  Autocast computes in its low
     precision, and so does this.  Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers" (ICCV 2015).
     """
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (dtype := autocast_dtype(input)):
-        input, weight = (t.to(dtype) if t.dtype in _CAST else t for t in (input, weight))
+    input, weight = in_low_precision(input, weight)
     if not takes_kernel("prelu", input, weight, refusal=_refusal(input, weight)):
         return F.prelu(input, weight)
     y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _forward(input, weight)
     return y
-
-
-_CAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _refusal(input: object, weight: object) -> str | None:

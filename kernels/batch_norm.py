@@ -25,7 +25,7 @@ large terms that cancel, only that of single lanes is left.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -34,14 +34,13 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import ACTIVATIONS
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, narrow, scalar, square_root, widen
-from .tiles import MASK_BYTES, TILE, load_bits, store_bits, threads_for, tile_shape
+from .tiles import MASK_BYTES, TILE, cdiv, load_bits, store_bits, threads_for, tile_shape
 
 __all__ = [
     "Plan",
-    "accumulator",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_norm_reduce",
@@ -498,11 +497,6 @@ def _tilings_of(dtype: torch.dtype) -> tuple[_Tiling, ...]:
     return tuple(tiling for tiling in _TILINGS if dtype is not torch.float64 or tiling.width < TILE)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of the statistics of an input of ``dtype``."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _configuration(
     label: str,
     kernel: Any,
@@ -542,7 +536,7 @@ def _configuration(
 
 def _types(dtype: torch.dtype) -> tuple[str, str]:
     """Pointer types of elements and of statistics."""
-    return "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[accumulator(dtype)]
+    return "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
 
 
 def _parameters(dtype: torch.dtype, affine: bool) -> dict[str, str | None]:
@@ -752,16 +746,15 @@ class Plan:
     steps: int
     along_inner: bool
 
-    @property
+    @cached_property
     def splits(self) -> int:
-        chunks: int = triton.cdiv(self.length, self.steps)
-        return self.tracks * chunks
+        return self.tracks * cdiv(self.length, self.steps)
 
-    @property
+    @cached_property
     def programs(self) -> int:
         return self.splits * self.channel_blocks
 
-    @property
+    @cached_property
     def extents(self) -> tuple[int, ...]:
         return (
             self.outer,
@@ -779,8 +772,7 @@ def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> _Tili
     """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
     tilings = [tiling for tiling in _tilings_of(dtype) if tiling.axis == axis]
     lanes = [
-        triton.cdiv(columns, tiling.width) * tiling.width * triton.cdiv(rows, tiling.height) * tiling.height
-        for tiling in tilings
+        cdiv(columns, tiling.width) * tiling.width * cdiv(rows, tiling.height) * tiling.height for tiling in tilings
     ]
     fewest = min(lanes)
     return next(
@@ -794,15 +786,22 @@ def plan_of(x: Tensor) -> Plan:
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
     inner = x.numel() if channels == 1 else x.stride(1)
     outer = x.numel() // (channels * inner)
+    # In a traced function sizes may be symbolic, and can't be a key.
+    plan = _plan if type(outer) is int else _plan.__wrapped__
+    return plan(x.dtype, outer, channels, inner)
+
+
+@lru_cache(maxsize=4096)
+def _plan(dtype: torch.dtype, outer: int, channels: int, inner: int) -> Plan:
     axis, columns = (0, channels) if inner == 1 else (1, inner)
-    tiling = _tiling_for(x.dtype, axis, columns, channels if axis == 1 else outer)
+    tiling = _tiling_for(dtype, axis, columns, channels if axis == 1 else outer)
     width = tiling.width
     if axis == 0:
-        channel_blocks, tracks, length = triton.cdiv(columns, width), 1, triton.cdiv(outer, tiling.height)
+        channel_blocks, tracks, length = cdiv(columns, width), 1, cdiv(outer, tiling.height)
     else:
-        channel_blocks = triton.cdiv(channels, tiling.height)
-        tracks, length = sorted((outer, triton.cdiv(columns, width)))
-    steps = triton.cdiv(length, max(1, _PROGRAMS // (channel_blocks * tracks)))
+        channel_blocks = cdiv(channels, tiling.height)
+        tracks, length = sorted((outer, cdiv(columns, width)))
+    steps = cdiv(length, max(1, _PROGRAMS // (channel_blocks * tracks)))
     along_inner = axis == 1 and length != outer
     return Plan(tiling, outer, channels, columns, channel_blocks, tracks, length, steps, along_inner)
 
@@ -820,8 +819,11 @@ def _vectors(
         weight = torch.ones_like(bias)
     elif bias is None and weight is not None:
         bias = torch.zeros_like(weight)
-    statistic = accumulator(dtype)
-    return tuple(None if v is None else v.to(statistic).contiguous() for v in (mean, variance, weight, bias))
+    statistic = ACCUMULATOR[dtype]
+    return tuple(
+        v if v is None or (v.dtype is statistic and v.is_contiguous()) else v.to(statistic).contiguous()
+        for v in (mean, variance, weight, bias)
+    )
 
 
 def _defaults(activation: str | None) -> tuple[float, float]:
@@ -832,9 +834,9 @@ def partial_statistics(x: Tensor) -> Tensor:
     """(splits, 3, channels): of each part of each channel its count, mean, and sum of squared deviations."""
     x = dense(x)
     if not x.numel():
-        return torch.zeros((1, 3, x.shape[1]), dtype=accumulator(x.dtype), device=x.device)
+        return torch.zeros((1, 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device)
     plan = plan_of(x)
-    partial = torch.empty((plan.splits, 3, plan.channels), dtype=accumulator(x.dtype), device=x.device)
+    partial = torch.empty((plan.splits, 3, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     _launch(_statistics(x.dtype, plan.tiling), plan, (x, partial))
     return partial
 
@@ -857,7 +859,7 @@ def merge_statistics(
     updated = [None if statistic is None else statistic.to(partial.dtype) for statistic in running]
     configuration = _merge(partial.dtype, running_mean is not None, batches is not None)
     pointers = (pointer for pointer in (partial, mean, variance, *updated, batches) if pointer is not None)
-    launch(configuration, triton.cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
+    launch(configuration, cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
     for statistic, update in zip(running, updated, strict=True):
         if update is not statistic and statistic is not None and update is not None:
             statistic.copy_(update)

@@ -27,13 +27,14 @@ from torch import Tensor
 from ._triton import tl, triton
 from .activation import ACTIVATIONS, Activation
 from .dropout import steps_for
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import keep_tile, last_kept, serves_eight
 from .tiles import (
     MASK_BYTES,
     TILE,
+    cdiv,
     load_bits,
     load_tile,
     matrix_tile,
@@ -308,7 +309,7 @@ def _backward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Config
             ("saved_pointer", "*u8" if masked else element),
             ("bias_pointer", element),
             ("dx_pointer", element),
-            ("partial_pointer", "*fp64" if dtype is torch.float64 else "*fp32"),
+            ("partial_pointer", "*" + TRITON_TYPE[ACCUMULATOR[dtype]]),
             ("seed_pointer", "*i64"),
             *_SCALARS,
         ),
@@ -372,7 +373,7 @@ class _Plan:
 
     @property
     def row_programs(self) -> int:
-        return -(-self.row_blocks // self.steps)
+        return cdiv(self.row_blocks, self.steps)
 
     @property
     def programs(self) -> int:
@@ -395,7 +396,7 @@ def _plan(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Plan:
     columns = inner if by_row else channels
     rows = numel // columns
     width = width_for(columns, _ROW_WIDTHS if by_row else _COLUMN_WIDTHS)
-    row_blocks, column_blocks = -(-rows // (TILE // width)), -(-columns // width)
+    row_blocks, column_blocks = cdiv(rows, TILE // width), cdiv(columns, width)
     # Partial sums by row are of one row block; by column, those of a program's steps share accumulators.
     steps = 1 if by_row else min(steps_for(row_blocks * column_blocks), row_blocks)
     return _Plan(by_row, rows, columns, channels, width, row_blocks, steps, column_blocks)
@@ -487,7 +488,7 @@ def bias_activation_dropout_backward(
         saved = dense_like(saved, strides)
     dx = g.new_empty_strided(g.shape, strides)
     plan = _plan(g.shape, strides, dim)
-    accumulator = torch.float64 if g.dtype is torch.float64 else torch.float32
+    accumulator = ACCUMULATOR[g.dtype]
     partial = torch.empty(_partial_shape(plan), dtype=accumulator, device=g.device) if bias_gradient else None
     if bias is not None:
         bias = bias.contiguous()

@@ -27,6 +27,7 @@ from .activation import ACTIVATIONS
 from .launch import TRITON_TYPE, Configuration, launch, ships
 from .numerics import narrow, scalar, widen
 from .pool import POINT, Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
+from .tiles import cdiv
 
 __all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
 
@@ -333,7 +334,7 @@ def conv_pool_forward(
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
     launch(
         configuration,
-        triton.cdiv(rows, tile.height) * triton.cdiv(filters, tile.width),
+        cdiv(rows, tile.height) * cdiv(filters, tile.width),
         *(x, weight, x if bias is None else bias, results.y, results.code, results.raw),
         *(() if partial is None else (partial,)),
         *(rows, filters, channels, kernel_height * kernel_width * channels, height, width, conv_height, conv_width),

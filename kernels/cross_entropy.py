@@ -27,17 +27,16 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
 from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
 from .nll_loss import Reduction
 from .numerics import divide, log, narrow, require, scalar, widen
 from .partial_sums import SUM_PROGRAMS, combine, finish_sum
-from .tiles import threads_for
+from .tiles import cdiv, threads_for
 
 __all__ = [
-    "ACCUMULATOR",
     "Reduction",
     "Targets",
     "class_dim",
@@ -49,10 +48,6 @@ __all__ = [
     "targets_of",
     "weight_total_shape",
 ]
-
-
-#: The type of losses and statistics, and of sums over a chunk, for logits of a dtype.
-ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
 
 
 class Targets(IntEnum):
@@ -573,7 +568,7 @@ def cross_entropy_backward(
     target = _arranged(x, target, targets)
     lines = lines_of(x, class_dim(x.shape))
     configuration, block, width = _configuration_for("backward", x.dtype, targets, lines.axis, lines.length)
-    pieces = triton.cdiv(lines.length, width)
+    pieces = cdiv(lines.length, width)
     reduced = reduction != "none"
     g = g.to(statistics.dtype) if reduced else dense_like(g.to(statistics.dtype), line_strides(x))
     dx = (x if overwrite else torch.empty_like(x)) if needed[0] else x.new_empty(0)

@@ -26,7 +26,18 @@ from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import channel_bits, keep_tile, last_kept, serves_eight
-from .tiles import TILE, flat_tile, load_tile, matrix_tile, programs_for, store_tile, threads_for, tile_shape, width_for
+from .tiles import (
+    TILE,
+    cdiv,
+    flat_tile,
+    load_tile,
+    matrix_tile,
+    programs_for,
+    store_tile,
+    threads_for,
+    tile_shape,
+    width_for,
+)
 
 __all__ = ["dropout_backward", "dropout_forward", "steps_for"]
 
@@ -224,14 +235,14 @@ def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: i
         launch(_elements(x.dtype), programs_for(numel), x, y, seed, numel, *noise)
     elif _strides_are(x, leading, (channels * spatial, spatial)):
         width = width_for(spatial, _ROW_WIDTHS)
-        rows, blocks = samples * channels, triton.cdiv(spatial, width)
-        programs = triton.cdiv(rows, TILE // width) * blocks
+        rows, blocks = samples * channels, cdiv(spatial, width)
+        programs = cdiv(rows, TILE // width) * blocks
         launch(_channels(x.dtype, True, width), programs, x, y, seed, rows, spatial, blocks, *noise)
     elif _strides_are(x, leading, (channels * spatial, 1)):
         width = width_for(channels, _COLUMN_WIDTHS)
-        row_blocks, blocks = triton.cdiv(spatial, TILE // width), triton.cdiv(channels, width)
+        row_blocks, blocks = cdiv(spatial, TILE // width), cdiv(channels, width)
         steps = min(steps_for(samples * row_blocks * blocks), row_blocks)
-        programs = samples * triton.cdiv(row_blocks, steps) * blocks
+        programs = samples * cdiv(row_blocks, steps) * blocks
         configuration = _channels(x.dtype, False, width)
         launch(configuration, programs, x, y, seed, spatial, channels, row_blocks, steps, blocks, *noise)
     else:  # the samples lie inside the channels, or both inside the rest: too rare for a kernel

@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ._triton import INTERPRETING, tl
 
-__all__ = ["COMPUTE", "DTYPES", "TRITON_TYPE", "Configuration", "DeviceAssertionError", "launch", "shipped", "ships"]
+__all__ = [
+    "ACCUMULATOR",
+    "COMPUTE",
+    "DTYPES",
+    "TRITON_TYPE",
+    "Configuration",
+    "DeviceAssertionError",
+    "launch",
+    "memory_refusal",
+    "shipped",
+    "ships",
+]
 
 #: The floating-point types that kernels take.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +45,9 @@ TRITON_TYPE = {
 
 #: The type that arithmetic on a dtype is done in.
 COMPUTE = {dtype: tl.float64 if dtype is torch.float64 else tl.float32 for dtype in DTYPES}
+
+#: The type that statistics of a dtype, and partial sums, are kept in.
+ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -70,6 +85,21 @@ class Configuration:
 
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The run-time arguments."""
+        return tuple(name for name, _ in self.signature)
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        """What a launch is given beside its run-time arguments."""
+        return {
+            **dict(self.constants),
+            **self.options,
+            "num_warps": self.num_warps(_WARP_SIZE),
+            "num_stages": self.num_stages,
+        }
 
 
 _FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}
@@ -111,16 +141,26 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
     with torch.cuda.device(tensor.device) if elsewhere else nullcontext():
         try:
             configuration.kernel[(programs,)](
-                **dict(zip((name for name, _ in configuration.signature), arguments, strict=True)),
-                **dict(configuration.constants),
-                **configuration.options,
-                num_warps=configuration.num_warps(_WARP_SIZE),
-                num_stages=configuration.num_stages,
+                **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords
             )
         except Exception as error:
             if INTERPRETING and isinstance(cause := _root_cause(error), AssertionError):
                 raise DeviceAssertionError(str(cause)) from None
             raise
+
+
+def memory_refusal(tensor: torch.Tensor) -> str | None:
+    """Why no kernel works on the memory of a plain tensor, by its device, layout and dtype, or None."""
+    if tensor.device.type == "cpu":
+        if not INTERPRETING:
+            return "CPU tensor"
+    elif tensor.device.type != "cuda":
+        return f"no kernels for {tensor.device.type} tensors"
+    if tensor.layout is not torch.strided:
+        return f"{tensor.layout} tensor"
+    if tensor.dtype not in DTYPES:
+        return f"no kernel for {tensor.dtype}"
+    return None
 
 
 def _root_cause(error: BaseException) -> BaseException:

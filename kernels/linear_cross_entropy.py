@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import ACCUMULATOR, Reduction, cross_entropy_backward, cross_entropy_forward
+from .cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
+from .launch import ACCUMULATOR
 
 __all__ = ["LinearCrossEntropy", "Options", "chunk_rows", "kernel_losses", "linear_cross_entropy"]
 

@@ -19,6 +19,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ._triton import tl, triton
+from .tiles import cdiv
 
 __all__ = ["ACROSS", "ALONG", "Lines", "fold", "line_block", "line_tile", "lines_of", "settle", "start_fold"]
 
@@ -46,8 +47,8 @@ class Lines:
     def blocks(self, size: int) -> int:
         """Blocks of ``size`` neighbouring lines that cover them all; where they lie side by side, none spans a gap."""
         if self.axis == ALONG:
-            return -(-self.count // size)
-        return self.count // self.inner * -(-self.inner // size)
+            return cdiv(self.count, size)
+        return self.count // self.inner * cdiv(self.inner, size)
 
 
 def lines_of(tensor: Tensor, dim: int) -> Lines:

@@ -15,7 +15,7 @@ from ._triton import tl, triton
 from .launch import DTYPES, TRITON_TYPE, Configuration, launch
 from .lines import ALONG, Lines, fold, line_block, line_tile, pack, reference_point, settle, start_fold
 from .numerics import widen
-from .tiles import threads_for
+from .tiles import cdiv, threads_for
 
 __all__ = [
     "LONG_DTYPES",
@@ -126,8 +126,8 @@ def parts_configuration(dtype: torch.dtype) -> Configuration:
 
 def parts_of(lines: Lines) -> Parts:
     """The parts of each of these lines: whole pieces, and as many as there may be at most."""
-    pieces = triton.cdiv(max(_PART, triton.cdiv(lines.length, PARTS)), PIECE)
-    return Parts(triton.cdiv(lines.length, pieces * PIECE), pieces * PIECE)
+    pieces = cdiv(max(_PART, cdiv(lines.length, PARTS)), PIECE)
+    return Parts(cdiv(lines.length, pieces * PIECE), pieces * PIECE)
 
 
 def line_parts(x: Tensor, lines: Lines, parts: Parts, *, negated: bool = False) -> Tensor:

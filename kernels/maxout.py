@@ -43,11 +43,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import INTERPRETED, tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import uniform_tile
-from .tiles import TILE, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
+from .tiles import TILE, cdiv, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
 
 __all__ = [
     "MOST_PIECES",
@@ -671,7 +671,7 @@ def _pass(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Co
         scalars = [("has_bias", "i32"), ("keeps_winner", "i32"), ("drops", "i32"), ("p", "fp64"), ("scale", "fp64")]
     else:
         kernel = expansion_kernel
-        partial = "*fp64" if dtype is torch.float64 else "*fp32"
+        partial = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
         pointers = [("g_pointer", element), ("winner_pointer", "*u8"), ("dx_pointer", element)]
         pointers += [("partial_pointer", partial)]
         scalars = [("sums_bias", "i32"), ("scale", "fp64")]
@@ -842,7 +842,7 @@ def maxout_backward(
     programs, extents = _division(memory, pieces, configuration)
     partial = torch.empty(
         _partial_shape(memory, extents, programs, pieces) if sums_bias else 0,
-        dtype=torch.float64 if g.dtype is torch.float64 else torch.float32,
+        dtype=ACCUMULATOR[g.dtype],
         device=g.device,
     )
     launch(configuration, programs, g, winner, dx, partial, *extents, int(sums_bias), _dropout_scale(p))
@@ -855,8 +855,8 @@ def maxout_backward(
 def _division(memory: _Memory, pieces: int, configuration: Configuration) -> tuple[int, tuple[int, ...]]:
     """How many programs, and the kernel's arguments ``rows`` to ``column_blocks``."""
     constants = dict(configuration.constants)
-    column_blocks = triton.cdiv(memory.columns, constants["WIDTH"])
-    programs = triton.cdiv(memory.rows, constants["HEIGHT"]) * column_blocks
+    column_blocks = cdiv(memory.columns, constants["WIDTH"])
+    programs = cdiv(memory.rows, constants["HEIGHT"]) * column_blocks
     return programs, (memory.rows, memory.columns, memory.units, pieces, column_blocks)
 
 
@@ -910,7 +910,7 @@ def _fused_for(rows: int, units: int, pieces: int, dtype: torch.dtype) -> tuple[
 
 
 def _programs(tile: _Tile, rows: int, columns: int) -> int:
-    return triton.cdiv(rows, tile.height) * triton.cdiv(columns, tile.width)  # type: ignore[no-any-return]
+    return cdiv(rows, tile.height) * cdiv(columns, tile.width)
 
 
 def linear_maxout_backward(
@@ -964,9 +964,9 @@ def _weight_gradient(
     (rows, units), features = g.shape, x.shape[1]
     programs = _programs(_WEIGHT_TILE, units, features)
     # Rows are shared out where weights alone make too few programs.
-    shares = min(triton.cdiv(_ENOUGH_PROGRAMS, programs), triton.cdiv(rows, _FEWEST_ROWS))
-    share = triton.cdiv(triton.cdiv(rows, shares), _WEIGHT_TILE.depth) * _WEIGHT_TILE.depth
-    shares = triton.cdiv(rows, share)
+    shares = min(cdiv(_ENOUGH_PROGRAMS, programs), cdiv(rows, _FEWEST_ROWS))
+    share = cdiv(cdiv(rows, shares), _WEIGHT_TILE.depth) * _WEIGHT_TILE.depth
+    shares = cdiv(rows, share)
     dw = g.new_empty((shares, pieces, units, features), dtype=torch.float32)
     db = g.new_empty((shares, pieces, units) if sums_bias else (0,), dtype=torch.float32)
     extents = (rows, share, units, features, int(sums_bias), _dropout_scale(p))

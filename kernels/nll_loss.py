@@ -17,6 +17,7 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .numerics import divide, narrow, require, scalar, widen
 from .partial_sums import combine, finish_sum, sum_programs
+from .tiles import cdiv
 
 __all__ = ["LARGEST_PLACES", "Reduction", "nll_loss", "nll_loss_backward", "nll_loss_reduced", "zero_gradient"]
 
@@ -259,7 +260,7 @@ def _operands(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor,
 
 
 def _blocks(target: Tensor) -> int:
-    return triton.cdiv(target.numel(), _BLOCK)  # type: ignore[no-any-return]
+    return cdiv(target.numel(), _BLOCK)
 
 
 def nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

@@ -36,9 +36,10 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import ACTIVATIONS
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
+from .tiles import cdiv
 
 __all__ = [
     "LARGEST_EXTENT",
@@ -627,7 +628,7 @@ def _configuration(
     residual: bool = False,
 ) -> Configuration:
     """``biased``: a bias is added, or its gradient is summed."""
-    element, accumulator = "*" + TRITON_TYPE[dtype], "*fp64" if dtype is torch.float64 else "*fp32"
+    element, accumulator = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
     row = ACTIVATIONS[activation] if activation else None
     masked = is_masked(activation)
     kernel, stride = fixed
@@ -669,7 +670,7 @@ def _configuration(
         constants = (("GRADIENT", row.gradient if row else None),)
         if kernel:
             function = pool_backward_cells_kernel
-            reach = triton.cdiv(kernel, stride)
+            reach = cdiv(kernel, stride)
             wide_loads, wide_stores = (reach * reach, stride * stride) if aligned else (0, 0)
             extents = ("columns", "height", "width", "cells_height", "cells_width", "pooled_height", "pooled_width")
             extents += ("padding_height", "padding_width")
@@ -758,7 +759,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _programs(rows: int, columns: int) -> int:
-    return triton.cdiv(rows, _HEIGHT) * triton.cdiv(columns, _WIDTH)  # type: ignore[no-any-return]
+    return cdiv(rows, _HEIGHT) * cdiv(columns, _WIDTH)
 
 
 def pool_forward(
@@ -831,13 +832,13 @@ def pool_backward(
     kernel, stride = window.fixed
     if kernel:
         # Cells that cover the padding before the image, and all of the image.
-        cells = [triton.cdiv(extent + padding, stride) for extent, padding in zip(size, window.padding, strict=True)]
+        cells = [cdiv(extent + padding, stride) for extent, padding in zip(size, window.padding, strict=True)]
         rows, columns = _matrix((samples, channels, *cells), channels_last)
         extents = (*size, *cells, pooled_height, pooled_width, *window.padding)
     else:
         rows, columns = _matrix(shape, channels_last)
         extents = (*size, pooled_height, pooled_width, *window.arguments)
-    accumulator = torch.float64 if g.dtype is torch.float64 else torch.float32
+    accumulator = ACCUMULATOR[g.dtype]
     sums = _partial_shape(rows, columns, channels_last) if sums_bias else (0,)
     partial = torch.empty(sums, dtype=accumulator, device=g.device)
     a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
@@ -883,5 +884,5 @@ def winner_indices(
 def _partial_shape(rows: int, columns: int, channels_last: bool) -> tuple[int, int]:
     """A partial sum for each column of a block of rows, or for each row of a block of columns."""
     if channels_last:
-        return triton.cdiv(rows, _HEIGHT), columns
-    return rows, triton.cdiv(columns, _WIDTH)
+        return cdiv(rows, _HEIGHT), columns
+    return rows, cdiv(columns, _WIDTH)

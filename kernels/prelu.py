@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, widen
-from .tiles import TILE, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
+from .tiles import TILE, cdiv, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
 
 __all__ = ["prelu_backward", "prelu_forward"]
 
@@ -174,7 +174,7 @@ def _configuration(direction: str, dtype: torch.dtype, slopes: Slopes, width: in
         pointers = [("x_pointer", element), ("w_pointer", element), ("y_pointer", element)]
     else:
         kernel, reads = prelu_backward_kernel, 2
-        partial = "*fp64" if dtype is torch.float64 else "*fp32"
+        partial = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
         pointers = [(name, element) for name in ("g_pointer", "x_pointer", "w_pointer", "dx_pointer")]
         pointers.append(("partial_pointer", partial))
     # A row of 16 elements is narrower than the accesses of a warp; wide ones are promised from 64 on.
@@ -239,7 +239,7 @@ def _plan(direction: str, x: Tensor, weight: Tensor) -> _Plan:
         slopes, rows, columns = Slopes.SINGLE, numel, 1
         width = width_for(numel, _widths(slopes))
         configuration = _configuration(direction, x.dtype, slopes, width)
-        return _Plan(configuration, slopes, rows, columns, 1, 1, triton.cdiv(numel, width))
+        return _Plan(configuration, slopes, rows, columns, 1, 1, cdiv(numel, width))
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
     inner = x.stride(1)
     slopes = Slopes.BY_COLUMN if inner == 1 else Slopes.BY_ROW
@@ -247,8 +247,8 @@ def _plan(direction: str, x: Tensor, weight: Tensor) -> _Plan:
     rows = numel // columns
     configuration = _configuration(direction, x.dtype, slopes, width_for(columns, _widths(slopes)))
     constants = dict(configuration.constants)
-    row_programs = triton.cdiv(rows, constants["HEIGHT"] * constants["STEPS"])
-    return _Plan(configuration, slopes, rows, columns, channels, row_programs, triton.cdiv(columns, constants["WIDTH"]))
+    row_programs = cdiv(rows, constants["HEIGHT"] * constants["STEPS"])
+    return _Plan(configuration, slopes, rows, columns, channels, row_programs, cdiv(columns, constants["WIDTH"]))
 
 
 def prelu_forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def prelu_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     if not x.numel():
         return dx, torch.zeros_like(weight)
     plan = _plan("backward", x, weight)
-    accumulator = torch.float64 if x.dtype is torch.float64 else torch.float32
+    accumulator = ACCUMULATOR[x.dtype]
     partial = torch.empty(_partial_shape(plan), dtype=accumulator, device=x.device)
     launch(plan.configuration, plan.programs, g, x, weight, dx, partial, *plan.extents)
     if plan.slopes is Slopes.BY_ROW:

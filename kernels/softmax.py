@@ -29,7 +29,7 @@ from .long_lines import (
     parts_of,
 )
 from .numerics import log, narrow, widen
-from .tiles import threads_for
+from .tiles import cdiv, threads_for
 
 __all__ = ["KINDS", "softmax_backward", "softmax_forward"]
 
@@ -368,7 +368,7 @@ def softmax_forward(x: Tensor, dim: int, kind: str) -> Tensor:
     lines = lines_of(x, dim)
     logarithm, negated = KINDS[kind]
     if are_shared(lines, x.dtype):
-        parts, pieces = parts_of(lines), triton.cdiv(lines.length, PIECE)
+        parts, pieces = parts_of(lines), cdiv(lines.length, PIECE)
         partial = line_parts(x, lines, parts, negated=negated)
         extents = (lines.count, lines.length, parts.number, pieces)
         launch(_long("forward", x.dtype), lines.count * pieces, x, partial, y, *extents, int(logarithm), int(negated))
@@ -387,7 +387,7 @@ def softmax_backward(g: Tensor, y: Tensor, dim: int, kind: str) -> Tensor:
     lines = lines_of(y, dim)
     logarithm, negated = KINDS[kind]
     if are_shared(lines, y.dtype):
-        parts, pieces = parts_of(lines), triton.cdiv(lines.length, PIECE)
+        parts, pieces = parts_of(lines), cdiv(lines.length, PIECE)
         partial = torch.empty((parts.number, lines.count), dtype=torch.float32, device=y.device)
         extents = (lines.count, lines.length, parts.number)
         shares = (*extents, parts.length, int(logarithm))

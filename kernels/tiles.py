@@ -18,6 +18,7 @@ from ._triton import tl, triton
 __all__ = [
     "MASK_BYTES",
     "TILE",
+    "cdiv",
     "flat_tile",
     "load_bits",
     "load_tile",
@@ -48,9 +49,14 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
     return TILE // columns, columns
 
 
+def cdiv(extent: int, step: int) -> int:
+    """Steps that cover ``extent``, rounded up.  Both may be symbolic.  (Triton's own is slow outside kernels.)"""
+    return (extent + step - 1) // step
+
+
 def programs_for(numel: int) -> int:
     """Tiles that cover ``numel`` elements.  ``numel`` may be symbolic."""
-    return (numel + TILE - 1) // TILE
+    return cdiv(numel, TILE)
 
 
 def mask_bytes(numel: int) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 __all__ = ["TWINS", "Layer", "Twin", "stock_class"]
 
@@ -12,8 +15,35 @@ __all__ = ["TWINS", "Layer", "Twin", "stock_class"]
 TWINS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
+# Marks a forward method that `torch.fx` records.
+_RECORDED = "_fusednn_recorded"
+
+
+def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, except that ``torch.fx`` records it as one call of the layer, as it does for ``torch.nn``'s own.
+
+    Its tracers would otherwise follow our code, and take what depends on the input or on the layer's mode for constant.
+    """
+
+    @functools.wraps(forward)
+    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for operand in (*args, *kwargs.values()):
+            if isinstance(operand, fx.Proxy) and isinstance(operand.tracer, fx.Tracer):
+                tracer = operand.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    setattr(recorded, _RECORDED, True)
+    return recorded
+
+
 class Layer(nn.Module):
     """Base of every layer here: of the twins, and of those that ``torch.nn`` doesn't have."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.forward is not nn.Module.forward and not hasattr(cls.forward, _RECORDED):
+            cls.forward = _recorded(cls.forward)
 
 
 class Twin(Layer):

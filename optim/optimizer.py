@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..kernels import AVAILABLE, INTERPRETING
-from ..kernels.launch import DTYPES
+from ..kernels.launch import memory_refusal
 from ..kernels.multi_tensor import Table
 from ..kernels.optimizer import ALGORITHMS, Counters, Operands, Penalty, Settings, Update
 from .options import OPTIONS, check_options, clip_norm_squares, has_master, plain_options, prepare_options, wants
@@ -637,15 +637,8 @@ def _tensor_refusal(tensor: Any) -> str | None:
             tensor = tensor.to_local()
     if type(tensor) not in _PLAIN_TYPES:
         return f"{type(tensor).__name__} is not a plain tensor"
-    if tensor.device.type == "cpu":
-        if not INTERPRETING:
-            return "CPU tensor"
-    elif tensor.device.type != "cuda":
-        return f"no kernels for {tensor.device.type} tensors"
-    if tensor.layout is not torch.strided:
-        return f"{tensor.layout} tensor"
-    if tensor.dtype not in DTYPES:
-        return f"no kernel for {tensor.dtype}"
+    if refusal := memory_refusal(tensor):
+        return refusal
     if tensor.is_neg() or tensor.is_inference():
         return "a negated view" if tensor.is_neg() else "a tensor made in inference mode"
     return None

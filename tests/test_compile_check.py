@@ -9,6 +9,10 @@ pytestmark = pytest.mark.compiles
 CONFIGURATIONS = list(kernels.shipped()) if kernels.AVAILABLE else []
 
 
+# float16 is bfloat16 with other conversions, float64 hardly anyone's choice for speed.
+THOROUGH = {c.label for c in CONFIGURATIONS if c.rare or c.label.endswith(("fp16", "fp64"))}
+
+
 def check(configuration: kernels.Configuration, target: str) -> None:
     from fusednn.kernels.instruments.compile_check import compile_configuration
 
@@ -18,7 +22,7 @@ def check(configuration: kernels.Configuration, target: str) -> None:
 
 @pytest.mark.parametrize(
     "configuration",
-    [pytest.param(c, marks=[pytest.mark.thorough] * c.rare, id=c.label) for c in CONFIGURATIONS],
+    [pytest.param(c, marks=[pytest.mark.thorough] * (c.label in THOROUGH), id=c.label) for c in CONFIGURATIONS],
 )
 def test_compiles(configuration: kernels.Configuration) -> None:
     """For sm_90, whose machine code is read."""

@@ -151,6 +151,15 @@ def test_autocast(device: str) -> None:
     assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
 
 
+@needs_kernels
+def test_autocast_leaves_float64(device: str) -> None:
+    """As it does in a linear layer."""
+    layer = DropConnect(12, 7, dtype=torch.float64).to(device)
+    x = random_tensor((5, 12), torch.float64, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert layer(x).dtype == F.linear(x, layer.weight, layer.bias).dtype == torch.float64
+
+
 def test_layer(device: str) -> None:
     layer = DropConnect(12, 7, p=0.2).to(device)
     assert str(layer) == "DropConnect(in_features=12, out_features=7, bias=True, p=0.2)"
