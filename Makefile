@@ -53,7 +53,7 @@ demo: .venv/.complete ## train a network on handwritten digits, stock beside fus
 bench: .venv/.complete ## run the benchmarks: timings on a GPU, counts without one
 	.venv/bin/python -m fusednn bench
 
-check: .venv/.complete ## compile every kernel ahead of time and check the machine code
+check: .venv/.complete ## compile every kernel, check the machine code, and test every layer and optimizer
 	.venv/bin/python -m fusednn check
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
