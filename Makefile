@@ -56,6 +56,10 @@ bench: .venv/.complete ## run the benchmarks: timings on a GPU, counts without o
 check: .venv/.complete ## compile every kernel, check the machine code, and test every layer and optimizer
 	.venv/bin/python -m fusednn check
 
+.PHONY: recipe
+recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; takes minutes
+	.venv/bin/python docs/recipe.py
+
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
 .PHONY: test test-interpreter test-stock test-thorough test-oldest test-gpu lint

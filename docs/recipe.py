@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -141,11 +142,15 @@ def load_data() -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(array) for array in (train, train_labels, test, noisy, test_labels))
 
 
-def train(rung: Rung, model: nn.Module, loss_function: nn.Module, optimizers: Any, steps: int) -> list[float]:
+def optimizer_of(rung: Rung, model: nn.Module, module: ModuleType) -> Any:
+    """Of PyTorch's, or ours."""
+    momentum = {"momentum": 0.9} if rung.optimizer == "SGD" else {}
+    return getattr(module, rung.optimizer)(model.parameters(), lr=rung.learning_rate, **momentum)
+
+
+def train(rung: Rung, model: nn.Module, loss_function: nn.Module, optimizer: Any, steps: int) -> list[float]:
     """The loss of each step."""
     images, labels, *_ = load_data()
-    momentum = {"momentum": 0.9} if rung.optimizer == "SGD" else {}
-    optimizer = getattr(optimizers, rung.optimizer)(model.parameters(), lr=rung.learning_rate, **momentum)
     batches = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     model.train()
@@ -177,7 +182,7 @@ def train_stock(rung: Rung, steps: int = STEPS) -> dict[str, Any]:
     """A whole training with PyTorch's own operators."""
     torch.set_num_threads(1)
     model = as_stock(build(rung))
-    losses = train(rung, model, loss_of(rung), torch.optim, steps)
+    losses = train(rung, model, loss_of(rung), optimizer_of(rung, model, torch.optim), steps)
     clean, noisy = accuracies(model)
     return {"losses": losses, "accuracy": clean, "noisy_accuracy": noisy}
 
@@ -197,23 +202,25 @@ def compare(rung: Rung, steps: int = AGREEMENT_STEPS) -> dict[str, Any]:
     for layer in model:
         if isinstance(layer, nn.Dropout):
             masks.append([])
-            layer.register_forward_pre_hook(_record_masks(masks[-1]))
+            layer.register_forward_pre_hook(record_masks(masks[-1]))
     taken: set[tuple[str, bool]] = set()
     with observe_choices(lambda choice: taken.add((choice.operation, choice.kernel))):
-        ours = train(rung, model, loss_function, fusednn.optim, steps)
+        optimizer = optimizer_of(rung, model, fusednn.optim)
+        ours = train(rung, model, loss_function, optimizer, steps)
+    assert all(path.kernel for path in fusednn.optim.explain(optimizer))
 
     stock = as_stock(build(rung))
     replayed = iter(masks)
     stock = nn.Sequential(*(RepeatedDropout(next(replayed)) if isinstance(one, nn.Dropout) else one for one in stock))
     return {
-        "stock": train(rung, stock, loss_of(rung), torch.optim, steps),
+        "stock": train(rung, stock, loss_of(rung), optimizer_of(rung, stock, torch.optim), steps),
         "fusednn": ours,
         "kernels": sorted(operation for operation, kernel in taken if kernel),
         "stock operators": sorted(operation for operation, kernel in taken if not kernel),
     }
 
 
-def _record_masks(masks: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
+def record_masks(masks: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
     """A hook that finds the mask of the coming call by the same call on ones, and turns the generator back."""
 
     def record(dropout: nn.Module, operands: tuple[Tensor]) -> None:
@@ -283,26 +290,27 @@ How a network of sigmoids trained on squared errors becomes one that trains well
 step, whether fusednn's kernels give the losses that PyTorch's operators give.
 
 The data are scikit-learn's handwritten digits: 1437 images of 8 x 8 pixels to train on, 360 to test on, and those 360
-again with noise of deviation {settings["noise"]:g} added to pixels between 0 and 1. The networks are fully connected and
-{settings["width"]} features wide. The first two have 2 layers, the next two 9, all others 4. SGD has a learning rate of 0.05 and
-momentum 0.9, Adam one of 0.003; batches hold {settings["batch_size"]} images, and the seed is {settings["seed"]}. From "+ Adam" on, ReLU stays until
-maxout takes its place, and each rung keeps what those before it added.
+again with noise of deviation {settings["noise"]:g} added to pixels between 0 and 1. The networks are fully connected
+and {settings["width"]} features wide; the first two have 2 layers, the next two 9, all others 4. SGD has a learning
+rate of 0.05 and momentum 0.9, Adam one of 0.003; batches hold {settings["batch_size"]} images, and the seed is
+{settings["seed"]}. From "+ Adam" on, each rung keeps what those before it added, but maxout takes the place of ReLU.
 
 | rung | last loss | test accuracy | with noise | difference in 5 steps | in {first} steps | on kernels |
 |---|---|---|---|---|---|---|
 {table}
 
 **What computed what.** Loss and accuracies are of a whole training of {steps} steps, by PyTorch's own operators on a
-CPU. There fusednn would take the same operators, and agree with itself. So the first {first} steps of each training were
-computed twice more: by PyTorch's operators, and by fusednn's layers, loss and optimizer, with their kernels in Triton's
-interpreter. The last column lists what took kernels, beside the optimizer, which always did; the other matrix products
-are PyTorch's in both. The differences are between those two loss curves: relative, the largest of the first 5 and of
-all {first} steps.
+CPU. There fusednn would take the same operators, and agree with itself. So the first {first} steps of each training
+were computed twice more: by PyTorch's operators, and by fusednn's layers, loss and optimizer, with their kernels in
+Triton's interpreter. The last column lists what took kernels, beside the optimizer, which always did; all other matrix
+products are PyTorch's in both. The differences are between those two loss curves: relative, the largest of the first 5
+and of all {first} steps.
 
 ![Loss curves of both networks](recipe/agreement.png)
 
-**What it shows.** In the first 5 steps the curves differ by {early:.1e} at most, {early / EPSILON:.0f} times float32's rounding of
-{EPSILON:.1e}. Later the difference grows, to {late:.1e} within {first} steps: training amplifies rounding.
+**What it shows.** In the first 5 steps the curves differ by {early:.1e} at most, {early / EPSILON:.1f} times the
+rounding of float32, {EPSILON:.1e}. Later the difference grows, to {late:.1e} within {first} steps: training amplifies
+rounding.
 
 ![Their relative difference](recipe/differences.png)
 

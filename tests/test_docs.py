@@ -46,7 +46,15 @@ def test_the_readmes_first_example(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/adding-an-operator.md", "docs/migrating.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/design.md",
+        "docs/adding-an-operator.md",
+        "docs/migrating.md",
+        "docs/recipe.md",
+    ],
 )
 def test_links_point_to_files(document: str) -> None:
     path = ROOT / document

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusednn import autograd, layers, optim
+from fusednn import autograd, kernels, layers, optim
 from fusednn.__main__ import main
 from fusednn.commands import self_test
 from fusednn.layers.twin import TWINS
@@ -40,6 +40,12 @@ def test_every_function_is_covered() -> None:
     called |= {name for name in autograd.__all__ if name.replace("_", "") in lower}
     own = {name for functions in self_test.FUNCTIONS.values() for name in functions}
     assert called | own | NEEDS_PROCESSES == set(autograd.__all__)
+
+
+def test_every_family_of_kernels_is_covered() -> None:
+    names = {name for name in kernels.__all__ if any(True for _ in kernels.shipped(name))}
+    assert "activation" in names
+    assert names <= set(self_test.families())
 
 
 def test_every_optimizer_is_covered() -> None:

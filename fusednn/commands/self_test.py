@@ -7,9 +7,8 @@ neither has.  On a GPU compiled kernels are tested, elsewhere the same kernels i
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -72,13 +71,16 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What the test of one layer, function or optimizer in one dtype found; errors in epsilons of the largest value."""
+    """What the test of one layer, function or optimizer in one dtype found.
+
+    Errors are the largest, in epsilons of the largest value; None where nothing could be compared.
+    """
 
     family: str
     name: str
     dtype: str
-    error: float
-    stock_error: float
+    error: float | None
+    stock_error: float | None
     problems: tuple[str, ...]
 
 
@@ -111,8 +113,6 @@ def _layer_operands(name: str) -> tuple[Tensor, ...]:
 
 
 def layer_sample(stock_class: type[nn.Module]) -> Sample:
-    """A call of the twin of a ``torch.nn`` class."""
-    """A call of the twin of a ``torch.nn`` class."""
     """A call of the twin of a ``torch.nn`` class."""
     name = stock_class.__name__
     modules = []
@@ -255,7 +255,6 @@ def self_test(family: str | None = None, jobs: int = 1) -> list[Result]:
 
 def _test_family(family: str) -> list[Result]:
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the interpreter computes with NumPy, which speaks up at infinities
         return list(_results(family))
@@ -264,7 +263,7 @@ def _test_family(family: str) -> list[Result]:
 def _results(family: str) -> Iterator[Result]:
     device = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETING else "cpu"
     layers = {stock.__name__: partial(layer_sample, stock) for stock, twin in TWINS.items() if _family(twin) == family}
-    functions = {name: partial(lambda sample: sample, sample) for name, sample in FUNCTIONS.get(family, {}).items()}
+    functions = {name: partial(FUNCTIONS[family].__getitem__, name) for name in FUNCTIONS.get(family, {})}
     for (name, make), dtype in product({**layers, **functions}.items(), DTYPES):
         yield _guarded(family, name, dtype, partial(_test, make, name, dtype, device))
     if family == "optimizer":
@@ -276,8 +275,8 @@ def _results(family: str) -> Iterator[Result]:
 
 
 class _Error(NamedTuple):
-    ours: float
-    stock: float
+    ours: float | None
+    stock: float | None
     problem: str | None
 
 
@@ -286,7 +285,7 @@ def _guarded(family: str, name: str, dtype: torch.dtype, test: Callable[[], _Err
     try:
         error = test()
     except Exception as raised:
-        error = _Error(math.nan, math.nan, f"{type(raised).__name__}: {str(raised).strip().splitlines()[:1]}")
+        error = _Error(None, None, f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0]}")
     problems = () if error.problem is None else (error.problem,)
     return Result(family, name, str(dtype).removeprefix("torch."), error.ours, error.stock, problems)
 
@@ -302,13 +301,13 @@ def _test(make: Callable[[], Sample], name: str, dtype: torch.dtype, device: str
         deviation = (sample.keeps * (1 - sample.keeps) / kept.numel()) ** 0.5
         share = kept.double().mean().item()
         if abs(share - sample.keeps) > 6 * deviation:
-            return _Error(math.nan, math.nan, f"keeps {share:.3f} of the elements, not {sample.keeps}")
+            return _Error(None, None, f"keeps {share:.3f} of the elements, not {sample.keeps}")
         mask = [kept]
     choices: list[Choice] = []
     with observe_choices(choices.append):
         ours = _evaluate(mine, operands)
     if not any(choice.kernel for choice in choices) and name not in _STOCK_ON_PURPOSE:
-        return _Error(math.nan, math.nan, f"took no kernel: {choices[0].reason if choices else 'no choice was made'}")
+        return _Error(None, None, f"took no kernel: {choices[0].reason if choices else 'no choice was made'}")
     reference = _evaluate(_to(sample.stock, device, torch.float64), [_widened(x) for x in operands], mask)
     try:
         stock = _evaluate(_to(sample.stock, device, dtype), operands, mask)
@@ -355,7 +354,7 @@ def _test_optimizer(
                 gradient = _normal(*parameter.shape, 2)[..., step]
                 parameter.grad = gradient.to(device, dtype).to(kind)
             if ours and (refused := [path.reason for path in optim.explain(optimizer) if not path.kernel]):
-                return _Error(math.nan, math.nan, f"took no kernel: {refused[0]}")
+                return _Error(None, None, f"took no kernel: {refused[0]}")
             optimizer.step()
         state = [value for p in parameters for value in optimizer.state[p].values() if isinstance(value, Tensor)]
         outcomes.append([tensor.detach() for tensor in (*parameters, *state)])
@@ -406,7 +405,11 @@ def table(results: Sequence[Result]) -> str:
         names = list(dict.fromkeys(result.name for result in own))
         tested = ", ".join(names) if len(names) < 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
         problems = [f"{result.name} {result.dtype}: {what}" for result in own for what in result.problems]
-        worst = max(result.error for result in own), max(result.stock_error for result in own)
-        errors = [f"{error:.1f}" for error in worst]
+        errors = [_largest(result.error for result in own), _largest(result.stock_error for result in own)]
         rows.append((family, tested, str(len(own)), *errors, "; ".join(problems) or "pass"))
     return format_table(("family", "tested", "cases", "error / eps", "stock's", "result"), rows)
+
+
+def _largest(errors: Iterable[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{max(known):.1f}" if known else "-"
