@@ -17,7 +17,7 @@ from fusednn.optim.optimizer import TWINS as OPTIMIZER_TWINS
 
 #: Needs several processes: its layer is tested without them, and its kernels are batch norm's.
 NEEDS_PROCESSES = {"sync_batch_norm"}
-QUICK = ("conv_batch_norm", "drop_connect", "prelu")
+QUICK = ("conv_batch_norm", "drop_connect", "linear_cross_entropy")
 
 
 @pytest.mark.stock

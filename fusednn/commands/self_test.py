@@ -167,7 +167,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, ...]:
     return x.mean((0, 2)), x.var((0, 2), correction=0)
 
 
-#: Functions that no twin of a layer calls, by family: ours, and stock's operators in a row.
+#: By family, functions that no twin of a layer calls (or none, in older versions of PyTorch), and stock's operators.
 FUNCTIONS: dict[str, dict[str, Sample]] = {
     "batch_norm": {
         "batch_norm_act": Sample(
@@ -207,6 +207,13 @@ FUNCTIONS: dict[str, dict[str, Sample]] = {
             (_normal(8, 40), _normal(60, 40), _normal(60)),
             lambda ours, x, w, _: _again(ours, torch.eye(40).to(x), torch.ones_like(w)).T != 0,
             0.5,
+        )
+    },
+    "linear_cross_entropy": {
+        "linear_cross_entropy": Sample(
+            autograd.linear_cross_entropy,
+            lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+            (_normal(40, 16), _normal(50, 16), torch.arange(40)),
         )
     },
     "maxout": {
