@@ -96,15 +96,15 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
     if first.numel() == 0 and not empty:
         return "no elements"
     for other in tensors[1:]:
-        if other.dtype != first.dtype or other.device != first.device:
-            return "operands differ in dtype or device"
+        if other.dtype != first.dtype or other.device != first.device or other.layout is not torch.strided:
+            return "operands differ in dtype, device or layout"
     if parameters:
         dtype = parameters[0].dtype
         if dtype != first.dtype and (dtype is not torch.float32 or first.dtype.itemsize > 2):
             return "no kernel for these parameters' dtypes"
         for parameter in parameters:
-            if parameter.dtype != dtype or parameter.device != first.device:
-                return "the parameters differ in dtype, or are on another device"
+            if parameter.dtype != dtype or parameter.device != first.device or parameter.layout is not torch.strided:
+                return "the parameters differ in dtype, device or layout"
     if inplace:
         if first.requires_grad and first.is_leaf and torch.is_grad_enabled():
             return "in-place on a leaf that requires gradients"

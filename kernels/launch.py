@@ -158,6 +158,8 @@ def memory_refusal(tensor: torch.Tensor) -> str | None:
         return f"no kernels for {tensor.device.type} tensors"
     if tensor.layout is not torch.strided:
         return f"{tensor.layout} tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
     if tensor.dtype not in DTYPES:
         return f"no kernel for {tensor.dtype}"
     return None

@@ -1,6 +1,7 @@
 """The choice between kernel and stock path, and the transforms and modes that it must respect."""
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ class Tagged(Tensor):
         (autograd.relu, ["text"], "str is not a plain tensor"),
         (autograd.relu, [torch.ones(3, device="meta")], "no kernels for meta tensors"),
         (autograd.relu, [torch.ones(3).to_sparse()], "torch.sparse_coo tensor"),
+        (autograd.relu, [torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])], "a nested tensor"),
         (autograd.relu, [torch.ones(0)], "no elements"),
         (autograd.elu, [torch.ones(3), -1.0], "the gradient can't be read off the output unless alpha is positive"),
         (autograd.hardtanh, [torch.ones(3), 1.0, 1.0], "min_val is not below max_val"),
@@ -53,7 +55,8 @@ class Tagged(Tensor):
         (autograd.leaky_relu, [torch.ones(3), torch.tensor(0.1)], "a parameter is not a Python number"),
         (autograd.leaky_relu, [torch.ones(3), -0.1, True], "in-place with a negative slope"),
         (autograd.gelu, [torch.ones(3), "fast"], "unknown approximation"),
-        (autograd.prelu, [torch.ones(3), torch.ones(1).double()], "operands differ in dtype or device"),
+        (autograd.prelu, [torch.ones(3), torch.ones(1).double()], "operands differ in dtype, device or layout"),
+        (autograd.mse_loss, [torch.ones(3), torch.ones(3).to_sparse()], "operands differ in dtype, device or layout"),
         (autograd.prelu, [torch.ones(2, 3), torch.ones(4)], "the slopes are neither one nor one per channel"),
         (autograd.rrelu, [torch.ones(3), 0.5, 0.1, True], "the bounds are not in order, or not finite"),
         (autograd.relu, [torch.ones(3, requires_grad=True), True], "in-place on a leaf that requires gradients"),
@@ -62,8 +65,10 @@ class Tagged(Tensor):
 )
 def test_refusals_give_their_reason(function: object, arguments: list, reason: str) -> None:
     moved = [
-        argument.to(DEVICE).detach().requires_grad_(argument.requires_grad)
-        if type(argument) is Tensor and argument.device.type == "cpu" and argument.stride() != (0,)
+        argument.detach().to(DEVICE).requires_grad_(argument.requires_grad)
+        if type(argument) is Tensor
+        and argument.device.type == "cpu"
+        and (argument.is_nested or argument.stride() != (0,))
         else argument
         for argument in arguments
     ]
@@ -72,6 +77,16 @@ def test_refusals_give_their_reason(function: object, arguments: list, reason: s
     choice = choice_of(function, *moved)
     assert choice.path == "stock"
     assert choice.reason == reason
+
+
+@pytest.mark.parametrize("stock", [F.relu, F.gelu, F.tanh, F.dropout, F.silu, F.softmax], ids=lambda f: f.__name__)
+def test_nested_tensors(stock: Callable[..., Tensor], device: str) -> None:
+    """Their layout is strided too, and so may their class be Tensor."""
+    arguments = {F.softmax: (-1,), F.dropout: (0.5, False)}.get(stock, ())
+    x = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], device=device)
+    y = getattr(autograd, stock.__name__)(x, *arguments)
+    for ours, theirs in zip(y.unbind(), stock(x, *arguments).unbind(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @every_case
