@@ -102,7 +102,7 @@ def build(rung: Rung) -> nn.Sequential:
     layers: list[nn.Module] = []
     features = 64
     for _ in range(rung.layers - 1):
-        # Batch norm takes a bias away again: its gradient is nothing but rounding, of which Adam would make whole steps.
+        # Batch norm takes a bias away again: its gradient is nothing but rounding, of which Adam makes whole steps.
         bias = not rung.batch_norm
         if rung.activation == "Maxout":
             layers.append(fusednn.layers.Maxout(features, WIDTH, bias=bias))
@@ -310,10 +310,10 @@ and of all {first} steps.
 
 ![Loss curves of both networks](recipe/agreement.png)
 
-**What it shows.** The curves differ by {early:.1e} at most in the first 5 steps, and by {late:.1e} in {first}; float32
-rounds by {EPSILON:.1e}. In longer trainings the difference grows, since training amplifies rounding. How fast depends on
-the network: where a layer before a batch norm has a bias, its gradient is zero but for rounding, and Adam, which divides
-gradients by their size, makes whole steps of it. So these layers have no bias here.
+**What it shows.** The curves differ by {early:.1e} at most in the first 5 steps, and by {late:.1e} in {first}, where
+float32 rounds by {EPSILON:.1e}. In longer trainings the difference grows, since training amplifies rounding. How fast
+depends on the network: where a layer before a batch norm has a bias, its gradient is zero but for rounding, and Adam,
+which divides gradients by their size, makes whole steps of it. So these layers have no bias here.
 
 ![Their relative difference](recipe/differences.png)
 
