@@ -83,9 +83,9 @@ def test_every_half_precision_number(case: Case, dtype: torch.dtype, device: str
 
 @every_case
 def test_gradcheck_and_gradgradcheck(case: Case, device: str) -> None:
-    operands = [leaf(t) for t in case.operands(random_tensor((2, 3, 4), torch.float64, device, seed=3))]
+    operands = [leaf(t) for t in case.operands(random_tensor((2, 3, 2), torch.float64, device, seed=3))]
     assert torch.autograd.gradcheck(case.ours, operands)
-    assert torch.autograd.gradgradcheck(case.ours, operands)
+    assert torch.autograd.gradgradcheck(case.ours, operands, fast_mode=True)
 
 
 @every_case

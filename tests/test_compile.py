@@ -58,6 +58,7 @@ def test_inplace(name: str, device: str) -> None:
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.thorough
 def test_inductor_on_a_replaced_network_with_dynamic_batches(device: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(4), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten()).to(device)

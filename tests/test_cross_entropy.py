@@ -73,7 +73,7 @@ def test_indices(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
 
 
 @pytest.mark.parametrize("shape", [(5,), (7, 10), (3, 1000), (2, 2100), (2, 21, 5, 7), (2, 40, 3)], ids=str)
-@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("smoothing", [0.1, pytest.param(1.0, marks=pytest.mark.thorough)])
 def test_smoothed_indices(shape: tuple[int, ...], smoothing: float, device: str) -> None:
     for (reduction, weighted), dtype in zip(
         itertools.product(REDUCTIONS, (False, True)), itertools.cycle((torch.float32, torch.bfloat16)), strict=False

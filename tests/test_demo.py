@@ -126,7 +126,9 @@ def wrong_backward(model: nn.Module) -> None:
     hooked.register_hook(lambda gradient: 1.1 * gradient)
 
 
-@pytest.mark.parametrize(("sabotage", "step"), [(wrong_forward, 1), (wrong_backward, 2)])
+@pytest.mark.parametrize(
+    ("sabotage", "step"), [pytest.param(wrong_forward, 1, marks=pytest.mark.thorough), (wrong_backward, 2)]
+)
 def test_notices_wrong_layers(
     sabotage: Callable[[nn.Module], None],
     step: int,
