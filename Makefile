@@ -35,7 +35,7 @@ help: ## list the targets
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo,models]'
 	touch $@
 
 .venv-oldest/.complete: pyproject.toml constraints-oldest.txt

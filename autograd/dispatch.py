@@ -24,6 +24,7 @@ __all__ = [
     "in_low_precision",
     "observe_choices",
     "takes_kernel",
+    "tensor_refusal",
     "transform_refusal",
 ]
 
@@ -111,6 +112,11 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
         if any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True)):
             return "in-place on memory that overlaps itself"
     return transform_refusal()
+
+
+def tensor_refusal(tensor: Tensor) -> str | None:
+    """Why no kernel takes this operand, whatever the operation, or None."""
+    return _refusal((tensor,), (), False, False)
 
 
 def transform_refusal() -> str | None:

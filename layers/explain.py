@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..autograd.dispatch import Choice, observe_choices
+from .chain import observe_chains
 from .table import format_table
 from .twin import TWINS, Layer
 
@@ -18,7 +20,10 @@ __all__ = ["Explanation", "ExplanationRow", "explain"]
 
 @dataclass(frozen=True)
 class ExplanationRow:
-    """One layer (by its name in the model) and the path that one of its operations took: "kernel" or "stock"."""
+    """One layer (by its name in the model) and the path that one of its operations took: "kernel" or "stock".
+
+    Layers that were computed together are the first of them, and the path of the others is "fused".
+    """
 
     name: str
     layer: str
@@ -43,7 +48,8 @@ class Explanation:
         body = [(row.name or "(model)", row.layer, row.operation, row.path, row.reason) for row in self.rows]
         kernels = sum(row.path == "kernel" for row in self.rows)
         table = format_table(("layer", "class", "operation", "path", "reason"), body)
-        return f"{table}\n{kernels} of {len(self.rows)} on kernels"
+        fused = sum(row.path == "fused" for row in self.rows)
+        return f"{table}\n{kernels} of {len(self.rows) - fused} on kernels" + (f", {fused} fused" if fused else "")
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
@@ -64,19 +70,33 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             row = ExplanationRow(names[module], type(module).__name__, choice.operation, choice.path, choice.reason)
             rows[row] = None
 
+    chains: list[Sequence[nn.Module]] = []
+
+    def observe_chain(layers: Sequence[nn.Module]) -> None:
+        if layers:
+            chains.append(layers)
+            running.append(layers[0])
+            return
+        first, *others = chains.pop()
+        running.pop()
+        for other in others:
+            reason = f"computed by {names[first]}"
+            rows[ExplanationRow(names[other], type(other).__name__, "-", "fused", reason)] = None
+
     def enter(module: nn.Module, _: Any) -> None:
-        running.append(module)
+        if module in names:
+            running.append(module)
 
     def leave(module: nn.Module, _args: Any, _result: Any) -> None:
+        if module not in names:
+            return
         running.pop()
         if module not in chose and not any(True for _ in module.children()):
             row = ExplanationRow(names[module], type(module).__name__, "-", "stock", _why_stock(module))
             rows[row] = None
 
-    handles = []
-    for module in names:
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+    # Hooks of the modules themselves would keep neighbours from being fused.
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
@@ -84,6 +104,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             torch.no_grad(),
             torch.random.fork_rng(sorted(device.index for device in devices)),
             observe_choices(observe),
+            observe_chains(observe_chain),
         ):
             model(*inputs, **kwargs)
     finally:

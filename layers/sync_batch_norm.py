@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.batch_norm import apply_activation
 from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
-from .batch_norm import Activated, count_batch, forward, momentum_of, running_statistics
+from .batch_norm import Activated, count_batch, momentum_of, running_statistics
+from .batch_norm import forward as local_forward
 from .twin import Twin
 
 __all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
@@ -25,7 +26,7 @@ class SyncBatchNorm(Twin, nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input, None, None)
+        return forward(self, input, None, None)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -58,20 +59,20 @@ class SyncBatchNormAct(Activated, SyncBatchNorm):
         super().__init__(num_features, **options)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _forward(self, input, residual, self.activation)
+        return forward(self, input, residual, self.activation)
 
 
-def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     layer._check_input_dim(input)
     layer._check_non_zero_input_channels(input)
     group = _group(layer)
     if group is None:
-        return forward(layer, input, residual, activation)
+        return local_forward(layer, input, residual, activation)
     arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum_of(layer), layer.eps)
     if not sync_takes_kernel(input, *arguments, residual):
         return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, activation)
     if dist.get_world_size(group) == 1:
-        return forward(layer, input, residual, activation)
+        return local_forward(layer, input, residual, activation)
     count_batch(layer)
     return sync_batch_norm(input, *arguments, group, residual=residual, activation=activation)
 

@@ -1,0 +1,348 @@
+"""Neighbouring layers computed in one: what replaces their calls, one after another, in the code of a fused module.
+
+A chain takes the layers themselves and reads their parameters, options and modes at each call.  It computes them in one
+where kernels take the input, and nobody listens in between; otherwise it calls them one by one, as the code did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..autograd.batch_norm import apply_activation
+from ..autograd.bias_activation_dropout import activation_parameters, bias_activation_dropout
+from ..autograd.conv import conv_act_pool2d
+from ..autograd.conv_batch_norm import conv_batch_norm_act2d
+from ..autograd.dispatch import autocast_dtype, tensor_refusal
+from ..autograd.maxout import maxout_linear
+from . import activation as _activation  # noqa: F401 (for its twins)
+from . import batch_norm, sync_batch_norm
+from . import dropout as _dropout  # noqa: F401 (for its twins)
+from . import pool as _pool  # noqa: F401 (for its twins)
+from .conv import padded
+from .twin import TWINS
+
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "activation_of",
+    "conv_chain",
+    "has_default_parameters",
+    "is_one_of",
+    "is_untouched",
+    "linear_chain",
+    "maxout_chain",
+    "maxout_pool_chain",
+    "norm_chain",
+    "observe_chains",
+    "pieces_of",
+    "pooling_of",
+]
+
+#: The name of each activation layer that can be fused, and its parameters in PyTorch's order.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]]] = {
+    nn.CELU: lambda layer: ("celu", (layer.alpha,)),
+    nn.ELU: lambda layer: ("elu", (layer.alpha,)),
+    nn.GELU: lambda layer: ("gelu_tanh" if layer.approximate == "tanh" else "gelu", ()),
+    nn.Hardsigmoid: lambda layer: ("hardsigmoid", ()),
+    nn.Hardswish: lambda layer: ("hardswish", ()),
+    nn.Hardtanh: lambda layer: ("hardtanh", (layer.min_val, layer.max_val)),
+    nn.LeakyReLU: lambda layer: ("leaky_relu", (layer.negative_slope,)),
+    nn.LogSigmoid: lambda layer: ("logsigmoid", ()),
+    nn.Mish: lambda layer: ("mish", ()),
+    nn.ReLU: lambda layer: ("relu", ()),
+    nn.ReLU6: lambda layer: ("relu6", ()),
+    nn.SELU: lambda layer: ("selu", ()),
+    nn.SiLU: lambda layer: ("silu", ()),
+    nn.Sigmoid: lambda layer: ("sigmoid", ()),
+    nn.Softsign: lambda layer: ("softsign", ()),
+    nn.Tanh: lambda layer: ("tanh", ()),
+}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: What stands for a layer where the code calls a function: an activation's name, the arguments of a pooling or dropout.
+Activation = nn.Module | str | None
+Pooling = nn.Module | tuple[Any, Any, Any] | None
+Dropping = nn.Module | tuple[float, bool] | None
+
+_observers: list[Callable[[Sequence[nn.Module]], None]] = []
+
+
+@contextmanager
+def observe_chains(observer: Callable[[Sequence[nn.Module]], None]) -> Iterator[None]:
+    """Call ``observer`` with the layers of each chain that is about to be computed in one, and with () after it."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a layer's code is its class's, and nothing listens to it."""
+    listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not listened and "forward" not in layer.__dict__
+
+
+def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
+    """Whether a layer is exactly of one of these ``torch.nn`` classes, or its twin."""
+    return any(type(layer) is cls or type(layer) is TWINS.get(cls) for cls in classes)
+
+
+def activation_of(activation: Activation) -> tuple[str, tuple[float, ...]]:
+    """An activation's name in the table, and its parameters."""
+    if isinstance(activation, str):
+        return activation, ()
+    assert activation is not None
+    for cls, describe in ACTIVATIONS.items():
+        if is_one_of(activation, (cls,)):
+            return describe(activation)
+    raise TypeError(f"{type(activation).__name__} is not an activation that can be fused")
+
+
+def has_default_parameters(activation: Activation) -> bool:
+    """Whether an activation's parameters are PyTorch's defaults: others aren't fused behind conv and batch norm."""
+    if activation is None:
+        return True
+    name, parameters = activation_of(activation)
+    return activation_parameters(name, parameters) == activation_parameters(name, ())
+
+
+def pooling_of(pool: Any) -> tuple[Any, Any, Any] | None:
+    """Size, stride and padding of a max pooling layer, or None where it has options that can't be fused."""
+    if isinstance(pool, tuple):
+        return pool
+    if (
+        not is_one_of(pool, (nn.MaxPool2d,))
+        or pool.return_indices
+        or pool.ceil_mode
+        or pool.dilation not in (1, (1, 1))
+    ):
+        return None
+    return pool.kernel_size, pool.stride, pool.padding
+
+
+def _is_ready(layer: Any, *classes: type[nn.Module]) -> bool:
+    """Whether a layer, where it is one, still is one of these classes, and may be computed with others."""
+    return not isinstance(layer, nn.Module) or (is_one_of(layer, classes) and is_untouched(layer))
+
+
+def _is_ready_activation(activation: Activation) -> bool:
+    return _is_ready(activation, *ACTIVATIONS) and has_default_parameters(activation)
+
+
+def _computed(function: Callable[[], Tensor], *layers: Any) -> Tensor:
+    """The result of a chain, which its observers are told of."""
+    if not _observers:
+        return function()
+    members = [layer for layer in layers if isinstance(layer, nn.Module)]
+    for observer in _observers:
+        observer(members)
+    try:
+        return function()
+    finally:
+        for observer in _observers:
+            observer(())
+
+
+# --- Chains -----------------------------------------------------------------------------------------------------------
+
+
+def conv_chain(
+    input: Tensor,
+    residual: Tensor | None,
+    in_place: bool,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    activation: Activation,
+    pool: Pooling,
+    pools_first: bool = False,
+) -> Tensor:
+    """max_pool(activation(norm(conv(x)) + residual)), of which all but the convolution may be missing.
+
+    ``in_place``: the code adds the residual in place.  ``pools_first``: it pools before it activates.
+    """
+    window = (None, None, 0) if pool is None else pooling_of(pool)
+    fused = (
+        tensor_refusal(input) is None
+        and (input.dim() == 4 or (input.dim() == 3 and norm is None))
+        and _is_ready(conv, nn.Conv2d)
+        and _is_ready(norm, nn.BatchNorm2d)
+        and _is_ready_activation(activation)
+        and _is_ready(pool, nn.MaxPool2d)
+        and window is not None
+        and (residual is None or _fits(residual, input, conv))
+    )
+    if not fused:
+        y = conv(input)
+        y = y if norm is None else norm(y)
+        y = _added(y, residual, in_place)
+        if pools_first:
+            return _activated(_pooled(y, pool), activation)
+        return _pooled(_activated(y, activation), pool)
+
+    def compute() -> Tensor:
+        assert window is not None
+        x, padding = padded(conv, input)
+        operands = (x, conv.weight, conv.bias)
+        geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
+        options: dict[str, Any] = {
+            "residual": _distinct(residual, input),
+            "activation": None if activation is None else activation_of(activation)[0],
+            **dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True)),
+        }
+        if norm is None:
+            return conv_act_pool2d(*operands, *geometry, **options)
+        batch_norm.count_batch(norm)
+        return conv_batch_norm_act2d(
+            *(*operands, *batch_norm.running_statistics(norm), norm.weight, norm.bias, *geometry),
+            training=batch_norm.uses_batch_statistics(norm),
+            momentum=batch_norm.momentum_of(norm),
+            eps=norm.eps,
+            **options,
+        )
+
+    return _computed(compute, conv, norm, activation, pool)
+
+
+def norm_chain(input: Tensor, residual: Tensor | None, in_place: bool, norm: Any, activation: Activation) -> Tensor:
+    """activation(norm(x) + residual), of which all but the norm may be missing.  ``in_place`` as of `conv_chain`."""
+    fused = (
+        tensor_refusal(input) is None
+        and _is_ready(norm, *NORMS)
+        and _is_ready_activation(activation)
+        and (residual is None or _are_alike(residual, input.shape, input.dtype))
+    )
+    if not fused:
+        return _activated(_added(norm(input), residual, in_place), activation)
+    forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
+    name = None if activation is None else activation_of(activation)[0]
+    return _computed(lambda: forward(norm, input, _distinct(residual, input), name), norm, activation)
+
+
+def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop: Dropping) -> Tensor:
+    """dropout(activation(linear(x))), of which the dropout may be missing."""
+    fused = (
+        tensor_refusal(input) is None
+        and _is_ready(linear, nn.Linear)
+        and (linear.bias is None or linear.bias.dtype is linear.weight.dtype)
+        and _is_ready(activation, *ACTIVATIONS)
+        and _is_ready(drop, nn.Dropout)
+    )
+    if not fused:
+        y = _activated(linear(input), activation)
+        if isinstance(drop, tuple):
+            return F.dropout(y, *drop)
+        dropped: Tensor = y if drop is None else drop(y)
+        return dropped
+    name, parameters = activation_of(activation)
+    if isinstance(drop, nn.Module):
+        drop = (drop.p, drop.training)  # type: ignore[assignment]
+    p, training = drop or (0.0, False)  # type: ignore[misc]
+
+    def compute() -> Tensor:
+        product = F.linear(input, linear.weight)
+        return bias_activation_dropout(product, linear.bias, None, p, name, parameters, training)
+
+    return _computed(compute, linear, activation, drop)
+
+
+def maxout_chain(input: Tensor, linear: nn.Linear, sizes: tuple[int, int], dim: int, split: int | str | None) -> Tensor:
+    """The maxima along ``dim`` (-1 or -2) of linear(x), whose features are split into ``sizes``.
+
+    ``split`` is the dimension that the code unflattens, or for ``view`` its first size: "rest" (-1) or "rows".
+    """
+    fused = (
+        tensor_refusal(input) is None
+        and (split == -1 or input.dim() == 2)
+        and _is_ready(linear, nn.Linear)
+        and linear.out_features == sizes[0] * sizes[1]
+    )
+    if fused:
+        return _computed(lambda: _maxima(input, linear, sizes, dim), linear)
+    y = linear(input)
+    if isinstance(split, int):
+        y = y.unflatten(split, sizes)
+    else:
+        y = y.view(-1 if split == "rest" else input.shape[0], *sizes)
+    maxima: Tensor = y.max(dim).values
+    return maxima
+
+
+def maxout_pool_chain(input: Tensor, linear: nn.Linear, pool: nn.MaxPool1d) -> Tensor:
+    """max_pool(linear(x)) along the features."""
+    ready = _is_ready(linear, nn.Linear) and _is_ready(pool, nn.MaxPool1d)
+    pieces = pieces_of(pool, linear) if ready and input.dim() in (2, 3) else None
+    if pieces is None or tensor_refusal(input) is not None:
+        maxima: Tensor = pool(linear(input))
+        return maxima
+    return _computed(lambda: _maxima(input, linear, (linear.out_features // pieces, pieces), -1), linear, pool)
+
+
+def pieces_of(pool: Any, linear: nn.Linear) -> int | None:
+    """How many features of a linear layer the windows of a pooling hold that share none, or None."""
+    sizes = [value[0] if isinstance(value, tuple) else value for value in (pool.kernel_size, pool.stride)]
+    options = (pool.padding in (0, (0,)), pool.dilation in (1, (1,)), not pool.ceil_mode, not pool.return_indices)
+    fits = all(options) and sizes[0] == sizes[1] and linear.out_features % sizes[0] == 0
+    return sizes[0] if fits else None
+
+
+def _maxima(input: Tensor, linear: nn.Linear, sizes: tuple[int, int], dim: int) -> Tensor:
+    weight = linear.weight.unflatten(0, sizes)
+    bias = None if linear.bias is None else linear.bias.unflatten(0, sizes)
+    if dim == -1:  # the pieces come last
+        weight, bias = weight.transpose(0, 1), None if bias is None else bias.t()
+    return maxout_linear(input, weight, bias)
+
+
+def _fits(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
+    if isinstance(conv.padding, str):
+        return False
+    size = [
+        (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for extent, padding, dilation, kernel, stride in zip(
+            input.shape[-2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
+        )
+    ]
+    dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
+    return _are_alike(residual, (*input.shape[:-3], conv.out_channels, *size), dtype or input.dtype)
+
+
+def _are_alike(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    return isinstance(residual, Tensor) and residual.shape == shape and residual.dtype is dtype
+
+
+def _distinct(residual: Tensor | None, input: Tensor) -> Tensor | None:
+    """The residual as a tensor of its own: torch.compile doesn't trace functions of the same tensor twice."""
+    return residual.view_as(residual) if residual is input else residual
+
+
+def _added(y: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
+    if residual is None:
+        return y
+    if in_place:
+        y += residual
+        return y
+    return y + residual
+
+
+def _activated(y: Tensor, activation: Activation) -> Tensor:
+    if isinstance(activation, nn.Module):
+        result: Tensor = activation(y)
+        return result
+    return apply_activation(y, None, activation)
+
+
+def _pooled(y: Tensor, pool: Pooling) -> Tensor:
+    if isinstance(pool, nn.Module):
+        result: Tensor = pool(y)
+        return result
+    return y if pool is None else F.max_pool2d(y, *pool)
