@@ -53,8 +53,12 @@ demo: .venv/.complete ## train a network on handwritten digits, stock beside fus
 bench: .venv/.complete ## run the benchmarks: timings on a GPU, counts without one
 	.venv/bin/python -m fusednn bench
 
-check: .venv/.complete ## compile every kernel ahead of time and check the machine code
+check: .venv/.complete ## compile every kernel, check the machine code, and test every layer and optimizer
 	.venv/bin/python -m fusednn check
+
+.PHONY: recipe
+recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; takes minutes
+	.venv/bin/python docs/recipe.py
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
