@@ -64,8 +64,12 @@ bench-docs: .venv/.complete ## counts, predictions and compile-time resources an
 baseline: .venv/.complete ## write down bytes, launches, registers and spills that tests hold new ones against
 	OMP_NUM_THREADS=1 .venv/bin/python -m fusednn bench baseline
 
-check: .venv/.complete ## compile every kernel ahead of time and check the machine code
+check: .venv/.complete ## compile every kernel, check the machine code, and test every layer and optimizer
 	.venv/bin/python -m fusednn check
+
+.PHONY: recipe
+recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; takes minutes
+	.venv/bin/python docs/recipe.py
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 

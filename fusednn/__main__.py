@@ -11,14 +11,14 @@ from .commands import bench, check, demo, info
 
 _COMMANDS = {
     "info": (info, "what is installed, which GPU is there, and what runs where"),
-    "check": (check, "compile every kernel ahead of time and check the machine code"),
+    "check": (check, "compile every kernel and read its machine code, and test what it computes"),
     "demo": (demo, "train a network on handwritten digits, stock beside fusednn"),
     "bench": (bench, "run the benchmarks (from a source checkout)"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 for success, 1 for a failed check, 2 for wrong usage."""
+    """Run one command; returns its exit code: 0 for success, 1 where problems were found, 2 where it can't be done."""
     parser = argparse.ArgumentParser(prog="fusednn", description="Fused Triton kernels for PyTorch, drop-in.")
     parser.add_argument("--version", action="version", version=f"fusednn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

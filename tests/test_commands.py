@@ -63,9 +63,13 @@ def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.compiles
 def test_check_compiles_in_processes() -> None:
+    """And tests the same family, in the interpreter."""
     outcome = run_command("check", "--family", "rrelu", "--target", "sm_90", "--jobs", "2", "--json")
     assert outcome.returncode == 0, outcome.stderr
-    checked = json.loads(outcome.stdout)
+    facts = json.loads(outcome.stdout)
+    assert [(one["name"], one["problems"]) for one in facts["tested"]] == [("RReLU", [])] * 4
+    assert all(0 <= one["error"] < 10 for one in facts["tested"])
+    checked = facts["compiled"]
     assert [one["kernel"] for one in checked] == [one.label for one in kernels.shipped("rrelu")]
     assert all(one["target"] == "sm_90" for one in checked)
     assert all(one["problems"] == [] for one in checked)
@@ -86,10 +90,10 @@ def test_check_reports_problems(
         yield from (outcome_with(), outcome_with("spills", "too slow"))
 
     monkeypatch.setattr(check, "_compile_all", compile_all)
-    assert main(["check", *(["--json"] if as_json else [])]) == 1
+    assert main(["check", "--no-self-test", *(["--json"] if as_json else [])]) == 1
     text = capsys.readouterr().out
     if as_json:
-        assert [one["problems"] for one in json.loads(text)] == [[], ["spills", "too slow"]]
+        assert [one["problems"] for one in json.loads(text)["compiled"]] == [[], ["spills", "too slow"]]
     else:
         assert "spills; too slow" in text
         assert text.endswith("1 of 2 pass\n")
@@ -101,6 +105,7 @@ def test_check_reports_problems(
     [
         (["--target", "sm_90", "--target", "sm_12"], "unknown target sm_12; known: sm_80, sm_90, sm_100, gfx942"),
         (["--family", "sandwich"], "no family is called sandwich"),
+        (["--no-compile", "--no-self-test"], "nothing left to check: choose --no-compile or --no-self-test"),
     ],
 )
 def test_check_rejects(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,6 +236,15 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert not (tmp_path / "output").exists()
 
 
+def test_json(extra: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "compare", lambda *_: comparison_of(LOSSES, LOSSES, accuracy=0.5, path="kernel"))
+    assert run_demo("--device", "cpu", "--interpreter-steps", "0", "--output", str(tmp_path), "--json") == 1
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    assert facts == json.loads((tmp_path / "figures.json").read_text())
+    assert facts["problems"][0] in printed.err
+
+
 def test_unusable_device(extra: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_demo("--device", "cuda:99") == 2
     assert "can't use device cuda:99" in capsys.readouterr().err

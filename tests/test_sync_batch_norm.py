@@ -1,17 +1,13 @@
 """Synchronised batch norm: two gloo processes against one process on the joined batch."""
 
 import copy
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.device import ON_GPU
+from support.processes import in_two_processes
 from support.samples import random_tensor
 from torch import Tensor, nn
 
@@ -54,22 +50,6 @@ def train(norm: nn.Module, rows: slice, joined: bool) -> dict[str, Any]:
     return outcome
 
 
-def rank_of_two(rank: int, port: int, folder: str, work: Callable[..., Any], *arguments: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def both(folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``work(rank, *arguments)`` of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_of_two, (port, str(folder), work, *arguments), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 def train_synchronised(rank: int, split: int, momentum: float | None, activation: str | None) -> dict[str, Any]:
     norm = layers.SyncBatchNorm.convert_sync_batchnorm(model(momentum, activation))
     assert type(norm) is layers.SyncBatchNormAct
@@ -84,7 +64,7 @@ def train_synchronised(rank: int, split: int, momentum: float | None, activation
     ids=["unequal batches", "equal batches", "an empty batch"],
 )
 def test_two_ranks_equal_one(split: int, momentum: float | None, activation: str | None, tmp_path: Path) -> None:
-    first, second = both(tmp_path, train_synchronised, split, momentum, activation)
+    first, second = in_two_processes(tmp_path, train_synchronised, split, momentum, activation)
     alone = train(model(momentum, activation), slice(None), activation is not None)
     for key in ("y", "dx", "dresidual"):
         for step in range(STEPS):
@@ -114,7 +94,7 @@ def call_on_the_cpu(rank: int) -> list[str]:
 
 @pytest.mark.stock
 def test_cpu_tensors_raise_as_in_stock(tmp_path: Path) -> None:
-    for stock, ours in both(tmp_path, call_on_the_cpu):
+    for stock, ours in in_two_processes(tmp_path, call_on_the_cpu):
         assert "expected input tensor to be on GPU" in stock
         assert ours == stock
 
@@ -174,7 +154,7 @@ def wrong_channels(rank: int) -> str:
 @pytest.mark.thorough
 def test_another_number_of_channels_is_refused_on_every_rank(tmp_path: Path) -> None:
     """By stock, that is, which takes no CPU tensors: the kernels would read past the parameters' ends."""
-    assert all("on GPU" in message for message in both(tmp_path, wrong_channels))
+    assert all("on GPU" in message for message in in_two_processes(tmp_path, wrong_channels))
 
 
 def test_replacement(device: str) -> None:

@@ -1,4 +1,4 @@
-"""``python -m fusednn check``: compile every kernel ahead of time, read its machine code, print a table."""
+"""``python -m fusednn check``: compile every kernel ahead of time, read its machine code, and test what it computes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
 from .. import kernels
 from ..layers.table import format_table
+from . import self_test
 
 __all__ = ["Outcome", "add_arguments", "run"]
 
@@ -39,32 +42,66 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", help="only this family's kernels (activation, prelu, ...)")
     parser.add_argument("--target", action="append", help="only this GPU (sm_80, sm_90, sm_100, gfx942); repeatable")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers to run side by side")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes to run side by side")
+    parser.add_argument("--no-compile", action="store_true", help="don't compile: only test the results")
+    parser.add_argument("--no-self-test", action="store_true", help="don't test the results: only compile")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not kernels.AVAILABLE or kernels.INTERPRETING:
-        print("fusednn check compiles kernels: install triton, and unset TRITON_INTERPRET", file=sys.stderr)
+    """Compile, then test.  Returns 0 where all passes, 1 where something fails, 2 where it can't be done."""
+    if refusal := _refusal(arguments):
+        print(refusal, file=sys.stderr)
         return 2
+    outcomes: list[Outcome] = []
+    results: list[self_test.Result] = []
+    if not arguments.no_compile:
+        targets = arguments.target or _targets()
+        count = sum(1 for _ in kernels.shipped(arguments.family))
+        outcomes = list(_compile_all(arguments.family, count, targets, arguments.jobs))
+        if not arguments.json:
+            print(_table(outcomes))
+            print(f"{_passed(outcomes)} of {len(outcomes)} pass")
+    if not arguments.no_self_test:
+        results = self_test.self_test(arguments.family, arguments.jobs)
+        if not arguments.json:
+            on_gpu = torch.cuda.is_available() and not kernels.INTERPRETING
+            where = "on the GPU" if on_gpu else "in Triton's interpreter"
+            print(f"\nLayers, functions and optimizers against PyTorch's, with kernels {where}")
+            print(self_test.table(results))
+            print(f"{_passed(results)} of {len(results)} pass")
+    if arguments.json:
+        facts = {"compiled": [vars(one) for one in outcomes], "tested": [vars(one) for one in results]}
+        print(json.dumps(facts, indent=2))
+    return 0 if _passed(outcomes) == len(outcomes) and _passed(results) == len(results) else 1
+
+
+def _refusal(arguments: argparse.Namespace) -> str | None:
+    """Why the command can't do what it is asked, or None."""
+    if arguments.no_compile and arguments.no_self_test:
+        return "nothing left to check: choose --no-compile or --no-self-test"
+    if not kernels.AVAILABLE:
+        return "fusednn check needs kernels: install triton"
+    if kernels.INTERPRETING and not arguments.no_compile:
+        return "fusednn check compiles kernels: unset TRITON_INTERPRET, or add --no-compile"
+    if not arguments.no_compile:
+        known = _targets()
+        if unknown := [target for target in arguments.target or [] if target not in known]:
+            return f"unknown target {', '.join(unknown)}; known: {', '.join(known)}"
+    family = arguments.family
+    if family is not None and family not in self_test.families() and not any(True for _ in kernels.shipped(family)):
+        return f"no family is called {family}"
+    return None
+
+
+def _targets() -> list[str]:
     from ..kernels.instruments.compile_check import TARGETS
 
-    targets = arguments.target or list(TARGETS)
-    count = sum(1 for _ in kernels.shipped(arguments.family))
-    if unknown := [target for target in targets if target not in TARGETS]:
-        print(f"unknown target {', '.join(unknown)}; known: {', '.join(TARGETS)}", file=sys.stderr)
-        return 2
-    if not count:
-        print(f"no family is called {arguments.family}", file=sys.stderr)
-        return 2
-    outcomes = list(_compile_all(arguments.family, count, targets, arguments.jobs))
-    failed = [outcome for outcome in outcomes if outcome.problems]
-    if arguments.json:
-        print(json.dumps([vars(outcome) for outcome in outcomes], indent=2))
-    else:
-        print(_table(outcomes))
-        print(f"{len(outcomes) - len(failed)} of {len(outcomes)} pass")
-    return 1 if failed else 0
+    return list(TARGETS)
+
+
+def _passed(checked: Sequence[Outcome] | Sequence[self_test.Result]) -> int:
+    return sum(not one.problems for one in checked)
 
 
 def _compile_all(family: str | None, count: int, targets: list[str], jobs: int) -> Iterator[Outcome]:

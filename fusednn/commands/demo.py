@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -30,6 +27,7 @@ from .. import kernels
 from ..layers import Explanation, ReplacementReport, explain, replace_layers
 from ..layers.table import format_table
 from .info import environment
+from .interpreter import interpreting_processes
 
 __all__ = ["Comparison", "Training", "add_arguments", "compare", "problems", "run"]
 
@@ -113,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps to run with kernels, in Triton's interpreter, after training on a CPU (%(default)s; 0: none)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON: what is also written to figures.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,36 +125,29 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"fusednn demo can't use device {arguments.device}: {error}", file=sys.stderr)
         return 2
 
+    say = _say_nothing if arguments.json else print
     interpreting = kernels.INTERPRETING and device.type == "cpu"
     scale = INTERPRETED if interpreting else FULL
     scale = replace(scale, steps=arguments.steps or scale.steps)
-    print(f"A CNN on scikit-learn's handwritten digits, twice {scale.steps} steps of {scale.batch_size} images")
+    say(f"A CNN on scikit-learn's handwritten digits, twice {scale.steps} steps of {scale.batch_size} images")
     if interpreting:
-        print("So few because TRITON_INTERPRET is set: kernels run in Triton's interpreter, which is slow")
+        say("So few because TRITON_INTERPRET is set: kernels run in Triton's interpreter, which is slow")
     comparison = compare(device, scale, arguments.seed)
     found = problems(comparison, kernels_expected=kernels.AVAILABLE and (interpreting or device.type == "cuda"))
-    print(_report(comparison))
+    say(_report(comparison))
 
     interpreted = None
     if device.type == "cpu" and not interpreting and arguments.interpreter_steps:
         if kernels.AVAILABLE:
-            print(f"\nNow with kernels, in Triton's interpreter: {arguments.interpreter_steps} steps of both networks")
+            say(f"\nNow with kernels, in Triton's interpreter: {arguments.interpreter_steps} steps of both networks")
             interpreted = compare_in_interpreter(arguments.interpreter_steps, arguments.seed)
             more = problems(interpreted, kernels_expected=True)
-            print(f"{_interpreter_report(interpreted)}\nThe losses {'disagree' if more else 'agree'}")
+            say(f"{_interpreter_report(interpreted)}\nThe losses {'disagree' if more else 'agree'}")
             found += more
         else:
-            print("\nTriton is not installed, so there are no kernels to run in its interpreter: skipped")
+            say("\nTriton is not installed, so there are no kernels to run in its interpreter: skipped")
 
-    _write(arguments.output, comparison, interpreted, found)
-    for problem in found:
-        print(f"The networks disagree: {problem}", file=sys.stderr)
-    return 1 if found else 0
-
-
-def _write(folder: Path, comparison: Comparison, interpreted: Comparison | None, found: list[str]) -> None:
-    """Leave the curves and all figures in ``folder``."""
-    curves, figures = folder / "losses.png", folder / "figures.json"
+    curves, figures = arguments.output / "losses.png", arguments.output / "figures.json"
     facts = {
         "environment": environment(),
         "comparison": asdict(comparison),
@@ -163,10 +155,20 @@ def _write(folder: Path, comparison: Comparison, interpreted: Comparison | None,
         "interpreter": interpreted and asdict(interpreted),
         "problems": found,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(facts, indent=2)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     draw(comparison, curves)
-    figures.write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"\nWrote {curves} and {figures}")
+    figures.write_text(text + "\n")
+    say(f"\nWrote {curves} and {figures}")
+    if arguments.json:
+        print(text)
+    for problem in found:
+        print(f"The networks disagree: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _say_nothing(_: str) -> None:
+    """In place of ``print``, where JSON is all that is to be printed."""
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -379,29 +381,9 @@ def problems(comparison: Comparison, *, kernels_expected: bool) -> list[str]:
 
 
 def compare_in_interpreter(steps: int, seed: int) -> Comparison:
-    """`compare` on the CPU, with kernels in Triton's interpreter.
-
-    Triton reads TRITON_INTERPRET when kernels are decorated, that is when fusednn is imported: it takes a new process.
-    """
-    with (
-        _environment_variable("TRITON_INTERPRET", "1"),
-        ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process,
-    ):
+    """`compare` on the CPU, with kernels in Triton's interpreter."""
+    with interpreting_processes() as process:
         return process.submit(compare, torch.device("cpu"), replace(INTERPRETED, steps=steps), seed).result()
-
-
-@contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for the processes that are started inside the ``with`` block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
