@@ -23,7 +23,9 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize(
+    "layout", ["channels_last", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("contiguous", "strided"))]
+)
 def test_aot_results_equal_eager(case: Case, layout: str, device: str) -> None:
     if case.name == "rrelu":
         case = Case("rrelu", {"lower": 0.25, "upper": 0.25, "training": True})

@@ -122,6 +122,7 @@ SMALL = ["--steps", "3", "--batch-size", "4"]
 
 
 @pytest.mark.stock
+@pytest.mark.thorough
 def test_example() -> None:
     pytest.importorskip("sklearn")
     losses = run_example(*SMALL)

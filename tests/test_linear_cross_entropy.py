@@ -170,7 +170,7 @@ def peak_memory(rows: int, classes: int, reduction: str, device: str) -> int:
     return memory.peak
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.thorough)])
 def test_peak_memory_is_independent_of_batch_times_classes(reduction: str, device: str) -> None:
     """It grows with the operands alone: what either adds doesn't depend on the other."""
     rows, classes = (8192, 4096) if ON_GPU else (96, 96)

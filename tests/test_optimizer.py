@@ -1017,6 +1017,7 @@ def _train_fully_sharded(mesh: Any) -> None:
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(ON_GPU or not torch.distributed.is_available(), reason="two processes on CPUs")
 def test_two_processes(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(_train_sharded, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -103,7 +103,7 @@ def test_compiled_optimizer_step(device: str) -> None:
 # --- Mixed precision --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.thorough)], ids=str)
 def test_autocast_and_grad_scaler(dtype: torch.dtype, device: str) -> None:
     """With a step whose gradients overflow: it is skipped."""
     outcomes = []
@@ -209,7 +209,7 @@ def test_func_transforms(device: str) -> None:
 # --- Saving -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("ours_first", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_a_training_goes_on_elsewhere(ours_first: bool, tmp_path: Path, device: str) -> None:
     """From a checkpoint that is read with ``weights_only``: half of it is ours, half stock's."""
     whole, _ = networks(device)
