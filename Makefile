@@ -46,12 +46,23 @@ help: ## list the targets
 
 # --- Use -------------------------------------------------------------------------------------------------------------
 
-.PHONY: demo bench check
+.PHONY: demo bench bench-docs baseline check
 demo: .venv/.complete ## train a network on handwritten digits, stock beside fusednn
 	.venv/bin/python -m fusednn demo
 
 bench: .venv/.complete ## run the benchmarks: timings on a GPU, counts without one
 	.venv/bin/python -m fusednn bench
+
+# The sources have to be committed: results name the commit that they are of.
+bench-docs: .venv/.complete ## counts, predictions and compile-time resources anew, and the documents made of them
+	rm -f bench/results/counted.json
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m fusednn bench -q --resume bench/results/counted.json
+	.venv/bin/python -m fusednn bench predict
+	.venv/bin/python -m fusednn bench resources
+	.venv/bin/python -m fusednn bench report --docs
+
+baseline: .venv/.complete ## write down bytes, launches, registers and spills that tests hold new ones against
+	OMP_NUM_THREADS=1 .venv/bin/python -m fusednn bench baseline
 
 check: .venv/.complete ## compile every kernel, check the machine code, and test every layer and optimizer
 	.venv/bin/python -m fusednn check

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusednn_bench.cases import DIRECTIONS, Case, Direction, Inputs, Operation
+from fusednn_bench.peers import activation_peers
 from fusednn_bench.replay import device_clock, replay
 from fusednn_bench.validity import LIMIT, WrongResultError
 from torch import Tensor
@@ -43,7 +44,7 @@ def _activations() -> Iterator[Operation]:
 
 def _activation(name: str, function: str, arguments: dict[str, Any]) -> Operation:
     ours, stock = (partial(getattr(module, function), **arguments) for module in (autograd, F))
-    return Operation(name, "activation", ours, stock, partial(_budget, name))
+    return Operation(name, "activation", ours, stock, partial(_budget, name), peers=partial(activation_peers, name))
 
 
 def _budget(name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:

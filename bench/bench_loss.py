@@ -16,7 +16,7 @@ from torch import Tensor
 from fusednn import autograd
 
 SIZES = {"large": (8192, 8192), "medium": (1024, 1024), "small": (128, 10)}
-COUNTED_SHAPE = (64, 512)
+COUNTED_SHAPE = (16, 512)
 DTYPES = (torch.bfloat16, torch.float32)
 INDEX_BYTES = 8
 

@@ -15,7 +15,7 @@ SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
     network: tuple(map(tuple, shapes))
     for network, shapes in json.loads((Path(__file__).parent / "parameter_lists.json").read_text()).items()
 }
-COUNTED_SHAPES = ((128, 128), (16384,))  # whole tiles; the interpreter is slow
+COUNTED_SHAPES = ((64, 64), (4096,))  # whole tiles; the interpreter is slow
 
 OPERATIONS = {
     operation.name: operation

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusednn import autograd
 
 SIZES = {"large": (64, 64, 112, 112), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
-COUNTED_SHAPE = (2, 32, 16, 64)
+COUNTED_SHAPE = (2, 8, 16, 32)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 FORMATS = {"": torch.contiguous_format, "_channels_last": torch.channels_last}
 WINDOWS = {"2x2": (2, 2), "3x3": (3, 2)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fusednn_bench import peers
 from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
 from fusednn_bench.replay import device_clock, replay
 from torch import Tensor
@@ -28,15 +28,18 @@ SIZES = {
 #: Inputs of the output layer: tokens and features.
 TOKENS = {"small": (128, 64), "tokens": (8192, 2048)}
 LINEAR_CLASSES = {"small": 10, "tokens": 32_768}
-COUNTED_SHAPE = (64, 512)
+COUNTED_SHAPE = (16, 512)
 DTYPES = (torch.bfloat16, torch.float32)
 INDEX_BYTES = 8
 STATISTICS_BYTES = 8  # of a line: its maximum and the logarithm of its sum, float32
+SOFTMAX = ("softmax", "log_softmax", "softmin")
 
 
 def _line_softmax(function: str) -> Operation:
     ours, stock = (partial(getattr(module, function), dim=1) for module in (autograd, F))
-    return Operation(function, "softmax", ours, stock, _softmax_budget, peers=_softmax_peers[function])
+    return Operation(
+        function, "softmax", ours, stock, _softmax_budget, peers=peers.softmax_peers if function == "softmax" else dict
+    )
 
 
 def _softmax_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
@@ -88,35 +91,10 @@ def _two_steps(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), target)
 
 
-# --- Liger-Kernel, where it is installed ------------------------------------------------------------------------------
-
-
-def _liger(name: str) -> dict[str, Callable[..., Tensor]]:
-    if find_spec("liger_kernel") is None:
-        return {}
-    from liger_kernel.transformers import functional
-
-    return {"liger": getattr(functional, name)}
-
-
-def _liger_cross_entropy() -> dict[str, Callable[..., Tensor]]:
-    """On a copy of the logits, since it writes their gradient over them; the copy's time counts."""
-    return {
-        name: lambda x, target, function=function: function(x.clone(), target)
-        for name, function in _liger("liger_cross_entropy").items()
-    }
-
-
-_softmax_peers: dict[str, Callable[[], dict[str, Callable[..., Tensor]]]] = {
-    "softmax": partial(_liger, "liger_softmax"),
-    "log_softmax": dict,
-    "softmin": dict,
-}
-
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        *(_line_softmax(function) for function in _softmax_peers),
+        *(_line_softmax(function) for function in SOFTMAX),
         Operation(
             "cross_entropy",
             "softmax",
@@ -125,7 +103,7 @@ OPERATIONS = {
             _cross_entropy_budget,
             _class_operands,
             _scalar,
-            peers=_liger_cross_entropy,
+            peers=peers.cross_entropy_peers,
         ),
         Operation(
             "linear_cross_entropy",
@@ -135,7 +113,7 @@ OPERATIONS = {
             _linear_budget,
             _linear_operands,
             _scalar,
-            peers=partial(_liger, "liger_fused_linear_cross_entropy"),
+            peers=peers.linear_cross_entropy_peers,
         ),
     )
 }

@@ -1,8 +1,10 @@
-"""Everything that needs a GPU, in one command: ``python3 bench/gpu_run.py [FOLDER]``.
+"""Everything that needs a GPU, in one command: ``python3 bench/gpu_run.py [FOLDER]``, then with ``--rest``.
 
-Installs the package from this checkout without a network, runs the tests on the GPU, then the quick benchmarks, each
-within its own time: 8 minutes in all at most.  Logs, JUnit XML, the benchmark's JSON and its report go into the folder.
-Benchmarks run even where tests fail.  Exit code: 0 where everything passed, 1 where anything failed, 2 without a GPU.
+Installs the package from this checkout without a network, runs the tests on the GPU, then the quick benchmarks: the
+headline cases of every family.  With ``--rest`` all other benchmarks instead of the tests.  Each step has its own time:
+8 minutes in all at most.  Benchmarks go on with what the folder's result file holds, so a run that was cut short, or
+ran out of time, is simply repeated.  Logs, JUnit XML, the result and its report go into the folder.  Benchmarks run
+even where tests fail.  Exit code: 0 where everything passed, 1 where anything failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = "benchmarks.json"
 GRACE_SECONDS = 6.0  # to write results after an interrupt
 _TAIL_LINES = 60
 
@@ -46,18 +49,18 @@ class Outcome:
         return self.code == 0
 
 
-def steps(folder: Path) -> list[Step]:
+def steps(folder: Path, *, rest: bool = False, tests: bool = True) -> list[Step]:
+    """``rest``: every case, with torch.compile's max-autotune mode; there is no time for the tests then."""
     python = sys.executable
     pytest = (python, "-m", "pytest", "-p", "no:xdist")
     install = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-e", ".")
-    tests = (*pytest, "tests", "-m", "not compiles", "-x", "-q", f"--junitxml={folder / 'tests.xml'}")
+    suite = (*pytest, "tests", "-m", "not compiles", "-x", "-q", f"--junitxml={folder / 'tests.xml'}")
+    tested = [Step("tests", suite, 155)] if tests and not rest else []
     # The benchmarks stop by themselves before they are stopped, and so write their result.
-    bench = (*pytest, "bench", "--quick", "--time-limit=200", f"--output={folder}")
-    return [
-        Step("install", install, 45),
-        Step("tests", tests, 155),
-        Step("bench", (*bench, "-q", f"--junitxml={folder / 'bench.xml'}"), 240),
-    ]
+    limit = 400 - sum(step.limit + GRACE_SECONDS for step in tested)
+    selection = ("--full" if rest else "--quick", f"--time-limit={limit - 40:.0f}", f"--resume={folder / RESULT}")
+    bench = (*pytest, "bench", *selection, "-q", f"--junitxml={folder / 'bench.xml'}")
+    return [Step("install", install, 45), *tested, Step("bench", bench, limit)]
 
 
 def run_step(step: Step, folder: Path, environment: Mapping[str, str]) -> Outcome:
@@ -94,11 +97,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def write_reports(folder: Path) -> None:
-    """A Markdown report beside each result."""
-    command = [sys.executable, str(ROOT / "bench" / "report.py")]
-    for result in sorted(folder.glob("*.json")):
-        if result.name != "steps.json":
-            subprocess.run([*command, str(result), "-o", str(result.with_suffix(".md"))], check=False)
+    """A Markdown report beside the result."""
+    result = folder / RESULT
+    if result.exists():
+        command = [sys.executable, str(ROOT / "bench" / "report.py"), "--uncommitted"]
+        subprocess.run([*command, str(result), "-o", str(result.with_suffix(".md"))], check=False)
 
 
 def _has_gpu(environment: Mapping[str, str]) -> bool:
@@ -112,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folder", type=Path, nargs="?", help="where logs and results go (default: bench/results/run-DATE)"
     )
     parser.add_argument("--commit", help="the commit of these sources, where they are no git checkout")
+    parser.add_argument("--rest", action="store_true", help="the benchmarks that aren't in the folder's result yet")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave their time to the benchmarks")
     parsed = parser.parse_args(arguments)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONUNBUFFERED"] = "1"
@@ -124,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
-    for step in steps(folder):
+    for step in steps(folder, rest=parsed.rest, tests=parsed.tests):
         print(f"--- {step.name}: {' '.join(step.command)}", flush=True)
         outcome = run_step(step, folder, environment)
         outcomes.append(outcome)

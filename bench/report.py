@@ -1,35 +1,55 @@
-"""Render a result file as Markdown: ``python bench/report.py RESULT.json [-o REPORT.md]``.
+"""Turn result files into a report: ``python -m fusednn bench report FILE... [-o REPORT.md] [--plots FOLDER]``.
 
-The file is validated first: its schema version, its commit, and that every case has samples.
+Each file is validated first: schema, samples and what is said to follow from them, and, where there is a repository,
+that the sources which ran are those of the commit that the file names.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fusednn_bench.goals import judge, load_goals
+from fusednn_bench import documents
+from fusednn_bench.environment import ROOT
+from fusednn_bench.goals import load_goals
+from fusednn_bench.plots import draw_plots
+from fusednn_bench.provenance import source_problems
+from fusednn_bench.render import render
 from fusednn_bench.results import InvalidResultError, load_result
-from fusednn_bench.tables import counted_table, markdown_table, timed_tables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 for an invalid file."""
-    parser = argparse.ArgumentParser(description="Render a benchmark result as Markdown.")
-    parser.add_argument("result", type=Path)
+    """Returns 0, or 1 for an invalid file or, with ``--check``, a document that isn't current; 2 for wrong usage."""
+    parser = argparse.ArgumentParser(prog="fusednn bench report", description="Turn benchmark results into a report.")
+    parser.add_argument("results", type=Path, nargs="*", metavar="FILE", help="what the benchmarks wrote")
     parser.add_argument("-o", "--output", type=Path, help="write here instead of to the terminal")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots, too")
+    parser.add_argument("--uncommitted", action="store_true", help="sources that were changed since their commit, too")
+    parser.add_argument("--docs", action="store_true", help="write the documents, from all of bench/results")
+    parser.add_argument("--check", action="store_true", help="with --docs: write nothing, say whether they are current")
     parsed = parser.parse_args(arguments)
+    if parsed.docs == bool(parsed.results) or (parsed.check and not parsed.docs):
+        parser.print_usage(sys.stderr)
+        return 2
     try:
-        report = render(load_result(parsed.result), parsed.result.name)
+        results = load_results(parsed.results or documents.committed_results(ROOT), uncommitted=parsed.uncommitted)
     except InvalidResultError as error:
         print(error, file=sys.stderr)
         return 1
+    if parsed.docs:
+        return _documents(results, check=parsed.check)
+    report_folder = parsed.output.resolve().parent if parsed.output else Path.cwd()
+    plots = (
+        [] if parsed.plots is None else [p for name, r in results.items() for p in draw_plots(r, name, parsed.plots)]
+    )
+    beside = [Path(os.path.relpath(plot.resolve(), report_folder)) for plot in plots]
+    report = render(results, load_goals(), beside)
     if parsed.output:
         parsed.output.write_text(report, encoding="utf-8")
     else:
@@ -37,42 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def render(result: Mapping[str, Any], name: str) -> str:
-    """The report of a valid result, generated from its data alone."""
-    parts = [f"# Benchmark of {result['date']}", _origin(result, name)]
-    if result["kind"] == "counted":
-        parts += ["Counted in Triton's interpreter; nothing was timed.", counted_table(result["cases"])]
-    else:
-        parts += [timed_tables(result), "## Goals", _goals(result)]
-    if result["left_out"]:
-        rows = [(item["case"], item["contestant"] or "all", item["reason"]) for item in result["left_out"]]
-        parts += ["## Left out", markdown_table(("case", "contestant", "reason"), rows)]
-    return "\n\n".join(parts) + "\n"
+def load_results(paths: Iterable[Path], *, uncommitted: bool = False) -> dict[str, dict[str, Any]]:
+    """Valid results by file name.  Raises InvalidResultError where one isn't valid."""
+    results: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        result = load_result(path)
+        allowed = uncommitted and result["source"]["dirty"]
+        if not allowed and (found := source_problems(result)):
+            raise InvalidResultError(f"{path}: {'; '.join(found)}")
+        if results.setdefault(path.name, result) is not result:
+            raise InvalidResultError(f"{path}: another file has this name")
+    return results
 
 
-def _origin(result: Mapping[str, Any], name: str) -> str:
-    environment, source = result["environment"], result["source"]
-    facts = [f"{key} {environment[key]}" for key in ("driver", "torch", "triton", "python", "cuda") if environment[key]]
-    state = {True: ", changed since", False: "", None: ", copy without a repository"}[source["dirty"]]
-    lines = [
-        f"- Device: {environment['device']}; {', '.join(facts)}",
-        f"- Sources: commit {source['commit']}{state}; SHA-256 {source['sha256'][:16]}",
-        f"- Data: `{name}`{'' if result['complete'] else ', **incomplete**: the run was interrupted'}",
-    ]
-    return "\n".join(lines)
-
-
-def _goals(result: Mapping[str, Any]) -> str:
-    verdicts = list(judge(result, load_goals()))
-    counted = Counter(verdict.outcome for verdict in verdicts)
-    total = ", ".join(f"{counted[outcome]} {outcome}" for outcome in ("met", "missed", "open"))
-    head = ("goal", "operation", "dtype", "size", "wanted", "measured", "result")
-    order = ("missed", "open", "met")
-    rows = [
-        (v.goal.name, v.operation, v.dtype, v.size, v.goal.wanted, v.value, v.outcome)
-        for v in sorted(verdicts, key=lambda verdict: order.index(verdict.outcome))
-    ]
-    return f"{total}.\n\n{markdown_table(head, rows)}"
+def _documents(results: dict[str, dict[str, Any]], *, check: bool) -> int:
+    if not check:
+        documents.write(results, ROOT)
+        return 0
+    stale = documents.stale(results, ROOT)
+    for path in stale:
+        print(f"not current: {path.relative_to(ROOT)}; run python -m fusednn bench report --docs", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import subprocess
@@ -32,10 +31,8 @@ import bench_activation
 import bench_optimizer
 import gpu_run
 import parameter_lists
-import report
-from fusednn_bench import contest, environment, replay, results, steps, tables, timing, validity
+from fusednn_bench import ceilings, contest, replay, steps, timing, validity
 from fusednn_bench.cases import Case, make_inputs
-from fusednn_bench.goals import Goal, judge, load_goals
 from fusednn_bench.quantiles import median, quantile, spread
 from fusednn_bench.steps import StepCase
 
@@ -160,6 +157,23 @@ def test_host_time_is_the_mean_of_the_calls() -> None:
     assert len(waited) == 2
 
 
+def test_wall_time_lasts_until_the_device_is_done() -> None:
+    (sample,) = timing.wall_times(lambda: [lambda: None] * 2, lambda: time.sleep(0.02))
+    assert 10_000 <= sample < 50_000  # 20 ms for two calls
+
+
+def test_ceilings_are_sampled_and_added_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(ceilings, "PRODUCT_SIDE", 8)
+    monkeypatch.setattr(ceilings, "DEVICE", CPU)
+    timer, _ = _timer(monkeypatch)
+    first = ceilings.measure_ceilings(timer)
+    assert {name: len(measured["samples_us"]) for name, measured in first.items()} == {"copy": 16, "matrix_product": 16}
+    assert (first["copy"]["bytes"], first["matrix_product"]["operations"]) == (2**12, 2 * 8**3)
+    second = ceilings.measure_ceilings(timer, first)
+    assert len(second["copy"]["samples_us"]) == 32
+
+
 def test_pytest_benchmark_gets_the_samples() -> None:
     seen: list[float] = []
 
@@ -253,6 +267,17 @@ def test_a_case_may_forbid_tf32() -> None:
         assert [switch.fp32_precision for switch in switches] == before
 
 
+def test_cases_have_names_of_their_own() -> None:
+    """A result file is continued by them."""
+    for cases in ([case for one in FAMILIES for case in one.timed_cases(True)], _counted_cases()):
+        ids = [case.id for case in cases]
+        assert len(set(ids)) == len(ids)
+
+
+def _counted_cases() -> list[Any]:
+    return [case for one in FAMILIES for case in one.counted_cases()]
+
+
 def test_every_function_has_a_benchmark() -> None:
     measured = {name for module in FAMILIES for name in module.OPERATIONS}
     assert [f for f in autograd.__all__ if not any(name == f or name.startswith(f"{f}_") for name in measured)] == []
@@ -296,185 +321,6 @@ def test_rotation_exceeds_three_times_the_cache() -> None:
         assert rotated > 3 * l2 if case.size == "large" else sets <= 16
 
 
-# --- Result files and reports ---------------------------------------------------------------------------------------
-
-
-def _record(contestant: str, direction: str, samples: list[float], operation: str = "relu", **extra: Any) -> Any:
-    return {
-        "family": "activation",
-        "operation": operation,
-        "contestant": contestant,
-        "direction": direction,
-        "dtype": "bf16",
-        "size": "large",
-        "shape": [64, 64],
-        "budget_bytes": 4000.0,
-        "device_us": samples,
-        "host_us": [],
-        "peak_bytes": 1_000_000,
-        **extra,
-    }
-
-
-@pytest.fixture
-def result() -> dict[str, Any]:
-    described = {"device": "Some GPU 9000", "driver": "1.2", "torch": "2", "triton": "3", "python": "3", "cuda": "13"}
-    source = {"commit": "0123456789abcdef" * 2 + "01234567", "dirty": False, "sha256": "ab" * 32}
-    timed = results.new_result("timed", described, source, {"selection": "quick"})
-    timed["complete"] = True
-    timed["copy"] = {"bytes": 8000, "samples_us": [2.0, 2.0, 3.0]}  # 4000 bytes a microsecond
-    timed["cases"] = [
-        _record("fusednn", "forward", [1.0, 1.0, 1.25]),
-        _record("eager", "forward", [0.9, 0.9, 0.9]),
-        _record("fusednn", "backward", [1.25]),
-        _record("eager", "backward", [2.0]),
-        _record("fusednn", "forward_backward", [2.0]),
-        _record("fusednn", "forward_backward", [1.0], size="lenet", host_us=[30.0]),
-        _record("eager", "forward_backward", [1.0], size="lenet", host_us=[20.0]),
-    ]
-    return timed
-
-
-def test_result_survives_writing_and_is_never_overwritten(result: dict[str, Any], tmp_path: Path) -> None:
-    first = results.write_result(result, tmp_path / "new")
-    second = results.write_result(result, tmp_path / "new")
-    assert first.name.startswith("some-gpu-9000-2")
-    assert first != second
-    assert results.load_result(first) == results.load_result(second) == result
-
-
-def test_numbers_that_json_lacks_are_not_written(result: dict[str, Any], tmp_path: Path) -> None:
-    result["cases"][0]["device_us"] = [float("nan")]
-    with pytest.raises(ValueError, match="JSON compliant"):
-        results.write_result(result, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("schema_version",), 99, "schema version 99"),
-        (("source", "commit"), None, "no commit"),
-        (("source", "commit"), "main", "no commit"),
-        (("environment", "device"), "", "no device"),
-        (("kind",), "guessed", "unknown kind"),
-        (("cases",), [], "no cases"),
-        (("cases", 1, "device_us"), [], "case 1: no samples"),
-        (("cases", 1, "device_us"), [1.0, 0.0], "case 1: no samples"),
-        (("cases", 2, "dtype"), None, "case 2: no dtype"),
-        (("cases", 2, "budget_bytes"), 0, "case 2: no budget"),
-        (("copy",), None, "no samples of the copy"),
-    ],
-)
-def test_invalid_results_are_refused(
-    result: dict[str, Any], tmp_path: Path, path: tuple[Any, ...], value: Any, message: str
-) -> None:
-    assert results.problems(result) == []
-    broken: Any = copy.deepcopy(result)
-    *parents, last = path
-    place = broken
-    for key in parents:
-        place = place[key]
-    place[last] = value
-    file = tmp_path / "broken.json"
-    file.write_text(json.dumps(broken))
-    with pytest.raises(results.InvalidResultError, match=message):
-        results.load_result(file)
-    assert report.main([str(file)]) == 1
-
-
-def test_a_file_that_is_no_json_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty.json").write_text("")
-    assert report.main([str(tmp_path / "empty.json")]) == 1
-    assert report.main([str(tmp_path / "absent.json")]) == 1
-    assert "empty.json" in capsys.readouterr().err
-
-
-def test_goals_are_judged_from_medians(result: dict[str, Any]) -> None:
-    outcomes = {(v.goal.measure, v.goal.against, v.goal.direction): v for v in judge(result, load_goals())}
-    ahead = outcomes["speedup", "eager", "forward"]
-    assert (ahead.value, ahead.outcome) == (0.9, "missed")  # 0.95 wanted
-    back = outcomes["speedup", "eager", "backward"]
-    assert (back.value, back.outcome) == (1.6, "met")
-    rate = outcomes["percent_of_copy", None, "forward"]
-    assert (rate.value, rate.outcome) == (100.0, "met")
-    assert outcomes["percent_of_copy", None, "backward"].outcome == "missed"  # 80 %
-    assert outcomes["speedup", "compile", "forward_backward"].outcome == "open"  # not measured
-    host = outcomes["host_slowdown", "eager", "forward_backward"]
-    assert (host.value, host.outcome) == (1.5, "missed")
-
-
-def test_a_goal_may_be_of_some_dtypes() -> None:
-    goal = Goal("a goal", ("*",), "forward", ("large",), "speedup", "eager", at_least=1, dtypes=("bf16",))
-    assert goal.covers("relu", "bf16", "large", "forward")
-    assert not goal.covers("relu", "fp32", "large", "forward")
-    assert replace(goal, dtypes=()).covers("relu", "fp32", "large", "forward")
-
-
-def test_goals_name_operations_that_exist() -> None:
-    named = {name for goal in load_goals() for name in goal.operations}
-    assert named - {"*"} <= {name for module in FAMILIES for name in module.OPERATIONS}
-    assert {size for goal in load_goals() for size in goal.sizes} <= {size for one in FAMILIES for size in one.SIZES}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"measure": "beauty", "at_least": 1.0},
-        {"measure": "speedup", "at_least": 1.0},
-        {"measure": "percent_of_copy", "against": "eager", "at_least": 1.0},
-        {"measure": "percent_of_copy"},
-        {"measure": "percent_of_copy", "at_least": 1.0, "at_most": 2.0},
-    ],
-)
-def test_goals_without_meaning_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="a goal: "):
-        Goal("a goal", ("relu",), "forward", ("large",), **arguments)
-
-
-def test_report_shows_times_goals_and_origin(result: dict[str, Any], tmp_path: Path) -> None:
-    result["left_out"] = [{"case": "relu-bf16-large", "contestant": "compile", "reason": "no compiler"}]
-    file = results.write_result(result, tmp_path)
-    assert report.main([str(file), "-o", str(tmp_path / "report.md")]) == 0
-    text = (tmp_path / "report.md").read_text()
-    for words in ("Some GPU 9000", result["source"]["commit"], file.name, "4 GB/s", "no compiler"):
-        assert words in text
-    assert "2 met, 3 missed, 1 open" in text
-    assert "incomplete" not in text
-    assert "incomplete" in report.render({**result, "complete": False}, "name")
-
-
-def test_counted_report(result: dict[str, Any]) -> None:
-    counts = {"bytes": 4000, "launches": 1, "elements": 1000}
-    result |= {"kind": "counted", "copy": None}
-    result["cases"] = [
-        _record(contestant, direction, [], **counts)
-        for contestant in ("fusednn", "eager")
-        for direction in ("forward", "backward")
-    ]
-    assert results.problems(result) == []
-    assert "nothing was timed" in report.render(result, "name")
-    result["cases"][0]["launches"] = 0
-    assert results.problems(result) == ["case 0: no counts"]
-
-
-def test_tables_line_up() -> None:
-    lines = tables.markdown_table(("name", "value"), [("a", 1.0), ("long name", None), ("b", 12345)]).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[2].endswith(" 1.00 |")
-
-
-def test_sources_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "a.py").write_text("1")
-    first = environment.source_digest(tmp_path)
-    (tmp_path / "kernels" / "a.py").write_text("2")
-    assert environment.source_digest(tmp_path) != first
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setenv("FUSEDNN_COMMIT", "f" * 40)
-    described = environment.describe_sources()
-    assert (described["commit"], described["dirty"]) == ("f" * 40, None)
-
-
 # --- Commands -------------------------------------------------------------------------------------------------------
 
 
@@ -498,6 +344,20 @@ def test_bench_passes_everything_on_to_pytest(arguments: tuple[str, ...], monkey
     monkeypatch.setattr(command.subprocess, "run", fake_run)
     assert command.run(_parse(*arguments)) == 5
     assert called == [[sys.executable, "-m", "pytest", str(BENCH), *arguments]]
+
+
+@pytest.mark.parametrize("program", ["report", "predict", "resources", "baseline"])
+def test_bench_runs_the_programs_beside_it(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def fake_run(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        called.append(line)
+        return subprocess.CompletedProcess(line, 1)
+
+    monkeypatch.setattr(command.subprocess, "run", fake_run)
+    assert command.run(_parse(program, "--help", "a")) == 1
+    assert called == [[sys.executable, str(BENCH / f"{program}.py"), "--help", "a"]]
+    assert (BENCH / f"{program}.py").is_file()
 
 
 def test_bench_without_a_checkout_is_wrong_usage(
@@ -547,10 +407,24 @@ def test_counting_run_end_to_end(tmp_path: Path) -> None:
     assert [case["launches"] for case in counted["cases"]] == [1, 1, 1, 1]
 
 
-def test_gpu_run_stays_within_eight_minutes(tmp_path: Path) -> None:
-    steps = gpu_run.steps(tmp_path)
-    assert [step.name for step in steps] == ["install", "tests", "bench"]
-    assert sum(step.limit + gpu_run.GRACE_SECONDS for step in steps) < 470
+@pytest.mark.parametrize(
+    ("arguments", "names", "selection"),
+    [
+        ({}, ["install", "tests", "bench"], "--quick"),
+        ({"tests": False}, ["install", "bench"], "--quick"),
+        ({"rest": True}, ["install", "bench"], "--full"),
+    ],
+)
+def test_gpu_run_stays_within_eight_minutes(
+    arguments: dict[str, bool], names: list[str], selection: str, tmp_path: Path
+) -> None:
+    steps = gpu_run.steps(tmp_path, **arguments)
+    assert [step.name for step in steps] == names
+    assert 400 < sum(step.limit + gpu_run.GRACE_SECONDS for step in steps) < 470
+    assert selection in steps[-1].command
+    assert f"--resume={tmp_path / gpu_run.RESULT}" in steps[-1].command
+    limits = [float(part.partition("=")[2]) for part in steps[-1].command if part.startswith("--time-limit=")]
+    assert limits[0] + 30 < steps[-1].limit  # the last case that is begun ends in time
 
 
 @pytest.mark.parametrize(
@@ -572,7 +446,7 @@ def test_gpu_run_goes_on_after_a_failure(
     python = (sys.executable, "-c")
     first = gpu_run.Step("tests", (*python, "raise SystemExit(1)"), 20)
     second = gpu_run.Step("bench", (*python, "print('measured')"), 20)
-    monkeypatch.setattr(gpu_run, "steps", lambda folder: [first, second])
+    monkeypatch.setattr(gpu_run, "steps", lambda folder, **_: [first, second])
     monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: True)
     assert gpu_run.main([str(tmp_path / "run")]) == 1
     assert "measured" in capsys.readouterr().out

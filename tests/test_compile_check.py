@@ -1,6 +1,9 @@
 """The compile check: every shipped configuration, for GPUs that aren't here."""
 
+from typing import Any
+
 import pytest
+from support.baseline import applies, complaint
 
 from fusednn import kernels
 
@@ -13,11 +16,12 @@ CONFIGURATIONS = list(kernels.shipped()) if kernels.AVAILABLE else []
 THOROUGH = {c.label for c in CONFIGURATIONS if c.rare or c.label.endswith(("fp16", "fp64"))}
 
 
-def check(configuration: kernels.Configuration, target: str) -> None:
+def check(configuration: kernels.Configuration, target: str) -> Any:
     from fusednn.kernels.instruments.compile_check import compile_configuration
 
     result = compile_configuration(configuration, target)
     assert not result.problems, f"{configuration.label} on {target}: {'; '.join(result.problems)}"
+    return result.machine_code
 
 
 @pytest.mark.parametrize(
@@ -25,8 +29,10 @@ def check(configuration: kernels.Configuration, target: str) -> None:
     [pytest.param(c, marks=[pytest.mark.thorough] * (c.label in THOROUGH), id=c.label) for c in CONFIGURATIONS],
 )
 def test_compiles(configuration: kernels.Configuration) -> None:
-    """For sm_90, whose machine code is read."""
-    check(configuration, "sm_90")
+    """For sm_90, whose machine code is read: no more registers and spills than committed, with the same compiler."""
+    code = check(configuration, "sm_90")
+    if not configuration.rare and applies("triton"):
+        assert not (worse := complaint("compiled", configuration.label, code.registers, code.spills)), worse
 
 
 # `make check` compiles every configuration for every target, which takes the better part of an hour on two cores.

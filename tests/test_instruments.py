@@ -79,6 +79,21 @@ def test_traffic_meter_sees_what_operators_change_in_place() -> None:
     assert [(one.read_bytes, one.written_bytes) for one in traffic.operations] == [(8000, 4000)] * 2
 
 
+def test_traffic_meter_counts_what_operators_touch() -> None:
+    """Not all that they are given: a shape is nothing to read, and a loss picks an element of each row."""
+    from fusednn.kernels.instruments.traffic import measure_traffic
+
+    x, target = torch.zeros(10, 100, requires_grad=True), torch.zeros(10, dtype=torch.int64)
+    with measure_traffic() as traffic:
+        torch.zeros_like(x)
+        F.nll_loss(x, target, reduction="none").backward(torch.ones(10))
+    counted = {one.name: (one.read_bytes, one.written_bytes) for one in traffic.operations}
+    assert counted["zeros_like"] == (0, 4000)
+    assert counted["nll_loss_forward"] == (10 * 8 + 10 * 4, 10 * 4 + 4)
+    assert counted["nll_loss_backward"][0] <= 10 * 8 + 10 * 4 + 4
+    assert not [name for name in counted if "::" in name]
+
+
 @pytest.mark.compiles
 def test_compile_check_sees_a_spilling_tile() -> None:
     from fusednn.kernels.instruments.compile_check import compile_configuration

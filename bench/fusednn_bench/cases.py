@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .contest import Contest, Effort
+    from .timing import DeviceTimer
 
 __all__ = ["DIRECTIONS", "Case", "Direction", "Inputs", "Operation", "forward", "gradients", "make_inputs"]
 
@@ -76,6 +80,20 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.operation.name}-{self.dtype_name}-{self.size}"
+
+    def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]:
+        """Who takes part: the usual ones, and peers that are installed."""
+        return (*usual, *self.operation.peers())
+
+    def hold(self, timer: DeviceTimer, contestants: tuple[str, ...], effort: Effort) -> Contest:
+        from .contest import run_contest
+
+        return run_contest(self, timer, contestants, effort)
+
+    def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
+        from .counting import count_case
+
+        return count_case(self, checked=checked)
 
     def record(self, contestant: str, direction: Direction) -> dict[str, Any]:
         """What a result file says of the case, whatever was measured."""

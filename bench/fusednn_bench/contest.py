@@ -12,16 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import eager_work
 from .cases import DIRECTIONS, Case, Direction, Inputs, forward, gradients, make_inputs
-from .timing import DEVICE, DeviceTimer, host_times, interleave
+from .timing import DEVICE, DeviceTimer, host_times, interleave, wall_times
 from .validity import check
 
-__all__ = ["CONTESTANTS", "CaseRecord", "Contest", "Effort", "float32_products", "run_contest", "sets_needed"]
+__all__ = [
+    "COMPILE_MODES",
+    "CONTESTANTS",
+    "CaseRecord",
+    "Contest",
+    "Effort",
+    "float32_products",
+    "run_contest",
+    "sets_needed",
+]
 
 #: Compiled contestants are torch.compile of the stock function, with these modes.
-_COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
+COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
 
-CONTESTANTS = ("fusednn", "eager", *_COMPILE_MODES)
+CONTESTANTS = ("fusednn", "eager", *COMPILE_MODES)
 
 CaseRecord = dict[str, Any]
 
@@ -79,7 +89,7 @@ def sets_needed(case: Case, l2_bytes: int) -> int:
 
 
 def run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
-    """Check every contestant, ``names`` and the case's peers, against eager PyTorch; time those that are right.
+    """Check every contestant of ``names`` against eager PyTorch; time those that are right.
 
     Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.
     """
@@ -111,7 +121,7 @@ def _run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort:
     contest = Contest()
     runners: dict[str, Runner] = {}
     facts: dict[str, CaseRecord] = {}
-    for name in (*names, *case.operation.peers()):
+    for name in names:
         try:
             runner = Runner(_contestant(name, case), sets)
             facts[name] = {"error_epsilons": check(case, runner.function, sets[0])}
@@ -136,13 +146,13 @@ def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
     stock = case.operation.stock
     if name == "eager":
         return stock
-    if name not in _COMPILE_MODES:
+    if name not in COMPILE_MODES:
         return case.operation.peers()[name]
 
     def call(*operands: Tensor) -> Tensor:
         return stock(*operands)
 
-    compiled: Callable[..., Tensor] = torch.compile(call, fullgraph=True, dynamic=False, mode=_COMPILE_MODES[name])
+    compiled: Callable[..., Tensor] = torch.compile(call, fullgraph=True, dynamic=False, mode=COMPILE_MODES[name])
     return compiled
 
 
@@ -173,19 +183,25 @@ def _time(
     def device(runner: Runner) -> list[float]:
         return timer.sample(lambda: runner.calls(direction), group)
 
-    def host(runner: Runner) -> list[float]:
-        return host_times(lambda: runner.calls(direction), torch.cuda.synchronize)
+    def clocked(times: Callable[..., list[float]], rounds: int) -> dict[str, list[float]]:
+        def sample(runner: Runner) -> list[float]:
+            return times(lambda: runner.calls(direction), torch.cuda.synchronize)
+
+        interleave(runners, effort.warmup_rounds, sample)
+        return interleave(runners, rounds, sample)
 
     interleave(runners, effort.warmup_rounds, device)
     device_us = interleave(runners, rounds, device)
-    if not large:
-        interleave(runners, effort.warmup_rounds, host)
-    host_us = {name: [] for name in runners} if large else interleave(runners, effort.host_rounds, host)
+    # Large cases aren't bound by the host; and what a user waits for is the whole step.
+    host_us = {} if large else clocked(host_times, effort.host_rounds)
+    wall_us = {} if large or direction != "forward_backward" else clocked(wall_times, effort.host_rounds)
     return [
         {
             **case.record(name, direction),
+            "operations": eager_work(case)[direction].operations,
             "device_us": device_us[name],
-            "host_us": host_us[name],
+            "host_us": host_us.get(name, []),
+            "wall_us": wall_us.get(name, []),
             "calls_per_sample": group,
             "sets": sets,
             "rotated_bytes": sets * size,

@@ -7,16 +7,18 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["describe_environment", "describe_settings", "describe_sources"]
+__all__ = ["ROOT", "SOURCE_FOLDERS", "describe_environment", "describe_settings", "describe_sources", "digest_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCE_FOLDERS = ("fusednn", "kernels", "autograd", "layers", "optim", "bench")
+SOURCE_FOLDERS = ("fusednn", "kernels", "autograd", "layers", "optim", "bench")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -34,6 +36,7 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "system": f"{platform.system()} {platform.machine()}",
+        "peers": peer_versions(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -46,6 +49,15 @@ def describe_environment() -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
         }
     return environment
+
+
+def peer_versions() -> dict[str, str]:
+    """Other libraries that may take part: those that are installed."""
+    versions = {}
+    for name in ("liger-kernel", "flag-gems", "apex", "quack-kernels"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _driver() -> str | None:
@@ -65,6 +77,10 @@ def describe_settings() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision,
         "cudnn_allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": lambda: torch.backends.cudnn.benchmark,
+        "matmul_fp32_precision": lambda: torch.backends.cuda.matmul.fp32_precision,
+        "convolution_fp32_precision": lambda: torch.backends.cudnn.conv.fp32_precision,
+        "reduced_precision_reduction": lambda: str(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "autocast": lambda: torch.is_autocast_enabled("cuda"),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
     }
     return {name: _or_none(read) for name, read in settings.items()}
@@ -94,10 +110,18 @@ def describe_sources() -> dict[str, Any]:
 
 def source_digest(root: Path = ROOT) -> str:
     """SHA-256 over names and contents of the library's and the benchmarks' Python files."""
+    return digest_of(
+        (path.relative_to(root).as_posix(), path.read_bytes())
+        for folder in SOURCE_FOLDERS
+        for path in sorted((root / folder).rglob("*.py"))
+    )
+
+
+def digest_of(sources: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 over names and contents."""
     digest = hashlib.sha256()
-    for folder in _SOURCE_FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in sources:
+        digest.update(name.encode() + b"\0" + text + b"\0")
     return digest.hexdigest()
 
 

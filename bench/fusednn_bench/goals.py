@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .quantiles import median
-from .tables import by_contestant, copy_rate
+from .tables import by_contestant, copy_rate, product_rate
 
 __all__ = ["GOALS_FILE", "Goal", "Verdict", "judge", "load_goals"]
 
@@ -17,7 +17,19 @@ GOALS_FILE = Path(__file__).resolve().parents[1] / "goals.json"
 
 _Records = Mapping[str, Mapping[str, Any]]
 
-MEASURES = ("speedup", "percent_of_copy", "host_slowdown")
+#: What each measure is a ratio of.
+MEASURES = {
+    "speedup": "device_us",
+    "percent_of_copy": "device_us",
+    "percent_of_product": "device_us",
+    "wall_slowdown": "wall_us",
+    "memory": "kept_bytes",
+}
+
+#: Those that compare with a ceiling, and not with a contestant.
+_OF_CEILINGS = ("percent_of_copy", "percent_of_product")
+
+OUTCOMES = ("missed", "met", "unmeasured")
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,8 @@ class Goal:
     """A bound on one measure of fusednn, over operations (``*``: all), a direction, sizes, and dtypes (none: all).
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
-    copy's; ``host_slowdown``: our host time over that of ``against``.
+    copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
+    wall time over that of ``against``; ``memory``: likewise, bytes kept for the backward pass.
     """
 
     name: str
@@ -41,7 +54,7 @@ class Goal:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"{self.name}: unknown measure {self.measure}")
-        if (self.against is None) != (self.measure == "percent_of_copy"):
+        if (self.against is None) != (self.measure in _OF_CEILINGS):
             raise ValueError(f"{self.name}: {self.measure} with against={self.against}")
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError(f"{self.name}: one of at_least and at_most")
@@ -62,18 +75,21 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One goal on one case.  ``value`` is None, and the goal open, where a contestant has no timing."""
+    """One goal on one case.  ``value`` is None, and the goal unmeasured, where a contestant has no timing.
+
+    A goal that no result has a case for is unmeasured as a whole: it names no operation.
+    """
 
     goal: Goal
-    operation: str
-    dtype: str
-    size: str
-    value: float | None
+    operation: str | None = None
+    dtype: str | None = None
+    size: str | None = None
+    value: float | None = None
 
     @property
     def outcome(self) -> str:
         if self.value is None:
-            return "open"
+            return "unmeasured"
         return "met" if self.goal.met(self.value) else "missed"
 
 
@@ -85,29 +101,40 @@ def load_goals(path: Path = GOALS_FILE) -> list[Goal]:
     ]
 
 
-def judge(result: Mapping[str, Any], goals: list[Goal]) -> Iterator[Verdict]:
-    """Every goal on every case of a timed result that it covers."""
-    groups = by_contestant(result["cases"])
-    rate = copy_rate(result)
+def judge(results: Iterable[Mapping[str, Any]], goals: Iterable[Goal]) -> Iterator[Verdict]:
+    """Every goal, on every case of the timed results that it covers."""
+    groups = [
+        (key, records, result)
+        for result in results
+        if result["kind"] == "timed"
+        for key, records in by_contestant(result["cases"]).items()
+    ]
     for goal in goals:
-        for (operation, dtype, size, _, direction), records in groups.items():
-            if goal.covers(operation, dtype, size, direction):
-                yield Verdict(goal, operation, dtype, size, _value(goal, records, rate))
+        covered = [
+            Verdict(goal, operation, dtype, size, _value(goal, records, result))
+            for (operation, dtype, size, _, direction), records, result in groups
+            if goal.covers(operation, dtype, size, direction)
+        ]
+        yield from covered or [Verdict(goal)]
 
 
-def _value(goal: Goal, records: _Records, rate: float) -> float | None:
-    field = "host_us" if goal.measure == "host_slowdown" else "device_us"
-    ours = _median(records, "fusednn", field)
+def _value(goal: Goal, records: _Records, result: Mapping[str, Any]) -> float | None:
+    ours = _figure(records, "fusednn", goal.measure)
     if ours is None:
         return None
+    if goal.measure == "percent_of_copy":
+        return 100 * float(records["fusednn"]["budget_bytes"]) / ours / copy_rate(result)
     if goal.against is None:
-        return 100 * float(records["fusednn"]["budget_bytes"]) / ours / rate
-    other = _median(records, goal.against, field)
+        return 100 * float(records["fusednn"]["operations"]) / ours / product_rate(result)
+    other = _figure(records, goal.against, goal.measure)
     if other is None:
         return None
-    return ours / other if goal.measure == "host_slowdown" else other / ours
+    return other / ours if goal.measure == "speedup" else ours / other
 
 
-def _median(records: _Records, contestant: str, field: str) -> float | None:
-    samples = records.get(contestant, {}).get(field)
-    return median(samples) if samples else None
+def _figure(records: _Records, contestant: str, measure: str) -> float | None:
+    """Bytes, or the median of the samples; None where there are none."""
+    found = records.get(contestant, {}).get(MEASURES[measure])
+    if isinstance(found, list):
+        return median(found) if found else None
+    return found or None

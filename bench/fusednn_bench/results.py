@@ -1,21 +1,21 @@
-"""Result files: one JSON object per run.  The schema is described in ``bench/README.md``."""
+"""Result files: one JSON object per run.  The schema is described in ``bench/README.md``, and checked by `schema`."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["SCHEMA_VERSION", "InvalidResultError", "load_result", "new_result", "problems", "write_result"]
+from .quantiles import spread
+from .schema import SAMPLED, SCHEMA_VERSION, problems
 
-SCHEMA_VERSION = 1
+__all__ = ["InvalidResultError", "load_result", "new_result", "reserve_file", "save_result", "with_spreads"]
 
 Result = dict[str, Any]
-
-_CASE_KEYS = ("family", "operation", "contestant", "direction", "dtype", "shape")
 
 
 class InvalidResultError(ValueError):
@@ -25,7 +25,7 @@ class InvalidResultError(ValueError):
 def new_result(
     kind: str, environment: Mapping[str, Any], source: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Result:
-    """An empty result; ``kind`` is ``timed`` (on a GPU) or ``counted``."""
+    """An empty result; ``kind`` is one of `schema.KINDS`."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -35,27 +35,54 @@ def new_result(
         "source": dict(source),
         "settings": dict(settings),
         "copy": None,
+        "matrix_product": None,
         "cases": [],
         "left_out": [],
     }
 
 
-def write_result(result: Result, folder: Path) -> Path:
-    """Write ``result`` as ``<device>-<date and time>.json`` into ``folder``, never over another file."""
+def with_spreads(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A timed record with its samples as they will be written, and what they amount to."""
+    rounded: dict[str, Any] = _rounded(record)
+    for field in SAMPLED:
+        if samples := rounded.get(f"{field}_us"):
+            rounded[f"{field}_spread_us"] = {"samples": len(samples), **_rounded(spread(samples)._asdict())}
+    return rounded
+
+
+def reserve_file(result: Result, folder: Path) -> Path:
+    """A new file ``<device>-<date and time>.json`` in ``folder``: nobody else's."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", result["environment"]["device"].lower()).strip("-") or "unknown"
     moment = re.sub(r"[-:]", "", result["date"][:19])
-    name = f"{device}-{moment}" if result["kind"] == "timed" else f"{device}-{moment}-counted"
+    name = f"{device}-{moment}" if result["kind"] == "timed" else f"{device}-{moment}-{result['kind']}"
     for attempt in range(1000):
         path = folder / (f"{name}-{attempt}.json" if attempt else f"{name}.json")
         try:
-            with path.open("x", encoding="utf-8") as file:
-                json.dump(_rounded(result), file, indent=1, allow_nan=False)
-                file.write("\n")
+            path.open("x").close()
         except FileExistsError:
             continue
         return path
     raise FileExistsError(folder / name)
+
+
+def save_result(result: Result, path: Path) -> None:
+    """Replace ``path`` in one step, so that whoever interrupts a run finds the last whole file.  A line per record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    rounded = _rounded(result)
+    parts = [f'"{key}": {_json(value, key in ("cases", "left_out"))}' for key, value in rounded.items()]
+    try:
+        temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json(value: Any, a_line_each: bool) -> str:
+    if a_line_each and value:
+        return "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
+    return json.dumps(value, allow_nan=False)
 
 
 def _rounded(value: Any) -> Any:
@@ -68,10 +95,13 @@ def _rounded(value: Any) -> Any:
 
 
 def load_result(path: Path) -> Result:
-    """Read and validate a result file.  Raises InvalidResultError with everything that is wrong with it."""
+    """Read and validate a result file.  Raises InvalidResultError with everything that is wrong with it.
+
+    Where its sources come from is another question: `provenance.source_problems`.
+    """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        result = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidResultError(f"{path}: {error}") from error
     if found := problems(result):
         raise InvalidResultError(f"{path}: " + "; ".join(found))
@@ -79,45 +109,5 @@ def load_result(path: Path) -> Result:
     return loaded
 
 
-def problems(result: Any) -> list[str]:
-    """Everything that makes ``result`` invalid, in words; empty where it is valid."""
-    if not isinstance(result, dict):
-        return ["not a JSON object"]
-    if result.get("schema_version") != SCHEMA_VERSION:
-        return [f"schema version {result.get('schema_version')}, not {SCHEMA_VERSION}"]
-    found = [f"no {key}" for key in ("date", "environment", "source", "cases") if not result.get(key)]
-    if result.get("kind") not in ("timed", "counted"):
-        found.append(f"unknown kind {result.get('kind')}")
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str((result.get("source") or {}).get("commit"))):
-        found.append("no commit")
-    if not (result.get("environment") or {}).get("device"):
-        found.append("no device")
-    timed = result.get("kind") == "timed"
-    if timed and not _positive_numbers((result.get("copy") or {}).get("samples_us")):
-        found.append("no samples of the copy")
-    for i, case in enumerate(result.get("cases") or ()):
-        found += [f"case {i}: {problem}" for problem in _case_problems(case, timed)]
-    return found
-
-
-def _case_problems(case: Any, timed: bool) -> list[str]:
-    if not isinstance(case, dict):
-        return ["not an object"]
-    found = [f"no {key}" for key in _CASE_KEYS if not case.get(key)]
-    if timed:
-        if not _positive_numbers(case.get("device_us")):
-            found.append("no samples")
-        if not _positive_numbers([case.get("budget_bytes")]):
-            found.append("no budget")
-    elif not _positive_numbers([case.get("bytes"), case.get("launches")]):
-        found.append("no counts")
-    return found
-
-
-def _positive_numbers(values: Any) -> bool:
-    """Whether this is a list of at least one number, all finite and above 0."""
-    return (
-        isinstance(values, list)
-        and bool(values)
-        and all(type(value) in (int, float) and 0 < value < float("inf") for value in values)
-    )
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON's")

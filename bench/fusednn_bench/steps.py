@@ -6,14 +6,16 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contest import Contest, Effort
-from .timing import DEVICE, DeviceTimer, host_times
+from .counting import counts_of
+from .peers import installed
+from .timing import DEVICE, DeviceTimer, host_times, wall_times
 from .validity import WrongResultError
 
 __all__ = ["StepCase", "StepOperation", "check_step", "count_step_case", "run_step_contest"]
@@ -59,11 +61,10 @@ class StepOperation:
         }
         if self.cls in _FUSED:
             makers["fused"] = self._maker(stock, fused=True)
-        if self.cls in _APEX and find_spec("apex") is not None:
-            from apex import optimizers
-
+        if self.cls in _APEX and installed("apex.optimizers"):
             decoupled = {"adam_w_mode": self.cls == "AdamW"} if self.cls.startswith("Adam") else {}
-            makers["apex"] = self._maker(getattr(optimizers, _APEX[self.cls]), **decoupled)
+            if (fused := getattr(import_module("apex.optimizers"), _APEX[self.cls], None)) is not None:
+                makers["apex"] = self._maker(fused, **decoupled)
         return makers
 
     def _maker(self, cls: Any, **more: Any) -> Maker:
@@ -102,6 +103,17 @@ class StepCase:
 
         return ALGORITHMS[self.operation.algorithm].budget(self.numel, self.dtype)
 
+    def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]:
+        """Who takes part: of the usual ones those that have a step of their own, and peers that are installed."""
+        peers = self.operation.peers()
+        return tuple(name for name in self.operation.contestants() if name in usual or name in peers)
+
+    def hold(self, timer: DeviceTimer, contestants: tuple[str, ...], effort: Effort) -> Contest:
+        return run_step_contest(self, timer, contestants, effort)
+
+    def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
+        return count_step_case(self, checked=checked)
+
     def record(self, contestant: str) -> dict[str, Any]:
         return {
             "family": self.operation.family,
@@ -113,6 +125,7 @@ class StepCase:
             "shape": [len(self.shapes), self.numel],
             "channels_last": False,
             "budget_bytes": self.budget(),
+            "operations": 0,
         }
 
     def parameters(self, device: torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -155,9 +168,9 @@ def run_step_contest(case: StepCase, timer: DeviceTimer, names: tuple[str, ...],
     """
     contest = Contest()
     torch._dynamo.reset()
-    for name, make in case.operation.contestants().items():
-        if name not in (*names, *case.operation.peers()):
-            continue
+    makers = case.operation.contestants()
+    for name in names:
+        make = makers[name]
         try:
             error = check_step(case, make, DEVICE)
             contest.records.append({**case.record(name), "error_epsilons": error, **_time(case, make, timer, effort)})
@@ -183,12 +196,14 @@ def _time(case: StepCase, make: Maker, timer: DeviceTimer, effort: Effort) -> di
         timer.sample(lambda: [step] * 4)
     samples = [sample for _ in range(effort.large_rounds) for sample in timer.sample(lambda: [step] * 4)]
     host: list[float] = []
-    if case.size in _HOST_SIZES:
-        for _ in range(effort.host_rounds):
-            host += host_times(lambda: [step] * 4, torch.cuda.synchronize)
+    wall: list[float] = []
+    for _ in range(effort.host_rounds if case.size in _HOST_SIZES else 0):
+        host += host_times(lambda: [step] * 4, torch.cuda.synchronize)
+        wall += wall_times(lambda: [step] * 4, torch.cuda.synchronize)
     return {
         "device_us": samples,
         "host_us": host,
+        "wall_us": wall,
         "calls_per_sample": 1,
         "sets": 1,
         "rotated_bytes": case.budget(),
@@ -208,8 +223,9 @@ def _path(step: Any) -> dict[str, str]:
     return {"path": "; ".join(f"{group.path}: {group.reason}" for group in optim.explain(optimizer))}
 
 
-def count_step_case(case: StepCase) -> list[dict[str, Any]]:
-    """Records of fusednn and eager, after checking fusednn's result: bytes and launches of a step that isn't the first.
+def count_step_case(case: StepCase, *, checked: bool = True) -> list[dict[str, Any]]:
+    """Records of fusednn and eager, of a step that isn't the first; after checking fusednn's result, where that isn't
+    left out.
 
     Eager's ATen operators count as one launch each.
     """
@@ -217,23 +233,19 @@ def count_step_case(case: StepCase) -> list[dict[str, Any]]:
 
     device = torch.device("cpu")
     makers = case.operation.contestants()
-    error = check_step(case, makers["fusednn"], device)
+    errors = {"error_epsilons": check_step(case, makers["fusednn"], device)} if checked else {}
     records = []
     for name in ("fusednn", "eager"):
         step = makers[name](case.parameters(device), _LR)
         step()
         with measure_traffic() as traffic:
             step()
-        operations = [one for one in traffic.operations if not one.name.startswith("profiler")]
         records.append(
             {
                 **case.record(name),
                 "elements": case.numel,
-                "bytes": traffic.bytes + sum(one.read_bytes + one.written_bytes for one in operations),
-                "launches": traffic.launches + len(operations),
-                "kernel_launches": traffic.launches,
-                "aten_operations": len(operations),
-                **({"error_epsilons": error} if name == "fusednn" else {}),
+                **counts_of(traffic),
+                **(errors if name == "fusednn" else {}),
             }
         )
     return records

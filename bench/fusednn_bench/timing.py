@@ -12,8 +12,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -21,7 +19,7 @@ import torch
 
 from .quantiles import median
 
-__all__ = ["DEVICE", "CopyRate", "DeviceTimer", "HostBoundError", "host_times", "interleave", "measure_copy"]
+__all__ = ["DEVICE", "DeviceTimer", "HostBoundError", "host_times", "interleave", "wall_times"]
 
 DEVICE = torch.device("cuda")
 
@@ -101,16 +99,25 @@ class DeviceTimer:
 
 
 def host_times(make_calls: Callable[[], Calls], synchronize: Callable[[], None]) -> list[float]:
-    """Wall microseconds until the calls return, without waiting for the device: one sample, the mean over the calls."""
-    calls = make_calls()
+    """Microseconds until the calls return, without waiting for the device: one sample, the mean over the calls."""
+    return [_clocked(make_calls(), synchronize, lambda: None)]
+
+
+def wall_times(make_calls: Callable[[], Calls], synchronize: Callable[[], None]) -> list[float]:
+    """Microseconds until the device has done the calls, one after another: one sample, the mean over the calls."""
+    return [_clocked(make_calls(), synchronize, synchronize)]
+
+
+def _clocked(calls: Calls, synchronize: Callable[[], None], wait: Callable[[], None]) -> float:
     synchronize()
     with _no_collection():
         start = time.perf_counter()
         results = [call() for call in calls]
+        wait()
         end = time.perf_counter()
     synchronize()
     del results
-    return [(end - start) * 1e6 / len(calls)]
+    return (end - start) * 1e6 / len(calls)
 
 
 def interleave(
@@ -136,30 +143,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@dataclass
-class CopyRate:
-    """Timings of a large copy from device memory to device memory: the rate that memory really gives."""
-
-    bytes: int  # read plus written
-    samples_us: list[float] = field(default_factory=list)
-
-    @property
-    def bytes_per_microsecond(self) -> float:
-        return self.bytes / median(self.samples_us)
-
-
-def measure_copy(timer: DeviceTimer, copy: CopyRate, rounds: int = 8) -> None:
-    """Add samples of copies of random numbers, between two pairs of buffers in turn."""
-    numel = copy.bytes // 8  # float32, read and written
-    calls = [partial(_buffer(numel).copy_, _buffer(numel)) for _ in range(2)]
-    timer.sample(lambda: calls)  # warm-up
-    for _ in range(rounds):
-        copy.samples_us += timer.sample(lambda: calls)
-    calls.clear()
-    cuda.empty_cache()
-
-
-def _buffer(numel: int) -> torch.Tensor:
-    return torch.randn(numel, device=DEVICE)

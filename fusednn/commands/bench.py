@@ -12,6 +12,9 @@ __all__ = ["add_arguments", "find_benchmarks", "run"]
 
 _REQUIRED = ("pytest", "pytest_benchmark")
 
+#: Programs beside the benchmarks, by the first argument.
+_PROGRAMS = ("report", "predict", "resources", "baseline")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Every argument is pytest's.  Argparse would claim those that start with a dash, and reject them; no argument
@@ -21,13 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pytest_arguments",
         nargs=argparse.REMAINDER,
         metavar="argument",
-        help="passed on to pytest: --full, --output DIR, -k relu, --collect-only, ...",
+        help="passed on to pytest: --full, --output DIR, --resume FILE, -k relu, ...; or a program with its own: "
+        "report FILE... (or --help), predict, resources, baseline",
     )
     parser.set_defaults(print_help=parser.print_help)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run pytest on the benchmarks and return its exit code; 2 where there are none to run, or nothing to run them."""
+    """Run pytest on the benchmarks, or a program beside them, and return its exit code.
+
+    2 where there are none to run, or nothing to run them.
+    """
     passed = list(arguments.pytest_arguments)
     if passed in (["-h"], ["--help"]):
         arguments.print_help()
@@ -37,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         message = "no benchmarks here: they aren't installed; run this in a checkout of fusednn's sources"
         print(f"fusednn bench: {message}", file=sys.stderr)
         return 2
+    if passed and passed[0] in _PROGRAMS:
+        return subprocess.run([sys.executable, str(folder / f"{passed[0]}.py"), *passed[1:]], check=False).returncode
     if missing := [name for name in _REQUIRED if find_spec(name) is None]:
         packages = " ".join(name.replace("_", "-") for name in missing)
         print(f"fusednn bench: needs {packages}: pip install {packages}", file=sys.stderr)

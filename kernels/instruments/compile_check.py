@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from .. import INTERPRETING
 from ..launch import Configuration
 
-__all__ = ["TARGETS", "CompileResult", "MachineCode", "compile_configuration"]
+__all__ = ["TARGETS", "CompileResult", "MachineCode", "compile_configuration", "compile_for", "read_machine_code"]
 
 #: The GPUs that kernels are compiled for: A100, H100 / H200, B200, MI300.
 TARGETS = {
@@ -35,6 +35,8 @@ TARGETS = {
 #: Longest compile time of one configuration, in seconds of a processor: others may use the machine, too.
 COMPILE_SECONDS = 20.0
 
+_GLOBAL_ACCESSES = ("LDG", "LDGSTS", "STG")
+_BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 _TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "DMMA", "QGMMA", "UTCHMMA", "IMMA", "IGMMA")
 
 
@@ -63,6 +65,12 @@ class MachineCode:
     @property
     def wide_stores(self) -> int:
         return self.count("STG", "128")
+
+    @property
+    def access_bits(self) -> int:
+        """Of the widest access to global memory; 0 without any."""
+        accesses = [opcode.split(".") for opcode in self.opcodes if opcode.split(".")[0] in _GLOBAL_ACCESSES]
+        return max((next((_BITS[m] for m in modifiers if m in _BITS), 32) for _, *modifiers in accesses), default=0)
 
     @property
     def spills(self) -> int:
@@ -95,7 +103,7 @@ def compile_configuration(configuration: Configuration, target: str) -> CompileR
         raise RuntimeError("the compile check needs real kernels: unset TRITON_INTERPRET")
     started = _processor_seconds()
     try:
-        compiled = _compile(configuration, TARGETS[target])
+        compiled = compile_for(configuration, target)
     except Exception as error:
         message = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
         return CompileResult(configuration, target, _processor_seconds() - started, None, [message])
@@ -116,7 +124,9 @@ def _processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def _compile(configuration: Configuration, target: GPUTarget) -> Any:
+def compile_for(configuration: Configuration, target: str) -> Any:
+    """Triton's compiled kernel, for a key of `TARGETS`.  Raises what the compiler raises."""
+    gpu = TARGETS[target]
     constants = dict(configuration.constants)
     types = dict(configuration.signature)
     names = configuration.kernel.arg_names
@@ -128,11 +138,11 @@ def _compile(configuration: Configuration, target: GPUTarget) -> Any:
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {
-        "num_warps": configuration.num_warps(target.warp_size),
+        "num_warps": configuration.num_warps(gpu.warp_size),
         "num_stages": configuration.num_stages,
         **configuration.options,
     }
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=gpu, options=options)
 
 
 def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:

@@ -26,6 +26,12 @@ __all__ = ["Launch", "Operation", "Traffic", "measure_traffic"]
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # in-place operators that don't read what they write
+_FILLS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # read no more than a shape
+# Operators that read operands twice in training: statistics need all of a channel before the first element is done.
+_TWICE = {"native_batch_norm": (0,), "native_batch_norm_backward": (0, 1)}
+_TRAINING = {"native_batch_norm": 5, "native_batch_norm_backward": 7}  # the argument that says so
+_PICKS = {"nll_loss_forward", "nll_loss2d_forward", "nll_loss_backward", "nll_loss2d_backward"}
+_NO_KERNELS = {"prim", "profiler"}  # namespaces of operators that ask and annotate
 
 
 @dataclass
@@ -167,7 +173,8 @@ class _OperatorCounter(TorchDispatchMode):
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
-        if not (self._paused or func.is_view or name in _ALLOCATIONS):
+        idle = func.is_view or name in _ALLOCATIONS or func.namespace in _NO_KERNELS
+        if not (self._paused or idle):
             self._traffic.operations.append(
                 _count(name, args, kwargs, _changed(func, args) if result is None else result)
             )
@@ -184,9 +191,16 @@ def _count(name: str, args: Any, kwargs: Any, written: Any) -> Operation:
     leaves = {id(leaf): leaf for leaf in tree_leaves((args, kwargs))}  # an operand given twice is read once
     inputs = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
     outputs = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
-    if name in _OVERWRITES:
+    if name in _OVERWRITES | _FILLS:
         inputs = inputs[1:]
-    return Operation(name, sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, outputs)))
+    extra = 0
+    if name in _PICKS:  # of the input an element for each target, backward its shape alone
+        x, target = args[1:3] if name.endswith("backward") else args[:2]
+        inputs = [operand for operand in inputs if operand is not x]
+        extra = 0 if name.endswith("backward") else target.numel() * x.itemsize
+    if name in _TWICE and args[_TRAINING[name]]:
+        extra = sum(_touched_bytes(args[place]) for place in _TWICE[name])
+    return Operation(name, extra + sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, outputs)))
 
 
 def _touched_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,143 @@
+"""A report of results as Markdown: every figure in it comes from a result file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .goals import OUTCOMES, Goal, judge
+from .tables import compiled_table, counted_tables, markdown_table, network_table, predicted_table, slower, timed_tables
+
+__all__ = ["render", "summary"]
+
+Results = Mapping[str, Mapping[str, Any]]  # by the name of the file
+
+_ORDER = ("timed", "counted", "predicted", "compiled")
+
+
+def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
+    """The report of valid results, from their data alone.  ``plots`` are shown where a result's file name begins
+    their own.
+    """
+    drawn = list(plots)
+    parts = ["# Benchmarks", _state(results)]
+    for name, result in sorted(results.items(), key=lambda item: (_ORDER.index(item[1]["kind"]), item[0])):
+        parts += [_SECTIONS[result["kind"]](result, name)]
+        parts += [f"![{_caption(plot, name)}]({plot.as_posix()})" for plot in drawn if _is_of(plot, name)]
+        if result["left_out"]:
+            rows = [(item["case"], item["contestant"] or "all", item["reason"]) for item in result["left_out"]]
+            parts += ["### Left out", markdown_table(("case", "contestant", "reason"), rows)]
+    parts += ["## Goals", _goals(results, goals)]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Results, goals: Sequence[Goal]) -> str:
+    """What there is to say in a few lines."""
+    return f"{_state(results)} {_count(results, goals)}"
+
+
+def _state(results: Results) -> str:
+    devices = sorted({result["environment"]["device"] for result in results.values() if result["kind"] == "timed"})
+    if devices:
+        return f"Timed on {', '.join(devices)}."
+    return "**No GPU has run these kernels yet: nothing on this page is a measured time.**"
+
+
+def _is_of(plot: Path, name: str) -> bool:
+    return plot.name.startswith(f"{Path(name).stem}-")
+
+
+def _caption(plot: Path, name: str) -> str:
+    return plot.stem.removeprefix(f"{Path(name).stem}-").replace("-", " ")
+
+
+def _origin(result: Mapping[str, Any], name: str) -> str:
+    environment, source = result["environment"], result["source"]
+    keys = ("driver", "torch", "triton", "python", "cuda")
+    facts = [f"{key} {environment[key]}" for key in keys if environment.get(key)]
+    facts += [f"{library} {version}" for library, version in environment.get("peers", {}).items()]
+    state = {True: ", **changed since**", False: "", None: ", a copy without a repository"}[source["dirty"]]
+    whole = "" if result["complete"] else ", **incomplete**: the run was interrupted"
+    lines = [
+        f"- Data: `{name}`, {result['date']}{whole}",
+        f"- Device: {environment['device']}; {', '.join(facts)}",
+        f"- Sources: commit {source['commit']}{state}; SHA-256 {source['sha256'][:16]}",
+    ]
+    return "\n".join(lines)
+
+
+def _timed(result: Mapping[str, Any], name: str) -> str:
+    losses = slower(result)
+    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+    networks = network_table(result)
+    parts = [
+        f"## Timed on {result['environment']['device']}",
+        f"{_origin(result, name)}\n- Settings of all contestants: {settings}",
+        timed_tables(result),
+        *(("### Networks", networks) if networks else ()),
+        f"### Slower than another: {len(losses)}",
+        markdown_table(("case", "contestant", "ratio"), losses) if losses else "Nowhere.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _counted(result: Mapping[str, Any], name: str) -> str:
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for case in result["cases"]:
+        families.setdefault(case["family"], []).append(case)
+    parts = [
+        "## Counted bytes and launches",
+        "Counted in Triton's interpreter; nothing was timed. A ratio above 1: eager PyTorch moves more. What a kernel "
+        "of ours reads again counts again, though a cache would serve it (overlapping windows, tiles of products); "
+        "what an operator of PyTorch's reads counts once. The tensors are small, so that sums and tables of fixed "
+        "sizes weigh more than they would.",
+        _origin(result, name),
+    ]
+    for family, cases in sorted(families.items()):
+        parts += [f"### {family.replace('_', ' ').capitalize()}", counted_tables(cases)]
+    return "\n\n".join(parts)
+
+
+def _predicted(result: Mapping[str, Any], name: str) -> str:
+    machine = result["settings"]["machine"]
+    parts = [
+        "## Predictions, not measurements",
+        "Predicted device time = max(bytes / copy rate, operations / matrix rate), of a call as a whole: a bound that "
+        "no contestant reaches, without launches, caches, occupancy or arithmetic beside the matrix products. Our "
+        "bytes are the budget that the traffic meter holds the kernels to; eager's are those of its ATen operators at "
+        "that shape.",
+        f"{_origin(result, name)}\n- Machine: {machine['name']}: {machine['copy_bytes_per_second'] / 1e12:g} TB/s, "
+        f"{machine['matrix_operations_per_second'] / 1e12:g} TFLOP/s. {machine['source']}",
+        predicted_table(result["cases"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _compiled(result: Mapping[str, Any], name: str) -> str:
+    parts = [
+        "## What the compiler says",
+        "One shipped configuration of each kernel, compiled ahead of time. Occupancy is computed: the share of a "
+        "multiprocessor's warps that registers, shared memory and threads leave room for.",
+        _origin(result, name),
+        compiled_table(result["cases"]),
+    ]
+    return "\n\n".join(parts)
+
+
+_SECTIONS = {"timed": _timed, "counted": _counted, "predicted": _predicted, "compiled": _compiled}
+
+
+def _count(results: Results, goals: Sequence[Goal]) -> str:
+    counted = Counter(verdict.outcome for verdict in judge(results.values(), goals))
+    return "Goals: " + ", ".join(f"{counted[outcome]} {outcome}" for outcome in ("met", "missed", "unmeasured")) + "."
+
+
+def _goals(results: Results, goals: Sequence[Goal]) -> str:
+    head = ("goal", "operation", "dtype", "size", "wanted", "measured", "result")
+    rows = [
+        (v.goal.name, v.operation, v.dtype, v.size, v.goal.wanted, v.value, v.outcome)
+        for v in sorted(judge(results.values(), goals), key=lambda verdict: OUTCOMES.index(verdict.outcome))
+    ]
+    return f"{_count(results, goals)}\n\n{markdown_table(head, rows)}"
