@@ -144,7 +144,8 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
                 **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords
             )
         except Exception as error:
-            if INTERPRETING and isinstance(cause := _root_cause(error), AssertionError):
+            checked = INTERPRETING and configuration.asserts
+            if checked and isinstance(cause := _root_cause(error), AssertionError):
                 raise DeviceAssertionError(str(cause)) from None
             raise
 
