@@ -85,6 +85,8 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(run, "measure_ceilings", lambda timer, before: ceilings)
     monkeypatch.setattr(run, "describe_environment", lambda: dict(described))
     monkeypatch.setattr(run, "describe_sources", lambda: dict(source))
+    # PyTorch's own samples, where other tests imported them, forbid to set switches for good.
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
     def begin(*, full: bool = False, seconds: float = 60.0, timed: bool = True) -> run.Run:
