@@ -110,10 +110,17 @@ def _this_process(device: str) -> dist.ProcessGroup:
     """A group of one: collectives that communicate with nobody show what the rest of the operation costs."""
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(leave_group)
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def leave_group() -> None:
+    """End the group of one, where there is one: a process that goes on would synchronise batch norms in it."""
+    _this_process.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # --- Validity ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from support.baseline import BENCH, RENEW, applies, committed, complaint
 from fusednn import kernels
 
 import baseline  # isort: skip: beside the benchmarks, which `support.baseline` makes importable
+import bench_batch_norm  # isort: skip
 
 FAMILIES = [import_module(path.stem) for path in sorted(BENCH.glob("bench_*.py"))]
 COUNTED = [(family, case) for family in FAMILIES for case in family.counted_cases()]
@@ -39,7 +40,10 @@ def _is_dear(family: Any, case: Any) -> bool:
 def test_traffic_is_no_worse(family: Any, case: Any) -> None:
     if not applies("torch"):
         pytest.skip("the baseline is another PyTorch's")
-    entries, records = baseline.counted_entries(case)
+    try:
+        entries, records = baseline.counted_entries(case)
+    finally:
+        bench_batch_norm.leave_group()
     family.test_traffic(case, records)  # the budget
     for name, figures in entries.items():
         assert not (worse := complaint("counted", name, *figures)), worse
