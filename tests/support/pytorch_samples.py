@@ -37,7 +37,7 @@ _INFOS = {info.module_cls: info for info in module_db}
 
 
 # Of the hundreds of samples that losses have, about so many are taken, evenly spread.
-_ENOUGH_SAMPLES = 50
+_ENOUGH_SAMPLES = 24
 
 
 def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: bool) -> list[ModuleInput]:
