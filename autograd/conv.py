@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from ..kernels import conv as kernels
 from ..kernels.activation import ACTIVATIONS
+from ..kernels.conv import conv_size
 from ..kernels.pool import POINT, Pooled, Window, images
 from .batch_norm import apply_activation, check_activation
 from .dispatch import in_low_precision, takes_kernel
@@ -24,7 +25,7 @@ from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
 from .stock_gradients import stock_gradients
 
-__all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_statistics2d", "saved_by"]
+__all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_size", "conv_statistics2d", "saved_by"]
 
 
 class Convolution(NamedTuple):

@@ -272,9 +272,9 @@ def configurations() -> Iterator[Configuration]:
 def conv_size(
     shape: tuple[int, ...],
     filters: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...] = (1, 1),
 ) -> tuple[int, int]:
     """Height and width of the convolution of images and filters of these shapes.  May be symbolic."""
     height, width = (

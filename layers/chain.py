@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..autograd.batch_norm import apply_activation
 from ..autograd.bias_activation_dropout import activation_parameters, bias_activation_dropout
-from ..autograd.conv import conv_act_pool2d
+from ..autograd.conv import conv_act_pool2d, conv_size
 from ..autograd.conv_batch_norm import conv_batch_norm_act2d
 from ..autograd.dispatch import autocast_dtype, tensor_refusal
 from ..autograd.maxout import maxout_linear
@@ -306,12 +306,7 @@ def _fits(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
     if isinstance(conv.padding, str):
         return False
-    size = [
-        (extent + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for extent, padding, dilation, kernel, stride in zip(
-            input.shape[-2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
-        )
-    ]
+    size = conv_size(input.shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
     return _are_alike(residual, (*input.shape[:-3], conv.out_channels, *size), dtype or input.dtype)
 
