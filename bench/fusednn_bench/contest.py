@@ -57,6 +57,12 @@ class Contest:
     records: list[CaseRecord] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(self, name: str, error: Exception) -> None:
+        """A contestant that can't take part, or is wrong.  Where that is fusednn, the error is raised."""
+        if name == "fusednn":
+            raise error
+        self.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -129,9 +135,7 @@ def _run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort:
                 facts[name]["path"] = _path(runner)
             runners[name] = runner
         except Exception as error:
-            if name == "fusednn":
-                raise
-            contest.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            contest.leave_out(name, error)
     for direction in DIRECTIONS:
         contest.records += _time(case, direction, runners, facts, timer, effort)
     del runners, sets

@@ -206,9 +206,7 @@ def _run(case: NetworkCase, timer: DeviceTimer, names: tuple[str, ...], effort: 
             trainers[name] = Trainer(case, name, DEVICE)
             trainers[name].step()
         except Exception as error:
-            if name == "fusednn":
-                raise
-            contest.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            contest.leave_out(name, error)
             trainers.pop(name, None)
 
     def device(trainer: Trainer) -> list[float]:

@@ -175,9 +175,7 @@ def run_step_contest(case: StepCase, timer: DeviceTimer, names: tuple[str, ...],
             error = check_step(case, make, DEVICE)
             contest.records.append({**case.record(name), "error_epsilons": error, **_time(case, make, timer, effort)})
         except Exception as failure:
-            if name == "fusednn":
-                raise
-            contest.left_out[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:300]}"
+            contest.leave_out(name, failure)
         gc.collect()
         torch.cuda.empty_cache()
     return contest
