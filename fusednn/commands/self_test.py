@@ -115,14 +115,14 @@ def _layer_operands(name: str) -> tuple[Tensor, ...]:
 def layer_sample(stock_class: type[nn.Module]) -> Sample:
     """A call of the twin of a ``torch.nn`` class."""
     name = stock_class.__name__
-    modules = []
+    modules: list[Any] = []
     for cls in (TWINS[stock_class], stock_class):
         torch.manual_seed(SEED)
         modules.append(cls(*_ARGUMENTS.get(name, ())))
     ours, stock = modules
     operands = _layer_operands(name)
     if "Dropout" in name:
-        return Sample(ours, partial(_masked, stock), operands, _kept, 1 - getattr(stock, "p"))  # noqa: B009
+        return Sample(ours, partial(_masked, stock), operands, _kept, 1 - stock.p)
     return Sample(ours, stock, operands)
 
 
