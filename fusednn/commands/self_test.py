@@ -154,12 +154,9 @@ def _conv_batch_norm_act(x: Tensor, weight: Tensor) -> Tensor:
     return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, weight), None, None, training=True)), 2)
 
 
-def _maxout_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.stack([F.conv2d(x, w, b) for w, b in zip(weight, bias, strict=True)]).amax(0)
-
-
-def _maxout_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.stack([F.linear(x, w, b) for w, b in zip(weight, bias, strict=True)]).amax(0)
+def _maxima(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The maximum over pieces, each ``product`` with its own weight and bias."""
+    return torch.stack([product(x, w, b) for w, b in zip(weight, bias, strict=True)]).amax(0)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, ...]:
@@ -221,10 +218,12 @@ FUNCTIONS: dict[str, dict[str, Sample]] = {
             partial(autograd.maxout, pieces=3), lambda x: x.unflatten(-1, (-1, 3)).max(-1).values, (_normal(50, 60),)
         ),
         "maxout_conv2d": Sample(
-            autograd.maxout_conv2d, _maxout_conv2d, (_normal(2, 3, 8, 8), _normal(2, 5, 3, 3, 3), _normal(2, 5))
+            autograd.maxout_conv2d,
+            partial(_maxima, F.conv2d),
+            (_normal(2, 3, 8, 8), _normal(2, 5, 3, 3, 3), _normal(2, 5)),
         ),
         "maxout_linear": Sample(
-            autograd.maxout_linear, _maxout_linear, (_normal(30, 24), _normal(3, 20, 24), _normal(3, 20))
+            autograd.maxout_linear, partial(_maxima, F.linear), (_normal(30, 24), _normal(3, 20, 24), _normal(3, 20))
         ),
     },
     "standout": {
