@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # the traffic meter is the interpreter's
+if __name__ == "__main__":  # whoever imports this has decided
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the traffic meter is the interpreter's
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH))
 

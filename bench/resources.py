@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":  # whoever imports this has decided
+    os.environ.pop("TRITON_INTERPRET", None)
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH))
 
