@@ -114,7 +114,10 @@ def run_example(*arguments: str) -> list[float]:
     command += [str(ROOT / "examples" / "train_distributed.py"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert outcome.returncode == 0, outcome.stderr
+    # FSDP2 leaves gloo's threads running: one that frees a tensor while the interpreter ends aborts a process whose
+    # work is done, with stock layers as well (caches of DTensor's keep the process group alive).
+    late_abort = "--fsdp" in arguments and "terminate called without an active exception" in outcome.stderr
+    assert outcome.returncode == 0 or late_abort, outcome.stderr
     return [float(line.rpartition(" ")[2]) for line in outcome.stdout.splitlines() if line.startswith("step")]
 
 
@@ -135,4 +138,6 @@ def test_example() -> None:
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["DDP", "FSDP"])
 def test_example_gives_stocks_losses(options: list[str]) -> None:
     pytest.importorskip("sklearn")
-    assert run_example(*SMALL, *options) == pytest.approx(run_example(*SMALL, *options, "--stock"), rel=1e-4)
+    losses = run_example(*SMALL, *options)
+    assert len(losses) == 3
+    assert losses == pytest.approx(run_example(*SMALL, *options, "--stock"), rel=1e-4)
