@@ -1,0 +1,535 @@
+"""The optimizers in a training loop: state, schedules, scaled gradients, replacement, shards, graph capture."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.device import KERNELS_RUN, ON_GPU
+from support.optimizers import (
+    SHAPES,
+    TOLERANCE,
+    assert_like_stock,
+    every_name,
+    in_both_paths,
+    parameters,
+    proximal,
+    set_gradients,
+)
+from torch import Tensor, nn
+
+from fusednn import kernels, optim
+
+# --- In a training loop -----------------------------------------------------------------------------------------------
+
+
+@every_name
+@pytest.mark.parametrize("first", ["ours", "stock"])
+def test_state_dict_both_ways(name: str, first: str, device: str) -> None:
+    mine, theirs = (parameters(SHAPES, torch.float32, device) for _ in range(2))
+    ours = getattr(optim, name)(mine)
+    stock = getattr(torch.optim, name)(theirs, foreach=False)
+    source, target = (ours, stock) if first == "ours" else (stock, ours)
+    for step in range(2):
+        set_gradients(step, mine, theirs)
+        source.step()
+    with torch.no_grad():
+        for p, q in zip(source.param_groups[0]["params"], target.param_groups[0]["params"], strict=True):
+            q.copy_(p)
+    assert source.state_dict()["param_groups"][0].keys() == target.state_dict()["param_groups"][0].keys()
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    set_gradients(5, mine, theirs)
+    ours.step()
+    stock.step()
+    assert_like_stock(ours, stock, **TOLERANCE[torch.float32])
+
+
+@every_name
+def test_copies_and_pickles(name: str, device: str) -> None:
+    mine = parameters(SHAPES, torch.float32, device)
+    ours = getattr(optim, name)(mine, clip_norm=0.5, averaging=0.9)
+    set_gradients(0, mine)
+    ours.step()
+    saved = io.BytesIO()
+    torch.save(ours, saved)
+    saved.seek(0)
+    duplicates = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(saved, weights_only=False)]
+    set_gradients(1, mine)
+    ours.step()
+    for duplicate in duplicates:
+        theirs = duplicate.param_groups[0]["params"]
+        set_gradients(1, theirs)
+        duplicate.step()
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+        with duplicate.averaged_parameters():
+            pass
+
+
+def test_schedulers_closures_hooks_and_groups(device: str) -> None:
+    results = []
+    for module in (optim, torch.optim):
+        mine = parameters([(4,), (3,), (5,)], torch.float32, device)
+        optimizer = module.Adam([{"params": mine[:1], "lr": 0.1}, {"params": mine[1:2], "weight_decay": 0.2}])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.2], total_steps=10)
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
+
+        def closure(mine: list = mine, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = sum((p**2).sum() for p in mine[:2])
+            loss.backward()
+            return loss
+
+        losses = []
+        for step in range(4):
+            losses.append(optimizer.step(closure).item())
+            schedule.step()
+            if step == 1:
+                optimizer.add_param_group({"params": mine[2:], "lr": 0.01})
+                schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        assert optimizer.state.get(mine[2]) is None  # it had no gradient
+        results.append((losses, calls, [p.detach() for p in mine], repr(optimizer)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=2e-5, atol=0)
+    assert results[0][1] == results[1][1] == ["before", "after"] * 4
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=2e-5, atol=1e-6)
+    assert results[0][3] == results[1][3]
+
+
+def test_version_counters_are_bumped(device: str) -> None:
+    (p,) = mine = parameters([(4,)], torch.float32, device)
+    ours = optim.Adam(mine)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    version = p._version
+    ours.step()
+    assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.kernels
+def test_tensor_hyperparameters(device: str) -> None:
+    mine, theirs = (parameters([(4,)], torch.float64, device) for _ in range(2))
+    lr = torch.tensor(0.01, dtype=torch.float64)
+    betas = (torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64))
+    ours = optim.Adam(mine, lr=lr, betas=betas)
+    stock = torch.optim.Adam(theirs, lr=0.01, betas=(0.9, 0.99))
+    for step in range(3):
+        set_gradients(step, mine, theirs)
+        lr.fill_(0.01 * (step + 1))
+        stock.param_groups[0]["lr"] = 0.01 * (step + 1)
+        ours.step()
+        stock.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def _sparse(p: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor([[0, 2]], torch.ones(2, *p.shape[1:], device=p.device), p.shape)
+
+
+def test_what_the_kernels_leave_to_stock(device: str) -> None:
+    for module in (optim, torch.optim):
+        (p,) = parameters([(3, 4)], torch.float32, device)
+        p.grad = _sparse(p)
+        module.SGD([p], lr=1.0).step()
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            module.Adam([p]).step()
+        c = nn.Parameter(torch.ones(3, dtype=torch.complex64, device=device))
+        c.grad = torch.ones_like(c)
+        module.Adam([c]).step()
+        q = torch.ones(3, device=device).requires_grad_()
+        w = q.clone()
+        w.grad = q * 2
+        module.SGD([w], lr=0.1, differentiable=True).step()
+        w.sum().backward()
+        assert q.grad.tolist() == pytest.approx([0.8] * 3)
+        shared = torch.ones(3, device=device)
+        pair = [nn.Parameter(shared), nn.Parameter(shared)]
+        set_gradients(0, pair)
+        for parameter in pair:
+            parameter.grad = torch.ones(3, device=device)
+        module.SGD(pair, lr=0.25, **({} if module is optim else {"foreach": False})).step()
+        assert shared.tolist() == [0.5] * 3
+        (p,) = parameters([(3, 4)], torch.float32, device)
+        p.grad = torch.ones_like(p)
+        optimizer = module.Adam([p])
+        optimizer.step()
+        p.data = torch.ones(2, 2, device=device)
+        p.grad = torch.ones(2, 2, device=device)
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step()
+        del optimizer.state[p]["step"]
+        with pytest.raises(KeyError, match="step"):
+            optimizer.step()
+        overlapping = torch.zeros(5, device=device)
+        pair = [nn.Parameter(overlapping[:3]), nn.Parameter(overlapping[2:])]
+        for parameter in pair:
+            parameter.grad = torch.ones(3, device=device)
+        module.SGD(pair, lr=0.5, **({} if module is optim else {"foreach": False})).step()
+        assert overlapping.tolist() == [-0.5, -0.5, -1.0, -0.5, -0.5]
+
+
+def test_reasons(device: str) -> None:
+    (p,) = parameters([(3,)], torch.float32, device)
+    ours = optim.Adam([p])
+    expected = "no gradients" if kernels.AVAILABLE else "Triton is not installed"
+    assert optim.explain(ours)[0].reason == expected
+    p.grad = torch.ones_like(p)
+    path = optim.explain(ours)[0]
+    assert (path.path, path.kernel) == (("kernel", True) if KERNELS_RUN else ("stock", False))
+    assert KERNELS_RUN or path.reason == "CPU tensor"
+    ours.param_groups[0]["differentiable"] = True
+    assert optim.explain(ours)[0].reason == "differentiable"
+
+
+@pytest.mark.stock
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
+def test_stocks_fused_cpu_kernels_are_never_called(name: str) -> None:
+    mine, theirs = (parameters([(40,)], torch.bfloat16, "cpu") for _ in range(2))
+    ours = getattr(optim, name)(mine, fused=True)
+    stock = getattr(torch.optim, name)(theirs, foreach=False)
+    refuse = mock.Mock(side_effect=AssertionError)
+    with mock.patch.multiple(
+        torch, _fused_sgd_=refuse, _fused_adagrad_=refuse, _fused_adam_=refuse, _fused_adamw_=refuse
+    ):
+        for step in range(2):
+            set_gradients(step, mine, theirs)
+            ours.step()
+            stock.step()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert ours.param_groups[0]["fused"] is True
+    assert not ours._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "Adagrad"])
+def test_grad_scaler(name: str, device: str) -> None:
+    arguments = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
+    mine, theirs = (parameters([(4,), (3,)], torch.float32, device) for _ in range(2))
+    ours = getattr(optim, name)(mine, **arguments)
+    stock = getattr(torch.optim, name)(theirs, foreach=False, **arguments)
+    scalers = [torch.amp.GradScaler(device, init_scale=8.0, growth_interval=2) for _ in range(2)]
+    for step in range(5):
+        for scaler, optimizer, params in zip(scalers, (ours, stock), (mine, theirs), strict=True):
+            optimizer.zero_grad()
+            loss = sum((p**3).sum() for p in params) * (float("inf") if step in (0, 2) else 1.0)
+            scaler.scale(loss).backward()
+            assert optimizer is stock or optimizer._step_supports_amp_scaling or not KERNELS_RUN
+            scaler.step(optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
+    for p, q in zip(mine, theirs, strict=True):
+        if "step" in stock.state[q]:
+            assert ours.state[p]["step"].item() == stock.state[q]["step"].item() == 3
+
+
+def test_grad_scaler_without_gradients(device: str) -> None:
+    scaler = torch.amp.GradScaler(device)
+    ours = optim.SGD(parameters([(4,)], torch.float32, device))
+    scaler.scale(torch.ones((), device=device))
+    with pytest.raises(AssertionError, match="No inf checks"):
+        scaler.step(ours)
+
+
+def test_grad_scaler_and_options(device: str) -> None:
+    """What the options do, they do to unscaled gradients, and not at all after an overflow."""
+
+    def run() -> None:
+        dtype = torch.bfloat16
+        (p,) = parameters([(4, 3)], dtype, device)
+        (weights,) = stock_parameters = [nn.Parameter(p.detach().float())]
+        ours = optim.Adam([p], lr=0.1, clip_norm=0.5, clip_value=0.3, l1=0.2, averaging="mean", master_weights=True)
+        stock = torch.optim.Adam(stock_parameters, lr=0.1)
+        mean = torch.zeros(4, 3, device=device)
+        for step in range(4):
+            set_gradients(step, stock_parameters)
+            overflow = step in (0, 2)
+            p.grad = (weights.grad * (float("inf") if overflow else 8.0)).to(dtype)
+            weights.grad = p.grad.float() / 8.0
+            scaler = torch.amp.GradScaler(device, init_scale=8.0)
+            scaler.scale(torch.ones((), device=device))
+            scaler.step(ours)
+            if overflow:
+                continue
+            nn.utils.clip_grad_norm_(stock_parameters, 0.5)
+            nn.utils.clip_grad_value_(stock_parameters, 0.3)
+            stock.step()
+            with torch.no_grad():
+                weights.copy_(proximal(weights, 0.1, 0.2, 0.0, 0.0))
+                mean += (weights - mean) / stock.state[weights]["step"].to(device)
+        state = ours.state[p]
+        torch.testing.assert_close(state["master"], weights.detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state["average"], mean, rtol=1e-3, atol=1e-4)
+        assert state["averages"].item() == state["step"].item() == 2
+
+    in_both_paths(run)
+
+
+def test_grad_scaler_takes_float16_gradients_for_master_weights_only(device: str) -> None:
+    for options in ({}, {"master_weights": True}):
+        (p,) = parameters([(4,)], torch.float16, device)
+        ours = optim.SGD([p], lr=1.0, **options)
+        p.grad = torch.ones_like(p)
+        scaler = torch.amp.GradScaler(device, init_scale=8.0)
+        scaler.scale(torch.ones((), device=device))
+        if options and KERNELS_RUN:
+            before = p.detach().clone()
+            scaler.step(ours)
+            torch.testing.assert_close(p.detach(), before - 0.125)
+        else:
+            with pytest.raises(ValueError, match="unscale FP16"):  # stock's error
+                scaler.step(ours)
+
+
+def test_a_dampened_first_step_that_overflows(device: str) -> None:
+    arguments = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    mine, theirs = (parameters([(4,)], torch.float32, device) for _ in range(2))
+    ours, stock = optim.SGD(mine, **arguments), torch.optim.SGD(theirs, foreach=False, **arguments)
+    for optimizer, params in ((ours, mine), (stock, theirs)):
+        scaler = torch.amp.GradScaler(device, init_scale=8.0)
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(sum((p**3).sum() for p in params) * (float("inf") if step == 0 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_compiled_training_step(device: str) -> None:
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        mine = parameters([(4,)], torch.float32, device)
+        ours = optim.Adam(mine)
+
+        def train(mine: list = mine, ours: Any = ours) -> None:
+            (mine[0] ** 2).sum().backward()
+            ours.step()
+            ours.zero_grad()
+
+        run: Callable[[], None] = torch.compile(train, backend="eager") if compiled else train
+        for _ in range(3):
+            run()
+        results.append(mine[0].detach())
+    torch.testing.assert_close(*results)
+
+
+# --- Replacement ------------------------------------------------------------------------------------------------------
+
+
+@every_name
+def test_replace(name: str, device: str) -> None:
+    mine, theirs = (parameters(SHAPES, torch.float32, device) for _ in range(2))
+    ours = getattr(torch.optim, name)(mine)
+    stock = getattr(torch.optim, name)(theirs, foreach=False)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, stock)]
+    for step in range(4):
+        set_gradients(step, mine, theirs)
+        ours.step()
+        stock.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for schedule in schedules:
+                schedule.step()
+        if step == 1:
+            replaced = optim.replace(ours)
+            assert replaced is ours
+            assert type(ours) is getattr(optim, name)
+    assert_like_stock(ours, stock, **TOLERANCE[torch.float32])
+
+
+def test_replace_refuses() -> None:
+    weights = [nn.Parameter(torch.ones(3))]
+    with pytest.raises(TypeError, match="LBFGS has no fusednn twin"):
+        optim.replace(torch.optim.LBFGS(weights))
+    with pytest.raises(TypeError, match="no option nesterov"):
+        optim.replace(torch.optim.Adam(weights), nesterov=True)
+    stepped = torch.optim.SGD(weights)
+    stepped.step = lambda: None
+    with pytest.raises(ValueError, match="overridden"):
+        optim.replace(stepped)
+    assert optim.replace(torch.optim.Adam(weights), clip_norm=1.0).param_groups[0]["clip_norm"] == 1.0
+
+
+# --- Distributed ------------------------------------------------------------------------------------------------------
+
+
+def _train_sharded(rank: int, path: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        full = parameters([(6, 4), (5,)], torch.float32, "cpu")
+        placements = [[Shard(0)], [Replicate()]]
+        mine = [
+            nn.Parameter(distribute_tensor(p.detach(), mesh, place)) for p, place in zip(full, placements, strict=True)
+        ]
+        ours = optim.AdamW(mine, lr=0.1, clip_norm=0.5, averaging=0.9)
+        stock = torch.optim.AdamW(full, lr=0.1)
+        for step in range(2):
+            set_gradients(step, full)
+            for p, q, place in zip(mine, full, placements, strict=True):
+                p.grad = distribute_tensor(q.grad, mesh, place)
+            versions = [p._version for p in mine]
+            assert optim.explain(ours)[0].kernel is KERNELS_RUN, optim.explain(ours)
+            ours.step()
+            assert all(p._version > version for p, version in zip(mine, versions, strict=True))
+            nn.utils.clip_grad_norm_(full, 0.5)
+            stock.step()
+        for p, q in zip(mine, full, strict=True):
+            torch.testing.assert_close(p.full_tensor(), q, rtol=2e-5, atol=1e-6)
+        _train_with_shards_of_all_kinds(mesh)
+        _train_fully_sharded(mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train_with_shards_of_all_kinds(mesh: Any) -> None:
+    """A process without a row, and a matrix whose rows are divided between processes: one norm for all of them."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    full = parameters([(1, 4), (5, 2), (4, 6)], torch.float32, "cpu")
+    placements = [[Shard(0)], [Shard(0)], [Shard(1)]]
+    mine = [nn.Parameter(distribute_tensor(p.detach(), mesh, place)) for p, place in zip(full, placements, strict=True)]
+    groups = [{"params": mine[:2]}, {"params": mine[2:]}]
+    ours = optim.SGD(groups, lr=0.1, clip_norm=0.5, group_lasso=0.7)
+    stock = torch.optim.SGD(full, lr=0.1)
+    for step in range(2):
+        set_gradients(step, full)
+        for p, q, place in zip(mine, full, placements, strict=True):
+            p.grad = distribute_tensor(q.grad, mesh, place)
+        if KERNELS_RUN:
+            assert [path.kernel for path in optim.explain(ours)] == [True, False]
+            assert "spread over processes" in optim.explain(ours)[1].reason
+        ours.step()
+        nn.utils.clip_grad_norm_(full, 0.5)
+        stock.step()
+        with torch.no_grad():
+            for q in full:
+                q.copy_(proximal(q, 0.1, 0.0, 0.0, 0.7))
+    for p, q in zip(mine, full, strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=2e-5, atol=1e-6)
+
+
+def _train_fully_sharded(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 6) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fully_shard(models[0], mesh=mesh)
+    optimizers = [optim.Adam(models[0].parameters(), lr=0.1), torch.optim.Adam(models[1].parameters(), lr=0.1)]
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(ON_GPU or not torch.distributed.is_available(), reason="two processes on CPUs")
+def test_two_processes(tmp_path: Any) -> None:
+    torch.multiprocessing.spawn(_train_sharded, (str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Any call that waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled_kernels() -> int:
+    """How many updates Triton has compiled for this process."""
+    return sum(len(cache[0]) for cache in kernels.optimizer.update_kernel.device_caches.values())
+
+
+@every_name
+@pytest.mark.gpu
+def test_no_synchronisation_and_no_recompilation(name: str, device: str) -> None:
+    mine = parameters([(300,), (4, 5)], torch.float32, device)
+    ours = getattr(optim, name)(mine, clip_norm=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(ours, 0.9)
+    for step in range(2):
+        set_gradients(step, mine)
+        ours.step()
+        schedule.step()
+    compiled = compiled_kernels()
+    with no_synchronisation():
+        for _ in range(50):
+            for p in mine:
+                p.grad = p.grad * 0.9
+            ours.step()
+            schedule.step()
+    assert compiled_kernels() == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+def test_a_grad_scaler_waits_for_nothing(name: str, device: str) -> None:
+    mine = parameters([(300,), (4, 5)], torch.float32, device)
+    ours = getattr(optim, name)(mine, clip_norm=1.0)
+    scaler = torch.amp.GradScaler(device, init_scale=8.0)
+
+    def train() -> None:
+        scaler.scale(sum((p**2).sum() for p in mine)).backward()
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad()
+
+    for _ in range(2):
+        train()
+    compiled = compiled_kernels()
+    with no_synchronisation():
+        for _ in range(50):
+            train()
+    assert compiled_kernels() == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "RMSprop"])
+def test_capture(name: str, device: str) -> None:
+    lr = torch.tensor(0.1, device=device)
+    mine, theirs = (parameters([(300,), (4, 5)], torch.float32, device) for _ in range(2))
+    ours = getattr(optim, name)(mine, lr=lr, capturable=True)
+    stock = getattr(torch.optim, name)(theirs, lr=lr, capturable=True, foreach=False)
+    set_gradients(0, mine, theirs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for step in range(3):
+        lr.fill_(0.1 / (step + 1))
+        graph.replay()
+    for step in range(6):
+        lr.fill_(0.1 / max(1, step - 2))
+        stock.step()
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
