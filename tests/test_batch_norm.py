@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -719,23 +720,12 @@ def test_no_host_synchronisation_and_graph_capture(
     )
     x, residual = leaf(x), leaf(residual)
     layer = layers.BatchNormAct2d(64, momentum=momentum).to(device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            expected = training_step(layer, x, residual, gradient)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            training_step(layer, x, residual, gradient)
-            layer.eval()(x, residual)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(stream)
-    layer.train()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = training_step(layer, x, residual, gradient)
+    expected = training_step(layer, x, residual, gradient)
+    layer.eval()(x, residual)  # compiles
+    with no_synchronisation():
+        layer(x, residual)
+        training_step(layer.train(), x, residual, gradient)
+    graph, captured = capture(lambda: training_step(layer, x, residual, gradient))
     before = layer.num_batches_tracked.item()
     graph.replay()
     assert layer.num_batches_tracked.item() == before + 1
@@ -745,11 +735,6 @@ def test_no_host_synchronisation_and_graph_capture(
 
 @pytest.mark.gpu
 def test_no_recompilation_over_fifty_steps(device: str) -> None:
-    distinct = {configuration.kernel for configuration in kernels.shipped("batch_norm")}
-
-    def compiled() -> int:
-        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
-
     model = nn.Sequential(nn.Conv2d(3, 24, 3), layers.BatchNormAct2d(24), nn.Conv2d(24, 32, 3), layers.BatchNorm2d(32))
     model.to(device)
 
@@ -758,11 +743,11 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 
     for batch in (32, 17):  # a full batch and a last, partial one
         train(batch)
-    before = compiled()
+    before = compiled_kernels("batch_norm")
     for index in range(50):
         model[1].momentum = 1 / (index + 2)
         train(17 if index % 10 == 9 else 32)
-    assert compiled() == before
+    assert compiled_kernels("batch_norm") == before
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -498,32 +499,17 @@ def test_no_synchronisation_no_recompilation_and_graph_capture(device: str) -> N
     def batch(samples: int) -> Tensor:
         return torch.randn(samples, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
 
-    def compiled_kernels() -> int:
-        distinct = {configuration.kernel for family in ("pool", "conv") for configuration in kernels.shipped(family)}
-        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
-
     batches = [batch(8), batch(5)]
     for x in batches:
         step(x)
-    before = compiled_kernels()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    before = compiled_kernels("pool", "conv")
+    with no_synchronisation():
         for index in range(50):
             step(batches[index % 2])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert compiled_kernels() == before
+    assert compiled_kernels("pool", "conv") == before
 
     model.eval()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(batches[0])
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(batches[0])
+    graph, captured = capture(lambda: step(batches[0]))
     graph.replay()
     for ours, eager in zip(captured, step(batches[0]), strict=True):
         torch.testing.assert_close(ours, eager)

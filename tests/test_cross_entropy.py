@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -418,21 +419,10 @@ def test_no_host_synchronisation_and_graph_capture(name: str, device: str) -> No
         loss = STEPS[name](x, target)
         return loss, torch.autograd.grad(loss, x)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            expected = step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    expected = step()
+    with no_synchronisation():
+        step()
+    graph, captured = capture(step)
     graph.replay()
     for ours, eager in zip(captured, expected, strict=True):
         assert torch.equal(ours, eager)
@@ -440,13 +430,6 @@ def test_no_host_synchronisation_and_graph_capture(name: str, device: str) -> No
 
 @pytest.mark.gpu
 def test_no_recompilation_over_fifty_steps(device: str) -> None:
-    distinct = {
-        configuration.kernel for name in ("softmax", "cross_entropy") for configuration in kernels.shipped(name)
-    }
-
-    def compiled() -> int:
-        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
-
     def train(index: int, batch: int) -> None:
         x, target = leaf(torch.randn(batch, 100, device=device)), torch.randint(100, (batch,), device=device)
         for function in STEPS.values():
@@ -455,10 +438,10 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 
     for batch in (3200, 17, 16, 1):
         train(0, batch)
-    before = compiled()
+    before = compiled_kernels("softmax", "cross_entropy")
     for index in range(50):
         train(index, (3200, 1700, 16, 1)[index % 4])
-    assert compiled() == before
+    assert compiled_kernels("softmax", "cross_entropy") == before
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.accuracy import assert_same_bits
 from support.device import DEVICE, FLOAT_DTYPES, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import leaf, poisoned_memory, value_and_gradients
@@ -606,21 +607,10 @@ def value_and_gradient(step: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
 def test_no_host_synchronisation_and_graph_capture(step: Callable[[Tensor], Tensor], device: str) -> None:
     """Successive replays draw other masks, in both directions the same."""
     x = leaf(torch.ones(8, 64, 16, 16, device=device))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            value_and_gradient(step, x)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            value_and_gradient(step, x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, gradient = value_and_gradient(step, x)
+    value_and_gradient(step, x)  # compiles
+    with no_synchronisation():
+        value_and_gradient(step, x)
+    graph, (y, gradient) = capture(lambda: value_and_gradient(step, x))
     replays = []
     for _ in range(3):
         graph.replay()
@@ -641,10 +631,6 @@ def test_no_recompilation_while_annealing(device: str) -> None:
     fusednn.replace_layers(model)
     schedule = layers.AnnealedDropout(model, 60)
     families = ("dropout", "bias_activation_dropout")
-    distinct = {configuration.kernel for family in families for configuration in kernels.shipped(family)}
-
-    def compiled() -> int:
-        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
 
     def train(batch: int) -> None:
         model(torch.randn(batch, 32, device=device)).square().mean().backward()
@@ -652,10 +638,10 @@ def test_no_recompilation_while_annealing(device: str) -> None:
 
     for batch in (320, 17):
         train(batch)
-    before = compiled()
+    before = compiled_kernels(*families)
     for index in range(50):
         train(17 if index % 10 == 9 else 320)
-    assert compiled() == before
+    assert compiled_kernels(*families) == before
 
 
 @pytest.mark.gpu

@@ -1,31 +1,19 @@
 """What only a GPU can show: no host synchronisation, no recompilation, graph capture, compiled results, fused speed."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.pytorch_samples import MODULES
 from support.samples import CASES, LAYERS, Case, random_tensor
 from support.standing import leaf
 from torch import Tensor, nn
 
 import fusednn
-from fusednn import kernels, layers
+from fusednn import layers
 
 pytestmark = pytest.mark.gpu
 
 every_case = pytest.mark.parametrize("case", [*CASES, Case("rrelu", {"training": True})], ids=str)
-
-
-@pytest.fixture
-def _no_synchronisation() -> Iterator[None]:
-    """Any call that waits for the GPU raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def step(case: Case, operands: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
@@ -34,18 +22,12 @@ def step(case: Case, operands: list[Tensor], gradient: Tensor) -> tuple[Tensor, 
 
 
 @every_case
-def test_no_host_synchronisation(case: Case, device: str, request: pytest.FixtureRequest) -> None:
+def test_no_host_synchronisation(case: Case, device: str) -> None:
     operands = [leaf(operand) for operand in case.operands(random_tensor((4, 3, 100), torch.float32, device))]
     gradient = torch.ones(4, 3, 100, device=device)
     step(case, operands, gradient)  # compiles
-    request.getfixturevalue("_no_synchronisation")
-    step(case, operands, gradient)
-
-
-def compiled_kernels() -> int:
-    """How many kernels Triton has compiled for this process."""
-    distinct = {configuration.kernel for configuration in kernels.shipped()}
-    return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+    with no_synchronisation():
+        step(case, operands, gradient)
 
 
 def test_no_recompilation_over_fifty_steps(device: str) -> None:
@@ -73,15 +55,7 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 def test_cuda_graph(case: Case, device: str) -> None:
     operands = [leaf(operand) for operand in case.operands(random_tensor((4, 3, 1000), torch.float32, device))]
     gradient = torch.randn(4, 3, 1000, device=device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(case, operands, gradient)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(case, operands, gradient)
+    graph, captured = capture(lambda: step(case, operands, gradient))
     with torch.no_grad():
         operands[0].copy_(random_tensor((4, 3, 1000), torch.float32, device, seed=9))
     graph.replay()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf, value_and_gradients
@@ -758,12 +759,8 @@ def test_no_host_synchronisation(name: str, device: str) -> None:
     operands = [leaf(t) for t in tensors(name, torch.float32, device)]
     gradient = torch.ones_like(function(*operands))
     torch.autograd.grad(function(*operands), operands, gradient)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         torch.autograd.grad(function(*operands), operands, gradient)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -777,15 +774,7 @@ def test_cuda_graph(name: str, device: str) -> None:
         y = function(*operands)
         return (y, *torch.autograd.grad(y, operands, gradient))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         operands[0].mul_(-1)
     graph.replay()
@@ -801,13 +790,9 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
         x = torch.randn(batch, 64, device=device, requires_grad=True)
         maxout(maxout_linear(x, weight, bias, dropout=0.1), 2).sum().backward()
 
-    def compiled() -> int:
-        distinct = {configuration.kernel for configuration in kernels.shipped("maxout")}
-        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
-
     for batch in (32, 17):
         step(batch)
-    before = compiled()
+    before = compiled_kernels("maxout")
     for index in range(50):
         step(17 if index % 10 == 9 else 32)
-    assert compiled() == before
+    assert compiled_kernels("maxout") == before

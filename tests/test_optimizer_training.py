@@ -4,14 +4,14 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from support.device import KERNELS_RUN, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.optimizers import (
     SHAPES,
     TOLERANCE,
@@ -450,22 +450,6 @@ def test_two_processes(tmp_path: Any) -> None:
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Any call that waits for the GPU raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def compiled_kernels() -> int:
-    """How many updates Triton has compiled for this process."""
-    return sum(len(cache[0]) for cache in kernels.optimizer.update_kernel.device_caches.values())
-
-
 @every_name
 @pytest.mark.gpu
 def test_no_synchronisation_and_no_recompilation(name: str, device: str) -> None:
@@ -476,14 +460,14 @@ def test_no_synchronisation_and_no_recompilation(name: str, device: str) -> None
         set_gradients(step, mine)
         ours.step()
         schedule.step()
-    compiled = compiled_kernels()
+    compiled = compiled_kernels("optimizer")
     with no_synchronisation():
         for _ in range(50):
             for p in mine:
                 p.grad = p.grad * 0.9
             ours.step()
             schedule.step()
-    assert compiled_kernels() == compiled
+    assert compiled_kernels("optimizer") == compiled
 
 
 @pytest.mark.gpu
@@ -501,11 +485,11 @@ def test_a_grad_scaler_waits_for_nothing(name: str, device: str) -> None:
 
     for _ in range(2):
         train()
-    compiled = compiled_kernels()
+    compiled = compiled_kernels("optimizer")
     with no_synchronisation():
         for _ in range(50):
             train()
-    assert compiled_kernels() == compiled
+    assert compiled_kernels("optimizer") == compiled
 
 
 @pytest.mark.gpu
@@ -516,15 +500,7 @@ def test_capture(name: str, device: str) -> None:
     ours = getattr(optim, name)(mine, lr=lr, capturable=True)
     stock = getattr(torch.optim, name)(theirs, lr=lr, capturable=True, foreach=False)
     set_gradients(0, mine, theirs)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            ours.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ours.step()
+    graph, _ = capture(ours.step)
     for step in range(3):
         lr.fill_(0.1 / (step + 1))
         graph.replay()

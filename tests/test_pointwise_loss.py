@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.losses import LOSSES, REDUCTIONS, Loss
 from support.samples import random_tensor
@@ -617,21 +618,10 @@ def test_no_host_synchronisation_and_graph_capture(loss: Loss, device: str) -> N
     # Weights come from the host in `Loss`: of no interest here.
     loss = Loss(loss.name, loss.arguments)
     x, t = (leaf(operand) for operand in loss.operands((64, 500), torch.float32, device))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            expected = step(loss, x, t)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(loss, x, t)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(loss, x, t)
+    expected = step(loss, x, t)
+    with no_synchronisation():
+        step(loss, x, t)
+    graph, captured = capture(lambda: step(loss, x, t))
     graph.replay()
     for ours, eager in zip(captured, expected, strict=True):
         assert torch.equal(ours, eager)
@@ -639,13 +629,6 @@ def test_no_host_synchronisation_and_graph_capture(loss: Loss, device: str) -> N
 
 @pytest.mark.gpu
 def test_no_recompilation_over_fifty_steps(device: str) -> None:
-    distinct = {
-        configuration.kernel for name in ("pointwise_loss", "nll_loss") for configuration in kernels.shipped(name)
-    }
-
-    def compiled() -> int:
-        return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
-
     def train(index: int, batch: int) -> None:
         x = torch.randn(batch, 10, device=device, requires_grad=True)
         t = torch.rand(batch, 10, device=device)
@@ -657,10 +640,10 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 
     for batch in (3200, 17, 16, 1):
         train(0, batch)
-    before = compiled()
+    before = compiled_kernels("pointwise_loss", "nll_loss")
     for index in range(50):
         train(index, (3200, 1700, 16, 1)[index % 4])
-    assert compiled() == before
+    assert compiled_kernels("pointwise_loss", "nll_loss") == before
 
 
 ASSERTIONS = [

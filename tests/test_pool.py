@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.accuracy import assert_same_bits
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.gpu import capture, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -296,17 +297,10 @@ def test_graph_capture_and_no_synchronisation(device: str) -> None:
         y = autograd.max_pool2d(x, 2)
         return (y, *torch.autograd.grad(y, x, torch.ones_like(y)))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    step()  # compiles
+    with no_synchronisation():
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     graph.replay()
     for ours, eager in zip(captured, step(), strict=True):
         torch.testing.assert_close(ours, eager, rtol=0, atol=0)

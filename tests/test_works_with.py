@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.gpu import capture
 from support.samples import random_tensor
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
@@ -275,16 +276,11 @@ def test_a_captured_training_step(name: str, device: str) -> None:
             optimizer.step()
             return loss.detach()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        if captured:
+            graph, loss = capture(step)
+        else:
             for _ in range(3):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            with torch.cuda.graph(graph):
-                loss = step()
         history = []
         for new_images, new_labels in batches(device, 5):
             images.copy_(new_images)
