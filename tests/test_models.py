@@ -79,7 +79,7 @@ def network(request: pytest.FixtureRequest, device: str) -> Network:
 
 
 def instantiate(network: Network, device: str, seed: int) -> nn.Module:
-    declare_missing_operators()
+    mend_torchvision()
     package = pytest.importorskip(network.package)
     torch.manual_seed(seed)
     with torch.device("meta"):
@@ -111,9 +111,16 @@ def narrow(model: nn.Module) -> None:
 _libraries: list[torch.library.Library] = []  # operators vanish with the library that declared them
 
 
-def declare_missing_operators() -> None:
-    """torchvision's wheels need CUDA; without it they lack operators which they describe when they are imported."""
-    if torch.version.cuda is None and not _libraries:
+def mend_torchvision() -> None:
+    """Make torchvision importable where it is built for CUDA, and torch isn't: it describes operators that it lacks.
+
+    transformers imports it, too.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError:
         _libraries.append(torch.library.Library("torchvision", "DEF"))
         for name in ("nms", "qnms"):
             _libraries[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
