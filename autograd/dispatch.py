@@ -130,10 +130,16 @@ def transform_refusal() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """A property of the device, which PyTorch's compiler can't read while it traces in every version."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The low-precision dtype of the autocast region that ``tensor``'s device is in, or None outside one."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..autograd.linear_cross_entropy import linear_cross_entropy
+from ..autograd.linear_cross_entropy import composed, linear_cross_entropy
 from .twin import Twin
 
 __all__ = ["LinearCrossEntropyLoss"]
+
+
+def _loss(function: Callable[..., Tensor], layer: Stock, input: Tensor, target: Tensor) -> Tensor:
+    """The layer's loss, as this function computes it."""
+    shape = (layer.num_classes, *layer.out_features)
+    bias = layer.linear.bias
+    return function(
+        input,
+        layer.linear.weight.reshape(*shape, layer.linear.in_features),
+        target,
+        linear_bias=None if bias is None else bias.reshape(shape),
+        weight=layer.weight,
+        reduction=layer.reduction,
+        ignore_index=layer.ignore_index,
+        label_smoothing=layer.label_smoothing,
+        options=layer.options,
+    )
+
 
 if TYPE_CHECKING or hasattr(nn, "LinearCrossEntropyLoss"):
     Stock = nn.LinearCrossEntropyLoss
 else:
 
     class Stock(nn.Module):
-        """The constructor and the parameters of torch 2.13's layer, for older versions."""
+        """What torch 2.13 has under this name, for older versions."""
 
         def __init__(
             self,
@@ -50,9 +69,14 @@ else:
             self.linear = nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
             self.options = options
 
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return _loss(composed, self, input, target)
+
         def extra_repr(self) -> str:
             names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options")
             return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    Stock.__name__ = Stock.__qualname__ = "LinearCrossEntropyLoss"
 
 
 class LinearCrossEntropyLoss(Twin, Stock):
@@ -64,16 +88,4 @@ class LinearCrossEntropyLoss(Twin, Stock):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        shape = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
-        return linear_cross_entropy(
-            input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
-            target,
-            linear_bias=None if bias is None else bias.reshape(shape),
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            options=self.options,
-        )
+        return _loss(linear_cross_entropy, self, input, target)
