@@ -130,7 +130,7 @@ def transform_refusal() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(kind: str) -> bool:
     """A property of the device, which PyTorch's compiler can't read while it traces in every version."""
     return torch.amp.is_autocast_available(kind)
