@@ -24,7 +24,7 @@ pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -m "$(2)" -n $(WORKERS) --m
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- Environments ----------------------------------------------------------------------------------------------------
 
@@ -49,6 +49,13 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --requirement constraints-oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# numpy as in constraints-oldest.txt, for the same reason; torch 2.11 wants setuptools below 82.
+.venv-oldest-torch/.complete: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest-torch
+	.venv-oldest-torch/bin/python -m pip install --quiet torch==2.11.0 'numpy<2.4' 'setuptools>=77,<82' wheel
+	.venv-oldest-torch/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,demo]'
 	touch $@
 
 # --- Use -------------------------------------------------------------------------------------------------------------
@@ -80,7 +87,7 @@ recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; t
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-interpreter test-stock test-thorough test-oldest test-gpu lint
+.PHONY: test test-interpreter test-stock test-thorough test-oldest test-oldest-torch test-gpu lint
 test: lint test-interpreter test-stock ## lint, and the suite in both modes; needs no GPU
 
 test-interpreter: .venv/.complete
@@ -96,6 +103,10 @@ test-thorough: .venv/.complete .build/torchvision/.complete ## what `make test` 
 test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton
 	TRITON_INTERPRET=0 $(call pytest,.venv-oldest,compiles and not thorough)
 	TRITON_INTERPRET=1 $(call pytest,.venv-oldest,smoke)
+
+test-oldest-torch: .venv-oldest-torch/.complete ## the suite with the oldest PyTorch, which brings gigabytes of CUDA packages
+	TRITON_INTERPRET=1 $(call pytest,.venv-oldest-torch,not thorough)
+	TRITON_INTERPRET=0 $(call pytest,.venv-oldest-torch,not thorough and not compiles)
 
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU here")'
