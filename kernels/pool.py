@@ -563,7 +563,7 @@ def images(x: Tensor) -> tuple[Tensor, bool]:
     """``x`` (N, C, H, W) in one of the memory formats, itself or a copy, and whether that is channels-last."""
     x = dense(x)
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    # Where nothing is to be copied, nothing is asked for: torch 2.11's compiler takes what comes back for another tensor.
+    # No copy is asked for where none is made: torch 2.11's compiler takes what comes back for another tensor.
     return (x if channels_last or x.is_contiguous() else x.contiguous()), channels_last
 
 
