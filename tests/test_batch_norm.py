@@ -5,6 +5,7 @@ import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Any
@@ -684,7 +685,8 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
         layers.BatchNorm1d(3).to(device)(x)
         layers.BatchNormAct1d(3).to(device)(x, x)
         autograd.batch_norm_act(x, None, None, training=True, residual=x[:1])
-        autograd.batch_norm(x, *vectors(3, torch.float32, device), eps=0.0)
+        with suppress(ValueError):  # stock's in torch 2.11
+            autograd.batch_norm(x, *vectors(3, torch.float32, device), eps=0.0)
         autograd.batch_norm_act(x, None, None, training=True, momentum=torch.tensor(2.0, device=device))
     assert [choice.path for choice in choices] == ["kernel", "kernel", "stock", "stock", "stock"]
     assert [choice.operation for choice in choices[:2]] == ["batch_norm", "batch_norm_act"]
