@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -117,13 +118,14 @@ def mend_torchvision() -> None:
     transformers imports it, too.
     """
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except ImportError:
         return
     except RuntimeError:
-        _libraries.append(torch.library.Library("torchvision", "DEF"))
+        library = torch.library.Library("torchvision", "DEF")
+        _libraries.append(library)
         for name in ("nms", "qnms"):
-            _libraries[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -363,25 +363,36 @@ def test_replace_refuses() -> None:
 # --- Distributed ------------------------------------------------------------------------------------------------------
 
 
+def _shares(full: Sequence[Tensor], placements: Sequence[Any], mesh: Any) -> list[nn.Parameter]:
+    """Each parameter as a DTensor with the placements beside it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return [nn.Parameter(distribute_tensor(p.detach(), mesh, place)) for p, place in zip(full, placements, strict=True)]
+
+
+def _share_gradients(mine: Sequence[Tensor], full: Sequence[Tensor], placements: Sequence[Any]) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    for p, q, place in zip(mine, full, placements, strict=True):
+        p.grad = distribute_tensor(q.grad, p.device_mesh, place)
+
+
 def _train_sharded(rank: int, path: str) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
         full = parameters([(6, 4), (5,)], torch.float32, "cpu")
         placements = [[Shard(0)], [Replicate()]]
-        mine = [
-            nn.Parameter(distribute_tensor(p.detach(), mesh, place)) for p, place in zip(full, placements, strict=True)
-        ]
+        mine = _shares(full, placements, mesh)
         ours = optim.AdamW(mine, lr=0.1, clip_norm=0.5, averaging=0.9)
         stock = torch.optim.AdamW(full, lr=0.1)
         for step in range(2):
             set_gradients(step, full)
-            for p, q, place in zip(mine, full, placements, strict=True):
-                p.grad = distribute_tensor(q.grad, mesh, place)
+            _share_gradients(mine, full, placements)
             versions = [p._version for p in mine]
             assert optim.explain(ours)[0].kernel is KERNELS_RUN, optim.explain(ours)
             ours.step()
@@ -398,18 +409,17 @@ def _train_sharded(rank: int, path: str) -> None:
 
 def _train_with_shards_of_all_kinds(mesh: Any) -> None:
     """A process without a row, and a matrix whose rows are divided between processes: one norm for all of them."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Shard
 
     full = parameters([(1, 4), (5, 2), (4, 6)], torch.float32, "cpu")
     placements = [[Shard(0)], [Shard(0)], [Shard(1)]]
-    mine = [nn.Parameter(distribute_tensor(p.detach(), mesh, place)) for p, place in zip(full, placements, strict=True)]
+    mine = _shares(full, placements, mesh)
     groups = [{"params": mine[:2]}, {"params": mine[2:]}]
     ours = optim.SGD(groups, lr=0.1, clip_norm=0.5, group_lasso=0.7)
     stock = torch.optim.SGD(full, lr=0.1)
     for step in range(2):
         set_gradients(step, full)
-        for p, q, place in zip(mine, full, placements, strict=True):
-            p.grad = distribute_tensor(q.grad, mesh, place)
+        _share_gradients(mine, full, placements)
         if KERNELS_RUN:
             assert [path.kernel for path in optim.explain(ours)] == [True, False]
             assert "spread over processes" in optim.explain(ours)[1].reason

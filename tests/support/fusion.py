@@ -63,6 +63,8 @@ def reasons(model: nn.Module, **kwargs: object) -> dict[str, str]:
 
 
 class UsedTwice(nn.Module):
+    """The convolution's result is needed beside the activation's, so that one can't be computed without the other."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 1)
