@@ -29,8 +29,6 @@ from .cross_entropy import CrossEntropyLoss
 from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .dropout_schedule import AnnealedDropout
-from .explain import Explanation, ExplanationRow, explain
-from .fold import fold_batch_norm
 from .input_norm import GlobalContrastNorm, InputNorm
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .maxout import Maxout, MaxoutConv2d
@@ -38,7 +36,9 @@ from .nll_loss import NLLLoss
 from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
-from .replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
+from .replacement.explain import Explanation, ExplanationRow, explain
+from .replacement.fold import fold_batch_norm
+from .replacement.replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
 from .rrelu import RReLU
 from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 from .standout import Standout

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
-from fusednn.layers.fold import FoldedBatchNorm
+from fusednn.layers.replacement.fold import FoldedBatchNorm
 
 
 def trained(model: nn.Module, *shape: int) -> nn.Module:

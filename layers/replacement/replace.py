@@ -13,10 +13,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .chain import is_untouched
-from .fuse import fuse_neighbours, is_searched, unfuse
-from .table import format_table
-from .twin import TWINS, Layer, stock_class
+from ..chain import is_untouched
+from ..fuse import fuse_neighbours, is_searched, unfuse
+from ..table import format_table
+from ..twin import TWINS, Layer, stock_class
 
 __all__ = ["ReplacementReport", "ReplacementRow", "replace_layers", "restore_layers"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ..autograd.dispatch import Choice, observe_choices
-from .chain import observe_chains
-from .table import format_table
-from .twin import TWINS, Layer
+from ...autograd.dispatch import Choice, observe_choices
+from ..chain import observe_chains
+from ..table import format_table
+from ..twin import TWINS, Layer
 
 __all__ = ["Explanation", "ExplanationRow", "explain"]
 

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from ..autograd.batch_norm import apply_activation
-from .batch_norm import Activated
-from .graph import LayerTracer
+from ...autograd.batch_norm import apply_activation
+from ..batch_norm import Activated
+from ..graph import LayerTracer
+from ..twin import TWINS
 from .replace import ReplacementReport, ReplacementRow
-from .twin import TWINS
 
 __all__ = ["FoldedBatchNorm", "fold_batch_norm"]
 
