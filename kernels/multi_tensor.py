@@ -67,7 +67,7 @@ class Table:
                 start += row.size
         if on_gpu and (self._reserve is None or self._reserve.numel() != self._words.numel()):
             # Pinned memory can't be had while a graph is captured: have some in reserve.
-            self._reserve = torch.empty(self._words.numel(), dtype=torch.int64, pin_memory=True)
+            self._reserve = torch.empty(self._words.numel(), dtype=torch.int64, device="cpu", pin_memory=True)
         self._rows = list(rows)
         return self._words
 
@@ -122,7 +122,7 @@ class FlatOperands:
         if parameter.is_contiguous():
             return None
         if not is_dense(parameter) or (self._rows and parameter.stride(0) * parameter.shape[0] != parameter.numel()):
-            return torch.empty(parameter.shape, device="meta").stride()
+            return torch.empty_like(parameter, device="meta", memory_format=torch.contiguous_format).stride()
         return parameter.stride()
 
     def addresses(self, operands: Sequence[Tensor], *, written: bool = True) -> Words:
@@ -138,7 +138,7 @@ class FlatOperands:
         if strides is None:
             if operand.is_contiguous():
                 return operand
-            strides = torch.empty(operand.shape, device="meta").stride()
+            strides = torch.empty_like(operand, device="meta", memory_format=torch.contiguous_format).stride()
         flat = dense_like(operand, strides)
         if flat is not operand:
             self._kept.append(flat)

@@ -176,7 +176,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _make_state(self, group: Group) -> None:
         """Let stock make the state that its step would make, with the checks that it then does."""
         lists: list[list[Any]] = [[] for _ in range(self._list_count())]
-        self._init_group(group, *lists)  # type: ignore[attr-defined]
+        with torch.device("cpu"):  # counters are the host's, whatever the default device is
+            self._init_group(group, *lists)  # type: ignore[attr-defined]
 
     @classmethod
     def _list_count(cls) -> int:
@@ -335,6 +336,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = own.get("step")
         if step is not None and not isinstance(step, Tensor):
             return "the step is not a tensor"
+        if step is not None and step.device.type != "cpu" and step.device != parameter.device:
+            return "the step is on another device"
         if group.get("capturable") and step is not None and step.device != parameter.device:
             return "the step is not on the parameter's device"
         tensors = [own[key] for key in states if own.get(key) is not None]
@@ -533,7 +536,8 @@ def _advance(own: Sequence[dict[str, Any]], device: torch.device, recipe: Recipe
     steps = [state["step"] for state in own]
     products = [state[key] for state in own for key in keys[1:]]
     if on_host:
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)  # as stock does: 1 is wrapped once
+        one = torch.tensor(1.0, dtype=steps[0].dtype, device="cpu")
+        torch._foreach_add_(steps, one, alpha=1.0)  # as stock does: 1 is wrapped once
         counts = [step.item() for step in steps]
         if products:
             beta1, decay = float(recipe.a), float(recipe.c)

@@ -228,6 +228,44 @@ def not_listed(): pass
     assert undocumented({"kernels/x.py": text.replace("__all__ =", "__all__: list[str] =")}) == expected
 
 
+# --- Defaults ---------------------------------------------------------------------------------------------------------
+
+#: What makes tensors out of nothing, on the default device and in the default dtype unless told otherwise.
+FACTORIES = {
+    *("as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones"),
+    *("rand", "randn", "scalar_tensor", "sparse_coo_tensor", "tensor", "zeros"),
+}
+#: And those whose dtype is an integer's unless told otherwise.
+INTEGER_FACTORIES = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
+
+
+def unspecified_factories(sources: Sources) -> list[str]:
+    """Calls of ``torch.zeros`` and its like that leave the device, or a dtype that isn't an integer's, to a default."""
+    violations = []
+    for path, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            name, given = node.func.attr, {keyword.arg for keyword in node.keywords}
+            if name not in FACTORIES | INTEGER_FACTORIES or ast.unparse(node.func.value) != "torch":
+                continue
+            needed = {"device", "dtype"} if name in FACTORIES else {"device"}
+            violations += [f"{path}:{node.lineno}: torch.{name} without {option}" for option in sorted(needed - given)]
+    return violations
+
+
+def test_nothing_is_left_to_default_devices_and_dtypes() -> None:
+    assert not unspecified_factories(read_sources(tuple(set(FLOORS) - {FACE})))
+
+
+def test_notices_unspecified_factories() -> None:
+    text = "y = torch.zeros(3, device=x.device)\nz = torch.arange(3)\nw = torch.empty_like(x)\nv = tl.zeros((3,))"
+    assert unspecified_factories({"optim/x.py": text}) == [
+        "optim/x.py:1: torch.zeros without dtype",
+        "optim/x.py:2: torch.arange without device",
+    ]
+
+
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 

@@ -120,11 +120,12 @@ def _reason_to_leave(norm: _BatchNorm, layer: nn.Module | None, uses: Counter[nn
     return None if channels == norm.num_features else "another number of channels"
 
 
-def _fold(layer: Any, norm: _BatchNorm) -> None:
+def _fold(layer: Any, norm: Any) -> None:
     with torch.no_grad():
-        mean, variance = _double(norm.running_mean, 0.0), _double(norm.running_var, 1.0)
-        scale = _double(norm.weight, 1.0) / (variance + norm.eps).sqrt()
-        bias = (_double(layer.bias, 0.0) - mean) * scale + _double(norm.bias, 0.0)
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        scale = _double(norm.weight, ones) / (variance + norm.eps).sqrt()
+        bias = (_double(layer.bias, zeros) - mean) * scale + _double(norm.bias, zeros)
         weight = layer.weight.double()
         if isinstance(layer, _TRANSPOSED):  # (in, out / groups, *)
             grouped = weight.unflatten(0, (layer.groups, -1))
@@ -136,8 +137,8 @@ def _fold(layer: Any, norm: _BatchNorm) -> None:
         layer.weight = nn.Parameter(weight.to(layer.weight), needs_gradient)
 
 
-def _double(parameter: Tensor | None, default: float) -> Tensor:
-    return torch.tensor(default, dtype=torch.float64) if parameter is None else parameter.double()
+def _double(parameter: Tensor | None, default: Tensor) -> Tensor:
+    return default if parameter is None else parameter.double()
 
 
 def _remainder(norm: _BatchNorm, layer: nn.Module) -> FoldedBatchNorm:
