@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -17,6 +16,7 @@ from ..kernels import rrelu as rrelu_kernels
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.layout import is_dense
 from ..kernels.tiles import mask_bytes
+from . import stock as F
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 
@@ -217,11 +217,11 @@ STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "relu": lambda x, a, b: F.relu(x),
     "relu6": lambda x, a, b: F.hardtanh(x, a, b),
     "selu": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
-    "sigmoid": lambda x, a, b: torch.sigmoid(x),
+    "sigmoid": lambda x, a, b: F.sigmoid(x),
     "silu": lambda x, a, b: F.silu(x),
     "softplus": lambda x, a, b: F.softplus(x, a, b),
     "softsign": lambda x, a, b: F.softsign(x),
-    "tanh": lambda x, a, b: torch.tanh(x),
+    "tanh": lambda x, a, b: F.tanh(x),
     "threshold": lambda x, a, b: F.threshold(x, a, b),
 }
 # The stock gradient of (g, y, a, b), where the output is saved.
@@ -405,7 +405,7 @@ def softsign(input: Tensor) -> Tensor:
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + exp(-x)).  As `torch.nn.functional.sigmoid`; saves the output."""
     if not _takes_kernel("sigmoid", input, 0.0, 0.0, False):
-        return torch.sigmoid(input)
+        return F.sigmoid(input)
     return apply_kernel(input, "sigmoid", 0.0, 0.0, False)
 
 
@@ -419,5 +419,5 @@ def logsigmoid(input: Tensor) -> Tensor:
 def tanh(input: Tensor) -> Tensor:
     """tanh(x).  As `torch.nn.functional.tanh`; saves the output."""
     if not _takes_kernel("tanh", input, 0.0, 0.0, False):
-        return torch.tanh(input)
+        return F.tanh(input)
     return apply_kernel(input, "tanh", 0.0, 0.0, False)

@@ -5,13 +5,13 @@ from math import inf
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import bias_activation_dropout as kernels
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.random import draw_seed
+from . import stock as F
 from .activation import STOCK
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -19,6 +18,7 @@ from ..kernels import conv as kernels
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.conv import conv_size
 from ..kernels.pool import POINT, Pooled, Window, images
+from . import stock as F
 from .batch_norm import apply_activation, check_activation
 from .dispatch import in_low_precision, takes_kernel
 from .operators import operator

@@ -8,13 +8,13 @@ cuDNN's a pass over the result takes them; then one pass normalises, adds the re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.launch import ACCUMULATOR
 from ..kernels.pool import POINT, Window, images, is_masked
+from . import stock as F
 from .batch_norm import (
     BatchNorm,
     apply_activation,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import cross_entropy as kernels
 from ..kernels.cross_entropy import Reduction
 from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
+from . import stock as F
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator

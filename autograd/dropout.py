@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import dropout as kernels
 from ..kernels.layout import is_dense
 from ..kernels.random import draw_seed
+from . import stock as F
 from .dispatch import takes_kernel
 from .operators import operator
 

@@ -8,7 +8,6 @@ upstream gradient (a `torch.amp.GradScaler`'s) is there to save, the backward pa
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -16,6 +15,7 @@ from ..kernels import linear_cross_entropy as kernels
 from ..kernels.cross_entropy import Reduction
 from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.linear_cross_entropy import Options
+from . import stock as F
 from .cross_entropy import refusal_of
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, in_low_precision, takes_kernel, transform_refusal
 from .operators import operator

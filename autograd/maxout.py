@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import maxout as kernels
 from ..kernels.random import draw_seed
+from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
 from .operators import operator
 

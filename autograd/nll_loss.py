@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import nll_loss as kernels
 from ..kernels.launch import DeviceAssertionError
+from . import stock as F
 from .dispatch import autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pointwise_loss as kernels
 from ..kernels.launch import DeviceAssertionError
+from . import stock as F
 from .dispatch import autocast_dtype, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pool as kernels
 from ..kernels.pool import Window
+from . import stock as F
 from .dispatch import takes_kernel
 from .operators import operator
 

@@ -2,11 +2,11 @@
 
 from math import inf
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.random import draw_seed
+from . import stock as F
 from .activation import apply_kernel
 from .dispatch import takes_kernel
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]  # it has no type
 
 from ..kernels import softmax as kernels
 from ..kernels.launch import DTYPES
+from . import stock as F
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 
@@ -83,7 +84,7 @@ def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
 
 
 #: The deprecated choice of a dimension, with its warning.
-_default_dim: Callable[[str, int, int], int] = getattr(F, "_get_softmax_dim")  # noqa: B009 (it has no type)
+_default_dim: Callable[[str, int, int], int] = _get_softmax_dim
 
 
 def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Tensor | None:

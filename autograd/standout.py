@@ -10,6 +10,7 @@ from torch.autograd import Function
 from ..kernels import standout as kernels
 from ..kernels.random import draw_seed
 from ..kernels.tiles import mask_bytes
+from . import stock as F
 from .activation import MaskedGradient
 from .dispatch import takes_kernel
 from .operators import operator
@@ -61,7 +62,7 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
     element.  Source: Ba and Frey, "Adaptive dropout for training deep neural networks" (NeurIPS 2013).
     """
     if not takes_kernel("standout", input, belief, refusal=_refusal(input, belief, alpha, beta, training)):
-        probability = torch.sigmoid(alpha * belief + beta)
+        probability = F.sigmoid(alpha * belief + beta)
         return input * (torch.bernoulli(probability.detach()) if training else probability)
     seed = draw_seed(input.device)
     y: Tensor

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
 from .launch import ACCUMULATOR
@@ -115,7 +115,7 @@ def linear_cross_entropy(
     rows = chunk_rows(x.shape[0], features, matrix.shape[0])
     for first in range(0, x.shape[0], rows):
         chunk = slice(first, first + rows)
-        logits = F.linear(x[chunk], matrix, vector).view(-1, *linear_weight.shape[:-1])
+        logits = linear(x[chunk], matrix, vector).view(-1, *linear_weight.shape[:-1])
         g_chunk = g[chunk] if g is not None and g.dim() else g
         loss, dlogits = losses(logits, target[chunk], g_chunk, options)
         results.append(loss)

@@ -39,8 +39,8 @@ from functools import cache
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ._triton import INTERPRETED, tl, triton
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
@@ -884,7 +884,7 @@ def linear_maxout_forward(
     pieces, units, features = weight.shape
     rows = x.numel() // features
     if not takes_fused(features, pieces, x.dtype):
-        products = F.linear(x.reshape(rows, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
+        products = linear(x.reshape(rows, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
         y, winner = maxout_forward(products, None, seed, pieces, 1, False, p, keeps_winner)
         return y.view(*x.shape[:-1], units), winner.view(*x.shape[:-1], units) if keeps_winner else winner
     x, weight = x.contiguous(), weight.contiguous()

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd import stock as F
 from ..autograd.batch_norm import apply_activation
 from ..autograd.bias_activation_dropout import activation_parameters, bias_activation_dropout
 from ..autograd.conv import conv_act_pool2d, conv_size

@@ -7,10 +7,10 @@ PyTorch accepts goes to the stock operators, which raise the stock errors.
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..autograd import stock as F
 from ..autograd.batch_norm import check_activation
 from ..autograd.conv import conv1d, conv2d, conv_act_pool2d
 from .twin import Twin

@@ -10,9 +10,9 @@ from math import sqrt
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd import stock as F
 from ..autograd.dropout import dropout
 from ..autograd.maxout import maxout_conv2d, maxout_linear
 from .init import he_uniform_

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..autograd import stock as F
 from . import chain
 from .chain import ACTIVATIONS, NORMS, activation_of, has_default_parameters, is_one_of, pieces_of, pooling_of
 from .graph import IN_PLACE

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+import fusednn
+
 ROOT = Path(__file__).parents[1]
 FACE = "fusednn"
 
@@ -173,6 +175,54 @@ def test_accepts_good_imports() -> None:
         "bench/fusednn_bench/cases.py": "from . import results",
     }
     assert not outside_violations(outside)
+
+
+# --- Stock functions --------------------------------------------------------------------------------------------------
+
+#: Where PyTorch's functions are bound.
+BINDS = "autograd/stock.py"
+
+
+def late_bindings(sources: Sources) -> list[str]:
+    """Where the library would look a function of PyTorch up by name when it is called, and might find ours there.
+
+    That is ``torch.nn.functional`` as a module, and calls in ``torch`` of what has a namesake here.
+    """
+    ours = set(fusednn.autograd.__all__)
+    violations = []
+    for path, text in sources.items():
+        if path == BINDS:
+            continue
+        for imported in imports(path, text):
+            if ".".join(filter(None, imported[:2])) == "torch.nn.functional":
+                violations.append(f"{path}: imports torch.nn.functional")
+        for node in ast.walk(ast.parse(text)):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if name.startswith(("torch.nn.functional.", "nn.functional.")):
+                violations.append(f"{path}: looks up {name}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{one}" for one in ours}:
+                violations.append(f"{path}: calls {ast.unparse(node.func)}")
+    return violations
+
+
+def test_stock_functions_are_bound_at_import() -> None:
+    assert not late_bindings(read_sources(tuple(FLOORS)))
+
+
+@pytest.mark.parametrize(
+    ("text", "violation"),
+    [
+        ("import torch.nn.functional as F", "imports torch.nn.functional"),
+        ("from torch.nn import functional as F", "imports torch.nn.functional"),
+        ("def f(x): return torch.nn.functional.relu(x)", "looks up torch.nn.functional.relu"),
+        ("def f(x): return torch.softmax(x, 1)", "calls torch.softmax"),
+    ],
+)
+def test_notices_late_bindings(text: str, violation: str) -> None:
+    assert late_bindings({"layers/prelu.py": text}) == [f"layers/prelu.py: {violation}"]
+    assert not late_bindings(
+        {BINDS: text, "layers/prelu.py": "from ..autograd import stock as F\nF.relu(torch.ones(2))"}
+    )
 
 
 # --- Docstrings -------------------------------------------------------------------------------------------------------

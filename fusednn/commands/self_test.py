@@ -16,10 +16,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import autograd, kernels, optim
+from ..autograd import stock as F
 from ..autograd.dispatch import Choice, observe_choices
 from ..layers.table import format_table
 from ..layers.twin import TWINS
