@@ -262,9 +262,10 @@ def batch_norm_act(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float | Tensor = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     *,
+    batches: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = "relu",
 ) -> Tensor:
@@ -272,8 +273,8 @@ def batch_norm_act(
 
     Arguments as of `batch_norm`, and:
 
-    momentum: may be the number of batches so far, a tensor of one integer: the running statistics are then the
-        averages over all batches, without a host synchronisation.
+    batches: the number of batches so far, a tensor of one integer, takes the place of ``momentum``: the running
+        statistics are then the averages over all batches, without a host synchronisation.
     residual: added before the activation; of the input's shape, or one that can be expanded to it.
     activation: a name of `fusednn.autograd`'s activations, with its default arguments, ``"gelu_tanh"``, or None.
 
@@ -281,18 +282,16 @@ def batch_norm_act(
     like), and the residual for the others.
     """
     check_activation(activation)
-    batches = momentum if isinstance(momentum, Tensor) else None
-    plain = 0.0 if isinstance(momentum, Tensor) else momentum
-    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches)
     operands = _given(input, residual)
     name = "batch_norm" if activation is None and residual is None else "batch_norm_act"
     if takes_kernel(name, *operands, parameters=_given(running_mean, running_var, weight, bias), refusal=refusal):
         return _apply(
-            input, residual, running_mean, running_var, weight, bias, training, plain, eps, activation, batches
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, activation, batches
         )
     if batches is not None and training:
-        plain = 1.0 / float(batches)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, plain, eps)
+        momentum = 1.0 / float(batches)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return apply_activation(y, residual, activation)
 
 
@@ -391,11 +390,12 @@ def _refusal(
     momentum: Any,
     eps: Any,
     residual: Any = None,
+    batches: Any = None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
     if type(training) is not bool:
         return "training is not a boolean"
-    reason = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual)
+    reason = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
     if reason is None and not training and running_mean is None:
         return "running statistics are missing"
     if reason is None and training and input.numel() == input.shape[1]:
@@ -412,16 +412,18 @@ def argument_refusal(
     momentum: Any,
     eps: Any,
     residual: Any,
+    batches: Any,
 ) -> str | None:
     """Why the kernels take these arguments neither in training nor in evaluation, or None."""
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     vectors = [*running, *(tensor for tensor in (weight, bias) if tensor is not None)]
     if not isinstance(input, Tensor) or not all(isinstance(tensor, Tensor) for tensor in vectors):
         return "not a tensor"
-    if isinstance(momentum, Tensor):
-        if momentum.dtype is not torch.int64 or momentum.numel() != 1 or momentum.device != input.device:
-            return "the number of batches is not one int64 beside the input"
-    elif type(momentum) not in (float, int):
+    if batches is not None and (
+        batches.dtype is not torch.int64 or batches.numel() != 1 or batches.device != input.device
+    ):
+        return "the number of batches is not one int64 beside the input"
+    if type(momentum) not in (float, int):
         return "momentum is not a Python number"
     if type(eps) not in (float, int) or eps <= 0:
         return "eps is not a positive number"

@@ -133,8 +133,9 @@ def conv_batch_norm_act2d(
     groups: int = 1,
     *,
     training: bool = False,
-    momentum: float | Tensor = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
+    batches: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = "relu",
     pool_size: Pair | None = None,
@@ -156,11 +157,11 @@ def conv_batch_norm_act2d(
         return conv_act_pool2d(input, weight, bias, *arguments, activation=activation, residual=residual, **options)
     z, partial = conv_statistics2d(input, weight, bias, *arguments)
     vectors = (running_mean, running_var, norm_weight, norm_bias)
-    fused: dict[str, Any] = {"residual": residual, "activation": activation}
+    fused: dict[str, Any] = {"batches": batches, "residual": residual, "activation": activation}
     if pool_size is None and partial is None:
         return batch_norm_act(z, *vectors, True, momentum, eps, **fused)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    refusal = _refusal(z, *vectors, momentum, eps, residual, activation, window)
+    refusal = _refusal(z, *vectors, momentum, eps, residual, batches, activation, window)
     given = (z,) if residual is None else (z, residual)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
@@ -169,9 +170,7 @@ def conv_batch_norm_act2d(
             return dense
         return max_pool2d(dense, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
     assert window is not None
-    batches = momentum if isinstance(momentum, Tensor) else None
-    plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
-    running = (running_mean, running_var, batches, plain)
+    running = (running_mean, running_var, batches, float(momentum))
     mean, variance = statistics(z.detach(), *running) if partial is None else merge_statistics(partial, *running)
     mark_updated(running_mean, running_var)
     if window == POINT:
@@ -212,11 +211,12 @@ def _refusal(
     momentum: Any,
     eps: Any,
     residual: Any,
+    batches: Any,
     activation: str | None,
     window: Window | None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
-    reason = argument_refusal(z, running_mean, running_var, weight, bias, momentum, eps, residual)
+    reason = argument_refusal(z, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
     if reason is not None:
         return reason
     if window is None:

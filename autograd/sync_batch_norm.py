@@ -44,15 +44,16 @@ def sync_takes_kernel(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | Tensor,
+    momentum: float,
     eps: float,
     residual: Tensor | None,
+    batches: Tensor | None = None,
 ) -> bool:
     """Whether `sync_batch_norm` takes these arguments: it has no stock path of its own.
 
     The answer must be the same on every rank, so it doesn't depend on the size of the batch.
     """
-    refusal = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual)
+    refusal = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
     operands = [input] if residual is None else [input, residual]
     parameters = [tensor for tensor in (running_mean, running_var, weight, bias) if tensor is not None]
     return takes_kernel("sync_batch_norm", *operands, parameters=parameters, empty=True, refusal=refusal)
@@ -64,10 +65,11 @@ def sync_batch_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | Tensor,
+    momentum: float,
     eps: float,
     group: dist.ProcessGroup,
     *,
+    batches: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
@@ -79,9 +81,7 @@ def sync_batch_norm(
     local = _local_statistics(input.detach())
     gathered = local.new_empty((dist.get_world_size(group), *local.shape))
     dist.all_gather(list(gathered.unbind()), local, group)
-    batches = momentum if isinstance(momentum, Tensor) else None
-    plain = 0.0 if isinstance(momentum, Tensor) else float(momentum)
-    mean, variance = merge_statistics(gathered, running_mean, running_var, batches, plain)
+    mean, variance = merge_statistics(gathered, running_mean, running_var, batches, float(momentum))
     mark_updated(running_mean, running_var)
     total = gathered[:, 0, 0].sum()
     vectors = (weight, bias, mean, variance)

@@ -30,12 +30,11 @@ def count_batch(layer: _BatchNorm) -> None:
         batches.add_(1)
 
 
-def momentum_of(layer: _BatchNorm) -> float | Tensor:
-    """The weight of a batch in the running statistics; where they are averages, the number of batches."""
+def weight_of_batch(layer: _BatchNorm) -> tuple[float, Tensor | None]:
+    """The arguments ``momentum`` and ``batches``: the second where the running statistics are averages."""
     if layer.momentum is not None:
-        return layer.momentum
-    batches = counted_batches(layer)
-    return 0.0 if batches is None else batches
+        return layer.momentum, None
+    return 0.0, counted_batches(layer)
 
 
 def uses_batch_statistics(layer: _BatchNorm) -> bool:
@@ -53,14 +52,16 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]
 def forward(layer: _BatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     layer._check_input_dim(input)
     count_batch(layer)
+    momentum, batches = weight_of_batch(layer)
     return batch_norm_act(
         input,
         *running_statistics(layer),
         layer.weight,
         layer.bias,
         uses_batch_statistics(layer),
-        momentum_of(layer),
+        momentum,
         layer.eps,
+        batches=batches,
         residual=residual,
         activation=activation,
     )

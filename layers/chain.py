@@ -201,11 +201,13 @@ def conv_chain(
         if norm is None:
             return conv_act_pool2d(*operands, *geometry, **options)
         batch_norm.count_batch(norm)
+        momentum, batches = batch_norm.weight_of_batch(norm)
         return conv_batch_norm_act2d(
             *(*operands, *batch_norm.running_statistics(norm), norm.weight, norm.bias, *geometry),
             training=batch_norm.uses_batch_statistics(norm),
-            momentum=batch_norm.momentum_of(norm),
+            momentum=momentum,
             eps=norm.eps,
+            batches=batches,
             **options,
         )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..autograd.batch_norm import check_activation
 from ..autograd.conv_batch_norm import conv_batch_norm_act2d
-from .batch_norm import BatchNorm2d, count_batch, momentum_of, running_statistics, uses_batch_statistics
+from .batch_norm import BatchNorm2d, count_batch, running_statistics, uses_batch_statistics, weight_of_batch
 from .conv import Conv2d, padded
 from .twin import Layer
 
@@ -68,13 +68,15 @@ class ConvBatchNormAct2d(Layer):
         conv, bn = self.conv, self.bn
         bn._check_input_dim(input)
         count_batch(bn)
+        momentum, batches = weight_of_batch(bn)
         input, padding = padded(conv, input)
         return conv_batch_norm_act2d(
             *(input, conv.weight, conv.bias, *running_statistics(bn), bn.weight, bn.bias),
             *(conv.stride, padding, conv.dilation, conv.groups),
             training=uses_batch_statistics(bn),
-            momentum=momentum_of(bn),
+            momentum=momentum,
             eps=bn.eps,
+            batches=batches,
             residual=residual,
             activation=self.activation,
             **self._pooling(),

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.batch_norm import apply_activation
 from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
-from .batch_norm import Activated, count_batch, momentum_of, running_statistics
+from .batch_norm import Activated, count_batch, running_statistics, weight_of_batch
 from .batch_norm import forward as local_forward
 from .twin import Twin
 
@@ -68,13 +68,14 @@ def forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, activa
     group = _group(layer)
     if group is None:
         return local_forward(layer, input, residual, activation)
-    arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum_of(layer), layer.eps)
-    if not sync_takes_kernel(input, *arguments, residual):
+    momentum, batches = weight_of_batch(layer)
+    arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum, layer.eps)
+    if not sync_takes_kernel(input, *arguments, residual, batches):
         return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, activation)
     if dist.get_world_size(group) == 1:
         return local_forward(layer, input, residual, activation)
     count_batch(layer)
-    return sync_batch_norm(input, *arguments, group, residual=residual, activation=activation)
+    return sync_batch_norm(input, *arguments, group, batches=batches, residual=residual, activation=activation)
 
 
 def _group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:

@@ -687,7 +687,7 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
         autograd.batch_norm_act(x, None, None, training=True, residual=x[:1])
         with suppress(ValueError):  # stock's in torch 2.11
             autograd.batch_norm(x, *vectors(3, torch.float32, device), eps=0.0)
-        autograd.batch_norm_act(x, None, None, training=True, momentum=torch.tensor(2.0, device=device))
+        autograd.batch_norm_act(x, None, None, training=True, batches=torch.tensor(2.0, device=device))
     assert [choice.path for choice in choices] == ["kernel", "kernel", "stock", "stock", "stock"]
     assert [choice.operation for choice in choices[:2]] == ["batch_norm", "batch_norm_act"]
     assert [choice.reason for choice in choices[2:]] == [
