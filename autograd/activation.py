@@ -17,7 +17,7 @@ from ..kernels.activation import ACTIVATIONS
 from ..kernels.layout import is_dense
 from ..kernels.tiles import mask_bytes
 from . import stock as F
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import autocast_dtype, is_number, takes_kernel
 from .operators import operator
 
 __all__ = [
@@ -248,7 +248,7 @@ def _differentiable_gradient(g: Tensor, saved: Tensor, name: str, a: float, b: f
 
 
 def _takes_kernel(name: str, input: Tensor, a: float, b: float, inplace: bool) -> bool:
-    if type(a) not in (float, int) or type(b) not in (float, int):
+    if not is_number(a) or not is_number(b):
         return takes_kernel(name, input, inplace=inplace, refusal="a parameter is not a Python number")
     return takes_kernel(name, input, inplace=inplace, refusal=ACTIVATIONS[name].refuses(a, b, inplace))
 
@@ -362,8 +362,8 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), or its tanh approximation.  As `torch.nn.functional.gelu`; saves the input."""
-    name = "gelu_tanh" if approximate == "tanh" else "gelu"
-    refusal = None if approximate in ("none", "tanh") else "unknown approximation"
+    refusal = None if type(approximate) is str and approximate in ("none", "tanh") else "unknown approximation"
+    name = "gelu_tanh" if refusal is None and approximate == "tanh" else "gelu"
     if not takes_kernel(name, input, refusal=refusal):
         return F.gelu(input, approximate=approximate)
     return apply_kernel(input, name, 0.0, 0.0, False)

@@ -17,7 +17,7 @@ from ..kernels import batch_norm as kernels
 from ..kernels.activation import ACTIVATIONS
 from ..kernels.launch import ACCUMULATOR
 from . import stock as F
-from .dispatch import takes_kernel
+from .dispatch import is_number, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
 
@@ -423,9 +423,9 @@ def argument_refusal(
         batches.dtype is not torch.int64 or batches.numel() != 1 or batches.device != input.device
     ):
         return "the number of batches is not one int64 beside the input"
-    if type(momentum) not in (float, int):
+    if not is_number(momentum):
         return "momentum is not a Python number"
-    if type(eps) not in (float, int) or eps <= 0:
+    if not is_number(eps) or eps <= 0:
         return "eps is not a positive number"
     if input.dim() < 2:
         return "no dimension of channels"

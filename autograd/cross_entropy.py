@@ -14,7 +14,7 @@ from ..kernels import cross_entropy as kernels
 from ..kernels.cross_entropy import Reduction
 from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from . import stock as F
-from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, takes_kernel
+from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
 from .stock_gradients import stock_gradients
@@ -199,7 +199,7 @@ def refusal_of(
         return "no classes"
     if reduction not in ("none", "mean", "sum"):
         return "unknown reduction"
-    if type(ignore_index) is not int:
+    if not is_integer(ignore_index):
         return "ignore_index is not an int"
     if not isinstance(smoothing, (float, int)) or not 0 <= smoothing <= 1:
         return "label_smoothing is not a number from 0 to 1"

@@ -7,7 +7,7 @@ which also raises the stock error where the arguments are wrong.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ __all__ = [
     "Choice",
     "autocast_dtype",
     "in_low_precision",
+    "is_integer",
+    "is_number",
     "observe_choices",
     "takes_kernel",
     "tensor_refusal",
@@ -117,6 +119,16 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
 def tensor_refusal(tensor: Tensor) -> str | None:
     """Why no kernel takes this operand, whatever the operation, or None."""
     return _refusal((tensor,), (), False, False)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether an argument is a Python integer, of 64 bits as PyTorch's are, and nothing that only looks like one."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an argument is a Python number as of `is_integer`, or a float."""
+    return type(value) is float or is_integer(value)
 
 
 def transform_refusal() -> str | None:

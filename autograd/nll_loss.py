@@ -10,7 +10,7 @@ from torch.autograd import Function
 from ..kernels import nll_loss as kernels
 from ..kernels.launch import DeviceAssertionError
 from . import stock as F
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import autocast_dtype, is_integer, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator
 
@@ -144,7 +144,7 @@ def _refusal(input: object, target: object, weight: object, ignore_index: object
     """Why the kernels don't take these arguments, or None."""
     if not isinstance(input, Tensor) or type(target) is not Tensor:
         return "not a plain tensor"
-    if type(ignore_index) is not int:
+    if not is_integer(ignore_index):
         return "ignore_index is not an integer"
     if target.dtype is not torch.int64 or target.device != input.device or target.layout is not torch.strided:
         return "the targets are not int64 indices on the input's device"

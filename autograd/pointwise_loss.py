@@ -15,7 +15,7 @@ from torch.autograd import Function
 from ..kernels import pointwise_loss as kernels
 from ..kernels.launch import DeviceAssertionError
 from . import stock as F
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import autocast_dtype, is_number, takes_kernel
 from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
 from .operators import operator
 from .stock_gradients import stock_gradients
@@ -283,9 +283,9 @@ def _weight_refusal(input: object, weight: object) -> str | None:
 
 
 def _threshold_refusal(threshold: object) -> str | None:
-    if type(threshold) not in (float, int):
+    if not is_number(threshold):
         return "a parameter is not a Python number"
-    return None if threshold > 0 else "the threshold is not positive"  # type: ignore[operator]
+    return None if threshold > 0 else "the threshold is not positive"
 
 
 # --- Functions ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from ..kernels import pool as kernels
 from ..kernels.pool import Window
 from . import stock as F
-from .dispatch import takes_kernel
+from .dispatch import is_integer, takes_kernel
 from .operators import operator
 
 __all__ = [
@@ -207,10 +207,10 @@ def pairs(value: object, dims: int) -> tuple[int, int] | None:
 
     What has one dimension is an image of height 1, where every size is 1 and the padding 0: see `window_of`.
     """
-    values = (value,) if type(value) is int else tuple(value) if isinstance(value, (tuple, list)) else ()
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) == 1:
         values *= dims
-    if len(values) != dims or any(type(item) is not int for item in values):
+    if len(values) != dims or not all(is_integer(item) for item in values):
         return None
     return values[0], values[-1]
 
@@ -219,7 +219,8 @@ def window_of(
     dims: int, kernel_size: object, stride: object, padding: object, dilation: object, ceil_mode: object
 ) -> Window | None:
     """The windows of a pooling layer of ``dims`` dimensions, or None where an argument isn't what PyTorch takes."""
-    stride = kernel_size if stride is None or stride in ((), []) else stride
+    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
+        stride = kernel_size
     found = [pairs(argument, dims) for argument in (kernel_size, stride, padding, dilation)]
     if any(pair is None for pair in found) or type(ceil_mode) is not bool:
         return None

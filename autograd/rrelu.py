@@ -8,7 +8,7 @@ from ..kernels.activation import ACTIVATIONS
 from ..kernels.random import draw_seed
 from . import stock as F
 from .activation import apply_kernel
-from .dispatch import takes_kernel
+from .dispatch import is_number, takes_kernel
 
 __all__ = ["rrelu"]
 
@@ -33,9 +33,11 @@ def rrelu(
     return apply_kernel(input, "leaky_relu", (lower + upper) / 2, 0.0, inplace)
 
 
-def _refusal(lower: float, upper: float, training: bool, inplace: bool) -> str | None:
-    if type(lower) not in (float, int) or type(upper) not in (float, int):
+def _refusal(lower: object, upper: object, training: object, inplace: bool) -> str | None:
+    if not is_number(lower) or not is_number(upper):
         return "a bound is not a Python number"
     if not -inf < lower <= upper < inf:
         return "the bounds are not in order, or not finite"
+    if type(training) is not bool:
+        return "training is not a boolean"
     return None if training else ACTIVATIONS["leaky_relu"].refuses((lower + upper) / 2, 0.0, inplace)

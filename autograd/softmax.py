@@ -104,6 +104,6 @@ def _refusal(input: object, dim: object, dtype: torch.dtype | None) -> str | Non
         return None  # judged for all operations
     if type(dim) is not int or not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
         return "no such dimension"
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and (type(dtype) is not torch.dtype or dtype not in DTYPES):
         return f"no kernel for {dtype}"
     return None
