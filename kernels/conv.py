@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, tl, triton
+from ._triton import tl, triton
 from .activation import ACTIVATIONS
 from .launch import TRITON_TYPE, Configuration, launch, ships
-from .numerics import narrow, scalar, widen
+from .numerics import add_product, narrow, scalar, widen
 from .pool import POINT, Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
 from .tiles import cdiv
 
@@ -101,8 +101,6 @@ def conv_pool_kernel(
         x_offset = start + (tap // kernel_width * width + tap % kernel_width) * channels + k % channels
         w_inside = (filter_ < filters) & (k < depth)
         w = tl.load(w_pointer + filter_.to(tl.int64) * depth + k, mask=w_inside, other=0)
-        if INTERPRETED:
-            w = widen(w, tl.float32)
         x_inside = (row < rows) & (k < depth)
         sums = ()
         for y in tl.static_range(POOL):
@@ -112,9 +110,7 @@ def conv_pool_kernel(
                 within = (image_line >= 0) & (image_line < height) & (image_place >= 0) & (image_place < width)
                 step = (y * stride_height * width + x * stride_width) * channels
                 tile = tl.load(x_pointer + x_offset + step, mask=x_inside & within, other=0)
-                if INTERPRETED:
-                    tile = widen(tile, tl.float32)
-                product = tl.dot(tile, tl.trans(w), products[y * POOL + x], input_precision=PRECISION)
+                product = add_product(products[y * POOL + x], tile, tl.trans(w), PRECISION)
                 sums += (product,)  # type: ignore[assignment]
         products = sums
 

@@ -32,7 +32,7 @@ from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
 from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
 from .nll_loss import Reduction
-from .numerics import divide, log, narrow, require, scalar, widen
+from .numerics import divide, fast_exp, log, narrow, require, scalar, widen
 from .partial_sums import SUM_PROGRAMS, combine, finish_sum
 from .tiles import cdiv, threads_for
 
@@ -288,7 +288,7 @@ def cross_entropy_backward_kernel(
             share = (1 - smoothing) * share + smoothing / length * weight
     if TARGETS != _INDICES:
         mass = tl.load(statistics_pointer + 2 * count + line, mask=exists, other=0)
-    dx = scale * (tl.expand_dims(mass, AXIS) * tl.exp(log_p) - share)
+    dx = scale * (tl.expand_dims(mass, AXIS) * fast_exp(log_p) - share)
     wanted = inside & (needs_input != 0)
     tl.store(dx_pointer + base + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=wanted)
 

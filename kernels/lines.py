@@ -19,6 +19,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ._triton import tl, triton
+from .numerics import fast_exp
 from .tiles import cdiv
 
 __all__ = ["ACROSS", "ALONG", "Lines", "fold", "line_block", "line_tile", "lines_of", "settle", "start_fold"]
@@ -126,8 +127,8 @@ def fold(maximum, total, x, AXIS: tl.constexpr):
     """Fold a packed tile into running maxima and sums; elements that don't count are -inf."""
     largest = tl.maximum(maximum, tl.max(x, 2 * AXIS), propagate_nan=tl.PropagateNan.ALL)
     reference = reference_point(largest)
-    exponentials = tl.exp(x - tl.expand_dims(reference, 2 * AXIS))
-    return largest, total * tl.exp(maximum - reference) + tl.sum(exponentials, 2 * AXIS)
+    exponentials = fast_exp(x - tl.expand_dims(reference, 2 * AXIS))
+    return largest, total * fast_exp(maximum - reference) + tl.sum(exponentials, 2 * AXIS)
 
 
 @triton.jit
@@ -135,6 +136,6 @@ def settle(maximum, total, AXIS: tl.constexpr):
     """One maximum and one sum for each line."""
     if AXIS == 1:
         largest = tl.max(maximum, 1)
-        total = tl.sum(total * tl.exp(maximum - reference_point(largest)[:, None]), 1)
+        total = tl.sum(total * fast_exp(maximum - reference_point(largest)[:, None]), 1)
         maximum = largest
     return maximum, total

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .launch import DTYPES, TRITON_TYPE, Configuration, launch
 from .lines import ALONG, Lines, fold, line_block, line_tile, pack, reference_point, settle, start_fold
-from .numerics import widen
+from .numerics import fast_exp, widen
 from .tiles import cdiv, threads_for
 
 __all__ = [
@@ -96,7 +96,7 @@ def join_parts(partial_pointer, line, exists, count, parts, PARTS: tl.constexpr)
     maxima = tl.load(place, mask=there, other=float("-inf"))
     totals = tl.load(place + parts * count, mask=there, other=0)
     maximum = tl.max(maxima, 1)
-    total = tl.sum(totals * tl.exp(maxima - reference_point(maximum)[:, None]), 1)
+    total = tl.sum(totals * fast_exp(maxima - reference_point(maximum)[:, None]), 1)
     return maximum, total
 
 

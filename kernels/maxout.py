@@ -42,10 +42,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._triton import INTERPRETED, tl, triton
+from ._triton import tl, triton
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
-from .numerics import narrow, scalar, widen
+from .numerics import add_product, narrow, scalar, widen
 from .random import uniform_tile
 from .tiles import TILE, cdiv, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
 
@@ -113,14 +113,6 @@ def grouped_blocks(row_blocks, column_blocks):
     group = tl.minimum(row_blocks - first, _GROUP)
     within = program % (_GROUP * column_blocks)
     return first + within % group, within // group
-
-
-@triton.jit
-def add_product(sums, a, b, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        a = widen(a, tl.float32)
-        b = widen(b, tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "has_bias", "keeps_winner", "drops"])

@@ -2,7 +2,9 @@
 
 Nothing here loads or stores.  Compiled, the transcendental functions are those of the vendor's device library
 (libdevice on NVIDIA, ocml on AMD), accurate to a unit or two in the last place.  The interpreter has no device library,
-so there each is written out in NumPy's double precision, by Kahan's formulas for ``expm1`` and ``log1p``.
+so there each is written out in NumPy's double precision, by Kahan's formulas for ``expm1`` and ``log1p``.  NumPy's
+single precision differs from processor to processor, double precision rounded to single doesn't: so kernels take every
+function of this kind, and matrix products, from here.
 """
 
 from ._triton import INTERPRETED, libdevice, tl, triton
@@ -39,14 +41,22 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def exp(x):
     if INTERPRETED:
-        return tl.exp(x)
+        return tl.exp(x.to(tl.float64)).to(x.dtype)
     return libdevice.exp(x)
+
+
+@triton.jit
+def fast_exp(x):
+    """exp(x) for terms beside exp(0): compiled, in few instructions, with a relative error that grows with abs(x)."""
+    if INTERPRETED:
+        return exp(x)
+    return tl.exp(x)
 
 
 @triton.jit
 def log(x):
     if INTERPRETED:
-        return tl.log(x)
+        return tl.log(x.to(tl.float64)).to(x.dtype)
     return libdevice.log(x)
 
 
@@ -109,6 +119,17 @@ def square_root(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def add_product(sums, a, b, PRECISION: tl.constexpr):
+    """sums + a @ b; ``PRECISION`` is that of float32 operands."""
+    if INTERPRETED:
+        # In double precision, so that the order of NumPy's sums, which depends on the processor, doesn't show.
+        a = widen(a, tl.float64)
+        b = widen(b, tl.float64)
+        return tl.dot(a, b, sums.to(tl.float64), out_dtype=tl.float64).to(sums.dtype)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit

@@ -227,7 +227,7 @@ def rmsprop_centered_nesterov(w, g, states, k):
 @triton.jit
 def adam_coefficients(lr, beta1, beta2, c, eps, step, mu_product):
     # lr / c1 m / (sqrt(v) / c2 + eps) = lr c2 / c1 m / (sqrt(v) + eps c2), with c2 the root of its correction.
-    c2 = tl.sqrt(bias_correction(beta2, step))
+    c2 = square_root(bias_correction(beta2, step))
     return lr * c2 / bias_correction(beta1, step), 1 - beta1, beta2, 1 - beta2, eps * c2
 
 
@@ -266,7 +266,7 @@ def nadam_coefficients(lr, beta1, beta2, momentum_decay, eps, step, mu_product):
     base = tl.full((), 0.96, tl.float64)
     mu = beta1 * (1 - 0.5 * power(base, step * momentum_decay))
     mu_next = beta1 * (1 - 0.5 * power(base, (step + 1) * momentum_decay))
-    c2 = tl.sqrt(bias_correction(beta2, step))
+    c2 = square_root(bias_correction(beta2, step))
     of_gradient = lr * c2 * (1 - mu) / (1 - mu_product)
     of_average = lr * c2 * mu_next / (1 - mu_product * mu_next)
     return of_gradient, of_average, 1 - beta1, beta2, 1 - beta2, eps * c2
@@ -287,7 +287,7 @@ def radam_coefficients(lr, beta1, beta2, c, eps, step, mu_product):
     length = limit - 2 * step * power(beta2, step) / c2
     rectified = length > 5
     rectifier = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
-    factor = tl.where(rectified, tl.sqrt(tl.where(rectified, rectifier * c2, 1.0)), 1.0)
+    factor = tl.where(rectified, square_root(tl.where(rectified, rectifier * c2, 1.0)), 1.0)
     return lr / bias_correction(beta1, step) * factor, 1 - beta1, beta2, 1 - beta2, eps, tl.where(rectified, 1.0, 0.0)
 
 
@@ -475,7 +475,7 @@ def clip_coefficient(squares_pointer, squares, scale, clip_norm):
     for start in range(0, squares, _SQUARES):
         place = start + tl.arange(0, _SQUARES)
         total += tl.sum(tl.load(squares_pointer + place, mask=place < squares, other=0), axis=0)
-    coefficient = clip_norm / (tl.sqrt(total) / tl.abs(scale) + 1e-6)
+    coefficient = clip_norm / (square_root(total) / tl.abs(scale) + 1e-6)
     return tl.where(coefficient > 1, 1.0, coefficient)  # NaN stays
 
 
@@ -586,7 +586,7 @@ def update_kernel(
         # The program owns the whole group.  What its threads stored is visible to all of them after the barrier.
         tl.debug_barrier()
         norm = square_root(squares_of_weights)
-        bound = (lr * tl.load(settings_pointer + _GROUP_LASSO) * tl.sqrt(group.to(tl.float64))).to(COMPUTE)
+        bound = (lr * tl.load(settings_pointer + _GROUP_LASSO) * square_root(group.to(tl.float64))).to(COMPUTE)
         shrunk = tl.where(norm <= bound, 0.0, 1 - divide(bound, norm))
         factor = tl.where(group > 0, shrunk, 1.0)  # parameters of one dimension have no groups
         for start in range(0, count, _NARROW):

@@ -28,7 +28,7 @@ from .long_lines import (
     parts_configuration,
     parts_of,
 )
-from .numerics import log, narrow, widen
+from .numerics import fast_exp, log, narrow, widen
 from .tiles import cdiv, threads_for
 
 __all__ = ["KINDS", "softmax_backward", "softmax_forward"]
@@ -61,7 +61,7 @@ def softmax_forward_kernel(
         _place, offsets, inside = line_tile(start, exists, 0, length, inner, AXIS, WIDTH)
         x = load_signed(x_pointer, offsets, inside, negated, COMPUTE)
         shifted = x - tl.expand_dims(tl.max(x, AXIS), AXIS)
-        total = tl.expand_dims(tl.sum(tl.exp(shifted), AXIS), AXIS)
+        total = tl.expand_dims(tl.sum(fast_exp(shifted), AXIS), AXIS)
         y = normalised(shifted, total, LOGARITHM)
         tl.store(y_pointer + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
     else:
@@ -85,7 +85,7 @@ def normalised(shifted, total, LOGARITHM: tl.constexpr):
     """The output, from x - maximum and the line's sum of exponentials."""
     if LOGARITHM:
         return shifted - log(total)
-    return tl.exp(shifted) * (1 / total)
+    return fast_exp(shifted) * (1 / total)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def share(g, y, logarithm):
 @triton.jit
 def input_gradient(g, y, total, logarithm, negated):
     if logarithm:
-        dx = g - tl.exp(y) * total
+        dx = g - fast_exp(y) * total
     else:
         dx = y * (g - total)
     return tl.where(negated != 0, -dx, dx)

@@ -225,6 +225,34 @@ def test_notices_late_bindings(text: str, violation: str) -> None:
     )
 
 
+# --- Device functions -------------------------------------------------------------------------------------------------
+
+#: What the interpreter computes otherwise on another processor, or compiled code less accurately than its name says.
+OF_NUMERICS = {
+    "cos", "div_rn", "dot", "erf", "exp", "exp2", "fdiv", "log",
+    "log2", "rsqrt", "sigmoid", "sin", "softmax", "sqrt", "sqrt_rn",
+}  # fmt: skip
+
+
+def device_function_violations(sources: Sources) -> list[str]:
+    """Uses of Triton's elementary functions and of the device library outside ``kernels/numerics.py``."""
+    violations = []
+    for path, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                of_triton = node.value.id == "tl" and node.attr in OF_NUMERICS | {"math"}
+                if of_triton or node.value.id == "libdevice":
+                    violations.append(f"{path}: uses {node.value.id}.{node.attr}")
+    return violations
+
+
+def test_elementary_functions_come_from_numerics() -> None:
+    sources = read_sources(("kernels",))
+    own = sources.pop("kernels/numerics.py")
+    assert {"tl.exp", "libdevice.exp"} <= {one.split()[-1] for one in device_function_violations({"": own})}
+    assert not device_function_violations(sources)
+
+
 # --- Docstrings -------------------------------------------------------------------------------------------------------
 
 
