@@ -38,7 +38,9 @@ from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
 from .replacement.explain import Explanation, ExplanationRow, explain
 from .replacement.fold import fold_batch_norm
-from .replacement.replace import ReplacementReport, ReplacementRow, replace_layers, restore_layers
+from .replacement.replace import replace_layers
+from .replacement.report import ReplacementReport, ReplacementRow
+from .replacement.restore import restore_layers, restored
 from .rrelu import RReLU
 from .softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 from .standout import Standout
@@ -117,4 +119,5 @@ __all__ = [
     "init",
     "replace_layers",
     "restore_layers",
+    "restored",
 ]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .chain import is_one_of, is_untouched
+from .derived import beneath, rebased
 from .graph import Assumptions, Code, NotTraceable, calls_in_order, code_graph
 from .neighbours import FIRST, Refusal, Search, is_known
 
@@ -241,8 +242,9 @@ def unfuse(module: nn.Module) -> list[nn.Module]:
         return []
     plan = module.__dict__.pop(_PLAN, None)
     stock: Any = module.stock
-    if type(module) is fused_class(stock):  # else others have made a subclass of it: it runs the stock code
-        module.__class__ = stock
+    fused = fused_class(stock)
+    if beneath(type(module)) is fused:  # else others have made a subclass of it: it runs the stock code
+        module.__class__ = rebased(type(module), fused, stock)
     return [] if plan is None else [module.get_submodule(name) for name in plan.layers]
 
 

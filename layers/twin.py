@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["TWINS", "Layer", "Twin", "stock_class"]
+__all__ = ["TWINS", "Layer", "Twin", "stock_class", "twin_class"]
 
 #: The twin of each ``torch.nn`` class that has one.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -45,6 +45,9 @@ class Layer(nn.Module):
         if cls.forward is not nn.Module.forward and not hasattr(cls.forward, _RECORDED):
             cls.forward = _recorded(cls.forward)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__} has no torch.nn class that TorchScript could compile instead")
+
 
 class Twin(Layer):
     """Mixin of every layer that ``torch.nn`` has too, first among its bases: ``class ReLU(Twin, nn.ReLU)``.
@@ -59,12 +62,30 @@ class Twin(Layer):
             TWINS[cls.__bases__[1]] = cls
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in our place: the stock layer, with the same parameters and buffers."""
-        stock: nn.Module = copy.copy(self)
-        stock.__class__ = stock_class(type(self))
-        return stock
+        """What ``torch.jit.script`` compiles in our place: the stock layer, with the same parameters and buffers.
+
+        Of a class that is derived from a twin: one of that class with the stock layer's ``forward``, or its own.
+        """
+        cls, twin, stock = type(self), twin_class(type(self)), stock_class(type(self))
+        prepared: nn.Module = copy.copy(self)
+        if cls is twin:
+            prepared.__class__ = stock
+        else:  # TorchScript reads a function's source, and finds its names beside it: not in what `_recorded` makes
+            prepared.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+            forward = stock.forward if cls.forward is twin.forward else cls.forward.__wrapped__  # type: ignore[attr-defined]
+            prepared.__class__.forward = forward
+        return prepared
 
 
-def stock_class(twin: type[nn.Module]) -> type[nn.Module]:
-    """The ``torch.nn`` class that a twin replaces."""
+def twin_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The twin that a class is, or is derived from.  Raises TypeError where there is none."""
+    for base in cls.__mro__:
+        if base in TWINS.values():
+            return base
+    raise TypeError(f"{cls.__name__} is no twin of a torch.nn class")
+
+
+def stock_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The ``torch.nn`` class that a twin, or a class derived from one, replaces.  Raises TypeError as `twin_class`."""
+    twin = twin_class(cls)
     return next(stock for stock, ours in TWINS.items() if ours is twin)

@@ -15,7 +15,7 @@ from ...autograd.batch_norm import apply_activation
 from ..batch_norm import Activated
 from ..graph import LayerTracer
 from ..twin import TWINS
-from .replace import ReplacementReport, ReplacementRow
+from .report import ReplacementReport, ReplacementRow
 
 __all__ = ["FoldedBatchNorm", "fold_batch_norm"]
 

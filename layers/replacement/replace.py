@@ -1,74 +1,25 @@
-"""Swapping the layers of an existing model for their twins, and back.
-
-A swap assigns ``__class__``: parameters, buffers, hooks, training mode, parametrizations and the module's identity (so
-also its names, shared uses and ``state_dict`` keys) stay what they are.
-"""
+"""Swapping the layers of an existing model for their twins, alone or fused with their neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..chain import is_untouched
-from ..fuse import fuse_neighbours, is_searched, unfuse
-from ..table import format_table
-from ..twin import TWINS, Layer, stock_class
+from ..derived import beneath
+from ..fuse import fuse_neighbours, is_searched
+from ..twin import TWINS, Layer
+from .report import ReplacementReport, ReplacementRow
+from .swap import REPLACED, all_or_nothing, exchange, unique_modules
 
-__all__ = ["ReplacementReport", "ReplacementRow", "replace_layers", "restore_layers"]
+__all__ = ["replace_layers"]
 
 #: What `replace_layers` accepts to choose layers: names with wildcards and classes, or a predicate.
 Selection = Iterable[str | type[nn.Module]] | str | type[nn.Module] | Callable[[str, nn.Module], bool]
-
-# Marks, in a module's ``__dict__``, what `replace_layers` swapped: a twin that the user built stays when layers are
-# restored.  It travels with deepcopy and pickle, and never appears in a state_dict.
-_MARK = "_fusednn_replaced"
-
-
-@dataclass(frozen=True)
-class ReplacementRow:
-    """One layer: all its names in the model, its ``torch.nn`` class, and what happened to it."""
-
-    names: tuple[str, ...]
-    layer: str
-    replaced: bool
-    reason: str
-
-
-@dataclass
-class ReplacementReport:
-    """What `replace_layers` or `restore_layers` did, a row per layer; prints as a table.
-
-    ``untraced`` has a row for each module in whose code no neighbours could be looked for, to fuse them, and why.
-    """
-
-    rows: list[ReplacementRow] = field(default_factory=list)
-    untraced: list[ReplacementRow] = field(default_factory=list)
-
-    @property
-    def replaced(self) -> list[ReplacementRow]:
-        return [row for row in self.rows if row.replaced]
-
-    @property
-    def left(self) -> list[ReplacementRow]:
-        return [row for row in self.rows if not row.replaced]
-
-    def __str__(self) -> str:
-        body = [
-            (_readable(row.names), row.layer, "replaced" if row.replaced else "left", row.reason) for row in self.rows
-        ]
-        table = format_table(("layer", "class", "result", "reason"), body)
-        lines = [table, f"{len(self.replaced)} of {len(self.rows)} layers replaced"]
-        alike: dict[tuple[str, str], list[str]] = {}
-        for row in self.untraced:
-            alike.setdefault((row.layer, row.reason), []).append(_readable(row.names))
-        for (layer, reason), names in alike.items():
-            which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
-            lines.append(f"no neighbours fused in {which} ({layer}): {reason}")
-        return "\n".join(lines)
 
 
 def replace_layers(
@@ -93,7 +44,8 @@ def replace_layers(
     Returns:
         A report of what was replaced, what was left, and why.  A layer used under several names is one row.
 
-    Layers are matched by exact class, parametrized ones too: a subclass that may override behaviour is left alone.
+    Layers are matched by exact class, beneath those that PyTorch's tools derive (`torch.nn.utils.parametrize`,
+    ``fully_shard``): a subclass that may override behaviour is left alone.  Where anything raises, nothing has changed.
 
     Neighbours are found in ``nn.Sequential`` by position, elsewhere in the graph of the code (``torch.fx``) of each
     module that calls layers.  Code that can't be traced, or does more than its graph tells, keeps its layers apart.
@@ -104,19 +56,20 @@ def replace_layers(
     (``register_module_forward_hook``) don't see neighbours that are computed in one.
     """
     report = ReplacementReport()
-    modules = _unique_modules(model)
+    modules = unique_modules(model)
     rows: dict[nn.Module, ReplacementRow] = {}
-    for names, module in modules:
-        stock = _plain_class(module)
-        reason = _reason_to_leave(names, module, include, exclude)
-        if reason is None:
-            _assign_class(module, TWINS[stock])
-            module.__dict__[_MARK] = True
-            rows[module] = ReplacementRow(names, stock.__name__, True, "swapped for its twin")
-        elif _is_layer(module):
-            rows[module] = ReplacementRow(names, stock.__name__, False, reason)
-    if fuse:
-        report.untraced = _fuse(modules, rows, include, exclude)
+    with all_or_nothing(modules):
+        for names, module in modules:
+            stock = beneath(type(module))
+            reason = _reason_to_leave(names, module, include, exclude)
+            if reason is None:
+                exchange(module, stock, TWINS[stock])
+                module.__dict__[REPLACED] = True
+                rows[module] = ReplacementRow(names, stock.__name__, True, "swapped for its twin")
+            elif _is_layer(module):
+                rows[module] = ReplacementRow(names, stock.__name__, False, reason)
+        if fuse:
+            report.untraced = _fuse(modules, rows, include, exclude)
     report.rows = list(rows.values())
     return report
 
@@ -139,7 +92,7 @@ def _fuse(
             continue
         fusion = fuse_neighbours(module, refuses)
         if fusion.untraced is not None:
-            untraced.append(ReplacementRow(names, _plain_class(module).__name__, False, fusion.untraced))
+            untraced.append(ReplacementRow(names, beneath(type(module)).__name__, False, fusion.untraced))
         for layer, reason in fusion.stops.items():
             if reason == rows[layer].reason:
                 continue
@@ -155,51 +108,6 @@ def _fuse(
     return untraced
 
 
-def restore_layers(model: nn.Module) -> ReplacementReport:
-    """Undo `replace_layers`: every layer that it swapped is of its ``torch.nn`` class again, and none is fused.
-
-    Layers that were built as fusednn's stay.  Returns a report of what was restored.
-    """
-    report = ReplacementReport()
-    modules = _unique_modules(model)
-    apart = {layer for _, module in modules for layer in unfuse(module)}
-    for names, module in modules:
-        if module.__dict__.pop(_MARK, False) and isinstance(module, Layer):  # torch.jit.script may have restored it
-            stock = stock_class(_plain_class(module))
-            _assign_class(module, stock)
-            report.rows.append(ReplacementRow(names, stock.__name__, True, "stock again"))
-        elif module in apart:
-            report.rows.append(ReplacementRow(names, _plain_class(module).__name__, True, "no longer fused"))
-    return report
-
-
-def _readable(names: tuple[str, ...]) -> str:
-    return ", ".join(name or "(model)" for name in names)
-
-
-def _unique_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
-    """Every module once, with all its names."""
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-    return [(tuple(names[key]), module) for key, module in modules.items()]
-
-
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without the subclass that a parametrization injects."""
-    cls = type(module)
-    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
-
-
-def _assign_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    if parametrize.is_parametrized(module):
-        injected = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
-        cls = type(f"Parametrized{cls.__name__}", (cls,), injected)
-    module.__class__ = cls
-
-
 def _is_layer(module: nn.Module) -> bool:
     """Whether a report should speak of the module: it computes by itself, or derives from a layer that has a twin."""
     return not any(True for _ in module.children()) or isinstance(module, tuple(TWINS))
@@ -208,9 +116,11 @@ def _is_layer(module: nn.Module) -> bool:
 def _reason_to_leave(
     names: tuple[str, ...], module: nn.Module, include: Selection | None, exclude: Selection | None
 ) -> str | None:
-    cls = _plain_class(module)
+    cls = beneath(type(module))
     if issubclass(cls, Layer):
         return "already a fusednn layer"
+    if issubclass(cls, LazyModuleMixin) and cls.cls_to_become in TWINS:
+        return "not initialised: replace it after its first batch"
     if cls not in TWINS:
         base = next((stock for stock in cls.__mro__ if stock in TWINS), None)
         return f"subclass of {base.__name__}, may override it" if base else "no fusednn twin"
@@ -243,6 +153,6 @@ def _selects(selection: Selection, names: tuple[str, ...], module: nn.Module) ->
         predicate = selection
         return any(predicate(name, module) for name in names)
     return any(
-        issubclass(_plain_class(module), item) if isinstance(item, type) else any(fnmatchcase(n, item) for n in names)
+        issubclass(beneath(type(module)), item) if isinstance(item, type) else any(fnmatchcase(n, item) for n in names)
         for item in selection
     )

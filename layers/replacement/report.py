@@ -1,0 +1,56 @@
+"""What was done to the layers of a model, as rows and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..table import format_table
+
+__all__ = ["ReplacementReport", "ReplacementRow"]
+
+
+@dataclass(frozen=True)
+class ReplacementRow:
+    """One layer: all its names in the model, its ``torch.nn`` class, and what happened to it."""
+
+    names: tuple[str, ...]
+    layer: str
+    replaced: bool
+    reason: str
+
+
+@dataclass
+class ReplacementReport:
+    """What `replace_layers` or `restore_layers` did, a row per layer; prints as a table.
+
+    ``untraced`` has a row for each module in whose code no neighbours could be looked for, to fuse them, and why.
+    """
+
+    rows: list[ReplacementRow] = field(default_factory=list)
+    untraced: list[ReplacementRow] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> list[ReplacementRow]:
+        return [row for row in self.rows if row.replaced]
+
+    @property
+    def left(self) -> list[ReplacementRow]:
+        return [row for row in self.rows if not row.replaced]
+
+    def __str__(self) -> str:
+        body = [
+            (_readable(row.names), row.layer, "replaced" if row.replaced else "left", row.reason) for row in self.rows
+        ]
+        table = format_table(("layer", "class", "result", "reason"), body)
+        lines = [table, f"{len(self.replaced)} of {len(self.rows)} layers replaced"]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for row in self.untraced:
+            alike.setdefault((row.layer, row.reason), []).append(_readable(row.names))
+        for (layer, reason), names in alike.items():
+            which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
+            lines.append(f"no neighbours fused in {which} ({layer}): {reason}")
+        return "\n".join(lines)
+
+
+def _readable(names: tuple[str, ...]) -> str:
+    return ", ".join(name or "(model)" for name in names)
