@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import DIRECTIONS, Case, Direction, Inputs, Operation
+from fusednn_bench.cases import Case, Inputs, Operation
+from fusednn_bench.protocol import DIRECTIONS, Direction, WrongResultError
 from fusednn_bench.replay import device_clock, replay
-from fusednn_bench.validity import WrongResultError
 from torch import Tensor
 
 from fusednn import autograd

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import DIRECTIONS, Case, Direction, Operation
+from fusednn_bench.cases import Case, Operation
+from fusednn_bench.protocol import DIRECTIONS, Direction
 from fusednn_bench.replay import device_clock, replay
 from torch import Tensor
 

@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fusednn_bench.protocol import Measured
 from fusednn_bench.results import InvalidResultError
-from fusednn_bench.run import Measured, ResumeError, Run
+from fusednn_bench.run import ResumeError, Run
 from fusednn_bench.tables import counted_tables, timed_tables
 
 _RESULTS = Path(__file__).parent / "results"

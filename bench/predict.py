@@ -23,8 +23,9 @@ BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH))
 
 from fusednn_bench.arithmetic import Work, eager_step_work, eager_work
-from fusednn_bench.cases import DIRECTIONS, Case
+from fusednn_bench.cases import Case
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
+from fusednn_bench.protocol import DIRECTIONS
 from fusednn_bench.results import new_result, save_result
 from fusednn_bench.steps import StepCase
 

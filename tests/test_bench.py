@@ -31,7 +31,7 @@ import bench_activation
 import bench_optimizer
 import gpu_run
 import parameter_lists
-from fusednn_bench import ceilings, contest, replay, steps, timing, validity
+from fusednn_bench import ceilings, contest, protocol, replay, steps, timing, validity
 from fusednn_bench.cases import Case, make_inputs
 from fusednn_bench.quantiles import median, quantile, spread
 from fusednn_bench.steps import StepCase
@@ -234,7 +234,7 @@ def _one_wrong_element(x: Tensor) -> Tensor:
 )
 def test_wrong_contestants_are_caught(name: str, function: Callable[..., Tensor]) -> None:
     case = _case(function, name)
-    with pytest.raises(validity.WrongResultError):
+    with pytest.raises(protocol.WrongResultError):
         validity.check(case, function, make_inputs(case, CPU, 0))
 
 
@@ -308,7 +308,7 @@ def test_wrong_steps_are_caught(name: str, dtype: torch.dtype) -> None:
     assert steps.check_step(case, makers["eager"], CPU) >= 0
 
     for make in (lambda parameters, lr: makers["eager"](parameters, lr / 2), lambda parameters, lr: lambda: None):
-        with pytest.raises(validity.WrongResultError):
+        with pytest.raises(protocol.WrongResultError):
             steps.check_step(case, make, CPU)
 
 

@@ -23,12 +23,11 @@ import bench_activation
 import bench_network
 import predict
 import resources
-from fusednn_bench import networks, peers, results, run, schema
+from fusednn_bench import measure, networks, peers, results, run, schema
 from fusednn_bench.arithmetic import Work, eager_step_work, eager_work
 from fusednn_bench.cases import Case
-from fusednn_bench.contest import Contest
+from fusednn_bench.protocol import Contest, WrongResultError
 from fusednn_bench.steps import StepCase, StepOperation
-from fusednn_bench.validity import WrongResultError
 
 pytestmark = pytest.mark.stock  # nothing here depends on where kernels run
 CPU = torch.device("cpu")
@@ -70,6 +69,10 @@ class FakeCase:
     def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
         self.held.append(("counted",))
         return [{**self._record("fusednn"), "bytes": 4, "launches": 1}]
+
+
+measure.hold.register(FakeCase)(FakeCase.hold)
+measure.count.register(FakeCase)(FakeCase.count)
 
 
 @pytest.fixture
@@ -254,7 +257,7 @@ def test_steps_of_networks_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(networks, "_memory", lambda trainer: {"peak_bytes": 5, "kept_bytes": 3})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     (case, *_) = bench_network.timed_cases(full=False)
-    contest = case.hold(timer, ("fusednn", "eager", "compile"), run.Effort())
+    contest = measure.hold(case, timer, ("fusednn", "eager", "compile"), run.Effort())
     assert contest.left_out == {"compile": "WrongResultError: wrong"}
     assert order[2:10] == ["fusednn"] * 4 + ["eager"] * 4
     fused, eager = (results.with_spreads(record) for record in contest.records)

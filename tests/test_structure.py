@@ -177,6 +177,52 @@ def test_accepts_good_imports() -> None:
     assert not outside_violations(outside)
 
 
+# --- Circles ----------------------------------------------------------------------------------------------------------
+
+
+def circles(sources: Sources) -> list[str]:
+    """Modules that import themselves by way of others, in functions and for types too."""
+    modules = {name(path): path for path in sources}
+    reached = {
+        module: {
+            target
+            for imported in imports(path, sources[path])
+            for target in (imported.module, f"{imported.module}.{imported.name}")
+            if target in modules and target != module
+        }
+        for module, path in modules.items()
+    }
+    while True:  # what imports nothing that is left is in no circle
+        ends = [module for module, targets in reached.items() if not targets & reached.keys()]
+        if not ends:
+            return sorted(modules[module] for module in reached)
+        for module in ends:
+            del reached[module]
+
+
+def name(path: str) -> str:
+    """The name by which other sources import a source."""
+    parts = path.removesuffix(".py").removesuffix("/__init__").split("/")
+    return ".".join(parts if parts[0] == FACE else [FACE, *parts])
+
+
+def test_no_module_imports_itself() -> None:
+    packages = {
+        path: text for path, text in read_sources((*FLOORS, "bench")).items() if not path.endswith("__init__.py")
+    }
+    assert not circles(packages)
+
+
+def test_notices_circles() -> None:
+    around = {
+        "bench/a/x.py": "from .y import f",
+        "bench/a/y.py": "def f():\n    from . import z",
+        "bench/a/z.py": "import os",
+    }
+    assert not circles(around)
+    assert circles({**around, "bench/a/z.py": "from . import x"}) == ["bench/a/x.py", "bench/a/y.py", "bench/a/z.py"]
+
+
 # --- Stock functions --------------------------------------------------------------------------------------------------
 
 #: Where PyTorch's functions are bound.

@@ -6,17 +6,16 @@ The operators run on tensors without memory.  They are those of PyTorch for CPUs
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .cases import Case, Direction, forward, gradients, make_inputs
+from .cases import Case, forward, gradients, make_inputs
 from .counting import operators_of_cuda
-
-if TYPE_CHECKING:
-    from .steps import StepCase
+from .protocol import Direction
+from .steps import StepCase
 
 __all__ = ["Work", "eager_step_work", "eager_work"]
 

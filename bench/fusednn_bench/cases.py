@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .contest import Contest, Effort
-    from .timing import DeviceTimer
+from .protocol import DTYPE_NAMES, Direction
 
-__all__ = ["DIRECTIONS", "Case", "Direction", "Inputs", "Operation", "forward", "gradients", "make_inputs"]
-
-Direction = Literal["forward", "backward", "forward_backward"]
-
-#: Forward runs with gradients enabled, so that it saves what training saves.
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward_backward")
-
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+__all__ = ["Case", "Inputs", "Operation", "forward", "gradients", "make_inputs"]
 
 
 def _just_x(x: Tensor) -> tuple[Tensor, ...]:
@@ -75,7 +66,7 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return _NAMES[self.dtype]
+        return DTYPE_NAMES[self.dtype]
 
     @property
     def id(self) -> str:
@@ -84,16 +75,6 @@ class Case:
     def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]:
         """Who takes part: the usual ones, and peers that are installed."""
         return (*usual, *self.operation.peers())
-
-    def hold(self, timer: DeviceTimer, contestants: tuple[str, ...], effort: Effort) -> Contest:
-        from .contest import run_contest
-
-        return run_contest(self, timer, contestants, effort)
-
-    def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
-        from .counting import count_case
-
-        return count_case(self, checked=checked)
 
     def record(self, contestant: str, direction: Direction) -> dict[str, Any]:
         """What a result file says of the case, whatever was measured."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,55 +13,16 @@ import torch
 from torch import Tensor
 
 from .arithmetic import eager_work
-from .cases import DIRECTIONS, Case, Direction, Inputs, forward, gradients, make_inputs
+from .cases import Case, Inputs, forward, gradients, make_inputs
+from .protocol import COMPILE_MODES, DIRECTIONS, CaseRecord, Contest, Direction, Effort
 from .timing import DEVICE, DeviceTimer, host_times, interleave, wall_times
 from .validity import check
 
-__all__ = [
-    "COMPILE_MODES",
-    "CONTESTANTS",
-    "CaseRecord",
-    "Contest",
-    "Effort",
-    "float32_products",
-    "run_contest",
-    "sets_needed",
-]
-
-#: Compiled contestants are torch.compile of the stock function, with these modes.
-COMPILE_MODES = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
-
-CONTESTANTS = ("fusednn", "eager", *COMPILE_MODES)
-
-CaseRecord = dict[str, Any]
+__all__ = ["LARGE_BYTES", "float32_products", "run_contest", "sets_needed"]
 
 # Sizes below this are bound by the host: their calls are timed in groups, and on the host too.
 LARGE_BYTES = 64_000_000
 _MOST_SMALL_SETS = 16
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured: rounds over all input sets, each a sample per set (large) or one in all (small)."""
-
-    warmup_rounds: int = 2
-    large_rounds: int = 12
-    small_rounds: int = 30
-    host_rounds: int = 30
-
-
-@dataclass
-class Contest:
-    """The records of one case, and the contestants that couldn't take part, with the reason."""
-
-    records: list[CaseRecord] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def leave_out(self, name: str, error: Exception) -> None:
-        """A contestant that can't take part, or is wrong.  Where that is fusednn, the error is raised."""
-        if name == "fusednn":
-            raise error
-        self.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .cases import Case, Direction, forward, gradients, make_inputs
+from .cases import Case, forward, gradients, make_inputs
+from .protocol import Direction
 from .validity import check
 
 if TYPE_CHECKING:

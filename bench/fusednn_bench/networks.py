@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contest import COMPILE_MODES, Contest, Effort
 from .counting import counts_of, operators_of_cuda
+from .protocol import COMPILE_MODES, DTYPE_NAMES, Contest, Effort, WrongResultError
 from .timing import DEVICE, DeviceTimer, interleave, wall_times
-from .validity import WrongResultError
 
-__all__ = ["Network", "NetworkCase", "StockMaxout", "to_fusednn"]
+__all__ = ["Network", "NetworkCase", "StockMaxout", "count_network_case", "run_network_contest", "to_fusednn"]
 
 #: Farthest that a loss, and the gradient of all parameters, may be from float64's: maxima that a rounding decides send
 #: gradients another way.
@@ -85,7 +84,7 @@ class NetworkCase:
 
     @property
     def dtype_name(self) -> str:
-        return "bf16" if self.dtype is torch.bfloat16 else "fp32"
+        return DTYPE_NAMES[self.dtype]
 
     @property
     def id(self) -> str:
@@ -94,15 +93,6 @@ class NetworkCase:
     def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]:
         """The usual ones, and ours compiled."""
         return (*usual, "fusednn-compile")
-
-    def hold(self, timer: DeviceTimer, contestants: tuple[str, ...], effort: Effort) -> Contest:
-        return _run(self, timer, contestants, effort)
-
-    def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
-        records = [_count(self, contestant) for contestant in ("fusednn", "eager")]
-        if checked:
-            records[0]["error_epsilons"] = check(self, "fusednn", torch.device("cpu"))
-        return records
 
     def record(self, contestant: str) -> dict[str, Any]:
         return {
@@ -194,7 +184,7 @@ def check(case: NetworkCase, contestant: str, device: torch.device) -> float:
     return error / torch.finfo(case.dtype).eps
 
 
-def _run(case: NetworkCase, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
+def run_network_contest(case: NetworkCase, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
     """Check every contestant; time those that are right, in turns."""
     torch._dynamo.reset()
     contest = Contest()
@@ -250,6 +240,14 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     trainer.optimizer.step()
     torch.cuda.synchronize()
     return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "kept_bytes": kept}
+
+
+def count_network_case(case: NetworkCase, *, checked: bool = True) -> list[dict[str, Any]]:
+    """Records of fusednn and eager; after checking fusednn's loss and gradients, where that isn't left out."""
+    records = [_count(case, contestant) for contestant in ("fusednn", "eager")]
+    if checked:
+        records[0]["error_epsilons"] = check(case, "fusednn", torch.device("cpu"))
+    return records
 
 
 def _count(case: NetworkCase, contestant: str) -> dict[str, Any]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .ceilings import measure_ceilings
-from .contest import CONTESTANTS, Contest, Effort
 from .environment import describe_environment, describe_settings, describe_sources
+from .measure import count, hold
+from .protocol import CONTESTANTS, Contest, Effort, Measured
 from .results import Result, load_result, new_result, reserve_file, save_result, with_spreads
 from .timing import DeviceTimer
 
-__all__ = ["Measured", "ResumeError", "Run"]
+__all__ = ["ResumeError", "Run"]
 
 TIME_LIMIT = "time limit"
 _SAME = ("device", "torch", "triton")
@@ -23,19 +24,6 @@ _SAME = ("device", "torch", "triton")
 
 class ResumeError(ValueError):
     """A result can't be continued here: it is of another device, of other sources, or of another kind."""
-
-
-class Measured(Protocol):
-    """What a run can measure: a `cases.Case`, a `steps.StepCase` or a `networks.NetworkCase`."""
-
-    @property
-    def id(self) -> str: ...
-
-    def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]: ...
-
-    def hold(self, timer: DeviceTimer, contestants: tuple[str, ...], effort: Effort) -> Contest: ...
-
-    def count(self, *, checked: bool = True) -> list[dict[str, Any]]: ...
 
 
 class Run:
@@ -96,7 +84,7 @@ class Run:
         """The counts of a case, ours and eager's."""
         if known := self._records(case):
             return known
-        records = case.count()
+        records = count(case)
         self.result["cases"] += records
         self._save()
         return records
@@ -130,7 +118,7 @@ class Run:
             self._leave_out(case, None, TIME_LIMIT)
             return Contest(left_out=dict.fromkeys(contestants, TIME_LIMIT))
         try:
-            contest = case.hold(self._ready_timer(), contestants, Effort())
+            contest = hold(case, self._ready_timer(), contestants, Effort())
         except Exception as error:
             self._leave_out(case, None, f"{type(error).__name__}: {error}")
             self._save()

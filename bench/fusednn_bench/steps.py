@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contest import Contest, Effort
 from .counting import counts_of
 from .peers import installed
+from .protocol import DTYPE_NAMES, Contest, Effort, WrongResultError
 from .timing import DEVICE, DeviceTimer, host_times, wall_times
-from .validity import WrongResultError
 
 __all__ = ["StepCase", "StepOperation", "check_step", "count_step_case", "run_step_contest"]
 
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _LIMIT = {torch.bfloat16: 8.0, torch.float32: 128.0}
 _HOST_SIZES = ("resnet50",)
 _LR = 1e-3
@@ -96,7 +94,7 @@ class StepCase:
 
     @property
     def id(self) -> str:
-        return f"{self.operation.name}-{_NAMES[self.dtype]}-{self.size}"
+        return f"{self.operation.name}-{DTYPE_NAMES[self.dtype]}-{self.size}"
 
     def budget(self, direction: str = "step") -> float:
         from fusednn.kernels.optimizer import ALGORITHMS
@@ -108,19 +106,13 @@ class StepCase:
         peers = self.operation.peers()
         return tuple(name for name in self.operation.contestants() if name in usual or name in peers)
 
-    def hold(self, timer: DeviceTimer, contestants: tuple[str, ...], effort: Effort) -> Contest:
-        return run_step_contest(self, timer, contestants, effort)
-
-    def count(self, *, checked: bool = True) -> list[dict[str, Any]]:
-        return count_step_case(self, checked=checked)
-
     def record(self, contestant: str) -> dict[str, Any]:
         return {
             "family": self.operation.family,
             "operation": self.operation.name,
             "contestant": contestant,
             "direction": "step",
-            "dtype": _NAMES[self.dtype],
+            "dtype": DTYPE_NAMES[self.dtype],
             "size": self.size,
             "shape": [len(self.shapes), self.numel],
             "channels_last": False,

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Inputs, forward, gradients
+from .protocol import WrongResultError
 
-__all__ = ["LIMIT", "WrongResultError", "check", "compare"]
+__all__ = ["LIMIT", "check", "compare"]
 
 # Worst |result - reference| / (1 + |reference|), in units of the dtype's epsilon.  Loose on purpose: the tests hold the
 # kernels to PyTorch's own error; this catches a wrong formula, layout or tail.
 LIMIT = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 128.0, torch.float64: 128.0}
-
-
-class WrongResultError(AssertionError):
-    """A contestant's value or gradient is not eager PyTorch's."""
 
 
 def check(case: Case, function: Callable[..., Tensor], inputs: Inputs) -> float:
