@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from ..autograd import stock as F
 from ..autograd.batch_norm import apply_activation
@@ -64,6 +65,14 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
     nn.Tanh: lambda layer: ("tanh", ()),
 }
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: The ``torch.nn`` class of each class whose layers chains are made of, and the code of each when it was imported.
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {
+    cls: stock
+    for stock in (nn.Conv2d, nn.Linear, nn.Dropout, nn.MaxPool1d, nn.MaxPool2d, *NORMS, *ACTIVATIONS)
+    for cls in (stock, TWINS.get(stock, stock))
+}
+_FORWARD = {cls: cls.forward for cls in _STOCK}
+
 #: What stands for a layer where the code calls a function: an activation's name, the arguments of a pooling or dropout.
 Activation = nn.Module | str | None
 Pooling = nn.Module | tuple[Any, Any, Any] | None
@@ -85,15 +94,34 @@ def observe_chains(observer: Callable[[Sequence[nn.Module]], None]) -> Iterator[
 # --- Layers -----------------------------------------------------------------------------------------------------------
 
 
+#: Hooks of all modules at once, which hear of each layer: of those that it takes to be computed apart.
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    *(module._global_forward_hooks, module._global_forward_pre_hooks),
+    *(module._global_backward_hooks, module._global_backward_pre_hooks),
+)
+_CALL = nn.Module.__call__
+#: Whoever looks on by a hook of all modules, and takes neighbours that are computed in one for what they are.
+LOOKS_ON = "_fusednn_looks_on"
+
+
 def is_untouched(layer: nn.Module) -> bool:
-    """Whether a layer's code is its class's, and nothing listens to it."""
+    """Whether a layer's code is its class's, and nothing listens to it alone."""
     listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not listened and "forward" not in layer.__dict__
+    return not listened and "forward" not in layer.__dict__ and "_conv_forward" not in layer.__dict__
+
+
+def are_heard() -> bool:
+    """Whether something hears of the calls of all modules."""
+    if nn.Module.__call__ is not _CALL:
+        return True
+    return any(not hasattr(hook, LOOKS_ON) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
 
 
 def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
-    """Whether a layer is exactly of one of these ``torch.nn`` classes, or its twin."""
-    return any(type(layer) is cls or type(layer) is TWINS.get(cls) for cls in classes)
+    """Whether a layer is exactly of one of these ``torch.nn`` classes, or its twin, with the code that these had."""
+    cls = type(layer)
+    stock = _STOCK.get(cls)
+    return stock is not None and stock in classes and cls.forward is _FORWARD[cls]
 
 
 def activation_of(activation: Activation) -> tuple[str, tuple[float, ...]]:
@@ -101,10 +129,7 @@ def activation_of(activation: Activation) -> tuple[str, tuple[float, ...]]:
     if isinstance(activation, str):
         return activation, ()
     assert activation is not None
-    for cls, describe in ACTIVATIONS.items():
-        if is_one_of(activation, (cls,)):
-            return describe(activation)
-    raise TypeError(f"{type(activation).__name__} is not an activation that can be fused")
+    return ACTIVATIONS[_STOCK[type(activation)]](activation)
 
 
 def has_default_parameters(activation: Activation) -> bool:
@@ -127,6 +152,11 @@ def pooling_of(pool: Any) -> tuple[Any, Any, Any] | None:
     ):
         return None
     return pool.kernel_size, pool.stride, pool.padding
+
+
+def _may_fuse(input: Tensor) -> bool:
+    """Whether kernels take the input of a chain, and nobody hears of every layer's call."""
+    return tensor_refusal(input) is None and not are_heard()
 
 
 def _is_ready(layer: Any, *classes: type[nn.Module]) -> bool:
@@ -171,7 +201,7 @@ def conv_chain(
     """
     window = (None, None, 0) if pool is None else pooling_of(pool)
     fused = (
-        tensor_refusal(input) is None
+        _may_fuse(input)
         and (input.dim() == 4 or (input.dim() == 3 and norm is None))
         and _is_ready(conv, nn.Conv2d)
         and _is_ready(norm, nn.BatchNorm2d)
@@ -217,7 +247,7 @@ def conv_chain(
 def norm_chain(input: Tensor, residual: Tensor | None, in_place: bool, norm: Any, activation: Activation) -> Tensor:
     """activation(norm(x) + residual), of which all but the norm may be missing.  ``in_place`` as of `conv_chain`."""
     fused = (
-        tensor_refusal(input) is None
+        _may_fuse(input)
         and _is_ready(norm, *NORMS)
         and _is_ready_activation(activation)
         and (residual is None or _are_alike(residual, input.shape, input.dtype))
@@ -232,7 +262,7 @@ def norm_chain(input: Tensor, residual: Tensor | None, in_place: bool, norm: Any
 def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop: Dropping) -> Tensor:
     """dropout(activation(linear(x))), of which the dropout may be missing."""
     fused = (
-        tensor_refusal(input) is None
+        _may_fuse(input)
         and _is_ready(linear, nn.Linear)
         and (linear.bias is None or linear.bias.dtype is linear.weight.dtype)
         and _is_ready(activation, *ACTIVATIONS)
@@ -262,7 +292,7 @@ def maxout_chain(input: Tensor, linear: nn.Linear, sizes: tuple[int, int], dim: 
     ``split`` is the dimension that the code unflattens, or for ``view`` its first size: "rest" (-1) or "rows".
     """
     fused = (
-        tensor_refusal(input) is None
+        _may_fuse(input)
         and (split == -1 or input.dim() == 2)
         and _is_ready(linear, nn.Linear)
         and linear.out_features == sizes[0] * sizes[1]
@@ -282,7 +312,7 @@ def maxout_pool_chain(input: Tensor, linear: nn.Linear, pool: nn.MaxPool1d) -> T
     """max_pool(linear(x)) along the features."""
     ready = _is_ready(linear, nn.Linear) and _is_ready(pool, nn.MaxPool1d)
     pieces = pieces_of(pool, linear) if ready and input.dim() in (2, 3) else None
-    if pieces is None or tensor_refusal(input) is not None:
+    if pieces is None or not _may_fuse(input):
         maxima: Tensor = pool(linear(input))
         return maxima
     return _computed(lambda: _maxima(input, linear, (linear.out_features // pieces, pieces), -1), linear, pool)

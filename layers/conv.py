@@ -31,9 +31,9 @@ class Conv1d(Twin, nn.Conv1d):
     Twin of `torch.nn.Conv1d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.Conv1d``.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # which people replace
         input, padding = padded(self, input)
-        return conv1d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class Conv2d(Twin, nn.Conv2d):
@@ -43,9 +43,9 @@ class Conv2d(Twin, nn.Conv2d):
     Twin of `torch.nn.Conv2d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.Conv2d``.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # which people replace
         input, padding = padded(self, input)
-        return conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class ConvAct2d(Conv2d):

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from .chain import is_one_of, is_untouched
+from .chain import is_untouched
 from .derived import beneath, rebased
-from .graph import Assumptions, Code, NotTraceable, calls_in_order, code_graph
-from .neighbours import FIRST, Refusal, Search, is_known
+from .graph import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
+from .neighbours import Refusal, Search, begins_a_chain, is_known, is_plain_container, keeps_to_itself
 
 __all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "unfuse"]
 
@@ -27,10 +27,29 @@ _PLAN = "_fusednn_plan"
 
 
 class Variant(NamedTuple):
-    """A module's code in training, in evaluation, or (None) in both, as a function of the module and its arguments."""
+    """A module's code for calls that are alike, as a function of the module and its arguments."""
 
-    training: bool | None
+    training: bool | None  # None: in both modes
+    kinds: tuple[type, ...]  # what its arguments are: tensors, or lists
+    assumptions: Assumptions
+    inlined: tuple[str, ...]  # containers whose children are called in their place
+    moved: tuple[str, ...]  # layers that are called before those that they stood behind
     run: Callable[..., Any]
+
+    def fits(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether the module's code would do for these arguments what it did when it was traced."""
+        if (self.training is not None and self.training != module.training) or len(args) != len(self.kinds):
+            return False
+        for argument, kind in zip(args, self.kinds, strict=True):
+            if not isinstance(argument, kind):
+                return False
+        if not self.assumptions.hold(module):
+            return False
+        if not (self.inlined or self.moved):
+            return True
+        return all(is_plain_container(module.get_submodule(path)) for path in self.inlined) and all(
+            keeps_to_itself(module.get_submodule(path)) for path in self.moved
+        )
 
 
 @dataclass(frozen=True)
@@ -39,9 +58,6 @@ class Plan:
 
     chains: tuple[tuple[str, ...], ...]  # the names of the layers of each
     variants: tuple[Variant, ...]
-    assumptions: Assumptions
-    children: tuple[str, ...] | None  # of a module whose code is to call them all in order
-    arguments: int
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -50,14 +66,10 @@ class Plan:
 
     def variant(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | None:
         """What to run for these arguments; None where the module's own code has to."""
-        if kwargs or len(args) != self.arguments or not all(isinstance(argument, Tensor) for argument in args):
-            return None
-        if self.children is not None and self.children != tuple(module._modules):
-            return None
-        if not self.assumptions.hold(module):
+        if kwargs:
             return None
         for variant in self.variants:
-            if variant.training is None or variant.training == module.training:
+            if variant.fits(module, args):
                 return variant
         return None
 
@@ -73,24 +85,24 @@ class Fused(nn.Module):
     """What every fused module is besides: an instance of a subclass of its class, with another ``forward``."""
 
     #: The class that the module was of.
-    stock: ClassVar[type[nn.Module]]
+    _fusednn_stock: ClassVar[type[nn.Module]]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         plan = self.__dict__.get(_PLAN)
         if isinstance(plan, tuple):  # the names of its layers, from a pickle
-            self.__dict__[_PLAN] = _search(self, self.stock, _all_but(plan))[0]
+            self.__dict__[_PLAN] = _search(self, self._fusednn_stock, _all_but(plan))[0]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            return _new, (self.stock,), *rest  # pickle wouldn't find the class by its name
+            return _new, (self._fusednn_stock,), *rest  # pickle wouldn't find the class by its name
         return reduced
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in our place: the module as it was."""
-        stock = self.stock.__new__(self.stock)
+        stock = self._fusednn_stock.__new__(self._fusednn_stock)
         stock.__dict__.update({name: value for name, value in self.__dict__.items() if name != _PLAN})
         stock.__dict__["_modules"] = self._modules.copy()  # whose entries it replaces, too
         return stock
@@ -117,7 +129,7 @@ def _subclass(stock: Any) -> type[Fused]:
         return stock.forward(self, *args, **kwargs) if variant is None else variant.run(self, *args)
 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (Fused, stock), {**names, "stock": stock, "forward": forward})
+    return type(stock.__name__, (Fused, stock), {**names, "_fusednn_stock": stock, "forward": forward})
 
 
 def _new(stock: type[nn.Module]) -> nn.Module:
@@ -135,34 +147,49 @@ def _all_but(names: tuple[str, ...]) -> Refusal:
 
 def _search(module: nn.Module, stock: type[nn.Module], refuses: Refusal) -> tuple[Plan, dict[nn.Module, str]]:
     """The plan of a module whose class is, or was, ``stock``; why chains aren't longer.  Raises NotTraceable."""
-    code = Code(module, stock)
-    graphs = _graphs_of_modes(module, stock)
-    assumptions = code.explained_by(graphs.values())
-    modes = (True, False) if assumptions.reads_mode else (None,)
-    searches = {mode: Search(module, graphs[bool(mode)], refuses) for mode in modes}
-    plan = Plan(
-        chains=tuple({search.layers(match): None for search in searches.values() for match in search.matches}),
-        variants=tuple(Variant(mode, _function(graphs[bool(mode)], search)) for mode, search in searches.items()),
-        assumptions=assumptions,
-        children=tuple(module._modules) if calls_in_order(stock) else None,
-        arguments=sum(node.op == "placeholder" for node in graphs[False].nodes),
-    )
-    return plan, {layer: reason for search in searches.values() for layer, reason in search.stops.items()}
+    chains: dict[tuple[str, ...], None] = {}
+    stops: dict[nn.Module, str] = {}
+    variants = []
+    for mode, found in _traces(module, stock):
+        search = Search(module, found.graph, refuses)
+        chains |= dict.fromkeys(search.layers(match) for match in search.matches)
+        stops |= search.stops
+        assumptions = found.assumptions.and_containers(module, search.inlined)
+        run = _function(found.graph, search)
+        variants.append(Variant(mode, found.kinds, assumptions, tuple(search.inlined), tuple(search.moved), run))
+    return Plan(tuple(chains), tuple(variants)), stops
 
 
-def _graphs_of_modes(module: nn.Module, stock: type[nn.Module]) -> dict[bool, fx.Graph]:
-    """The graphs of the code of ``stock`` in training and in evaluation."""
-    cls, training = type(module), module.training
-    module.__class__ = stock
-    try:
-        graphs = {}
-        for mode in (True, False):
-            module.__dict__["training"] = mode  # the children's stays: the tracer doesn't run them
-            graphs[mode] = code_graph(module)
-        return graphs
-    finally:
-        module.__dict__["training"] = training
-        module.__class__ = cls
+def _traces(module: nn.Module, stock: type[nn.Module]) -> list[tuple[bool | None, Trace]]:
+    """The traces of the code of ``stock``: in training and in evaluation, or None for both.
+
+    Where the code asks whether an argument is a list, once with a list, too.  Raises NotTraceable where there is none.
+    """
+    found: list[tuple[bool | None, Trace]] = []
+    errors: list[NotTraceable] = []
+
+    def attempt(mode: bool, kinds: tuple[type, ...] | None) -> Trace | None:
+        try:
+            traced = trace(module, stock, mode, kinds)
+        except NotTraceable as error:
+            errors.append(error)
+            return None
+        found.append((mode if traced.assumptions.reads_mode else None, traced))
+        return traced
+
+    first = attempt(True, None)
+    for kinds in [None] if first is None else [first.kinds, *_with_lists(first)]:
+        traced = first if first is not None and kinds is first.kinds else attempt(True, kinds)
+        if traced is None or traced.assumptions.reads_mode:
+            attempt(False, kinds)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _with_lists(traced: Trace) -> list[tuple[type, ...]]:
+    """Kinds of arguments in which one whose type was asked for is a list."""
+    return [(*traced.kinds[:place], list, *traced.kinds[place + 1 :]) for place in sorted(traced.asked)]
 
 
 def _function(graph: fx.Graph, search: Search) -> Callable[..., Any]:
@@ -204,13 +231,18 @@ class Fusion:
 
 def is_searched(module: nn.Module) -> bool:
     """Whether neighbours are looked for in a module's code: where that isn't PyTorch's and calls such layers."""
-    containers = (nn.ModuleList, nn.ModuleDict)
-    own = calls_in_order(_stock_of(module)) or not is_known(module)
-    if not own or isinstance(module, (*containers, fx.GraphModule, torch.jit.ScriptModule)):
+    own = calls_in_order(stock_of(module)) or not is_known(module)
+    if not own or isinstance(module, (nn.ModuleList, nn.ModuleDict, fx.GraphModule, torch.jit.ScriptModule)):
         return False
-    children = list(module.children())
-    children += [layer for child in children if isinstance(child, containers) for layer in child.children()]
-    return any(is_one_of(child, FIRST) for child in children)
+    return any(begins_a_chain(layer) for layer in _called(module))
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The children, and those of containers among them."""
+    for child in module.children():
+        yield child
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or is_plain_container(child):
+            yield from _called(child)
 
 
 def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
@@ -218,7 +250,7 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
 
     Layers that ``refuses`` gives a reason for are left out, unless they are fused already.
     """
-    stock = _stock_of(module)
+    stock = stock_of(module)
     old = module.__dict__.get(_PLAN)
     fused = () if old is None else old.layers
     try:
@@ -241,12 +273,8 @@ def unfuse(module: nn.Module) -> list[nn.Module]:
     if not isinstance(module, Fused):
         return []
     plan = module.__dict__.pop(_PLAN, None)
-    stock: Any = module.stock
+    stock: Any = module._fusednn_stock
     fused = fused_class(stock)
     if beneath(type(module)) is fused:  # else others have made a subclass of it: it runs the stock code
         module.__class__ = rebased(type(module), fused, stock)
     return [] if plan is None else [module.get_submodule(name) for name in plan.layers]
-
-
-def _stock_of(module: nn.Module) -> type[nn.Module]:
-    return module.stock if isinstance(module, Fused) else type(module)

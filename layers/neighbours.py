@@ -12,17 +12,28 @@ from torch import Tensor, fx, nn
 
 from ..autograd import stock as F
 from . import chain
-from .chain import ACTIVATIONS, NORMS, activation_of, has_default_parameters, is_one_of, pieces_of, pooling_of
-from .graph import IN_PLACE
+from .chain import (
+    ACTIVATIONS,
+    NORMS,
+    activation_of,
+    has_default_parameters,
+    is_one_of,
+    is_untouched,
+    pieces_of,
+    pooling_of,
+)
+from .graph import IN_PLACE, calls_in_order, stock_of
 from .twin import Layer
 
-__all__ = ["FIRST", "Match", "Refusal", "Search", "is_known"]
+__all__ = ["FIRST", "Match", "Refusal", "Search", "begins_a_chain", "is_known", "is_plain_container", "keeps_to_itself"]
 
 #: Why a layer, given its name in the module, must not be fused, or None.
 Refusal = Callable[[str, nn.Module], str | None]
 
-#: The layers that a chain begins with.
+#: The layers that a chain begins with, those that follow, and all.
 FIRST = (nn.Conv2d, nn.Linear, *NORMS)
+_FOLLOWING = (*NORMS, *ACTIVATIONS, nn.MaxPool1d, nn.MaxPool2d, nn.Dropout)
+CHAINED = (*FIRST, *_FOLLOWING)
 
 _Found = TypeVar("_Found")
 
@@ -41,6 +52,9 @@ class Search:
     def __init__(self, module: nn.Module, graph: fx.Graph, refuses: Refusal) -> None:
         self.module = module
         self.refuses = refuses
+        self.inlined: list[str] = []  # containers whose calls became those of their children
+        self.moved: set[str] = set()  # modules that are called before layers of a chain that they stood behind
+        self._expand(graph)
         self.nodes = list(graph.nodes)
         self.matches: list[Match] = []
         self.stops: dict[nn.Module, str] = {}
@@ -58,6 +72,46 @@ class Search:
     def layers(self, match: Match) -> tuple[str, ...]:
         """The names of a match's layers."""
         return tuple(str(node.target) for node in match.nodes if node.op == "call_module")
+
+    # A container's border is no border to a chain.
+
+    def _expand(self, graph: fx.Graph) -> None:
+        """Call the children of containers in their place where a chain would cross the container's border."""
+        waiting = [node for node in graph.nodes if node.op == "call_module"]
+        for node in waiting:
+            container = self.callee(node)
+            if len(node.args) != 1 or node.kwargs or not is_plain_container(container):
+                continue
+            if not (self._reaches_behind(node, container) or self._reaches_before(node, container)):
+                continue
+            self.inlined.append(str(node.target))
+            value: Any = node.args[0]
+            with graph.inserting_before(node):
+                for name in container._modules:
+                    value = graph.create_node("call_module", f"{node.target}.{name}", (value,))
+                    waiting.append(value)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+
+    def _reaches_behind(self, node: fx.Node, container: nn.Module) -> bool:
+        """Whether a chain may begin in a container and end behind it."""
+        if not is_one_of(_end(container, -1), CHAINED) or len(node.users) != 1:
+            return False
+        (user,) = node.users
+        if user.op == "call_module":
+            return is_one_of(_end(self.callee(user), 0), _FOLLOWING)
+        if _summand(user, node) is None:
+            return _activation_function(user) is not None or _pooling_function(user) is not None
+        # The last summand, and only where the other isn't the end of a chain that can take the sum.
+        others = [operand for operand in user.all_input_nodes if operand is not node and operand.op == "call_module"]
+        return not others or not (is_one_of(self.callee(others[0]), CHAINED) or _comes_after(others[0], node))
+
+    def _reaches_before(self, node: fx.Node, container: nn.Module) -> bool:
+        """Whether a chain may begin before a container and end in it."""
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            return False
+        return is_one_of(_end(container, 0), _FOLLOWING) and is_one_of(_end(self.callee(before), -1), CHAINED)
 
     # A chain grows from its first node: each step looks at the only use of the last one's value.
 
@@ -123,14 +177,17 @@ class Search:
         """Whether the calls may all be made where the last one is: nothing in between can change what they read."""
         layers = {self.callee(node) for node in nodes if node.op == "call_module"}
         between = self.nodes[self.nodes.index(nodes[0]) : self.nodes.index(last)]
-        return all(node in nodes or self._is_pure(node, layers) for node in between)
+        others = [node for node in between if node not in nodes]
+        if not all(self._is_pure(node, layers) for node in others):
+            return False
+        self.moved.update(str(node.target) for node in others if node.op == "call_module")
+        return True
 
     def _is_pure(self, node: fx.Node, layers: set[nn.Module]) -> bool:
         """Whether a call changes neither its arguments nor one of ``layers``."""
         if node.op == "call_module":
-            parts = list(self.callee(node).modules())
-            pure = all(is_known(part) and not getattr(part, "inplace", False) for part in parts)
-            return pure and layers.isdisjoint(parts)
+            called = self.callee(node)
+            return keeps_to_itself(called) and layers.isdisjoint(called.modules())
         in_place = node.target in IN_PLACE or str(getattr(node.target, "__name__", node.target)).endswith("_")
         return not (in_place or node.kwargs.get("inplace") or "out" in node.kwargs)
 
@@ -193,6 +250,35 @@ class Search:
 def is_known(module: nn.Module) -> bool:
     """Whether a module's code is PyTorch's or ours."""
     return type(module).__module__.startswith("torch.nn.") or isinstance(module, Layer)
+
+
+def begins_a_chain(layer: nn.Module) -> bool:
+    """Whether a chain can begin with such a layer."""
+    return is_one_of(layer, FIRST)
+
+
+def is_plain_container(module: nn.Module) -> bool:
+    """Whether calling a module is calling its children one after another, and nothing else."""
+    return isinstance(module, nn.Sequential) and calls_in_order(stock_of(module)) and is_untouched(module)
+
+
+def keeps_to_itself(module: nn.Module) -> bool:
+    """Whether calling a module changes nothing but the module, wherever it is called."""
+    return all(
+        (is_known(part) or is_plain_container(part)) and is_untouched(part) and not getattr(part, "inplace", False)
+        for part in module.modules()
+    )
+
+
+def _end(module: nn.Module, place: int) -> nn.Module:
+    """The first (0) or last (-1) layer that is called in containers, or the module itself."""
+    while is_plain_container(module) and len(module._modules):
+        module = list(module._modules.values())[place]  # type: ignore[assignment]
+    return module
+
+
+def _comes_after(node: fx.Node, other: fx.Node) -> bool:
+    return other < node
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------

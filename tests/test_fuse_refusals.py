@@ -137,9 +137,17 @@ class AsksGlobally(UsedTwice):
 
 
 class AsksTheType(UsedTwice):
+    """Of a result, which a graph can't tell."""
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        return y if isinstance(x, Tensor) else self.act(y)
+        return self.act(y) if isinstance(y, Tensor) else y
+
+
+class AsksItsChildren(UsedTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.act(y) if isinstance(self.act, nn.ReLU) else y
 
 
 class AsksTheShape(UsedTwice):
@@ -147,16 +155,17 @@ class AsksTheShape(UsedTwice):
         return self.act(self.conv(x)) if x.shape[0] > 1 else self.conv(x)
 
 
-def scaled(x: Tensor) -> Tensor:
-    return x * FACTOR
+SEEN: list[Tensor] = []
 
 
-FACTOR = 2.0
+def remembered(x: Tensor) -> Tensor:
+    SEEN.append(x)
+    return x
 
 
 class CallsAHelper(UsedTwice):
     def forward(self, x: Tensor) -> Tensor:
-        return scaled(self.act(self.conv(x)))
+        return remembered(self.act(self.conv(x)))
 
 
 class Keeping(UsedTwice):
@@ -203,13 +212,14 @@ APART = {
     IntoTheOther: None,
     Counting: "its code does more than compute",
     Chance: "its code uses 'random'",
-    Noisy: "its code makes tensors",
+    Noisy: "its code uses 'rand'",
     NoGradient: "its code handles exceptions or contexts",
-    Decorated: "'forward' is not a plain method",
+    Decorated: "'forward' is not a plain function",
     AsksGlobally: "its code uses 'is_grad_enabled'",
     AsksTheType: "its code uses 'isinstance'",
+    AsksItsChildren: "its code uses 'ReLU'",
     AsksTheShape: "its code can't be traced (TraceError)",
-    CallsAHelper: "its code uses 'scaled'",
+    CallsAHelper: "its code uses 'SEEN'",
     Keeping: "its code reads the attribute 'kept'",
     Printing: "its code uses 'print'",
 }

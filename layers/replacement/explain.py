@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ...autograd.dispatch import Choice, observe_choices
-from ..chain import observe_chains
+from ..chain import LOOKS_ON, observe_chains
 from ..table import format_table
 from ..twin import TWINS, Layer
 
@@ -95,7 +95,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             row = ExplanationRow(names[module], type(module).__name__, "-", "stock", _why_stock(module))
             rows[row] = None
 
-    # Hooks of the modules themselves would keep neighbours from being fused.
+    # Hooks of the modules themselves would keep neighbours from being fused; so would those of all, but for this mark.
+    for hook in (enter, leave):
+        setattr(hook, LOOKS_ON, True)
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}

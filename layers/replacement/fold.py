@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 
 from ...autograd.batch_norm import apply_activation
 from ..batch_norm import Activated
-from ..graph import LayerTracer
-from ..twin import TWINS
+from ..twin import TWINS, Twin
 from .report import ReplacementReport, ReplacementRow
 
 __all__ = ["FoldedBatchNorm", "fold_batch_norm"]
@@ -89,12 +88,20 @@ def fold_batch_norm(model: nn.Module) -> ReplacementReport:
     return ReplacementReport(rows)
 
 
+class _LayerTracer(fx.Tracer):
+    """Layers are leaves of the graph: PyTorch's, ours, and whatever has no children."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        childless = not any(True for _ in module.children())
+        return childless or isinstance(module, Twin) or super().is_leaf_module(module, name)
+
+
 def _traceable_parts(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
     """The module with its graph, or else those of its children's parts that can be traced."""
     if not any(isinstance(child, _BatchNorm) for child in module.modules()) or isinstance(module, _BatchNorm):
         return
     try:
-        graph = LayerTracer().trace(module)
+        graph = _LayerTracer().trace(module)
     except Exception:  # the module's own code may raise anything when it is given proxies
         for child in module.children():
             yield from _traceable_parts(child)

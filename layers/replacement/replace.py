@@ -51,9 +51,9 @@ def replace_layers(
     module that calls layers.  Code that can't be traced, or does more than its graph tells, keeps its layers apart.
     Layers that have hooks or parametrizations, and values that are used twice, aren't fused.  No layer moves, and none
     changes beyond the swap: the module that calls them runs its code with a single call for neighbours.  It runs its
-    own code for any call that is unlike those that were traced, and calls neighbours one by one where one of them has
-    got a hook, another class or unusual options, or where no kernel takes the input.  Hooks of all modules at once
-    (``register_module_forward_hook``) don't see neighbours that are computed in one.
+    own code for any call that is unlike those that were traced, or when something that the code looked at has changed,
+    and calls neighbours one by one where one of them has got a hook, another class or unusual options, where a hook
+    listens to all modules (``register_module_forward_hook``), or where no kernel takes the input.
     """
     report = ReplacementReport()
     modules = unique_modules(model)
@@ -87,6 +87,7 @@ def _fuse(
         return _reason_to_keep_apart(layer) or _reason_not_selected(names_of[layer], layer, include, exclude)
 
     untraced = []
+    told: list[list[nn.Module]] = []
     for names, module in modules:
         if not is_searched(module):
             continue
@@ -98,7 +99,11 @@ def _fuse(
                 continue
             rows[layer] = replace(rows[layer], reason=f"{rows[layer].reason}; not fused: {reason}")
         hosts: dict[nn.Module, list[str]] = {}
-        for first, *others in fusion.chains:
+        for chain in fusion.chains:
+            if any(chain in (longer[: len(chain)], longer[-len(chain) :]) for longer in told):
+                continue  # the module around this one calls its layers, with one more
+            told.append(chain)
+            first, *others = chain
             with_them = ", ".join(names_of[layer][0] for layer in others) or "the functions behind it"
             rows[first] = replace(rows[first], replaced=True, reason=f"fused with {with_them}")
             for layer in others:

@@ -1,0 +1,235 @@
+"""Fused neighbours, and what people change afterwards: whatever it is, the module does what its code says now."""
+
+import copy
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.fusion import IMAGES, assert_same, batch, make, reasons
+from torch import Tensor, nn
+
+import fusednn
+
+FACTOR = 2.0
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * FACTOR
+
+
+class Base(nn.Module):
+    SLOPE = 1.5
+
+    def finish(self, x: Tensor, times: float = 1.0) -> Tensor:
+        return scaled(x) * times
+
+    @staticmethod
+    def shifted(x: Tensor) -> Tensor:
+        return torch.add(x, 1.0)
+
+
+class Patched(Base):
+    """Code that looks at everything that code looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.tail = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.others = nn.ModuleList([nn.Tanh(), nn.Sigmoid()])
+        self.function = F.elu
+        self.gain = 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm(self.conv(x)))
+        y = self.function(y) * self.SLOPE * self.gain
+        y = self.shifted(self.finish(y))
+        y = F.silu(self.tail(y))
+        for other in self.others:
+            y = other(y)
+        return y
+
+
+def other_forward(self: Any, x: Tensor) -> Tensor:
+    return self.conv(x) - self.norm(x)
+
+
+def other_helper(x: Tensor) -> Tensor:
+    return x - 5.0
+
+
+class Loud(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def _assign(place: str, name: str, value: object) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    def change(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+        setattr(model.get_submodule(place), name, value)
+
+    return change
+
+
+def _delete_and_assign(name: str, value: object) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    def change(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+        delattr(model, name)
+        setattr(model, name, value)
+
+    return change
+
+
+def _patch(place: object, name: str, value: object) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    return lambda _, patch: patch.setattr(place, name, value)
+
+
+def _bind(name: str, function: Callable[..., Tensor]) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    return lambda model, _: setattr(model, name, types.MethodType(function, model))
+
+
+def _hook(place: str, method: str) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    def change(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+        getattr(model.get_submodule(place), method)(
+            lambda *given: given[-1] * 2 if method.endswith("forward_hook") else None
+        )
+
+    return change
+
+
+HERE = sys.modules[__name__]
+CHANGES: dict[str, Callable[[nn.Module, pytest.MonkeyPatch], None]] = {
+    "forward of the class": _patch(Patched, "forward", other_forward),
+    "its code": _patch(Patched.forward, "__code__", other_forward.__code__),
+    "helper of a base class": _patch(Base, "finish", lambda self, x: x - 2),
+    "helper put before that of a base class": lambda _, patch: patch.setattr(
+        Patched, "finish", lambda self, x: x - 2, raising=False
+    ),
+    "code of a helper": _patch(Base.finish, "__code__", (lambda self, x, times=1.0: x - 2).__code__),
+    "default of a helper": _patch(Base.finish, "__defaults__", (4.0,)),
+    "static helper": _patch(Base, "shifted", staticmethod(lambda x: x - 2)),
+    "constant of the class": _patch(Base, "SLOPE", -1.0),
+    "forward of the instance": _bind("forward", other_forward),
+    "helper of the instance": _bind("finish", lambda self, x: x - 2),
+    "plain helper of the instance": _assign("", "finish", other_helper),
+    "constant of the instance": _assign("", "gain", -1.0),
+    "function of the instance": _assign("", "function", F.gelu),
+    "global function": _patch(HERE, "scaled", other_helper),
+    "code of a global function": _patch(scaled, "__code__", other_helper.__code__),
+    "global constant": _patch(HERE, "FACTOR", 7.0),
+    "global module": _patch(HERE, "F", types.SimpleNamespace(silu=torch.cos, elu=F.elu)),
+    "function of PyTorch": _patch(F, "silu", torch.cos),
+    "another function of PyTorch": _patch(torch, "add", torch.sub),
+    "builtin function": lambda _, patch: patch.setattr(HERE, "sorted", None, raising=False),
+    "function for a layer": _delete_and_assign("relu", F.hardtanh),
+    "lambda for a layer": _delete_and_assign("relu", lambda x: x - 1),
+    "function for a layer between": _delete_and_assign("norm", torch.cos),
+    "another layer": _assign("", "relu", nn.Tanh()),
+    "layer of the user's": _assign("", "relu", Loud()),
+    "forward of a layer": _assign("relu", "forward", torch.cos),
+    "forward of a layer's class": _patch(fusednn.layers.ReLU, "forward", lambda self, x: torch.cos(x)),
+    "stride": _assign("conv", "stride", (2, 2)),
+    "convolution by hand": lambda model, _: setattr(
+        model.conv, "_conv_forward", lambda x, weight, bias: F.conv2d(x, weight * 2, bias)
+    ),
+    "entry of a container": lambda model, _: model.tail.__setitem__(1, nn.Identity()),
+    "appended to a container": lambda model, _: model.tail.append(nn.Tanh()),
+    "forward of a container": _assign("tail", "forward", torch.cos),
+    "hook of a container": _hook("tail", "register_forward_hook"),
+    "entry of a list": lambda model, _: model.others.__setitem__(0, nn.Hardtanh()),
+    "appended to a list": lambda model, _: model.others.append(nn.Softplus()),
+    "hook of the module": _hook("", "register_forward_hook"),
+    "hook of a layer": _hook("norm", "register_forward_hook"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("copied", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_changed_after_it_was_fused(name: str, copied: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = make(Patched(), device).eval()
+    model = copy.deepcopy(stock)
+    found = reasons(model)
+    assert found["conv"] == "fused with norm, relu"
+    assert found["tail.0"] == "fused with tail.1"
+    if copied:
+        model = copy.deepcopy(model)
+    x = batch(*IMAGES, device=device)
+    before = stock(x)
+    torch.testing.assert_close(model(x), before)
+    if name == "forward of a layer's class":  # which stock doesn't have
+        stock = copy.deepcopy(stock)
+        stock.relu.__class__ = fusednn.layers.ReLU
+    for one in (stock, model):
+        CHANGES[name](one, monkeypatch)
+    expected = stock(x)
+    if name != "builtin function":
+        assert expected.shape != before.shape or not torch.allclose(expected, before)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_changes_before_it_is_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(Patched(), device).eval()
+    stock = copy.deepcopy(model)
+    fusednn.replace_layers(model, fuse=True)
+    monkeypatch.setattr(Base, "finish", lambda self, x: torch.cos(x))
+    torch._dynamo.reset()
+    x = batch(*IMAGES, device=device)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), stock(x))
+
+
+class Concatenates(nn.Module):
+    """As DenseNet's layers: it is given a tensor, or a list of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.remembers = False
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        if self.remembers:
+            print("kept")
+        parts = [x] if isinstance(x, Tensor) else x
+        return self.relu(self.norm(torch.cat(parts, 1)))
+
+
+def test_tensors_and_lists(device: str) -> None:
+    stock = make(Concatenates(), device).eval()
+    model = copy.deepcopy(stock)
+    assert reasons(model)["norm"] == "fused with relu"
+    x = batch(*IMAGES, device=device)
+    parts = [x[:, :1], x[:, 1:2], x[:, 2:]]
+    for given in (x, [x], parts, tuple(parts)):
+        torch.testing.assert_close(model(given), stock(given))
+    with pytest.raises(TypeError):
+        model(None)
+
+
+class Border(nn.Module):
+    """As RegNet's blocks: the last convolution lies in a container in a container, its activation outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.body = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), inner)
+        self.proj = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.proj(x) + self.body(x))
+
+
+def test_borders_of_containers_are_crossed(device: str) -> None:
+    stock = make(Border(), device)
+    model = copy.deepcopy(stock)
+    found = reasons(model)
+    assert found["body.1.0"] == "fused with body.1.1, act"
+    assert found["act"] == "fused into body.1.0"
+    assert found["proj.0"] == "fused with proj.1"
+    x = batch(*IMAGES, device=device)
+    assert_same(model, stock, x)
+    fusednn.restore_layers(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
