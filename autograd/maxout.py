@@ -108,7 +108,9 @@ def _expand(
     piece = torch.arange(pieces, device=g.device).view(-1, *[1] * (g.dim() - where))
     apart = torch.where(winner.unsqueeze(where) == piece, g.unsqueeze(where), 0)
     others = [d for d in range(apart.dim()) if d not in (dim, dim + 1)]
-    return apart.flatten(dim, dim + 1), apart.sum(others) if sums_bias else None
+    # Not flattened, for which batches of gradients have no rule.
+    together = apart.reshape(*g.shape[:dim], pieces * g.shape[dim], *g.shape[dim + 1 :])
+    return together, apart.sum(others) if sums_bias else None
 
 
 class Maximum(Function):
@@ -168,7 +170,7 @@ def _differentiable_gradients(
     if weight is not None:
         dx = (dz @ weight.flatten(0, 1)).view(*g.shape[:-1], weight.shape[2])
     if x is not None:
-        dw = (dz.t() @ x.reshape(len(dz), -1)).unflatten(0, (pieces, units))
+        dw = (dz.t() @ x.reshape(len(dz), -1)).view(pieces, units, -1)
     return dx, dw, db
 
 

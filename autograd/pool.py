@@ -195,7 +195,9 @@ class MaxPoolGradient(Function):
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
         anchor, code = ctx.saved_tensors
         indices = kernels.winner_indices(code, *ctx.arguments)
-        dg = gg.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+        # Not flattened, for which batches of gradients have no rule.
+        flat = (*indices.shape[:2], -1)
+        dg = gg.reshape(flat).gather(2, indices.view(flat)).view(indices.shape)
         return dg, torch.zeros_like(anchor), None, None, None, None
 
 

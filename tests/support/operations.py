@@ -4,16 +4,23 @@ The calls of layers, and of functions that ``torch.nn.functional`` lacks, are th
 are those that it has no need of.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fusednn import autograd
+from fusednn.commands.self_test import FUNCTIONS, Sample, layer_sample
+from fusednn.layers.twin import TWINS
 
+from .device import DEVICE
 from .samples import random_tensor
+from .standing import leaf
 
-__all__ = ["ARGUMENTS"]
+__all__ = ["ARGUMENTS", "OPERATIONS", "Operation"]
 
 # --- Functions that ``torch.nn.functional`` has too, by their arguments -----------------------------------------------
 
@@ -58,3 +65,115 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 ARGUMENTS: dict[str, dict[str, Any]] = {
     name: _SPECIAL.get(name, {"input": _X}) for name in autograd.__all__ if hasattr(F, name)
 }
+
+# --- Calls of everything, of which stock operators can say what is right ----------------------------------------------
+
+
+class Operation:
+    """A call with operands in ``dtype``, ours and of stock operators.  Nothing is left to chance: stock is given the
+    mask that ours draws.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float64, device: str = DEVICE) -> None:
+        self.name = name
+        sample = _SAMPLES[name]()
+        self.operands = [x.to(device, dtype if x.is_floating_point() else None) for x in sample.operands]
+        self.ours, self.stock = (
+            function.to(device, dtype) if isinstance(function, nn.Module) else function
+            for function in (sample.ours, sample.stock)
+        )
+        if sample.draw is not None:
+            self.stock = partial(sample.stock, sample.draw(self.ours, *self.operands))
+
+    def call(self, function: Callable[..., Any], operands: Sequence[Tensor]) -> Tensor:
+        """What ``function``, ours or stock, makes of operands, which may be others: always the same."""
+        torch.manual_seed(0)
+        result = function(*operands)
+        return result[0] if isinstance(result, tuple) else result
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf(operand) for operand in self.operands]
+
+
+def _layer(stock_class: type[nn.Module]) -> Sample:
+    """With a batch of two, so that checks stay cheap."""
+    sample = layer_sample(stock_class)
+    return sample._replace(operands=tuple(operand[:2] for operand in sample.operands))
+
+
+def _function(name: str, *operands: Tensor, **options: Any) -> Sample:
+    """A function that stock has too, with options, whose tensors are given in the dtype of the first operand."""
+
+    def call(function: Callable[..., Any], x: Tensor, *others: Tensor) -> Any:
+        given = {key: value.to(x) if isinstance(value, Tensor) else value for key, value in options.items()}
+        return function(x, *others, **given)
+
+    return Sample(partial(call, getattr(autograd, name)), partial(call, getattr(F, name)), operands)
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return random_tensor(shape, torch.float64, "cpu", seed)
+
+
+_LOGITS, _WEIGHTS = _normal(6, 5), torch.tensor([0.5, 1.0, 2.0, 0.0, 1.5])
+_TARGETS = torch.tensor([0, 3, 1, 1, 4, 2])
+_IMAGE, _FILTERS, _BIAS = _normal(2, 3, 6, 7), _normal(4, 3, 3, 3, seed=1), _normal(4, seed=2)
+
+
+def _conv_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.silu(F.conv2d(x, weight, bias) + residual)
+
+
+def _norm_act(x: Tensor, residual: Tensor, mean: Tensor, weight: Tensor, bias: Tensor, *, function: Any) -> Tensor:
+    """In evaluation."""
+    mean = mean.detach()
+    return function(x, mean, mean.abs() + 1, weight, bias, False, residual=residual, activation="silu")
+
+
+def _stock_norm_act(*operands: Any, residual: Tensor, activation: str) -> Tensor:
+    return getattr(F, activation)(F.batch_norm(*operands) + residual)
+
+
+#: What other options make of a function: another gradient, or another path to it.
+_VARIANTS: dict[str, Callable[[], Sample]] = {
+    "batch_norm_act in evaluation": lambda: Sample(
+        partial(_norm_act, function=autograd.batch_norm_act),
+        partial(_norm_act, function=_stock_norm_act),
+        (_normal(2, 3, 4, 5), _normal(2, 3, 4, 5, seed=1), *(_normal(3, seed=seed) for seed in (2, 3, 4))),
+    ),
+    "binary_cross_entropy_with_logits of weights": lambda: _function(
+        "binary_cross_entropy_with_logits", _LOGITS, _LOGITS.sigmoid(), pos_weight=_WEIGHTS, reduction="none"
+    ),
+    "conv_act_pool2d without pooling": lambda: Sample(
+        lambda x, w, b, residual: autograd.conv_act_pool2d(
+            x, w, b, activation="silu", residual=residual, pool_size=None
+        ),
+        _conv_act,
+        (_IMAGE, _FILTERS, _BIAS, _normal(2, 4, 4, 5, seed=3)),
+    ),
+    "cross_entropy of some": lambda: _function("cross_entropy", _LOGITS, _TARGETS, ignore_index=1),
+    "cross_entropy of weights": lambda: _function(
+        "cross_entropy", _LOGITS, _TARGETS, weight=_WEIGHTS, ignore_index=2, label_smoothing=0.2
+    ),
+    "cross_entropy of probabilities": lambda: _function(
+        "cross_entropy", _LOGITS, _LOGITS.flip(0).softmax(1), weight=_WEIGHTS, reduction="sum"
+    ),
+    "elu of another alpha": lambda: _function("elu", _LOGITS, alpha=0.3),
+    "gelu of tanh": lambda: _function("gelu", _LOGITS, approximate="tanh"),
+    "kl_div of logarithms": lambda: _function(
+        "kl_div", _LOGITS, _LOGITS.flip(0), log_target=True, reduction="batchmean"
+    ),
+    "max_pool2d of overlapping windows": lambda: _function("max_pool2d", _IMAGE, kernel_size=3, stride=1, padding=1),
+    "nll_loss of weights": lambda: _function("nll_loss", _LOGITS, _TARGETS, weight=_WEIGHTS, ignore_index=0),
+    "softmax of rows": lambda: _function("softmax", _normal(2, 3, 4), dim=0),
+}
+
+_SAMPLES: dict[str, Callable[[], Sample]] = {
+    **{stock_class.__name__: partial(_layer, stock_class) for stock_class in TWINS},
+    **{name: partial(functions.__getitem__, name) for functions in FUNCTIONS.values() for name in functions},
+    **_VARIANTS,
+}
+
+#: The names of what `Operation` can be made of: every layer that ``torch.nn`` has too, every function that it lacks,
+#: and some of them with other options.
+OPERATIONS = tuple(_SAMPLES)
