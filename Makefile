@@ -87,7 +87,7 @@ recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; t
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-interpreter test-stock test-thorough test-oldest test-oldest-torch test-gpu lint
+.PHONY: test test-interpreter test-stock test-compiled test-thorough test-oldest test-oldest-torch test-gpu lint
 test: lint test-interpreter test-stock ## lint, and the suite in both modes; needs no GPU
 
 test-interpreter: .venv/.complete
@@ -95,6 +95,10 @@ test-interpreter: .venv/.complete
 
 test-stock: .venv/.complete
 	TRITON_INTERPRET=0 $(call pytest,.venv,not thorough)
+
+# Compiled kernels are kept in .cache: the first run takes minutes longer.
+test-compiled: .venv/.complete ## tests of kernels, compiled, on the virtual GPU (tests/vgpu); needs gcc
+	FUSEDNN_VGPU=80 $(call pytest,.venv,(kernels or compiled) and not thorough)
 
 test-thorough: .venv/.complete .build/torchvision/.complete ## what `make test` leaves out for time
 	PYTHONPATH=.build/torchvision TRITON_INTERPRET=1 $(call pytest,.venv,thorough)

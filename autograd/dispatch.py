@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..kernels import AVAILABLE, INTERPRETING
+from ..kernels import AVAILABLE, WHERE
 from ..kernels.launch import memory_refusal
 
 __all__ = [
@@ -79,8 +79,7 @@ def takes_kernel(
     """
     refusal = refusal or _refusal(tensors, parameters, inplace, empty)
     if _observers:
-        where = "in Triton's interpreter" if INTERPRETING else "on the GPU"
-        choice = Choice(operation, refusal is None, refusal or f"kernel {where}")
+        choice = Choice(operation, refusal is None, refusal or f"kernel {WHERE}")
         for observer in _observers:
             observer(choice)
     return refusal is None

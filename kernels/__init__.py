@@ -22,12 +22,14 @@ from . import (
     softmax,
     standout,
 )
-from ._triton import AVAILABLE, INTERPRETING
+from ._triton import AVAILABLE, INTERPRETING, ON_CPU, WHERE
 from .launch import Configuration, shipped
 
 __all__ = [
     "AVAILABLE",
     "INTERPRETING",
+    "ON_CPU",
+    "WHERE",
     "Configuration",
     "activation",
     "batch_norm",

@@ -7,7 +7,7 @@ operators.
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["AVAILABLE", "INTERPRETED", "INTERPRETING", "libdevice", "tl", "triton"]
+__all__ = ["AVAILABLE", "INTERPRETED", "INTERPRETING", "ON_CPU", "WHERE", "libdevice", "tl", "triton"]
 
 
 class _Absent:
@@ -45,3 +45,16 @@ INTERPRETING: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
 
 #: The same, for branches inside device code.
 INTERPRETED = tl.constexpr(INTERPRETING)
+
+
+def _has_cpu_driver() -> bool:
+    """Whether Triton was given a driver whose device is the CPU.  Asking for the default one could start CUDA."""
+    driver = getattr(triton.runtime.driver, "_active", None)
+    return driver is not None and driver.get_active_torch_device().type == "cpu"
+
+
+#: True where kernels take CPU tensors: in the interpreter, or compiled for a driver whose device is the CPU.
+ON_CPU: bool = AVAILABLE and (INTERPRETING or _has_cpu_driver())
+
+#: Where kernels run, in words.
+WHERE = "in Triton's interpreter" if INTERPRETING else "on the CPU" if ON_CPU else "on the GPU"

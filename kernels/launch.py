@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ._triton import INTERPRETING, tl
+from ._triton import ON_CPU, tl
 
 __all__ = [
     "ACCUMULATOR",
@@ -125,14 +125,14 @@ def shipped(family: str | None = None) -> Iterator[Configuration]:
 
 
 class DeviceAssertionError(RuntimeError):
-    """An operand failed a kernel's check, in the interpreter.  A GPU reports it asynchronously, as CUDA errors are."""
+    """An operand failed a kernel's check, on the CPU.  A GPU reports it asynchronously, as CUDA errors are."""
 
 
 def launch(configuration: Configuration, programs: int, *arguments: Any) -> None:
     """Run ``programs`` programs on the device of the first argument.  No programs, no launch.
 
     ``arguments`` are the run-time arguments, in the order of the configuration's signature.  Raises
-    `DeviceAssertionError` in the interpreter where an operand fails the kernel's checks.
+    `DeviceAssertionError` on the CPU where an operand fails the kernel's checks.
     """
     if programs == 0:
         return
@@ -144,7 +144,7 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
                 **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords
             )
         except Exception as error:
-            checked = INTERPRETING and configuration.asserts
+            checked = ON_CPU and configuration.asserts
             if checked and isinstance(cause := _root_cause(error), AssertionError):
                 raise DeviceAssertionError(str(cause)) from None
             raise
@@ -153,7 +153,7 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
 def memory_refusal(tensor: torch.Tensor) -> str | None:
     """Why no kernel works on the memory of a plain tensor, by its device, layout and dtype, or None."""
     if tensor.device.type == "cpu":
-        if not INTERPRETING:
+        if not ON_CPU:
             return "CPU tensor"
     elif tensor.device.type != "cuda":
         return f"no kernels for {tensor.device.type} tensors"

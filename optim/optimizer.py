@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
-from ..kernels import AVAILABLE, INTERPRETING
+from ..kernels import AVAILABLE, WHERE
 from ..kernels.launch import memory_refusal
 from ..kernels.multi_tensor import Table
 from ..kernels.optimizer import ALGORITHMS, Counters, Operands, Penalty, Settings, Update
@@ -67,9 +67,8 @@ class GroupPath(NamedTuple):
 
 def explain(optimizer: FusedOptimizer) -> list[GroupPath]:
     """Which path the next ``optimizer.step()`` takes for each parameter group, given today's gradients, and why."""
-    where = "in Triton's interpreter" if INTERPRETING else "on the GPU"
     refusals = [optimizer._refusal(group) for group in optimizer.param_groups]
-    return [GroupPath(i, reason is None, reason or f"kernel {where}") for i, reason in enumerate(refusals)]
+    return [GroupPath(i, reason is None, reason or f"kernel {WHERE}") for i, reason in enumerate(refusals)]
 
 
 class FusedOptimizer(torch.optim.Optimizer):

@@ -1,33 +1,42 @@
 """Which tests run where.
 
-The suite runs twice on a machine without a GPU: with ``TRITON_INTERPRET=1``, where kernels run in the interpreter, and
-without, where CPU tensors take the stock path and kernels are compiled ahead of time.  On a GPU it runs once, on CUDA
-tensors.  Tests that have nothing to say in a mode are deselected, so that a skip always means something.
+The suite has three modes on a machine without a GPU: with ``TRITON_INTERPRET=1`` kernels run in the interpreter; with
+``FUSEDNN_VGPU=80`` (or 90) they run compiled, on the virtual GPU; with neither CPU tensors take the stock path, and
+kernels are compiled ahead of time.  On a GPU it runs once, on CUDA tensors.  Tests that have nothing to say in a mode
+are deselected, so that a skip always means something.
 """
 
 import pytest
 import torch
+import vgpu
+from support.compiled import ARCHITECTURE
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
 
-from fusednn.kernels import AVAILABLE, INTERPRETING
+from fusednn.kernels import AVAILABLE, INTERPRETING, WHERE
 
 _RUNS = {
     "kernels": KERNELS_RUN,
-    "compiles": AVAILABLE and not INTERPRETING,
+    "interpreter": INTERPRETING,
+    "compiled": bool(ARCHITECTURE),
+    "compiles": AVAILABLE and not INTERPRETING and not ARCHITECTURE,
     "gpu": ON_GPU,
     "stock": not KERNELS_RUN,
 }
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ARCHITECTURE and vgpu.MISSING:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=vgpu.MISSING))
+        return
     idle = [item for item in items if any(item.get_closest_marker(name) and not runs for name, runs in _RUNS.items())]
     config.hook.pytest_deselected(items=idle)
     items[:] = [item for item in items if item not in set(idle)]
 
 
 def pytest_report_header() -> str:
-    where = torch.cuda.get_device_name() if ON_GPU else "the interpreter" if KERNELS_RUN else "nowhere: stock path"
-    return f"fusednn kernels run on {where}"
+    where = f"run {WHERE}" if KERNELS_RUN else "don't run: stock path"
+    return f"fusednn kernels {where}{f', compiled for sm_{ARCHITECTURE}' if ARCHITECTURE else ''}"
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def _is_dear(family: Any, case: Any) -> bool:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("family", "case"),
     [

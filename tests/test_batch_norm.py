@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
-from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.device import FLOAT_DTYPES, KERNELS_RUN
 from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
@@ -34,7 +34,7 @@ if kernels.INTERPRETING:
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 needs_kernels = pytest.mark.kernels
-counts_traffic = [pytest.mark.kernels, pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")]
+counts_traffic = [pytest.mark.kernels, pytest.mark.interpreter]
 
 
 def mostly_thorough(values: Iterable[Any], usual: Container[Any]) -> list[Any]:
@@ -528,7 +528,7 @@ class TestBudget:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")
+@pytest.mark.interpreter
 def test_evaluation_moves_each_operand_once(device: str) -> None:
     x, gradient = (random_tensor(SHAPE, torch.float32, device, seed) for seed in (0, 1))
     unit = x.numel() * x.itemsize

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -292,7 +292,7 @@ BUDGETED = (32, 512)  # 8 whole tiles
 
 
 @needs_kernels
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 @few_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])

@@ -26,7 +26,7 @@ if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
-counts_bytes = pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+counts_bytes = pytest.mark.interpreter
 
 Options = dict[str, Any]
 

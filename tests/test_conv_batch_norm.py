@@ -24,7 +24,7 @@ if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
-counts_bytes = pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+counts_bytes = pytest.mark.interpreter
 
 Options = dict[str, Any]
 POOLS: list[Options] = [{}, {"pool_size": 2}, {"pool_size": 3, "pool_stride": 2, "pool_padding": 1}]

@@ -295,7 +295,7 @@ def test_autocast_computes_the_loss_in_float32(dtype: torch.dtype, device: str) 
             torch.testing.assert_close(ours, stock, **tolerance)
 
 
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [

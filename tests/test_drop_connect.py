@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.device import DEVICE, FLOAT_DTYPES, ON_GPU
+from support.device import DEVICE, FLOAT_DTYPES
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ def test_checkpoint_draws_the_same_mask(device: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 def test_no_mask_is_stored(device: str) -> None:
     x, weight, bias = (leaf(random_tensor(shape, torch.float32, device)) for shape in ((8, 128), (64, 128), (64,)))
     with measure_traffic() as forward, saved_tensors() as saved:

@@ -501,7 +501,7 @@ def test_sixteen_bits_decide_with_thirty_two(p: float, device: str) -> None:
 BUDGETED = (4, 16, 32, 16)  # 16 whole tiles
 
 
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["dropout", "dropout2d", *thorough("alpha_dropout", "feature_alpha_dropout")])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

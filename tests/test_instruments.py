@@ -10,8 +10,6 @@ from support import broken
 from support.samples import random_tensor
 from support.standing import check_against_stock
 
-from fusednn import kernels
-
 
 def faulty_relu(fault: str) -> partial:
     return partial(lambda x, fault: broken.FaultyReLU.apply(x, fault), fault=fault)
@@ -37,7 +35,7 @@ def test_standing_checks_see_a_broken_kernel(fault: str, complaint: str, device:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 def test_traffic_meter_sees_an_extra_pass(device: str) -> None:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
@@ -53,7 +51,7 @@ def test_traffic_meter_sees_an_extra_pass(device: str) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 def test_traffic_meter_sees_an_extra_launch(device: str) -> None:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
@@ -68,7 +66,7 @@ def test_traffic_meter_sees_an_extra_launch(device: str) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 def test_traffic_meter_sees_what_operators_change_in_place() -> None:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
@@ -124,7 +122,7 @@ def test_compile_check_sees_missing_tensor_cores_and_compiler_errors() -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not kernels.INTERPRETING, reason="about the interpreter")
+@pytest.mark.interpreter
 def test_compile_check_refuses_interpreted_functions() -> None:
     from fusednn.kernels.instruments.compile_check import compile_configuration
 

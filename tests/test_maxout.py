@@ -24,7 +24,7 @@ from fusednn.kernels.maxout import takes_fused, takes_fused_backward
 if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
-counts_bytes = pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+counts_bytes = pytest.mark.interpreter
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 _ops = torch.ops.fusednn
 

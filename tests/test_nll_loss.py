@@ -24,7 +24,7 @@ if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
-counts_traffic = pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+counts_traffic = pytest.mark.interpreter
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 

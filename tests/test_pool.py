@@ -45,7 +45,7 @@ every_window = pytest.mark.parametrize(
     "window", [*WINDOWS[:3], *(pytest.param(window, marks=pytest.mark.thorough) for window in WINDOWS[3:])], ids=str
 )
 needs_kernels = pytest.mark.kernels
-counts_bytes = pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+counts_bytes = pytest.mark.interpreter
 
 
 def pooling(function: Callable[..., Any], window: Options) -> Callable[[Tensor], Tensor]:

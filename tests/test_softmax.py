@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.device import FLOAT_DTYPES, ON_GPU
+from support.device import FLOAT_DTYPES
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -193,7 +193,7 @@ def test_softmax2d(device: str) -> None:
             layers.Softmax2d()(wrong)
 
 
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("shape", "dim", "layout"),
     [
@@ -223,7 +223,7 @@ def test_budget(name: str, shape: tuple[int, ...], dim: int, layout: torch.memor
         assert saved.bytes_beside(y) == 0
 
 
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 def test_lines_longer_than_the_registers_are_read_twice(device: str) -> None:
     for length, ahead, back in ((32768, 2, 5), (40000, 3, 5)):
         x = leaf(random_tensor((1, length), torch.float32, device))

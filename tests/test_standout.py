@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN, ON_GPU
+from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -109,7 +109,7 @@ def test_seeding_and_checkpoints(device: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_budget(dtype: torch.dtype, device: str) -> None:
     x = leaf(random_tensor((16, 2048), dtype, device))

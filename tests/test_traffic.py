@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.device import ON_GPU
 from support.samples import CASES, Case, random_tensor
 from support.standing import leaf
 from torch import Tensor
@@ -14,7 +13,7 @@ from fusednn.kernels.instruments.saved_tensors import saved_tensors
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(ON_GPU, reason="the traffic meter counts in the interpreter"),
+    pytest.mark.interpreter,
 ]
 
 if kernels.INTERPRETING:

@@ -45,7 +45,7 @@ def environment() -> dict[str, str | int | None]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "kernel configurations": sum(1 for _ in kernels.shipped()) if kernels.AVAILABLE else 0,
         "CUDA tensors": _cuda_path(cuda),
-        "CPU tensors": "kernels, in Triton's interpreter" if kernels.INTERPRETING else "stock operators",
+        "CPU tensors": f"kernels, {kernels.WHERE}" if kernels.ON_CPU else "stock operators",
     }
 
 

@@ -253,7 +253,7 @@ def _family(cls: type) -> str:
 def self_test(family: str | None = None, jobs: int = 1) -> list[Result]:
     """Test one family, or all: on the GPU, or in new processes with kernels interpreted if this one interprets none."""
     chosen = [family] if family is not None else families()
-    if kernels.INTERPRETING or torch.cuda.is_available():
+    if kernels.ON_CPU or torch.cuda.is_available():
         return [result for name in chosen for result in _test_family(name)]
     with interpreting_processes(min(jobs, len(chosen))) as processes:
         return [result for results in processes.map(_test_family, chosen) for result in results]
@@ -267,7 +267,7 @@ def _test_family(family: str) -> list[Result]:
 
 
 def _results(family: str) -> Iterator[Result]:
-    device = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETING else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not kernels.ON_CPU else "cpu"
     layers = {stock.__name__: partial(layer_sample, stock) for stock, twin in TWINS.items() if _family(twin) == family}
     functions = {name: partial(FUNCTIONS[family].__getitem__, name) for name in FUNCTIONS.get(family, {})}
     for (name, make), dtype in product({**layers, **functions}.items(), DTYPES):

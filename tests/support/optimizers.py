@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusednn import kernels, optim
+from fusednn import optim
 
 from .device import KERNELS_RUN
 from .pytorch_samples import OPTIMIZERS
@@ -17,7 +17,7 @@ NAMES = ["SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "Adamax", "NA
 
 every_info = pytest.mark.parametrize("info", OPTIMIZERS, ids=lambda info: info.name)
 every_name = pytest.mark.parametrize("name", NAMES)
-interpreted = pytest.mark.skipif(not kernels.INTERPRETING, reason="the traffic meter counts in the interpreter")
+interpreted = pytest.mark.interpreter
 
 #: One call of each algorithm of the kernels' table.
 CALLS: list[tuple[str, str, dict[str, Any]]] = [
