@@ -21,6 +21,7 @@ from ..kernels.pool import POINT, Pooled, Window, images
 from . import stock as F
 from .batch_norm import apply_activation, check_activation
 from .dispatch import in_low_precision, takes_kernel
+from .onednn import sound_convolution
 from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
 from .stock_gradients import stock_gradients
@@ -111,10 +112,11 @@ class ConvActPool(Function):
         dx, dw = None, None
         if x_needed or weight_needed:
             stride, padding, dilation, groups = convolution
-            dx, dw, _ = torch.ops.aten.convolution_backward(
-                *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
-                (x_needed, weight_needed, False),
-            )
+            with sound_convolution(weight, stride):
+                dx, dw, _ = torch.ops.aten.convolution_backward(
+                    *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
+                    (x_needed, weight_needed, False),
+                )
         return dx, dw, db if bias_needed else None, dz if residual_needed else None, None, None, None
 
 
@@ -138,10 +140,11 @@ class ConvStatistics(Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.convolution
-        dx, dw, db = torch.ops.aten.convolution_backward(
-            *(g, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups),
-            ctx.needs_input_grad[:3],
-        )
+        with sound_convolution(weight, stride):
+            dx, dw, db = torch.ops.aten.convolution_backward(
+                *(g, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups),
+                ctx.needs_input_grad[:3],
+            )
         return dx, dw, db, None
 
 

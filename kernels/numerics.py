@@ -88,7 +88,7 @@ def tanh(x):
     if INTERPRETED:
         # tanh|x| = -m / (2 + m) with m = expm1(-2|x|) in (-1, 0].
         m = expm1(-2 * tl.abs(x.to(tl.float64)))
-        return tl.where(x < 0, m / (2 + m), -m / (2 + m)).to(x.dtype)
+        return tl.where(x == 0, x, tl.where(x < 0, m / (2 + m), -m / (2 + m)).to(x.dtype))  # keeps -0
     return libdevice.tanh(x)
 
 

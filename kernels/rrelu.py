@@ -1,6 +1,6 @@
 """RReLU in training: leaky ReLU with a random slope for each element, regenerated in the backward pass.
 
-Saves one bit an element (whether it was positive) and the seed, where PyTorch saves the input and a tensor of slopes.
+Saves one bit an element (whether its slope is 1) and the seed, where PyTorch saves the input and a tensor of slopes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
+from .activation import leaky_relu_gradient
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
@@ -44,7 +44,7 @@ def slope_tile(
 def rrelu_forward_kernel(
     x_pointer,  # input, flat
     y_pointer,  # output, flat; may be the input
-    mask_pointer,  # packed bits: x > 0
+    mask_pointer,  # packed bits: not x <= 0
     seed_pointer,  # one int64
     numel: tl.int64,
     lower: tl.float64,
@@ -57,15 +57,16 @@ def rrelu_forward_kernel(
 
     x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
     slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
-    y = leaky_relu_value(x, slope, slope)
+    keeps = (x > 0) | (x != x)  # PyTorch draws a slope where x <= 0, unlike leaky ReLU not for NaN
+    y = tl.where(keeps, x, x * slope)
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
-    store_bits(mask_pointer, leaky_relu_keeps(x, slope, slope), tile_index, ROWS, COLUMNS)
+    store_bits(mask_pointer, keeps, tile_index, ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def rrelu_backward_kernel(
     g_pointer,  # gradient of the output, flat
-    mask_pointer,  # packed bits: x > 0
+    mask_pointer,  # packed bits: not x <= 0
     dx_pointer,  # gradient of the input, flat
     seed_pointer,  # the forward pass's
     numel: tl.int64,

@@ -15,11 +15,13 @@ from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednn
 from fusednn import autograd, kernels, layers
 from fusednn.autograd.batch_norm import ACTIVATION_FUNCTIONS
 from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.autograd.onednn import sound_convolution
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 
 if kernels.INTERPRETING:
@@ -80,7 +82,9 @@ def check(tensors: list[Tensor], *arguments: Any, **options: Any) -> None:
 
     theirs = stock(*tensors[:2], None, *arguments, **options)
     gradient = random_tensor(tuple(theirs.shape), theirs.dtype, theirs.device.type, seed=3)
-    check_against_stock(fixed(autograd.conv_act_pool2d), fixed(stock), tensors, gradient)
+    stride = arguments[0] if arguments else 1
+    with sound_convolution(tensors[1], (stride, stride)):
+        check_against_stock(fixed(autograd.conv_act_pool2d), fixed(stock), tensors, gradient)
     assert fixed(autograd.conv_act_pool2d)(*tensors).stride() == theirs.stride()
 
 
@@ -262,7 +266,34 @@ def test_single_kernel_on_any_convolution(seed: int, device: str, monkeypatch: p
         options["activation"] = "tanh"
     fixed = [lambda *t, f=f: f(*t[:2], t[2] if len(t) > 2 else None, *arguments, **options) for f in FUNCTIONS]
     gradient = random_tensor(tuple(fixed[1](x, *parameters).shape), torch.float32, device, seed=3)
-    check_against_stock(*fixed, [LAYOUTS["channels_last"](x), *parameters], gradient)
+    with sound_convolution(parameters[0], arguments[0]):
+        check_against_stock(*fixed, [LAYOUTS["channels_last"](x), *parameters], gradient)
+
+
+class OneDNNInBackward(TorchDispatchMode):
+    """Records whether oneDNN may compute each gradient of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed: list[bool] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.convolution_backward.default:
+            self.allowed.append(bool(torch.backends.mkldnn.enabled))
+        return function(*args, **(kwargs or {}))
+
+
+@needs_kernels
+def test_filters_that_skip_pixels_stay_off_onednn(device: str) -> None:
+    x, weight, bias = (leaf(t) for t in operands(torch.float32, device, kernel=(1, 2)))
+    allowed = []
+    for stride in ((1, 1), (1, 2), (2, 1), (1, 3)):
+        y = autograd.conv_act_pool2d(x, weight, bias, stride)
+        with OneDNNInBackward() as mode:
+            y.sum().backward()
+        allowed += mode.allowed
+    assert allowed == [True, True, device != "cpu", device != "cpu"]
+    assert torch.backends.mkldnn.enabled
 
 
 FUNCTIONS = (autograd.conv_act_pool2d, stock)
