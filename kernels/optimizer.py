@@ -427,7 +427,7 @@ def store_weights(
 def update_tile(
     addresses,
     place,
-    of_gradient,  # factor, limit, and weight decay: what makes the gradient used of that given
+    of_gradient,  # factor, limit, weight decay: what makes the gradient used of that given; and what only unscales it
     of_weight,  # factor that decays weights, threshold and factor of the penalty, share in the average
     coefficients,
     UPDATE: tl.constexpr,
@@ -435,6 +435,7 @@ def update_tile(
     MASTER: tl.constexpr,
     AVERAGE: tl.constexpr,
     PENALTY: tl.constexpr,
+    UNSCALES: tl.constexpr,
     COMPUTE: tl.constexpr,
     ELEMENTS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -446,7 +447,9 @@ def update_tile(
     for i in tl.static_range(STATES):
         states = states + (load_operand(addresses[2 + i], place, COMPUTE, ELEMENTS[2 + i], WIDE),)  # type: ignore[assignment]  # noqa: RUF005
 
-    factor, limit, weight_decay = of_gradient
+    factor, limit, weight_decay, inverse_scale = of_gradient
+    if UNSCALES:
+        store_operand(addresses[1], place, g * inverse_scale, ELEMENTS[1], WIDE)
     g = g * factor
     g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays
     g = tl.where(weight_decay != 0, g + weight_decay * w, g)
@@ -497,6 +500,7 @@ def update_kernel(
     MASTER: tl.constexpr,  # column of the master weights, 0 where there are none
     AVERAGE: tl.constexpr,  # column of the average, 0 where there is none
     PENALTY: tl.constexpr,
+    UNSCALES: tl.constexpr,  # whether gradients are left divided by the scale
     COMPUTE: tl.constexpr,
     ELEMENTS: tl.constexpr,  # type of each column: parameter, gradient, states, master weights, average
     COLUMNS: tl.constexpr,
@@ -527,6 +531,7 @@ def update_kernel(
         tl.load(settings_pointer + _SIGN) * clip / scale,
         tl.load(settings_pointer + _CLIP_VALUE),
         tl.load(settings_pointer + _WEIGHT_DECAY),
+        1 / scale,
     )
     average_share = lr
     if AVERAGE:
@@ -560,6 +565,7 @@ def update_kernel(
                 MASTER,
                 AVERAGE,
                 PENALTY,
+                UNSCALES,
                 COMPUTE,
                 ELEMENTS,
                 True,
@@ -577,6 +583,7 @@ def update_kernel(
                     MASTER,
                     AVERAGE,
                     PENALTY,
+                    UNSCALES,
                     COMPUTE,
                     ELEMENTS,
                     False,
@@ -634,6 +641,7 @@ def _update(
     penalty: Penalty = Penalty.NONE,
     master: bool = False,
     averaged: bool = False,
+    unscales: bool = False,
 ) -> Configuration:
     row = ALGORITHMS[name]
     states = len(row.states)
@@ -641,12 +649,13 @@ def _update(
     columns = [parameter, gradient, *[state] * states, *[compute] * (master + averaged)]
     types = " ".join(dict.fromkeys(TRITON_TYPE[dtype] for dtype in (parameter, gradient, *[state] * bool(states))))
     options = [*([f"penalty on {penalty.name.lower()}"] if penalty else []), *["master"] * master]
+    options += [*["average"] * averaged, *["unscaling"] * unscales]
     threads = 2 * threads_for(compute)
     # A thread's 128-bit accesses to a tile, over the columns that it reads or writes.
     late = averaged and penalty is Penalty.GROUPS
     wide = [TILE * dtype.itemsize // 16 // threads for dtype in columns]
     return Configuration(
-        label=" + ".join([f"{name} {types}", *options, *["average"] * averaged]),
+        label=" + ".join([f"{name} {types}", *options]),
         kernel=update_kernel,
         signature=(
             ("table_pointer", "*i64"),
@@ -667,6 +676,7 @@ def _update(
             ("MASTER", 2 + states if master else 0),
             ("AVERAGE", len(columns) - 1 if averaged else 0),
             ("PENALTY", int(penalty)),
+            ("UNSCALES", unscales),
             ("COMPUTE", COMPUTE[compute]),
             ("ELEMENTS", tuple(_ELEMENT[dtype] for dtype in columns)),
             ("COLUMNS", len(columns)),
@@ -675,7 +685,7 @@ def _update(
         threads=threads,
         # The parameter isn't read where it has a master copy; the average waits for the penalty on groups.
         wide_loads=sum(wide) - wide[0] * master - wide[-1] * late,
-        wide_stores=sum(wide) - wide[1] - wide[-1] * late,
+        wide_stores=sum(wide) - wide[1] * (not unscales) - wide[-1] * late,
     )
 
 
@@ -718,6 +728,7 @@ def configurations() -> Iterator[Configuration]:
         yield _update(name, torch.float32, torch.float32, torch.float32, Penalty.ELEMENTS, averaged=True)
         yield _update(name, torch.float32, torch.float32, torch.float32, Penalty.GROUPS, averaged=True)
         yield _update(name, torch.bfloat16, torch.bfloat16, torch.float32, master=True)
+        yield _update(name, torch.float32, torch.float32, torch.float32, unscales=True)
     for dtype in DTYPES:
         yield _squares(4, dtype)
 
@@ -731,9 +742,13 @@ class Operands:
     states: Sequence[Sequence[Tensor]] = ()
     masters: Sequence[Tensor] | None = None
     averages: Sequence[Tensor] | None = None
+    unscales: bool = False  # whether gradients are left divided by their scale
 
     def written(self) -> list[Tensor]:
-        return [tensor for column in self._columns() if column is not self.gradients for tensor in column]
+        return [tensor for column in self._columns() if self.writes(column) for tensor in column]
+
+    def writes(self, column: Sequence[Tensor]) -> bool:
+        return self.unscales or column is not self.gradients
 
     def _columns(self) -> Iterator[Sequence[Tensor]]:
         yield self.parameters
@@ -780,12 +795,11 @@ class Update:
             penalty,
             operands.masters is not None,
             operands.averages is not None,
+            operands.unscales,
         )
         self._flat = FlatOperands(operands.parameters, rows=penalty is Penalty.GROUPS)
         self._bases, scalars, self._device_scalars = _relative(counters, self._tensors)
-        columns = [
-            self._flat.addresses(column, written=column is not operands.gradients) for column in operands._columns()
-        ]
+        columns = [self._flat.addresses(column, written=operands.writes(column)) for column in operands._columns()]
         elements, chunks, groups = _extents(operands.parameters, penalty)
         programs = table.programs(elements, chunks)
         rows = [np.array(settings).view(np.int64), *columns, elements, chunks, groups, *scalars, programs]

@@ -63,9 +63,10 @@ class RMSprop(FusedOptimizer, optim.RMSprop):
 
     options: ClassVar[Mapping[str, Any]] = {**OPTIONS, "nesterov": False}
 
-    def _set_options(self, given: Mapping[str, Any]) -> None:
-        super()._set_options(given)
-        if any(group.get("nesterov") and not group["momentum"] > 0 for group in self.param_groups):
+    @classmethod
+    def _check_group(cls, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        if group.get("nesterov") and not group.get("momentum", 0) > 0:
             raise ValueError("Nesterov momentum requires a momentum")
 
     @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -89,7 +90,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             decay of an exponential one, in [0, 1).  `averaged_parameters` swaps it in.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters, and float32 state, in the state.
 
-    Raises ValueError where one of them is out of its range, or the step is to be ``differentiable``.
+    Raises ValueError where one of them is out of its range, or the step is to be ``differentiable``: wherever it is
+    given, to the constructor, with a group, in a state that is loaded, and by the step where a group was changed.
 
     Sources: Parikh and Boyd, "Proximal Algorithms" (2014); Yuan and Lin, "Model selection and estimation in regression
     with grouped variables" (2006); Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging"
@@ -123,6 +125,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Update the parameters; ``closure``, if given, first evaluates the loss anew, which is returned."""
         if "_swapped" in self.__dict__:
             raise RuntimeError("the averaged parameters are swapped in: leave averaged_parameters() before a step")
+        for group in self.param_groups:
+            self._check_group(group)
         if all("capturable" in group for group in self.param_groups):
             _check_capture(self)
         loss = None
@@ -169,8 +173,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether stock's fused CPU kernels would be called, which are wrong for some 16-bit types and strides."""
         return bool(group.get("fused")) and any(parameter.device.type == "cpu" for parameter in _with_gradients(group))
 
-    def _has_options(self, group: Group) -> bool:
-        return any(group.get(name, nothing) != nothing for name, nothing in self.options.items())
+    @classmethod
+    def _has_options(cls, group: Mapping[str, Any]) -> bool:
+        return any(group.get(name, nothing) != nothing for name, nothing in cls.options.items())
 
     def _make_state(self, group: Group) -> None:
         """Let stock make the state that its step would make, with the checks that it then does."""
@@ -258,6 +263,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             [memory([state[key] for state in own]) for key in ALGORITHMS[recipe.algorithm].states],
             memory([state["master"] for state in own]) if has_master(group, parameters[0]) else None,
             memory([state["average"] for state in own]) if averaged else None,
+            unscales=scale is not None,
         )
         numbers, on_device = _split_numbers(
             lr=group["lr"],
@@ -288,7 +294,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             counts = [state["averages"] for state in own]
             torch._foreach_add_(counts, _one(found_inf, counts[0]))
             averages = torch.stack(counts).double()
-        wrapped = [tensor for tensor in (*parameters, *_tensors(own)) if _is_distributed(tensor)] if distributed else []
+        written = [*parameters, *_tensors(own), *(batch.gradients if operands.unscales else ())] if distributed else []
+        wrapped = [tensor for tensor in written if _is_distributed(tensor)]
         return _Launch(group, device, update, lr, on_device, averages, wrapped)
 
     # --- Kernel or stock ---------------------------------------------------------------------------------------------
@@ -297,7 +304,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Why the kernels don't take a group, or None."""
         if not AVAILABLE:
             return "Triton is not installed"
-        if group.get("differentiable"):
+        if group.get("differentiable", False) is not False:  # to stock, anything else is an error, or True
             return "differentiable"
         parameters = _with_gradients(group)
         if not parameters:
@@ -316,10 +323,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             accepted[id(group)] = traits
         if group.get("capturable") and parameters[0].device.type == "cpu":
             return "capturable is for GPUs"
-        for value in (group["lr"], *recipe):
-            if isinstance(value, Tensor) and (value.numel() != 1 or type(value) not in _PLAIN_TYPES):
-                return "a hyperparameter is not one number"
-        return None
+        numbers = {"lr": group["lr"], **recipe._asdict()}
+        del numbers["algorithm"]
+        refusals = (_number_refusal(value, parameters[0].device) for value in numbers.values())
+        return next(filter(None, refusals), None)
 
     def _state_refusal(self, group: Group, recipe: Recipe, parameter: Tensor) -> str | None:
         """Why the kernels don't take a parameter's gradient and state beside it, or None."""
@@ -355,21 +362,25 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling, and skipping the step, to us."""
-        stock: bool = self.__dict__.get("_step_supports_amp_scaling", False)
+        """Whether a GradScaler leaves unscaling, and skipping the step, to us: as with stock where ``fused=True``.
+
+        The float16 gradients of master weights are taken in any case: a GradScaler refuses to unscale them.
+        """
+        fused: bool = self.__dict__.get("_step_supports_amp_scaling", False)
         groups = [group for group in self.param_groups if _with_gradients(group)]
+        if not fused:
+            halves = [(group, p) for group in groups for p in _with_gradients(group) if p.grad.dtype is torch.float16]
+            if not halves or not all(has_master(group, p) for group, p in halves):
+                return False
         for group in groups:
-            parameters = _with_gradients(group)
             if self._refusal(group) is not None:
-                if not stock or self._bypasses_fused(group) or self._has_options(group):
+                if not fused or self._bypasses_fused(group) or self._has_options(group):
                     return False
-            elif not stock and any(p.grad.dtype is torch.float16 and not has_master(group, p) for p in parameters):
-                return False  # stock's error follows: there would be no telling small gradients from zeros
             elif group.get("dampening") and any(
-                self.state.get(p, {}).get("momentum_buffer") is None for p in parameters
+                self.state.get(p, {}).get("momentum_buffer") is None for p in _with_gradients(group)
             ):
                 return False  # whether the next step is the first, which isn't dampened, only the device would know
-        return bool(groups) or stock
+        return True
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -377,30 +388,56 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # --- State -------------------------------------------------------------------------------------------------------
 
-    def _set_options(self, given: Mapping[str, Any]) -> None:
-        """Make options of ours defaults; those that ask for nothing leave no trace in ``defaults`` and groups."""
-        given = {name: value for name, value in given.items() if value != self.options[name]}
-        check_options(given)
-        self.defaults.update(given)
-        self._complete_groups()
-        if any(group.get("differentiable") and self._has_options(group) for group in self.param_groups):
-            raise ValueError("a differentiable step has none of: " + ", ".join(self.options))
+    @classmethod
+    def _check_group(cls, group: Mapping[str, Any]) -> None:
+        """Raise ValueError where a group's options of ours have no meaning."""
+        check_options(group)
+        if group.get("differentiable") and cls._has_options(group):
+            raise ValueError("a differentiable step has none of: " + ", ".join(cls.options))
 
-    def _complete_groups(self) -> None:
-        for group in self.param_groups:
-            for name in self.options:
-                if name in self.defaults:
-                    group.setdefault(name, self.defaults[name])
+    def _set_options(self, given: Mapping[str, Any]) -> None:
+        """Make options of ours defaults, of groups too that have none of their own.
+
+        Those that ask for nothing leave no trace in ``defaults``.
+        """
+        for name, value in given.items():
+            known = name in self.defaults
+            followers = [
+                group
+                for group in self.param_groups
+                if name not in group or (known and group[name] == self.defaults[name])
+            ]
+            for options in (self.defaults, *followers):
+                if value == self.options[name]:
+                    options.pop(name, None)
+                else:
+                    options[name] = value
+
+    def _with_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group with the defaults of options that it hasn't."""
+        return {**{name: self.defaults[name] for name in self.options if name in self.defaults}, **group}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As stock's, which see.  Raises ValueError where an option is out of its range."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._complete_groups()
+        for group in self.param_groups:
+            group.update(self._with_options(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, ours or stock's.  Unlike stock's, float32 state beside master weights stays float32."""
+        """Load a state, ours or stock's.  Unlike stock's, float32 state beside master weights stays float32.
+
+        Raises ValueError, before anything is changed, where an option of a group is out of its range.
+        """
         final: dict[str, Any] = {}
 
         def keep(_: Any, loaded: dict[str, Any]) -> None:
+            for group in loaded["param_groups"]:
+                self._check_group(self._with_options(group))
             final.update(loaded)
 
         def restore(_: Any) -> None:
@@ -501,6 +538,8 @@ def _constructor(stock: type[torch.optim.Optimizer], options: Mapping[str, Any])
         check_options(given)
         stock.__init__(self, *arguments, **keywords)
         self._set_options(given)
+        for group in self.param_groups:
+            self._check_group(group)
 
     signature = inspect.signature(stock.__init__)
     ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options.items()]
@@ -629,6 +668,17 @@ def _sum_over_mesh(sums: Tensor, like: Any) -> Tensor:
     total = module.DTensor.from_local(sums.sum().reshape(1), like.device_mesh, placements, run_check=False)
     everywhere: Tensor = total.full_tensor()
     return everywhere
+
+
+def _number_refusal(value: Any, device: torch.device) -> str | None:
+    """Why the kernels don't take a hyperparameter, or None: of what isn't plainly a number stock is asked."""
+    if type(value) in (float, int):
+        return None if -inf < value < inf else "a hyperparameter is not finite"
+    if type(value) is not Tensor:
+        return f"a hyperparameter is a {type(value).__name__}"
+    if value.dim() or value.dtype not in (torch.float32, torch.float64) or value.requires_grad:
+        return "a hyperparameter is not a plain tensor of one number"
+    return None if value.device.type == "cpu" or value.device == device else "a hyperparameter is on another device"
 
 
 def _tensor_refusal(tensor: Any) -> str | None:

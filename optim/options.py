@@ -5,8 +5,10 @@ The kernels do all of it on the way; groups that they don't take get it from `pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,15 +30,36 @@ OPTIONS: dict[str, Any] = {
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError where an option of ours has no meaning."""
-    for name in ("clip_norm", "clip_value"):
-        if options.get(name) is not None and not options[name] > 0:
+    for name, has_meaning in _MEANINGS.items():
+        if name in options and not has_meaning(options[name]):
             raise ValueError(f"Invalid {name} value: {options[name]}")
-    for name in ("l1", "l2", "group_lasso"):
-        if not options.get(name, 0.0) >= 0:
-            raise ValueError(f"Invalid {name} value: {options[name]}")
-    averaging = options.get("averaging")
-    if averaging not in (None, "mean") and not (isinstance(averaging, (int, float)) and 0 <= averaging < 1):
-        raise ValueError(f"Invalid averaging value: {averaging}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the host knows its value, and it isn't a yes or no."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (_is_number(value) and value > 0)
+
+
+def _is_strength(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < inf
+
+
+def _is_averaging(value: Any) -> bool:
+    return value is None or (value == "mean" if isinstance(value, str) else _is_number(value) and 0 <= value < 1)
+
+
+_MEANINGS: dict[str, Callable[[Any], bool]] = {
+    "clip_norm": _is_limit,
+    "clip_value": _is_limit,
+    "l1": _is_strength,
+    "l2": _is_strength,
+    "group_lasso": _is_strength,
+    "averaging": _is_averaging,
+}
 
 
 def wants(group: Mapping[str, Any], name: str) -> Any:

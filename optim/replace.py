@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .optimizer import TWINS, FusedOptimizer
+from .options import check_options
 
 __all__ = ["replace"]
 
@@ -19,23 +20,28 @@ def replace(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
     Its parameter groups, state and hooks stay, and so does its identity: learning-rate schedulers and GradScalers that
     know it go on with it.  ``options`` are the keywords of ours that the twin is to have.
 
-    Raises TypeError where the optimizer's class, taken exactly, has no twin, or lacks an option; ValueError where
-    ``step`` is overridden on the instance, or an option is out of its range.
+    Where one of them can't be had nothing is changed.  Raises TypeError where the optimizer's class, taken exactly, has
+    no twin, or lacks an option; ValueError where ``step`` is overridden on the instance, or an option is out of its
+    range.
     """
+    twin = type(optimizer) if isinstance(optimizer, FusedOptimizer) else TWINS.get(type(optimizer))
+    if twin is None:
+        raise TypeError(f"{type(optimizer).__name__} has no fusednn twin")
+    if unknown := [name for name in options if name not in twin.options]:
+        raise TypeError(f"{twin.__name__} has no option {', '.join(unknown)}")
+    check_options(options)
+    for group in optimizer.param_groups:
+        twin._check_group({**options, **group})
     if not isinstance(optimizer, FusedOptimizer):
-        if type(optimizer) not in TWINS:
-            raise TypeError(f"{type(optimizer).__name__} has no fusednn twin")
-        scheduled = optimizer.__dict__.pop("step", None)
+        scheduled = optimizer.__dict__.get("step")
         if scheduled is not None and not hasattr(scheduled, "_wrapped_by_lr_sched"):
-            optimizer.__dict__["step"] = scheduled
             raise ValueError("step is overridden on the instance")
-        optimizer.__class__ = TWINS[type(optimizer)]
+        optimizer.__dict__.pop("step", None)
+        optimizer.__class__ = twin
         optimizer._patch_step_function()
         if scheduled is not None:
             _tell_schedulers(optimizer)
     assert isinstance(optimizer, FusedOptimizer)
-    if unknown := [name for name in options if name not in optimizer.options]:
-        raise TypeError(f"{type(optimizer).__name__} has no option {', '.join(unknown)}")
     optimizer._set_options(options)
     return optimizer
 

@@ -1,6 +1,7 @@
 """What the optimizers do beyond stock's: clipping, penalties, averages, master weights."""
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -156,14 +157,88 @@ def test_rmsprop_with_nesterov_momentum(centered: bool, device: str) -> None:
         optim.RMSprop(mine, nesterov=True)
 
 
+# --- What has no meaning ----------------------------------------------------------------------------------------------
+
+_MEANINGLESS = {
+    "clip_norm": [0.0, -1.0, float("nan"), True, "1"],
+    "clip_value": [0, -1.0],
+    "l1": [-1.0, float("inf"), torch.tensor(0.1), None],
+    "l2": [-1e-9],
+    "group_lasso": [-1.0],
+    "averaging": [1.0, -0.1, 2.0, "median", False, torch.tensor([0.5, 0.5])],
+}
+
+
+def _doors(name: str, value: Any) -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    """Each way that an option's value enters: what it is called, the optimizer if there is one, and the call."""
+
+    def weight() -> nn.Parameter:
+        parameter = nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        return parameter
+
+    yield "constructor", None, lambda: optim.SGD([weight()], lr=0.1, **{name: value})
+    yield "group", None, lambda: optim.SGD([{"params": [weight()], name: value}], lr=0.1)
+    ours = optim.SGD([weight()], lr=0.1)
+    yield "add_param_group", ours, lambda: ours.add_param_group({"params": [weight()], name: value})
+    loaded = optim.SGD([weight()], lr=0.1)
+    state = loaded.state_dict()
+    state["param_groups"][0] |= {name: value, "lr": 7.0}
+    yield "load_state_dict", loaded, lambda: loaded.load_state_dict(state)
+    assigned = optim.SGD([weight()], lr=0.1)
+    assigned.param_groups[0][name] = value
+    yield "step", assigned, assigned.step
+    for again in (torch.optim.SGD([weight()], lr=0.1), optim.SGD([weight()], lr=0.1)):
+        yield "replace", again, lambda again=again: optim.replace(again, **{name: value})
+    stock = torch.optim.SGD([{"params": [weight()], name: value}], lr=0.1)
+    yield "replace a group", stock, lambda: optim.replace(stock, l1=0.1)
+
+
+def _facts(optimizer: Any) -> Any:
+    """All that a call might have changed."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    weights = [p.tolist() for group in optimizer.param_groups for p in group["params"]]
+    return type(optimizer), repr((optimizer.defaults, groups, weights, sorted(optimizer.__dict__)))
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"clip_norm": 0.0}, {"clip_value": -1.0}, {"l1": -1.0}, {"averaging": 1.0}, {"averaging": "median"}],
-    ids=str,
+    ("name", "value"), [(name, value) for name, values in _MEANINGLESS.items() for value in values]
 )
-def test_options_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Invalid"):
-        optim.Adam([nn.Parameter(torch.ones(3))], **options)
+def test_options_without_meaning_change_nothing(name: str, value: Any) -> None:
+    for door, optimizer, enter in _doors(name, value):
+        before = None if optimizer is None else _facts(optimizer)
+        with pytest.raises(ValueError, match=f"Invalid {name} value"):
+            enter()
+        assert optimizer is None or _facts(optimizer) == before, door
+
+
+def test_nesterov_without_momentum_in_a_group() -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    with pytest.raises(ValueError, match="Nesterov momentum"):
+        optim.RMSprop([{"params": weights[:1], "nesterov": True}])
+    ours = optim.RMSprop(weights[:1], momentum=0.9, nesterov=True)
+    with pytest.raises(ValueError, match="Nesterov momentum"):
+        ours.add_param_group({"params": weights[1:], "momentum": 0.0})
+    assert len(ours.param_groups) == 1
+    ours.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(ValueError, match="Nesterov momentum"):
+        ours.step()
+    stock = torch.optim.RMSprop(weights)
+    with pytest.raises(ValueError, match="Nesterov momentum"):
+        optim.replace(stock, nesterov=True)
+    assert type(stock) is torch.optim.RMSprop
+
+
+def test_replacing_again_changes_what_groups_follow() -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    groups = [{"params": weights[:1]}, {"params": weights[1:2], "l1": 0.5}, {"params": weights[2:], "l1": 0.0}]
+    ours = optim.replace(torch.optim.SGD(groups), l1=0.1)
+    assert [group["l1"] for group in ours.param_groups] == [0.1, 0.5, 0.0]
+    optim.replace(ours, l1=0.2)
+    assert [group["l1"] for group in ours.param_groups] == [0.2, 0.5, 0.0]
+    optim.replace(ours, l1=0.0)
+    assert [group.get("l1") for group in ours.param_groups] == [None, 0.5, 0.0]
+    assert "l1" not in ours.defaults
 
 
 def test_options_survive_a_stock_state_dict(device: str) -> None:

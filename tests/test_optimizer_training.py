@@ -4,10 +4,13 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from itertools import product
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from support.device import KERNELS_RUN, ON_GPU
@@ -190,6 +193,112 @@ def test_reasons(device: str) -> None:
     assert optim.explain(ours)[0].reason == "differentiable"
 
 
+class _Annotated(Tensor):
+    pass
+
+
+#: Values that PyTorch takes for a number, or not, by their type, and by what it then does with them.
+_ODD_NUMBERS = {
+    "yes": True,
+    "fraction": Fraction(1, 8),
+    "NumPy's": np.float32(0.1),
+    "infinite": float("inf"),
+    "text": "0.1",
+    "missing": None,
+    "complex": 0.1j,
+    "one in a row": torch.tensor([0.1]),
+    "two": torch.tensor([0.1, 0.2]),
+    "integer": torch.tensor(1),
+    "rounded": torch.tensor(0.1, dtype=torch.bfloat16),
+    "with a gradient": torch.tensor(0.1, requires_grad=True),
+    "parameter": nn.Parameter(torch.tensor(0.1)),
+    "subclass": torch.tensor(0.1).as_subclass(_Annotated),
+    "elsewhere": torch.tensor(0.1, device="meta"),
+}
+
+
+@every_name
+def test_odd_hyperparameters_are_stocks_to_judge(name: str, device: str) -> None:
+    """What isn't plainly a number: the same result as stock's, or its error."""
+    options = getattr(torch.optim, name)(parameters([(1,)], torch.float32, device)).defaults
+    options.pop("initial_accumulator_value", None)  # of the constructor
+    keys = [key for key, value in options.items() if isinstance(value, float | int) and not isinstance(value, bool)]
+    for key, (odd, value) in product([*keys, *["betas"] * ("betas" in options)], _ODD_NUMBERS.items()):
+        outcomes = []
+        for module in (optim, torch.optim):
+            (p,) = mine = parameters([(4,)], torch.float32, device)
+            p.grad = torch.ones_like(p)
+            optimizer = getattr(module, name)(mine)
+            optimizer.param_groups[0]["foreach"] = False
+            optimizer.param_groups[0][key] = (value, 0.9) if key == "betas" else value
+            try:
+                for _ in range(2):
+                    optimizer.step()
+                outcomes.append((None, p.detach()))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+            if module is optim and KERNELS_RUN and not isinstance(outcomes[-1][1], str):
+                assert optim.explain(optimizer)[0].reason.startswith("a hyperparameter is"), (key, odd)
+        (ours, result), (stock, expected) = outcomes
+        assert ours is stock, (key, odd, outcomes)
+        if stock is None:
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.kernels
+def test_reasons_for_odd_state(device: str) -> None:
+    """State that users, or other tools, put there."""
+    odd = {
+        "a negated view": lambda x: torch.conj(torch.complex(x, -x)).imag,
+        "no kernel for torch.int64": lambda x: torch.zeros(x.shape, dtype=torch.int64, device=x.device),
+        "_Annotated is not a plain tensor": lambda x: x.as_subclass(_Annotated),
+    }
+    for reason, make in odd.items():
+        results = []
+        for module in (optim, torch.optim):
+            (p,) = mine = parameters([(4,)], torch.float32, device)
+            p.grad = torch.ones_like(p)
+            optimizer = module.SGD(mine, lr=0.5, momentum=0.5)
+            optimizer.state[p]["momentum_buffer"] = make(torch.ones(4, device=device))
+            if module is optim:
+                assert optim.explain(optimizer)[0].reason == reason
+            try:
+                optimizer.step()
+                results.append((None, p.detach()))
+            except Exception as error:
+                results.append((type(error), str(error)))
+        assert results[0][0] is results[1][0]
+        if results[0][0] is None:
+            torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups_that_disagree(dtype: torch.dtype, device: str) -> None:
+    """About momentum, one another's dtype, and who decays: each has its own update, and both have one norm."""
+    results = []
+    for module in (optim, torch.optim):
+        mine = [*parameters([(5,)], torch.float32, device), *parameters([(3, 2), (4,)], dtype, device)]
+        groups = [
+            {"params": mine[:1], "momentum": 0.0},
+            {"params": mine[1:2], "momentum": 0.9, "nesterov": True},
+            {"params": mine[2:], "momentum": 0.5, "dampening": 0.3, "weight_decay": 0.1, "maximize": True},
+        ]
+        options = {"clip_norm": 0.5} if module is optim else {"foreach": False}
+        optimizer = module.SGD(groups, lr=0.1, **options)
+        for step in range(3):
+            set_gradients(step, mine)
+            if module is optim:
+                assert all(path.kernel for path in optim.explain(optimizer))
+            else:
+                nn.utils.clip_grad_norm_(mine, 0.5)
+            optimizer.step()
+        results.append((mine, [sorted(optimizer.state.get(p, {})) for p in mine]))
+    assert results[0][1] == results[1][1]
+    for p, q in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5 if p.dtype == torch.float32 else 2e-2, atol=2e-3)
+
+
 @pytest.mark.stock
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
 def test_stocks_fused_cpu_kernels_are_never_called(name: str) -> None:
@@ -209,27 +318,63 @@ def test_stocks_fused_cpu_kernels_are_never_called(name: str) -> None:
     assert not ours._step_supports_amp_scaling
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "Adagrad"])
-def test_grad_scaler(name: str, device: str) -> None:
+def _scaled_training(optimizer: Any, params: Sequence[Tensor], device: str) -> Iterator[tuple[Any, bool]]:
+    """Five steps, of which two overflow: the scaler after each, and whether it called the optimizer's step."""
+    scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=2)
+    calls = []
+    step = optimizer.step
+    optimizer.step = lambda *arguments, **keywords: calls.append(0) or step(*arguments, **keywords)
+    for i in range(5):
+        optimizer.zero_grad()
+        loss = sum((p**3).sum() for p in params) * (float("inf") if i in (0, 2) else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        yield scaler, bool(calls)
+        calls.clear()
+
+
+@every_name
+def test_grad_scaler_unscales_and_skips_as_with_stock(name: str, device: str) -> None:
+    """Scripts log gradients after the step, and wrappers take a step that isn't called for one that was skipped."""
     arguments = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
     mine, theirs = (parameters([(4,), (3,)], torch.float32, device) for _ in range(2))
-    ours = getattr(optim, name)(mine, **arguments)
+    ours = getattr(optim, name)(mine, clip_norm=1e6, **arguments)
     stock = getattr(torch.optim, name)(theirs, foreach=False, **arguments)
-    scalers = [torch.amp.GradScaler(device, init_scale=8.0, growth_interval=2) for _ in range(2)]
-    for step in range(5):
-        for scaler, optimizer, params in zip(scalers, (ours, stock), (mine, theirs), strict=True):
-            optimizer.zero_grad()
-            loss = sum((p**3).sum() for p in params) * (float("inf") if step in (0, 2) else 1.0)
-            scaler.scale(loss).backward()
-            assert optimizer is stock or optimizer._step_supports_amp_scaling or not KERNELS_RUN
+    trainings = [_scaled_training(ours, mine, device), _scaled_training(stock, theirs, device)]
+    for (scaler, called), (stock_scaler, stock_called) in zip(*trainings, strict=True):
+        assert not getattr(ours, "_step_supports_amp_scaling", False)  # who clips unscaled gradients asks for this
+        assert called == stock_called
+        assert scaler.get_scale() == stock_scaler.get_scale()
+        torch.testing.assert_close([p.grad for p in mine], [p.grad for p in theirs], rtol=1e-4, atol=1e-5)
+        assert_like_stock(ours, stock, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
+def test_a_fused_step_takes_over_from_a_grad_scaler(name: str, device: str) -> None:
+    """And leaves gradients unscaled, as stock's fused kernels do, or as they were where the step was skipped."""
+    arguments = {"lr": 0.1, **({"momentum": 0.9, "weight_decay": 0.1, "maximize": True} if name == "SGD" else {})}
+    mine, theirs = (parameters([(4,), (3, 3)], torch.float32, device) for _ in range(2))
+    ours = getattr(optim, name)(mine, fused=True, clip_norm=1e6, **arguments)
+    stock = getattr(torch.optim, name)(theirs, fused=True, **arguments)
+    for step in range(3):
+        overflow = step == 1  # not the first: stock's momentum would start with what was in memory
+        set_gradients(step, mine, theirs, scale=8.0)
+        for optimizer, params in ((ours, mine), (stock, theirs)):
+            scaler = torch.amp.GradScaler(device, init_scale=8.0)
+            scaler.scale(torch.ones((), device=device))
+            if overflow:
+                params[0].grad[0] = float("inf")
+            if optimizer is ours:
+                params[1].grad = torch.cat([params[1].grad] * 2, dim=1)[:, :3]
+                assert optimizer._step_supports_amp_scaling is KERNELS_RUN
+            versions = [p.grad._version for p in params]
             scaler.step(optimizer)
-            scaler.update()
-        assert scalers[0].get_scale() == scalers[1].get_scale()
-        for p, q in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
-    for p, q in zip(mine, theirs, strict=True):
-        if "step" in stock.state[q]:
-            assert ours.state[p]["step"].item() == stock.state[q]["step"].item() == 3
+            if optimizer is ours and KERNELS_RUN:
+                assert [p.grad._version > v for p, v in zip(params, versions, strict=True)] == [True, True]
+        if KERNELS_RUN or not overflow:  # else the scaler has unscaled
+            torch.testing.assert_close([p.grad for p in mine], [p.grad for p in theirs], rtol=1e-6, atol=0)
+        assert_like_stock(ours, stock, rtol=2e-5, atol=1e-6)
 
 
 def test_grad_scaler_without_gradients(device: str) -> None:
@@ -348,15 +493,23 @@ def test_replace(name: str, device: str) -> None:
 
 
 def test_replace_refuses() -> None:
+    """And then leaves the optimizer as it was."""
     weights = [nn.Parameter(torch.ones(3))]
-    with pytest.raises(TypeError, match="LBFGS has no fusednn twin"):
-        optim.replace(torch.optim.LBFGS(weights))
-    with pytest.raises(TypeError, match="no option nesterov"):
-        optim.replace(torch.optim.Adam(weights), nesterov=True)
     stepped = torch.optim.SGD(weights)
     stepped.step = lambda: None
-    with pytest.raises(ValueError, match="overridden"):
-        optim.replace(stepped)
+    for optimizer, options, error, message in (
+        (torch.optim.LBFGS(weights), {}, TypeError, "LBFGS has no fusednn twin"),
+        (type("Mine", (torch.optim.SGD,), {})(weights), {}, TypeError, "Mine has no fusednn twin"),
+        (torch.optim.Adam(weights), {"nesterov": True}, TypeError, "no option nesterov"),
+        (torch.optim.Adam(weights), {"l1": 0.1, "lr": 0.1}, TypeError, "no option lr"),
+        (stepped, {}, ValueError, "overridden"),
+    ):
+        cls, known, defaults = type(optimizer), dict(optimizer.__dict__), dict(optimizer.defaults)
+        with pytest.raises(error, match=message):
+            optim.replace(optimizer, **options)
+        assert type(optimizer) is cls
+        assert optimizer.__dict__ == known
+        assert optimizer.defaults == defaults
     assert optim.replace(torch.optim.Adam(weights), clip_norm=1.0).param_groups[0]["clip_norm"] == 1.0
 
 
@@ -481,10 +634,10 @@ def test_no_synchronisation_and_no_recompilation(name: str, device: str) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_grad_scaler_waits_for_nothing(name: str, device: str) -> None:
     mine = parameters([(300,), (4, 5)], torch.float32, device)
-    ours = getattr(optim, name)(mine, clip_norm=1.0)
+    ours = getattr(optim, name)(mine, clip_norm=1.0, fused=True)
     scaler = torch.amp.GradScaler(device, init_scale=8.0)
 
     def train() -> None:
