@@ -10,14 +10,14 @@ from torch.autograd import Function
 
 from ..kernels import bias_activation_dropout as kernels
 from ..kernels.activation import ACTIVATIONS
-from ..kernels.random import draw_seed
+from ..kernels.random import with_seed
 from . import stock as F
 from .activation import STOCK
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
 
-__all__ = ["bias_activation_dropout"]
+__all__ = ["bias_activation_dropout", "linear_activation_dropout"]
 
 
 def _fake_forward(
@@ -86,7 +86,10 @@ def _backward(
 
 
 class BiasActivationDropout(Function):
-    """Saves one bit an element (and the seed, for LeakyReLU), or the input, the bias and the seed."""
+    """Saves one bit an element (and the seed, for LeakyReLU), or the input, the bias and the seed.
+
+    Where the bias is ``added`` to the input already, without its gradient, it is an operand for its gradient alone.
+    """
 
     @staticmethod
     def forward(
@@ -100,8 +103,9 @@ class BiasActivationDropout(Function):
         b: float,
         p: float,
         dim: int,
+        added: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, mask = _forward(x, bias, residual, seed, name, a, b, p, dim, True)
+        y, mask = _forward(x, None if added else bias, residual, seed, name, a, b, p, dim, True)
         row = kernels.chain_row(name)
         anchor = x.new_empty(0)  # for a second derivative to hang on: see `MaskedActivation`
         if row.saves == "mask":
@@ -110,6 +114,7 @@ class BiasActivationDropout(Function):
             ctx.save_for_backward(x, bias, seed, anchor)
         ctx.shape = x.shape
         ctx.arguments = (y.stride(), name, a, b, p, dim)
+        ctx.added = added
         ctx.set_materialize_grads(False)
         return y, anchor
 
@@ -125,17 +130,19 @@ class BiasActivationDropout(Function):
         elif g is None:  # only the anchor was differentiated
             dx, db = anchor.new_zeros(ctx.shape), anchor.new_zeros(ctx.shape[dim])
         elif not torch.is_grad_enabled():
-            dx, db = _backward(g, saved, bias, seed, *ctx.arguments, needs_db)
+            dx, db = _backward(g, saved, None if ctx.added else bias, seed, *ctx.arguments, needs_db)
         elif kernels.chain_row(name).saves == "mask":
             dx = MaskedGradient.apply(g, anchor, saved, seed, *ctx.arguments)
             db = dx.sum([other for other in range(dx.dim()) if other != dim])
         else:
+            if ctx.added and bias is not None:
+                bias = bias - bias.detach()  # nothing, but for its gradient
             dx, db = _differentiable_gradients(g, saved, bias, seed, *ctx.arguments[1:])
         return (
             dx if needs_dx else None,
             db if needs_db else None,
             g if needs_dr else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -221,13 +228,60 @@ def bias_activation_dropout(
     if not takes_kernel("bias_activation_dropout", *operands, refusal=refusal):
         y: Tensor = F.dropout(STOCK[name](_biased(input, bias, dim), a, b), p, training)
         return y if residual is None else y + residual
-    seed = draw_seed(input.device) if training and p > 0 else None
-    arguments = (input, bias, residual, seed, name, a, b, 0.0 if seed is None else float(p), dim % input.dim())
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        y, _ = BiasActivationDropout.apply(*arguments)
-    else:
-        y, _ = _forward(*arguments, False)
-    return y
+    return _apply(input, bias, residual, p if training else 0.0, name, a, b, dim, added=False)
+
+
+def linear_activation_dropout(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    p: float,
+    activation: str,
+    parameters: Sequence[float],
+    training: bool,
+) -> Tensor:
+    """dropout(activation(x weight^T + bias)): `bias_activation_dropout` behind a product that holds the bias.
+
+    So the product is rounded once, as in `torch.nn.functional.linear`; the bias's gradient is summed where that of the
+    product is made.
+    """
+    if bias is None:
+        return bias_activation_dropout(F.linear(input, weight), None, None, p, activation, parameters, training)
+    name, a, b = activation_parameters(activation, parameters)
+    product = F.linear(input, weight, bias.detach())
+    addend = bias.to(product.dtype) if autocast_dtype(input) else bias
+    refusal = _refusal(product, addend, None, p, name, a, b, -1)
+    if not takes_kernel("bias_activation_dropout", product, addend, refusal=refusal):
+        return F.dropout(STOCK[name](F.linear(input, weight, bias), a, b), p, training)
+    return _apply(product, addend, None, p if training else 0.0, name, a, b, -1, added=True)
+
+
+def _apply(
+    input: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    p: float,
+    name: str,
+    a: float,
+    b: float,
+    dim: int,
+    *,
+    added: bool,
+) -> Tensor:
+    """The operation, by its kernels; ``added`` as of `BiasActivationDropout`."""
+    operands = [operand for operand in (input, bias, residual) if operand is not None]
+    dim %= input.dim()
+
+    def compute(seed: Tensor | None) -> Tensor:
+        rest = (name, a, b, float(p), dim)
+        y: Tensor
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+            y, _ = BiasActivationDropout.apply(input, bias, residual, seed, *rest, added)
+        else:
+            y, _ = _forward(input, None if added else bias, residual, seed, *rest, False)
+        return y
+
+    return with_seed(input.device, compute) if p > 0 else compute(None)
 
 
 def activation_parameters(activation: str, parameters: Sequence[float]) -> tuple[str, float, float]:

@@ -33,7 +33,7 @@ from .dispatch import takes_kernel
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
 from .stock_gradients import stock_gradients
 
-__all__ = ["conv_batch_norm_act2d"]
+__all__ = ["batch_norm_act_pool2d", "conv_batch_norm_act2d"]
 
 
 class BatchNormActPool(Function):
@@ -156,28 +156,52 @@ def conv_batch_norm_act2d(
         weight, bias = _folded(weight, bias, running_mean, running_var, norm_weight, norm_bias, eps)
         return conv_act_pool2d(input, weight, bias, *arguments, activation=activation, residual=residual, **options)
     z, partial = conv_statistics2d(input, weight, bias, *arguments)
-    vectors = (running_mean, running_var, norm_weight, norm_bias)
+    options |= {"batches": batches, "residual": residual, "activation": activation}
+    return batch_norm_act_pool2d(
+        z, partial, running_mean, running_var, norm_weight, norm_bias, momentum, eps, **options
+    )
+
+
+def batch_norm_act_pool2d(
+    input: Tensor,
+    partial: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    *,
+    batches: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    pool_size: Pair | None,
+    pool_stride: Pair | None,
+    pool_padding: Pair,
+) -> Tensor:
+    """What `conv_batch_norm_act2d` does in training with a convolution's result, and its ``partial`` statistics."""
+    vectors = (running_mean, running_var, weight, bias)
     fused: dict[str, Any] = {"batches": batches, "residual": residual, "activation": activation}
     if pool_size is None and partial is None:
-        return batch_norm_act(z, *vectors, True, momentum, eps, **fused)
+        return batch_norm_act(input, *vectors, True, momentum, eps, **fused)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    refusal = _refusal(z, *vectors, momentum, eps, residual, batches, activation, window)
-    given = (z,) if residual is None else (z, residual)
+    refusal = _refusal(input, *vectors, momentum, eps, residual, batches, activation, window)
+    given = (input,) if residual is None else (input, residual)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
-        dense = batch_norm_act(z, *vectors, True, momentum, eps, **fused)
+        dense = batch_norm_act(input, *vectors, True, momentum, eps, **fused)
         if pool_size is None:
             return dense
         return max_pool2d(dense, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
     assert window is not None
     running = (running_mean, running_var, batches, float(momentum))
-    mean, variance = statistics(z.detach(), *running) if partial is None else merge_statistics(partial, *running)
+    mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
     mark_updated(running_mean, running_var)
     if window == POINT:
-        return normalise(BatchNorm, z, residual, norm_weight, norm_bias, mean, variance, True, eps, activation)
-    name = ACTIVATIONS[activation].name_for(z.dtype) if activation else None
+        return normalise(BatchNorm, input, residual, weight, bias, mean, variance, True, eps, activation)
+    name = ACTIVATIONS[activation].name_for(input.dtype) if activation else None
     y: Tensor
-    operands = (z, residual, norm_weight, norm_bias)
+    operands = (input, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         y = BatchNormActPool.apply(*operands, mean, variance, float(eps), name, window)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import maxout as kernels
-from ..kernels.random import draw_seed
+from ..kernels.random import with_seed
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
 from .operators import operator
@@ -241,13 +241,16 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     if not takes_kernel("maxout_linear", *operands, refusal=refusal):
         products = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
         return F.dropout(_first_maximum(products.unflatten(-1, (pieces, units)), -2), dropout)
-    seed = draw_seed(input.device) if dropout else None
-    y: Tensor
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        y = LinearMaximum.apply(input, weight, bias, seed, float(dropout))
-    else:
-        y, _ = _linear(input, weight, bias, seed, float(dropout), False)
-    return y
+
+    def compute(seed: Tensor | None) -> Tensor:
+        y: Tensor
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+            y = LinearMaximum.apply(input, weight, bias, seed, float(dropout))
+        else:
+            y, _ = _linear(input, weight, bias, seed, float(dropout), False)
+        return y
+
+    return with_seed(input.device, compute) if dropout else compute(None)
 
 
 def maxout_conv2d(

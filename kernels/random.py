@@ -7,12 +7,26 @@ syncs, and ``torch.manual_seed``, checkpointing and CUDA-graph replay behave.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from ._triton import tl, triton
 
-__all__ = ["channel_bits", "draw_seed", "keep_tile", "last_kept", "random_tile", "serves_eight", "uniform_tile"]
+__all__ = [
+    "channel_bits",
+    "draw_seed",
+    "keep_tile",
+    "last_kept",
+    "random_tile",
+    "serves_eight",
+    "uniform_tile",
+    "with_seed",
+]
+
+_Result = TypeVar("_Result")
 
 # Seven rounds pass BigCrush (table 2 of the paper); PyTorch's ten would double the instructions for nothing.
 PHILOX_ROUNDS = tl.constexpr(7)
@@ -21,6 +35,29 @@ PHILOX_ROUNDS = tl.constexpr(7)
 def draw_seed(device: torch.device) -> Tensor:
     """A 64-bit seed, shape (1,), int64, drawn on ``device`` from PyTorch's generator."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def with_seed(device: torch.device, compute: Callable[[Tensor], _Result]) -> _Result:
+    """``compute`` of a new seed.  Where it raises, for want of memory say, the generator is as if none were drawn."""
+    if torch.compiler.is_compiling():
+        return compute(draw_seed(device))
+    before = torch.get_rng_state() if device.type == "cpu" else None
+    seed = draw_seed(device)
+    try:
+        return compute(seed)
+    except BaseException:
+        if before is not None:
+            torch.set_rng_state(before)
+        elif not torch.cuda.is_current_stream_capturing():
+            _take_back(torch.cuda.default_generators[seed.device.index], seed.device)
+        raise
+
+
+def _take_back(generator: torch.Generator, device: torch.device) -> None:
+    """Undo the last draw of a seed: another one tells how far each moves the generator."""
+    after = generator.get_offset()
+    draw_seed(device)
+    generator.set_offset(2 * after - generator.get_offset())
 
 
 def last_kept(p: float) -> int:

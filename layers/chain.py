@@ -16,13 +16,12 @@ from torch.nn.modules import module
 
 from ..autograd import stock as F
 from ..autograd.batch_norm import apply_activation
-from ..autograd.bias_activation_dropout import activation_parameters, bias_activation_dropout
+from ..autograd.bias_activation_dropout import activation_parameters, linear_activation_dropout
 from ..autograd.conv import conv_act_pool2d, conv_size
-from ..autograd.conv_batch_norm import conv_batch_norm_act2d
 from ..autograd.dispatch import autocast_dtype, tensor_refusal
 from ..autograd.maxout import maxout_linear
 from . import activation as _activation  # noqa: F401 (for its twins)
-from . import batch_norm, sync_batch_norm
+from . import batch_norm, conv_batch_norm, sync_batch_norm
 from . import dropout as _dropout  # noqa: F401 (for its twins)
 from . import pool as _pool  # noqa: F401 (for its twins)
 from .conv import padded
@@ -220,26 +219,14 @@ def conv_chain(
 
     def compute() -> Tensor:
         assert window is not None
+        name = None if activation is None else activation_of(activation)[0]
+        sizes: Any = dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True))
+        other = _distinct(residual, input)
+        if norm is not None:
+            return conv_batch_norm.forward(conv, norm, input, other, name, **sizes)
         x, padding = padded(conv, input)
-        operands = (x, conv.weight, conv.bias)
         geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
-        options: dict[str, Any] = {
-            "residual": _distinct(residual, input),
-            "activation": None if activation is None else activation_of(activation)[0],
-            **dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True)),
-        }
-        if norm is None:
-            return conv_act_pool2d(*operands, *geometry, **options)
-        batch_norm.count_batch(norm)
-        momentum, batches = batch_norm.weight_of_batch(norm)
-        return conv_batch_norm_act2d(
-            *(*operands, *batch_norm.running_statistics(norm), norm.weight, norm.bias, *geometry),
-            training=batch_norm.uses_batch_statistics(norm),
-            momentum=momentum,
-            eps=norm.eps,
-            batches=batches,
-            **options,
-        )
+        return conv_act_pool2d(x, conv.weight, conv.bias, *geometry, residual=other, activation=name, **sizes)
 
     return _computed(compute, conv, norm, activation, pool)
 
@@ -280,8 +267,7 @@ def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop:
     p, training = drop or (0.0, False)  # type: ignore[misc]
 
     def compute() -> Tensor:
-        product = F.linear(input, linear.weight)
-        return bias_activation_dropout(product, linear.bias, None, p, name, parameters, training)
+        return linear_activation_dropout(input, linear.weight, linear.bias, p, name, parameters, training)
 
     return _computed(compute, linear, activation, drop)
 

@@ -3,15 +3,42 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autograd.batch_norm import check_activation
-from ..autograd.conv_batch_norm import conv_batch_norm_act2d
+from ..autograd.conv import conv_statistics2d
+from ..autograd.conv_batch_norm import batch_norm_act_pool2d, conv_batch_norm_act2d
 from .batch_norm import BatchNorm2d, count_batch, running_statistics, uses_batch_statistics, weight_of_batch
 from .conv import Conv2d, padded
 from .twin import Layer
 
 __all__ = ["ConvBatchNormAct2d"]
+
+
+def forward(
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    **pooling: Any,
+) -> Tensor:
+    """max_pool(activation(norm(conv(x)) + residual)), with ``pooling`` as of `conv_batch_norm_act2d`.
+
+    What the layers change happens in their order: a batch counts once the convolution has succeeded.
+    """
+    input, padding = padded(conv, input)
+    operands = (input, conv.weight, conv.bias)
+    vectors = (*running_statistics(norm), norm.weight, norm.bias)
+    geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
+    rest: dict[str, Any] = {"residual": residual, "activation": activation, **pooling}
+    if not uses_batch_statistics(norm):
+        return conv_batch_norm_act2d(*operands, *vectors, *geometry, eps=norm.eps, **rest)
+    z, partial = conv_statistics2d(*operands, *geometry)
+    norm._check_input_dim(z)
+    count_batch(norm)
+    momentum, batches = weight_of_batch(norm)
+    return batch_norm_act_pool2d(z, partial, *vectors, momentum, norm.eps, batches=batches, **rest)
 
 
 class ConvBatchNormAct2d(Layer):
@@ -65,22 +92,8 @@ class ConvBatchNormAct2d(Layer):
         self.pool_padding = pool_padding
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, bn = self.conv, self.bn
-        bn._check_input_dim(input)
-        count_batch(bn)
-        momentum, batches = weight_of_batch(bn)
-        input, padding = padded(conv, input)
-        return conv_batch_norm_act2d(
-            *(input, conv.weight, conv.bias, *running_statistics(bn), bn.weight, bn.bias),
-            *(conv.stride, padding, conv.dilation, conv.groups),
-            training=uses_batch_statistics(bn),
-            momentum=momentum,
-            eps=bn.eps,
-            batches=batches,
-            residual=residual,
-            activation=self.activation,
-            **self._pooling(),
-        )
+        self.bn._check_input_dim(input)
+        return forward(self.conv, self.bn, input, residual, self.activation, **self._pooling())
 
     def _pooling(self) -> dict[str, Any]:
         return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}
