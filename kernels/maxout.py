@@ -143,7 +143,7 @@ def linear_maxout_kernel(
     feature = tl.arange(0, DEPTH)
     x_pointers = x_pointer + row[:, None] * features + feature[None, :]
     w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
-    piece_stride = units.to(tl.int64) * features
+    piece_stride = tl.cast(units, tl.int64) * features
 
     products = zeros_each(PIECES, HEIGHT, WIDTH)
     for start in range(0, features, DEPTH):
@@ -197,7 +197,7 @@ def data_gradient_kernel(
     unit = tl.arange(0, DEPTH)
     maxima = row[:, None] * units + unit[None, :]
     w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
-    piece_stride = units.to(tl.int64) * features
+    piece_stride = tl.cast(units, tl.int64) * features
 
     sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
     for start in range(0, units, DEPTH):
@@ -246,7 +246,7 @@ def weight_gradient_kernel(
     row = tl.arange(0, DEPTH)
     maxima = (first + row)[:, None] * units + unit[None, :]
     x_pointers = x_pointer + (first + row)[:, None] * features + feature[None, :]
-    step = units.to(tl.int64) * DEPTH
+    step = tl.cast(units, tl.int64) * DEPTH
     sums_bias_here = (sums_bias != 0) & (feature_block == 0)
 
     products = zeros_each(PIECES, HEIGHT, WIDTH)

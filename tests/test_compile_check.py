@@ -43,6 +43,32 @@ def test_compiles_for_other_targets(configuration: kernels.Configuration, target
     check(configuration, target)
 
 
+#: One configuration of each kernel: the first in bfloat16, where it has one.
+OF_EACH_KERNEL = {c.kernel: c for c in (*reversed(CONFIGURATIONS), *(c for c in CONFIGURATIONS if "bf16" in c.label))}
+
+
+@pytest.mark.parametrize("configuration", OF_EACH_KERNEL.values(), ids=lambda c: c.label)
+def test_any_arguments_fit(configuration: kernels.Configuration) -> None:
+    """Integers of 1, of more than 32 bits, and what isn't aligned: Triton makes a kernel of its own for each."""
+    from fusednn.kernels.instruments.compile_check import arguments_of, translate
+
+    for arguments in arguments_of(configuration):
+        try:
+            translate(configuration, "sm_90", arguments)
+        except Exception as error:
+            pytest.fail(f"{configuration.label} with {arguments}: {error}")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("configuration", OF_EACH_KERNEL.values(), ids=lambda c: c.label)
+def test_any_arguments_compile(configuration: kernels.Configuration) -> None:
+    from fusednn.kernels.instruments.compile_check import arguments_of, compile_for, read_machine_code
+
+    for arguments in arguments_of(configuration):
+        code = read_machine_code(compile_for(configuration, "sm_90", arguments).asm["cubin"])
+        assert code.spills == 0, f"{configuration.label} with {arguments}"
+
+
 def test_labels_are_unique() -> None:
     labels = [configuration.label for configuration in CONFIGURATIONS]
     assert len(set(labels)) == len(labels)

@@ -11,18 +11,30 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from .. import INTERPRETING
 from ..launch import Configuration
 
-__all__ = ["TARGETS", "CompileResult", "MachineCode", "compile_configuration", "compile_for", "read_machine_code"]
+__all__ = [
+    "TARGETS",
+    "Arguments",
+    "CompileResult",
+    "MachineCode",
+    "arguments_of",
+    "compile_configuration",
+    "compile_for",
+    "read_machine_code",
+    "translate",
+]
 
 #: The GPUs that kernels are compiled for: A100, H100 / H200, B200, MI300.
 TARGETS = {
@@ -124,25 +136,82 @@ def _processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def compile_for(configuration: Configuration, target: str) -> Any:
+@dataclass(frozen=True)
+class Arguments:
+    """What Triton is told of the arguments of a launch, and makes a kernel of its own for.
+
+    Integers named in ``ones`` are 1, which Triton makes Python constants; those in ``wide`` need 64 bits; unless
+    ``aligned``, pointers and integers aren't known to be multiples of 16.  By default they are what the configuration
+    promises.
+    """
+
+    ones: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        described = [f"{name} = 1" for name in self.ones] + [f"{name} > 2^31" for name in self.wide]
+        return ", ".join(described + ["unaligned"] * (not self.aligned))
+
+
+def arguments_of(configuration: Configuration) -> Iterator[Arguments]:
+    """Every kind of arguments that a launch may come with, beside those that the configuration promises."""
+    kernel = configuration.kernel
+    integers = [name for name, kind in configuration.signature if kind[0] in "iu"]
+    fixed = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    typed = {parameter.name for parameter in kernel.params if parameter.annotation_type}
+    specialised = tuple(name for name in integers if name not in fixed)
+    untyped = tuple(name for name in integers if name not in typed)
+    yield Arguments(aligned=False)
+    yield from (Arguments(ones=(name,)) for name in specialised)
+    yield from (Arguments(wide=(name,)) for name in untyped)
+    if len(specialised) > 1:
+        yield Arguments(ones=specialised)
+    if len(untyped) > 1:
+        yield Arguments(wide=untyped)
+
+
+def compile_for(configuration: Configuration, target: str, arguments: Arguments = Arguments()) -> Any:
     """Triton's compiled kernel, for a key of `TARGETS`.  Raises what the compiler raises."""
     gpu = TARGETS[target]
-    constants = dict(configuration.constants)
+    return triton.compile(_source(configuration, arguments), target=gpu, options=_options(configuration, gpu))
+
+
+def translate(configuration: Configuration, target: str, arguments: Arguments) -> None:
+    """The first part of `compile_for`, in which a kernel's code meets the types of its arguments; takes a tenth of it.
+    Raises what the compiler raises.
+    """
+    gpu = TARGETS[target]
+    backend = make_backend(gpu)
+    options = backend.parse_options(_options(configuration, gpu))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    _source(configuration, arguments).make_ir(gpu, options, functions, modules, context)
+
+
+def _source(configuration: Configuration, arguments: Arguments) -> Any:
     types = dict(configuration.signature)
+    types.update((name, "i64") for name in arguments.wide)
+    constants = {**dict(configuration.constants), **dict.fromkeys(arguments.ones, 1)}
     names = configuration.kernel.arg_names
-    aligned = {name for name, kind in types.items() if kind.startswith("*")} | set(configuration.divisible)
-    source = ASTSource(
+    pointers = {name for name, kind in types.items() if kind.startswith("*")}
+    aligned = (pointers | set(configuration.divisible)) - {*arguments.ones} if arguments.aligned else set()
+    return ASTSource(
         configuration.kernel,
-        {name: types.get(name, "constexpr") for name in names},
+        {name: "constexpr" if name in constants else types[name] for name in names},
         constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {
+
+
+def _options(configuration: Configuration, gpu: Any) -> dict[str, Any]:
+    return {
         "num_warps": configuration.num_warps(gpu.warp_size),
         "num_stages": configuration.num_stages,
         **configuration.options,
     }
-    return triton.compile(source, target=gpu, options=options)
 
 
 def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:
