@@ -14,7 +14,7 @@ def without_onednn() -> Iterator[None]:
     """Within, PyTorch computes on the CPU by itself."""
     # ``torch.backends.mkldnn.flags`` would warn of TF32 each time.
     enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property, of a module
     try:
         yield
     finally:

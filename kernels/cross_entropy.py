@@ -21,13 +21,12 @@ Each program leaves a partial sum of its losses and weights, which are added in 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
 from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
@@ -97,7 +96,7 @@ def difference(mass, log_total, moment):
     return mass.to(tl.float64) * log_total.to(tl.float64) - moment.to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["count", "ignore_index", "smoothing", "weighted", "reduced", "divisor"])
+@kernel
 def cross_entropy_forward_kernel(
     x_pointer,  # logits
     target_pointer,  # class indices, (count,); or probabilities, in the memory order of the logits
@@ -182,7 +181,7 @@ def cross_entropy_forward_kernel(
         tl.store(loss_pointer + line, loss.to(COMPUTE), mask=exists)
 
 
-@triton.jit(do_not_specialize=["count", "parts", "ignore_index", "weighted", "reduced", "divisor"])
+@kernel
 def long_cross_entropy_kernel(
     x_pointer,
     part_pointer,  # maximum and sum of exponentials of the lines' parts, see `long_lines`
@@ -221,12 +220,7 @@ def long_cross_entropy_kernel(
         tl.store(loss_pointer + line, loss.to(tl.float32), mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("count", "pieces", "ignore_index", "smoothing"),
-        *("weighted", "reduced", "divisor", "needs_input", "needs_target"),
-    ]
-)
+@kernel
 def cross_entropy_backward_kernel(
     g_pointer,  # gradients of the losses, (count,); or, `reduced`, of their sum or mean, ()
     weight_total_pointer,  # sum of the weights, one element; read where `divisor` is 0
@@ -314,10 +308,18 @@ def _widths(direction: str, dtype: torch.dtype, targets: Targets, axis: int) -> 
     return (_WIDTHS if usual else _FEWER_WIDTHS)[direction][axis]
 
 
+def _elements(direction: str, dtype: torch.dtype, targets: Targets) -> dict[str, torch.dtype]:
+    """What the kernels' pointers point to, beside the input and its gradient."""
+    statistics = ("weight", "loss", "value", "statistics", *(["g"] if direction == "backward" else []))
+    return {
+        **dict.fromkeys(statistics, ACCUMULATOR[dtype]),
+        **dict.fromkeys(("partial", "weight_total"), torch.float64),
+        "target": dtype if targets is Targets.PROBABILITIES else torch.int64,
+    }
+
+
 @cache
 def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: int, width: int) -> Configuration:
-    element, statistics = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
-    target = element if targets is Targets.PROBABILITIES else "*i64"
     lines = max(_TILE // width, 1 if axis == ALONG else _LINES_ACROSS)
     threads = max(lines * width // 16, threads_for(dtype))
     if targets is Targets.PROBABILITIES and axis == ACROSS:
@@ -325,62 +327,25 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
     vector = 16 // dtype.itemsize
     reads = 2 if targets is Targets.PROBABILITIES else 1
     wide = lines * width // (threads * vector)
-    extents = (("count", "i64"), ("length", "i32"), ("inner", "i32"))
-    options = (
-        ("ignore_index", "i64"),
-        ("smoothing", "fp64"),
-        ("weighted", "i32"),
-        ("reduced", "i32"),
-        ("divisor", "fp64"),
-    )
-    signature: tuple[tuple[str, str], ...]
-    own: tuple[tuple[str, Any], ...]
     if direction == "forward":
-        kernel, own, stores = cross_entropy_forward_kernel, (("PACK", vector),), 0
-        signature = (
-            ("x_pointer", element),
-            ("target_pointer", target),
-            ("weight_pointer", statistics),
-            ("loss_pointer", statistics),
-            ("partial_pointer", "*fp64"),
-            ("value_pointer", statistics),
-            ("weight_total_pointer", "*fp64"),
-            ("statistics_pointer", statistics),
-            *extents,
-            *options,
-        )
+        code, own, stores = cross_entropy_forward_kernel, {"PACK": vector}, 0
     else:
-        kernel, own, stores = cross_entropy_backward_kernel, (), wide
-        signature = (
-            ("g_pointer", statistics),
-            ("weight_total_pointer", "*fp64"),
-            ("x_pointer", element),
-            ("target_pointer", target),
-            ("weight_pointer", statistics),
-            ("statistics_pointer", statistics),
-            ("dx_pointer", element),
-            ("dtarget_pointer", element),
-            *extents,
-            ("pieces", "i32"),
-            *options,
-            ("needs_input", "i32"),
-            ("needs_target", "i32"),
-        )
+        code, own, stores = cross_entropy_backward_kernel, {}, wide
     place = "along" if axis == ALONG else "across"
-    return Configuration(
-        label=f"cross_entropy {direction} {targets.name.lower()} {place} x{width} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=signature,
-        constants=(
-            ("TARGETS", int(targets)),
-            ("AXIS", axis),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("LINES", lines),
-            ("WIDTH", width),
-            *own,
-        ),
+    return configure(
+        code,
+        f"cross_entropy {direction} {targets.name.lower()} {place} x{width} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            "TARGETS": int(targets),
+            "AXIS": axis,
+            "COMPUTE": COMPUTE[dtype],
+            "LINES": lines,
+            "WIDTH": width,
+            **own,
+        },
+        pointers=_elements(direction, dtype, targets),
         threads=threads,
-        divisible=("length", "inner"),
         wide_loads=reads * wide,
         wide_stores=stores,
         asserts=direction == "forward" and targets is not Targets.PROBABILITIES,
@@ -393,30 +358,13 @@ _LONG_LINES = 16  # of a program
 
 @cache
 def _long_configuration(dtype: torch.dtype) -> Configuration:
-    return Configuration(
-        label=f"cross_entropy forward indices long {TRITON_TYPE[dtype]}",
-        kernel=long_cross_entropy_kernel,
-        signature=(
-            ("x_pointer", "*" + TRITON_TYPE[dtype]),
-            ("part_pointer", "*fp32"),
-            ("target_pointer", "*i64"),
-            ("weight_pointer", "*fp32"),
-            ("loss_pointer", "*fp32"),
-            ("partial_pointer", "*fp64"),
-            ("value_pointer", "*fp32"),
-            ("weight_total_pointer", "*fp64"),
-            ("statistics_pointer", "*fp32"),
-            ("count", "i64"),
-            ("length", "i32"),
-            ("parts", "i32"),
-            ("ignore_index", "i64"),
-            ("weighted", "i32"),
-            ("reduced", "i32"),
-            ("divisor", "fp64"),
-        ),
-        constants=(("LINES", _LONG_LINES), ("PARTS", PARTS)),
+    return configure(
+        long_cross_entropy_kernel,
+        f"cross_entropy forward indices long {TRITON_TYPE[dtype]}",
+        dtype,
+        {"LINES": _LONG_LINES, "PARTS": PARTS},
+        pointers={**_elements("forward", dtype, Targets.INDICES), "part": torch.float32},
         threads=128,
-        divisible=("length",),
         asserts=True,
         rare=dtype not in (torch.bfloat16, torch.float32),
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import channel_bits, keep_tile, last_kept, serves_eight
@@ -48,7 +48,7 @@ def dropped(x, keep, scale, kept_offset, dropped_offset):
     return x * tl.where(keep, scale, 0.0) - tl.where(keep, kept_offset, dropped_offset)
 
 
-@triton.jit(do_not_specialize=["numel", "last"])
+@kernel
 def dropout_kernel(
     x_pointer,  # input, flat
     y_pointer,  # output, flat; may be the input
@@ -71,7 +71,7 @@ def dropout_kernel(
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
-@triton.jit(do_not_specialize=["rows", "column_blocks", "last"])
+@kernel
 def row_dropout_kernel(
     x_pointer,  # input, (rows, columns): a row is a channel
     y_pointer,  # output, (rows, columns); may be the input
@@ -98,7 +98,7 @@ def row_dropout_kernel(
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
-@triton.jit(do_not_specialize=["rows", "row_blocks", "steps", "column_blocks", "last"])
+@kernel
 def column_dropout_kernel(
     x_pointer,  # input, (samples, rows, columns): a column of a sample is a channel
     y_pointer,  # output, (samples, rows, columns); may be the input
@@ -147,27 +147,15 @@ def steps_for(tiles: int) -> int:
     return min(max(tiles // _ENOUGH_PROGRAMS, 1), _MOST_STEPS)
 
 
-_NOISE = (("last", "i64"), ("scale", "fp64"), ("kept_offset", "fp64"), ("dropped_offset", "fp64"))
-
-
-def _pointers(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
-    element = "*" + TRITON_TYPE[dtype]
-    return (("x_pointer", element), ("y_pointer", element), ("seed_pointer", "*i64"))
-
-
 @cache
 def _elements(dtype: torch.dtype) -> Configuration:
     rows, columns = tile_shape(dtype)
-    return Configuration(
-        label=f"dropout {TRITON_TYPE[dtype]}",
-        kernel=dropout_kernel,
-        signature=(*_pointers(dtype), ("numel", "i64"), *_NOISE),
-        constants=(
-            ("COMPUTE", COMPUTE[dtype]),
-            ("SERVES_EIGHT", serves_eight(dtype)),
-            ("ROWS", rows),
-            ("COLUMNS", columns),
-        ),
+    return configure(
+        dropout_kernel,
+        f"dropout {TRITON_TYPE[dtype]}",
+        dtype,
+        {"COMPUTE": COMPUTE[dtype], "SERVES_EIGHT": serves_eight(dtype), "ROWS": rows, "COLUMNS": columns},
+        pointers={"seed": torch.int64},
         threads=threads_for(dtype),
         wide_loads=rows,
         wide_stores=rows,
@@ -176,22 +164,15 @@ def _elements(dtype: torch.dtype) -> Configuration:
 
 @cache
 def _channels(dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
-    extents = ("rows", "column_blocks") if by_row else ("rows", "row_blocks", "steps", "column_blocks")
     # A row of 16 elements is narrower than the accesses of a warp.
     wide = tile_shape(dtype)[0] if width > 16 else 0
-    return Configuration(
-        label=f"dropout of {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
-        kernel=row_dropout_kernel if by_row else column_dropout_kernel,
-        signature=(
-            *_pointers(dtype),
-            ("rows", "i64"),
-            ("columns", "i32"),
-            *((name, "i64") for name in extents[1:]),
-            *_NOISE,
-        ),
-        constants=(("COMPUTE", COMPUTE[dtype]), ("HEIGHT", TILE // width), ("WIDTH", width)),
+    return configure(
+        row_dropout_kernel if by_row else column_dropout_kernel,
+        f"dropout of {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        dtype,
+        {"COMPUTE": COMPUTE[dtype], "HEIGHT": TILE // width, "WIDTH": width},
+        pointers={"seed": torch.int64},
         threads=threads_for(dtype),
-        divisible=("columns",),
         wide_loads=wide,
         wide_stores=wide,
     )

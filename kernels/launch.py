@@ -1,13 +1,15 @@
 """How kernels are configured, registered and launched.
 
-A `Configuration` is everything that the compiler is told: the kernel, the types of its arguments, its constants and
-its threads.  Launchers get theirs from the same functions that a family registers with `ships`, so the compile check
-and the tests see exactly the code that users run.
+What a kernel's arguments are stands in the kernel alone: `kernel` and `configure` read it off.  A `Configuration` is
+everything that the compiler is told: the kernel, the types of its arguments, its constants and its threads.  Launchers
+get theirs from the same functions that a family registers with `ships`, so the compile check and the tests see exactly
+the code that users run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ._triton import ON_CPU, tl
+from ._triton import ON_CPU, tl, triton
 
 __all__ = [
     "ACCUMULATOR",
@@ -24,6 +26,8 @@ __all__ = [
     "TRITON_TYPE",
     "Configuration",
     "DeviceAssertionError",
+    "configure",
+    "kernel",
     "launch",
     "memory_refusal",
     "shipped",
@@ -48,6 +52,9 @@ COMPUTE = {dtype: tl.float64 if dtype is torch.float64 else tl.float32 for dtype
 
 #: The type that statistics of a dtype, and partial sums, are kept in.
 ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
+
+#: Triton's name of the types that kernels' arguments are annotated with.
+_ANNOTATED = {tl.int32: "i32", tl.int64: "i64", tl.float64: "fp64"}
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -100,6 +107,52 @@ class Configuration:
             "num_warps": self.num_warps(_WARP_SIZE),
             "num_stages": self.num_stages,
         }
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A Triton kernel.  Triton compiles it anew where an integer is 1, or a multiple of 16, and gains by it: not for
+    integers of an annotated type, which are what they are at run time.
+    """
+    fixed = [name for name, annotation in function.__annotations__.items() if annotation in (tl.int32, tl.int64)]
+    return triton.jit(do_not_specialize=fixed)(function)
+
+
+def configure(
+    kernel: Any,
+    label: str,
+    dtype: torch.dtype,
+    constants: Mapping[str, Any],
+    *,
+    pointers: Mapping[str, torch.dtype] | None = None,
+    divisible: Iterable[str] | None = None,
+    **promises: Any,
+) -> Configuration:
+    """The configuration of ``kernel`` for ``dtype``, with the signature that the kernel itself describes.
+
+    Arguments without an annotation are pointers, where their name ends in ``_pointer``, to elements of ``dtype`` or of
+    what ``pointers`` has for the rest of the name; or else integers that Triton specialises, and ``divisible``, unless
+    these are given.  ``promises`` are further fields of `Configuration`.
+    """
+    elements = {f"{name}_pointer": element for name, element in (pointers or {}).items()}
+    signature = {}
+    integers = []
+    for parameter in inspect.signature(kernel.fn).parameters.values():
+        name = parameter.name
+        if name.endswith("_pointer"):
+            signature[name] = "*" + TRITON_TYPE[elements.get(name, dtype)]
+        elif parameter.annotation in _ANNOTATED:
+            signature[name] = _ANNOTATED[parameter.annotation]
+        elif name not in constants:
+            signature[name] = "i32"
+            integers.append(name)
+    return Configuration(
+        label,
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        divisible=tuple(integers if divisible is None else divisible),
+        **promises,
+    )
 
 
 _FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}

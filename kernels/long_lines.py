@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import DTYPES, TRITON_TYPE, Configuration, launch
+from .launch import DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch
 from .lines import ALONG, Lines, fold, line_block, line_tile, pack, reference_point, settle, start_fold
 from .numerics import fast_exp, widen
 from .tiles import cdiv, threads_for
@@ -61,7 +61,7 @@ def part_of_line(program, count, length, parts, part_length):
     return base, line, start, exists, part, first, tl.minimum(first + part_length, length)
 
 
-@triton.jit(do_not_specialize=["count", "parts", "negated"])
+@kernel
 def line_parts_kernel(
     x_pointer,
     partial_pointer,  # maxima, then sums of exponentials, (2, parts, count)
@@ -104,21 +104,13 @@ def join_parts(partial_pointer, line, exists, count, parts, PARTS: tl.constexpr)
 def parts_configuration(dtype: torch.dtype) -> Configuration:
     """The first launch, of lines of ``dtype``."""
     threads = max(PIECE // 16, threads_for(dtype))
-    return Configuration(
-        label=f"parts of lines {TRITON_TYPE[dtype]}",
-        kernel=line_parts_kernel,
-        signature=(
-            ("x_pointer", "*" + TRITON_TYPE[dtype]),
-            ("partial_pointer", "*fp32"),
-            ("count", "i64"),
-            ("length", "i32"),
-            ("parts", "i32"),
-            ("part_length", "i32"),
-            ("negated", "i32"),
-        ),
-        constants=(("WIDTH", PIECE), ("PACK", 16 // dtype.itemsize)),
+    return configure(
+        line_parts_kernel,
+        f"parts of lines {TRITON_TYPE[dtype]}",
+        dtype,
+        {"WIDTH": PIECE, "PACK": 16 // dtype.itemsize},
+        pointers={"partial": torch.float32},
         threads=threads,
-        divisible=("length", "part_length"),
         wide_loads=PIECE * dtype.itemsize // (threads * 16),
         rare=dtype is torch.float16,
     )

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._triton import tl, triton
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import add_product, narrow, scalar, widen
 from .random import uniform_tile
@@ -115,7 +115,7 @@ def grouped_blocks(row_blocks, column_blocks):
     return first + within % group, within // group
 
 
-@triton.jit(do_not_specialize=["rows", "has_bias", "keeps_winner", "drops"])
+@kernel
 def linear_maxout_kernel(
     x_pointer,  # input, (rows, features)
     w_pointer,  # weights, (pieces, units, features)
@@ -176,7 +176,7 @@ def linear_maxout_kernel(
         tl.store(winner_pointer + offsets, winner.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def data_gradient_kernel(
     g_pointer,  # gradient of the maxima, (rows, units)
     winner_pointer,  # winners, (rows, units)
@@ -216,7 +216,7 @@ def data_gradient_kernel(
     tl.store(dx_pointer + row[:, None] * features + feature[None, :], dx, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "share", "sums_bias"])
+@kernel
 def weight_gradient_kernel(
     g_pointer,  # gradient of the maxima, (rows, units)
     winner_pointer,  # winners, (rows, units)
@@ -312,7 +312,7 @@ def bias_tile(b_pointer, piece, row, column, columns, units, BY_COLUMN: tl.const
     return widen(bias, COMPUTE)
 
 
-@triton.jit(do_not_specialize=["rows", "units", "pieces", "column_blocks", "has_bias", "keeps_winner", "drops"])
+@kernel
 def maximum_kernel(
     x_pointer,  # features, (pieces rows, columns)
     b_pointer,  # bias, (pieces, columns) or (pieces, units); not read unless has_bias
@@ -357,7 +357,7 @@ def maximum_kernel(
         store_tile(winner_pointer, target, winner.to(tl.uint8), inside, whole)
 
 
-@triton.jit(do_not_specialize=["rows", "units", "pieces", "column_blocks", "sums_bias"])
+@kernel
 def expansion_kernel(
     g_pointer,  # gradient of the maxima, (rows, columns)
     winner_pointer,  # winners, (rows, columns)
@@ -422,7 +422,7 @@ def features_tile(inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.
     return offsets, tl.reshape(each, (ROWS, COLUMNS * PIECES))
 
 
-@triton.jit(do_not_specialize=["numel", "pieces", "keeps_winner"])
+@kernel
 def adjacent_maximum_kernel(
     x_pointer,  # features, (numel, pieces)
     y_pointer,  # maxima, (numel,)
@@ -461,7 +461,7 @@ def adjacent_maximum_kernel(
         store_tile(winner_pointer + start, offsets, winner.to(tl.uint8), inside, whole)
 
 
-@triton.jit(do_not_specialize=["numel", "pieces"])
+@kernel
 def adjacent_expansion_kernel(
     g_pointer,  # gradient of the maxima, (numel,)
     winner_pointer,  # winners, (numel,)
@@ -573,73 +573,44 @@ def _tile(precision: str, pieces: int, *, large: bool) -> _Tile:
 
 @cache
 def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
-    element, itemsize = ("*fp32", 4) if precision in ("tf32", "fp32") else (f"*{precision}", 2)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     loaded = (tile.height + pieces * tile.width) * tile.depth
-    return Configuration(
-        label=f"linear maxout of {pieces} {tile.height}x{tile.width} {precision}",
-        kernel=linear_maxout_kernel,
-        signature=(
-            ("x_pointer", element),
-            ("w_pointer", element),
-            ("b_pointer", element),
-            ("y_pointer", element),
-            ("winner_pointer", "*u8"),
-            ("seed_pointer", "*i64"),
-            ("rows", "i64"),
-            ("units", "i32"),
-            ("features", "i32"),
-            ("has_bias", "i32"),
-            ("keeps_winner", "i32"),
-            ("drops", "i32"),
-            ("p", "fp64"),
-            ("scale", "fp64"),
-        ),
-        constants=(
-            ("PIECES", pieces),
-            ("HEIGHT", tile.height),
-            ("WIDTH", tile.width),
-            ("DEPTH", tile.depth),
-            ("PRECISION", "tf32" if precision == "tf32" else "ieee"),
-        ),
+    return configure(
+        linear_maxout_kernel,
+        f"linear maxout of {pieces} {tile.height}x{tile.width} {precision}",
+        dtype,
+        {
+            "PIECES": pieces,
+            "HEIGHT": tile.height,
+            "WIDTH": tile.width,
+            "DEPTH": tile.depth,
+            "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        },
+        pointers={"winner": torch.uint8, "seed": torch.int64},
         threads=tile.threads,
-        num_stages=_stages(loaded * itemsize),
-        divisible=("units", "features"),
-        wide_loads=tile.accesses(loaded, itemsize),
-        wide_stores=tile.accesses(tile.height * tile.width, itemsize),
+        num_stages=_stages(loaded * dtype.itemsize),
+        wide_loads=tile.accesses(loaded, dtype.itemsize),
+        wide_stores=tile.accesses(tile.height * tile.width, dtype.itemsize),
         tensor_cores=precision != "fp32",
     )
 
 
 @cache
 def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
-    incoming = (("g_pointer", element), ("winner_pointer", "*u8"))
-    extents = (("units", "i32"), ("features", "i32"))
-    signature: tuple[tuple[str, str], ...]
     if of == "data":
-        kernel, tile = data_gradient_kernel, _DATA_TILE
-        pointers = (*incoming, ("w_pointer", element), ("dx_pointer", element))
-        signature = (*pointers, ("rows", "i64"), *extents, ("scale", "fp64"))
+        code, tile = data_gradient_kernel, _DATA_TILE
         loaded, stored = (tile.height + pieces * tile.width) * tile.depth, dtype.itemsize
     else:
-        kernel, tile = weight_gradient_kernel, _WEIGHT_TILE
-        sums = (("dw_pointer", "*fp32"), ("db_pointer", "*fp32"))
-        scalars = (("rows", "i64"), ("share", "i64"), *extents, ("sums_bias", "i32"), ("scale", "fp64"))
-        signature = (*incoming, ("x_pointer", element), *sums, *scalars)
+        code, tile = weight_gradient_kernel, _WEIGHT_TILE
         loaded, stored = (tile.height + tile.width) * tile.depth, 4 * pieces
-    return Configuration(
-        label=f"linear maxout, gradient of {of}, {pieces} pieces {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=signature,
-        constants=(
-            ("PIECES", pieces),
-            ("HEIGHT", tile.height),
-            ("WIDTH", tile.width),
-            ("DEPTH", tile.depth),
-        ),
+    return configure(
+        code,
+        f"linear maxout, gradient of {of}, {pieces} pieces {TRITON_TYPE[dtype]}",
+        dtype,
+        {"PIECES": pieces, "HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth},
+        pointers={"winner": torch.uint8, "dw": torch.float32, "db": torch.float32},
         threads=tile.threads,
         num_stages=_stages(loaded * dtype.itemsize),
-        divisible=("units", "features"),
         wide_loads=tile.accesses(loaded, dtype.itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, stored),
         tensor_cores=True,
@@ -654,42 +625,17 @@ _SUMMED_TILE = 4 * TILE
 
 @cache
 def _pass(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
     threads, height = threads_for(dtype), TILE // width
-    if direction == "forward":
-        kernel = maximum_kernel
-        pointers = [(f"{name}_pointer", element) for name in "xby"]
-        pointers += [("winner_pointer", "*u8"), ("seed_pointer", "*i64")]
-        scalars = [("has_bias", "i32"), ("keeps_winner", "i32"), ("drops", "i32"), ("p", "fp64"), ("scale", "fp64")]
-    else:
-        kernel = expansion_kernel
-        partial = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
-        pointers = [("g_pointer", element), ("winner_pointer", "*u8"), ("dx_pointer", element)]
-        pointers += [("partial_pointer", partial)]
-        scalars = [("sums_bias", "i32"), ("scale", "fp64")]
-        if by_column:
-            threads, height = 256, _SUMMED_TILE // width // (2 if dtype is torch.float64 else 1)
+    if direction == "backward" and by_column:
+        threads, height = 256, _SUMMED_TILE // width // (2 if dtype is torch.float64 else 1)
     wide = height * width * dtype.itemsize // 16 // threads
-    return Configuration(
-        label=f"maxout {direction} {'by column' if by_column else 'by row'} x{width} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=(
-            *pointers,
-            ("rows", "i64"),
-            ("columns", "i32"),
-            ("units", "i64"),
-            ("pieces", "i32"),
-            ("column_blocks", "i64"),
-            *scalars,
-        ),
-        constants=(
-            ("BY_COLUMN", by_column),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("HEIGHT", height),
-            ("WIDTH", width),
-        ),
+    return configure(
+        maximum_kernel if direction == "forward" else expansion_kernel,
+        f"maxout {direction} {'by column' if by_column else 'by row'} x{width} {TRITON_TYPE[dtype]}",
+        dtype,
+        {"BY_COLUMN": by_column, "COMPUTE": COMPUTE[dtype], "HEIGHT": height, "WIDTH": width},
+        pointers={"winner": torch.uint8, "seed": torch.int64, "partial": ACCUMULATOR[dtype]},
         threads=threads,
-        divisible=("columns",),
         wide_loads=wide * (2 if direction == "forward" else 1),
         wide_stores=wide,
     )
@@ -697,23 +643,19 @@ def _pass(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Co
 
 @cache
 def _adjacent(direction: str, dtype: torch.dtype, together: int) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
     rows, columns = tile_shape(dtype)
     threads = 256 if together == 4 else threads_for(dtype)
     accesses = rows * threads_for(dtype) // threads  # to the maxima; as many for each piece
     if direction == "forward":
-        kernel, wide = adjacent_maximum_kernel, (together * accesses, accesses)
-        pointers = [("x_pointer", element), ("y_pointer", element), ("winner_pointer", "*u8")]
-        scalars = [("numel", "i64"), ("pieces", "i32"), ("keeps_winner", "i32")]
+        code, wide = adjacent_maximum_kernel, (together * accesses, accesses)
     else:
-        kernel, wide = adjacent_expansion_kernel, (accesses, together * accesses)
-        pointers = [("g_pointer", element), ("winner_pointer", "*u8"), ("dx_pointer", element)]
-        scalars = [("numel", "i64"), ("pieces", "i32")]
-    return Configuration(
-        label=f"maxout {direction} of {together or 'any'} adjacent {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=(*pointers, *scalars),
-        constants=(("PIECES", together), ("COMPUTE", COMPUTE[dtype]), ("ROWS", rows), ("COLUMNS", columns)),
+        code, wide = adjacent_expansion_kernel, (accesses, together * accesses)
+    return configure(
+        code,
+        f"maxout {direction} of {together or 'any'} adjacent {TRITON_TYPE[dtype]}",
+        dtype,
+        {"PIECES": together, "COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
+        pointers={"winner": torch.uint8},
         threads=threads,
         wide_loads=wide[0],
         wide_stores=wide[1],

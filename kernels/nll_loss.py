@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .numerics import divide, narrow, require, scalar, widen
 from .partial_sums import combine, finish_sum, sum_programs
 from .tiles import cdiv
@@ -66,10 +66,7 @@ def picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
     return sample * sample_stride + t * class_stride + (place % places).to(tl.int64) * place_stride
 
 
-_NOT_SPECIALIZED = ["positions", "places", "classes", "sample_stride", "class_stride", "place_stride"]
-
-
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "ignore_index", "weighted"])
+@kernel
 def nll_loss_kernel(
     x_pointer,  # log-probabilities
     t_pointer,  # targets, flat
@@ -97,7 +94,7 @@ def nll_loss_kernel(
     tl.store(y_pointer + start + offsets, narrow(y, y_pointer.dtype.element_ty), mask=offsets < positions - start)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "ignore_index", "weighted"])
+@kernel
 def nll_loss_sum_kernel(
     x_pointer,  # log-probabilities
     t_pointer,  # targets, flat
@@ -133,7 +130,7 @@ def nll_loss_sum_kernel(
     finish_sum(partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "ignore_index", "weighted", "g_repeats"])
+@kernel
 def nll_loss_backward_kernel(
     g_pointer,  # gradient of the loss: one element where ``g_repeats``, else flat
     t_pointer,  # targets, flat
@@ -172,42 +169,17 @@ def nll_loss_backward_kernel(
 # --- Configurations -------------------------------------------------------------------------------------------------
 
 _Kind = Literal["forward", "sum", "backward"]
-_EXTENTS = (
-    ("positions", "i64"),
-    ("places", "i32"),
-    ("classes", "i64"),
-    ("sample_stride", "i64"),
-    ("class_stride", "i64"),
-    ("place_stride", "i64"),
-    ("ignore_index", "i64"),
-    ("weighted", "i32"),
-)
+_KERNELS = {"forward": nll_loss_kernel, "sum": nll_loss_sum_kernel, "backward": nll_loss_backward_kernel}
 
 
 @cache
 def _configuration(kind: _Kind, dtype: torch.dtype) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
-    operands = (("x_pointer", element), ("t_pointer", "*i64"), ("weight_pointer", element))
-    signature: tuple[tuple[str, str], ...]
-    if kind == "forward":
-        kernel = nll_loss_kernel
-        signature = (*operands, ("y_pointer", element), *_EXTENTS)
-    elif kind == "sum":
-        kernel = nll_loss_sum_kernel
-        sums = (("partial_pointer", "*fp64"), ("value_pointer", element), ("weight_total_pointer", "*fp64"))
-        signature = (*operands, *sums, *_EXTENTS, ("divisor", "fp64"))
-    else:
-        kernel = nll_loss_backward_kernel
-        signature = (
-            *(("g_pointer", element), *operands[1:]),
-            *(("weight_total_pointer", "*fp64"), ("dx_pointer", element)),
-            *(*_EXTENTS, ("g_repeats", "i32"), ("divisor", "fp64")),
-        )
-    return Configuration(
-        label=f"nll_loss {kind} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=signature,
-        constants=(("COMPUTE", COMPUTE[dtype]), ("BLOCK", _BLOCK)),
+    return configure(
+        _KERNELS[kind],
+        f"nll_loss {kind} {TRITON_TYPE[dtype]}",
+        dtype,
+        {"COMPUTE": COMPUTE[dtype], "BLOCK": _BLOCK},
+        pointers={"t": torch.int64, "partial": torch.float64, "weight_total": torch.float64},
         threads=128,
         asserts=kind != "backward",
     )

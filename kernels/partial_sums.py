@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, TRITON_TYPE, Configuration, launch
+from .launch import COMPUTE, TRITON_TYPE, Configuration, configure, kernel, launch
 from .numerics import narrow
 
 __all__ = ["SUM_PROGRAMS", "combination", "combine", "finish_sum", "sum_programs"]
@@ -55,7 +55,7 @@ def finish_sum(
         tl.store(partial_pointer + programs + program, weight_total)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@kernel
 def combine_kernel(
     partial_pointer,  # partial sums, then partial sums of the weights, (2, programs)
     value_pointer,  # the result, one element
@@ -76,17 +76,12 @@ def combine_kernel(
 @cache
 def combination(dtype: torch.dtype) -> Configuration:
     """The second stage, for a result of ``dtype``."""
-    return Configuration(
-        label=f"combine partial sums {TRITON_TYPE[dtype]}",
-        kernel=combine_kernel,
-        signature=(
-            ("partial_pointer", "*fp64"),
-            ("value_pointer", "*" + TRITON_TYPE[dtype]),
-            ("weight_total_pointer", "*fp64"),
-            ("programs", "i32"),
-            ("divisor", "fp64"),
-        ),
-        constants=(("COMPUTE", COMPUTE[dtype]), ("PROGRAMS", SUM_PROGRAMS)),
+    return configure(
+        combine_kernel,
+        f"combine partial sums {TRITON_TYPE[dtype]}",
+        dtype,
+        {"COMPUTE": COMPUTE[dtype], "PROGRAMS": SUM_PROGRAMS},
+        pointers={"partial": torch.float64, "weight_total": torch.float64},
         threads=128,
     )
 

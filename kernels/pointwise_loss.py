@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, exp, log, log1p, narrow, require, scalar, sigmoid, widen
 from .partial_sums import combination, combine, finish_sum, sum_programs
@@ -282,7 +282,7 @@ def load_operands(
     return widen(x, COMPUTE), widen(t, COMPUTE), w, p
 
 
-@triton.jit(do_not_specialize=["numel", "weight_inner", "weight_period", "positive_inner", "positive_period"])
+@kernel
 def pointwise_loss_kernel(
     x_pointer,  # input, flat
     t_pointer,  # target, flat
@@ -332,7 +332,7 @@ def pointwise_loss_kernel(
     store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
-@triton.jit(do_not_specialize=["numel", "weight_inner", "weight_period", "positive_inner", "positive_period"])
+@kernel
 def pointwise_loss_sum_kernel(
     x_pointer,  # input, flat
     t_pointer,  # target, flat
@@ -391,12 +391,7 @@ def pointwise_loss_sum_kernel(
     finish_sum(partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("numel", "weight_inner", "weight_period", "positive_inner", "positive_period"),
-        *("g_repeats", "wants_dx", "wants_dt"),
-    ]
-)
+@kernel
 def pointwise_loss_backward_kernel(
     g_pointer,  # gradient of the loss: one element where ``g_repeats``, else flat
     x_pointer,  # input, flat
@@ -469,50 +464,29 @@ _KERNELS = {
     "sum": pointwise_loss_sum_kernel,
     "backward": pointwise_loss_backward_kernel,
 }
-_WEIGHTS = ("weight_pointer", "positive_pointer")
-_POINTERS = {
-    "forward": ("x_pointer", "t_pointer", *_WEIGHTS, "y_pointer"),
-    "sum": ("x_pointer", "t_pointer", *_WEIGHTS, "partial_pointer", "value_pointer", "weight_total_pointer"),
-    "backward": (
-        *("g_pointer", "x_pointer", "t_pointer", *_WEIGHTS),
-        *("weight_total_pointer", "dx_pointer", "dt_pointer"),
-    ),
-}
-_INTEGERS = ("weight_inner", "weight_period", "positive_inner", "positive_period")
-_FLAGS = {"forward": (), "sum": (), "backward": ("g_repeats", "wants_dx", "wants_dt")}
-_NUMBERS = {"forward": ("a", "b"), "sum": ("divisor", "a", "b"), "backward": ("divisor", "a", "b")}
 
 
 @cache
 def _configuration(kind: _Kind, name: str, dtype: torch.dtype) -> Configuration:
     row = LOSSES[name]
     rows, columns = tile_shape(dtype)
-    element = "*" + TRITON_TYPE[dtype]
     checks = row.valid is not None and kind != "backward"
-    functions: tuple[tuple[str, Any], ...]
     if kind == "backward":
-        functions = (("GRADIENT", row.gradient), ("TARGET_GRADIENT", row.target_gradient))
+        functions = {"GRADIENT": row.gradient, "TARGET_GRADIENT": row.target_gradient}
     else:
-        functions = (("VALUE", row.value), ("VALID", row.valid), ("COMPLAINT", row.complaint))
-    return Configuration(
-        label=f"{name} {kind} {TRITON_TYPE[dtype]}",
-        kernel=_KERNELS[kind],
-        signature=(
-            *(
-                (pointer, "*fp64" if pointer in ("partial_pointer", "weight_total_pointer") else element)
-                for pointer in _POINTERS[kind]
-            ),
-            ("numel", "i64"),
-            *((integer, "i32") for integer in (*_INTEGERS, *_FLAGS[kind])),
-            *((number, "fp64") for number in _NUMBERS[kind]),
-        ),
-        constants=(
-            *functions,
-            ("POSITIVE", row.uses_positive_weight),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("ROWS", rows),
-            ("COLUMNS", columns),
-        ),
+        functions = {"VALUE": row.value, "VALID": row.valid, "COMPLAINT": row.complaint}
+    return configure(
+        _KERNELS[kind],
+        f"{name} {kind} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            **functions,
+            "POSITIVE": row.uses_positive_weight,
+            "COMPUTE": COMPUTE[dtype],
+            "ROWS": rows,
+            "COLUMNS": columns,
+        },
+        pointers={"partial": torch.float64, "weight_total": torch.float64},
         threads=threads_for(dtype),
         wide_loads=2 * rows,
         wide_stores=0 if kind == "sum" else rows,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, widen
 from .tiles import TILE, cdiv, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
@@ -81,7 +81,7 @@ def tile_place(block_row, block_column, rows, columns, SLOPES: tl.constexpr, HEI
     return start, offsets, inside, whole
 
 
-@triton.jit(do_not_specialize=["rows", "channels", "column_blocks"])
+@kernel
 def prelu_forward_kernel(
     x_pointer,  # input, (rows, columns)
     w_pointer,  # slopes, (channels,)
@@ -109,7 +109,7 @@ def prelu_forward_kernel(
         store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
-@triton.jit(do_not_specialize=["rows", "channels", "column_blocks"])
+@kernel
 def prelu_backward_kernel(
     g_pointer,  # gradient of the output, (rows, columns)
     x_pointer,  # input, (rows, columns)
@@ -168,36 +168,23 @@ def _widths(slopes: Slopes) -> tuple[int, ...]:
 
 @cache
 def _configuration(direction: str, dtype: torch.dtype, slopes: Slopes, width: int) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
-    if direction == "forward":
-        kernel, reads = prelu_forward_kernel, 1
-        pointers = [("x_pointer", element), ("w_pointer", element), ("y_pointer", element)]
-    else:
-        kernel, reads = prelu_backward_kernel, 2
-        partial = "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
-        pointers = [(name, element) for name in ("g_pointer", "x_pointer", "w_pointer", "dx_pointer")]
-        pointers.append(("partial_pointer", partial))
+    code, reads = (prelu_forward_kernel, 1) if direction == "forward" else (prelu_backward_kernel, 2)
     # A row of 16 elements is narrower than the accesses of a warp; wide ones are promised from 64 on.
     wide = tile_shape(dtype)[0] if width >= 64 else 0
-    return Configuration(
-        label=f"prelu {direction} {slopes.name.lower()} x{width} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=(
-            *pointers,
-            ("rows", "i64"),
-            ("columns", "i32"),
-            ("channels", "i32"),
-            ("column_blocks", "i64"),
-        ),
-        constants=(
-            ("SLOPES", int(slopes)),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("HEIGHT", TILE // width),
-            ("WIDTH", width),
-            ("STEPS", _STEPS_BY_COLUMN if slopes is Slopes.BY_COLUMN else 1),
-        ),
+    return configure(
+        code,
+        f"prelu {direction} {slopes.name.lower()} x{width} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            "SLOPES": int(slopes),
+            "COMPUTE": COMPUTE[dtype],
+            "HEIGHT": TILE // width,
+            "WIDTH": width,
+            "STEPS": _STEPS_BY_COLUMN if slopes is Slopes.BY_COLUMN else 1,
+        },
+        pointers={"partial": ACCUMULATOR[dtype]},
         threads=threads_for(dtype),
-        divisible=() if slopes is Slopes.SINGLE else ("columns",),
+        divisible=() if slopes is Slopes.SINGLE else None,
         wide_loads=reads * wide,
         wide_stores=wide,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .activation import leaky_relu_gradient
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import uniform_tile
@@ -40,7 +40,7 @@ def slope_tile(
     return lower + uniform_tile(tl.load(seed_pointer), tile_index, ROWS, COLUMNS).to(COMPUTE) * (upper - lower)
 
 
-@triton.jit(do_not_specialize=["numel"])
+@kernel
 def rrelu_forward_kernel(
     x_pointer,  # input, flat
     y_pointer,  # output, flat; may be the input
@@ -63,7 +63,7 @@ def rrelu_forward_kernel(
     store_bits(mask_pointer, keeps, tile_index, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["numel"])
+@kernel
 def rrelu_backward_kernel(
     g_pointer,  # gradient of the output, flat
     mask_pointer,  # packed bits: not x <= 0
@@ -86,23 +86,13 @@ def rrelu_backward_kernel(
 
 @cache
 def _configuration(direction: str, dtype: torch.dtype) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
     rows, columns = tile_shape(dtype)
-    if direction == "forward":
-        kernel, pointers = (
-            rrelu_forward_kernel,
-            (("x_pointer", element), ("y_pointer", element), ("mask_pointer", "*u8")),
-        )
-    else:
-        kernel, pointers = (
-            rrelu_backward_kernel,
-            (("g_pointer", element), ("mask_pointer", "*u8"), ("dx_pointer", element)),
-        )
-    return Configuration(
-        label=f"rrelu {direction} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=(*pointers, ("seed_pointer", "*i64"), ("numel", "i64"), ("lower", "fp64"), ("upper", "fp64")),
-        constants=(("COMPUTE", COMPUTE[dtype]), ("ROWS", rows), ("COLUMNS", columns)),
+    return configure(
+        rrelu_forward_kernel if direction == "forward" else rrelu_backward_kernel,
+        f"rrelu {direction} {TRITON_TYPE[dtype]}",
+        dtype,
+        {"COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
+        pointers={"mask": torch.uint8, "seed": torch.int64},
         threads=threads_for(dtype),
         wide_loads=rows,
         wide_stores=rows,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .lines import ACROSS, ALONG, Lines, fold, line_block, line_tile, lines_of, pack, settle, start_fold
 from .long_lines import (
@@ -37,7 +37,7 @@ __all__ = ["KINDS", "softmax_backward", "softmax_forward"]
 KINDS = {"softmax": (False, False), "log_softmax": (True, False), "softmin": (False, True)}
 
 
-@triton.jit(do_not_specialize=["count", "negated"])
+@kernel
 def softmax_forward_kernel(
     x_pointer,  # input
     y_pointer,  # output, in the memory order of the input
@@ -96,7 +96,7 @@ def load_signed(x_pointer, offsets, inside, negated, COMPUTE: tl.constexpr):
     return tl.where(negated != 0, -x, x)
 
 
-@triton.jit(do_not_specialize=["count", "logarithm", "negated"])
+@kernel
 def softmax_backward_kernel(
     g_pointer,  # gradient of the output
     y_pointer,  # output
@@ -162,7 +162,7 @@ def input_gradient(g, y, total, logarithm, negated):
 # --- Lines that several programs share ----------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "parts", "pieces", "logarithm", "negated"])
+@kernel
 def long_softmax_forward_kernel(
     x_pointer,
     partial_pointer,  # see `long_lines`
@@ -190,7 +190,7 @@ def long_softmax_forward_kernel(
     tl.store(y_pointer + base + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "parts", "logarithm"])
+@kernel
 def long_softmax_shares_kernel(
     g_pointer,
     y_pointer,
@@ -213,7 +213,7 @@ def long_softmax_shares_kernel(
     tl.store(partial_pointer + part * count + line, tl.sum(shares, 1))
 
 
-@triton.jit(do_not_specialize=["count", "parts", "pieces", "logarithm", "negated"])
+@kernel
 def long_softmax_backward_kernel(
     g_pointer,
     y_pointer,
@@ -262,23 +262,21 @@ def _widths(direction: str, dtype: torch.dtype, axis: int) -> tuple[int, ...]:
 def _forward(dtype: torch.dtype, axis: int, width: int | None, logarithm: bool) -> Configuration:
     """For lines of up to ``width`` elements; without, for longer ones, in pieces."""
     # One kernel for both would hold what either needs: too much for the registers, in the widest tile.
-    constants = (("LOGARITHM", logarithm), ("PACK", 16 // dtype.itemsize))
+    constants = {"LOGARITHM": logarithm, "PACK": 16 // dtype.itemsize}
     name = "log_softmax" if logarithm else "softmax"
-    return _configuration(f"{name} forward", softmax_forward_kernel, ("x", "y"), (), constants, dtype, axis, width)
+    return _configuration(softmax_forward_kernel, f"{name} forward", 1, constants, dtype, axis, width)
 
 
 @cache
 def _backward(dtype: torch.dtype, axis: int, width: int | None) -> Configuration:
-    flags = (("logarithm", "i32"),)
-    return _configuration("softmax backward", softmax_backward_kernel, ("g", "y", "dx"), flags, (), dtype, axis, width)
+    return _configuration(softmax_backward_kernel, "softmax backward", 2, {}, dtype, axis, width)
 
 
 def _configuration(
-    label: str,
     kernel: Any,
-    tensors: tuple[str, ...],
-    flags: tuple[tuple[str, str], ...],
-    constants: tuple[tuple[str, Any], ...],
+    label: str,
+    reads: int,
+    constants: dict[str, Any],
     dtype: torch.dtype,
     axis: int,
     width: int | None,
@@ -287,29 +285,20 @@ def _configuration(
     lines = max(_TILE // piece, 1 if axis == ALONG else _LINES_ACROSS)
     threads = min(max(lines * piece // 16, threads_for(dtype)), 1024)
     wide = lines * piece * dtype.itemsize // (threads * 16)
-    pointers = tuple((f"{name}_pointer", "*" + TRITON_TYPE[dtype]) for name in tensors)
-    return Configuration(
-        label=f"{label} {'along' if axis == ALONG else 'across'} x{width or '-pieces'} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=(
-            *pointers,
-            ("count", "i64"),
-            ("length", "i32"),
-            ("inner", "i32"),
-            *flags,
-            ("negated", "i32"),
-        ),
-        constants=(
-            *constants,
-            ("AXIS", axis),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("LINES", lines),
-            ("WIDTH", piece),
-            ("WHOLE", width is not None),
-        ),
+    return configure(
+        kernel,
+        f"{label} {'along' if axis == ALONG else 'across'} x{width or '-pieces'} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            **constants,
+            "AXIS": axis,
+            "COMPUTE": COMPUTE[dtype],
+            "LINES": lines,
+            "WIDTH": piece,
+            "WHOLE": width is not None,
+        },
         threads=threads,
-        divisible=("length", "inner"),
-        wide_loads=(len(tensors) - 1) * wide,
+        wide_loads=reads * wide,
         wide_stores=wide,
         rare=dtype not in (torch.bfloat16, torch.float32),
     )
@@ -317,26 +306,23 @@ def _configuration(
 
 @cache
 def _long(kind: str, dtype: torch.dtype) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
-    extents = (("count", "i64"), ("length", "i32"), ("parts", "i32"))
-    kernel, tensors, integers, join = {
-        "forward": (long_softmax_forward_kernel, "x_y", ("pieces", "logarithm", "negated"), True),
-        "shares": (long_softmax_shares_kernel, "gy_", ("part_length", "logarithm"), False),
-        "backward": (long_softmax_backward_kernel, "gy_d", ("pieces", "logarithm", "negated"), True),
+    code = {
+        "forward": long_softmax_forward_kernel,
+        "shares": long_softmax_shares_kernel,
+        "backward": long_softmax_backward_kernel,
     }[kind]
-    names = {"x": "x", "y": "y", "g": "g", "d": "dx"}
-    pointers = [(f"{names[t]}_pointer", element) if t in names else ("partial_pointer", "*fp32") for t in tensors]
+    joins = kind != "shares"
     threads = max(PIECE // 16, threads_for(dtype))
     wide = PIECE * dtype.itemsize // (threads * 16)
-    return Configuration(
-        label=f"long softmax {kind} {TRITON_TYPE[dtype]}",
-        kernel=kernel,
-        signature=(*pointers, *extents, *((name, "i32") for name in integers)),
-        constants=(("WIDTH", PIECE), *((("PARTS", PARTS),) if join else ())),
+    return configure(
+        code,
+        f"long softmax {kind} {TRITON_TYPE[dtype]}",
+        dtype,
+        {"WIDTH": PIECE, **({"PARTS": PARTS} if joins else {})},
+        pointers={"partial": torch.float32},
         threads=threads,
-        divisible=("length", *(name for name in integers if name == "part_length")),
         wide_loads=wide * (1 if kind == "forward" else 2),
-        wide_stores=wide if join else 0,
+        wide_stores=wide if joins else 0,
         rare=dtype not in (torch.bfloat16, torch.float32),
     )
 

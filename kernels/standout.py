@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from ._triton import tl
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, sigmoid, widen
 from .random import uniform_tile
@@ -28,7 +28,7 @@ from .tiles import (
 __all__ = ["standout_forward"]
 
 
-@triton.jit(do_not_specialize=["numel"])
+@kernel
 def standout_kernel(
     x_pointer,  # input, flat
     belief_pointer,  # the belief network's pre-activations, flat
@@ -55,22 +55,13 @@ def standout_kernel(
 
 @cache
 def _configuration(dtype: torch.dtype) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
     rows, columns = tile_shape(dtype)
-    return Configuration(
-        label=f"standout {TRITON_TYPE[dtype]}",
-        kernel=standout_kernel,
-        signature=(
-            ("x_pointer", element),
-            ("belief_pointer", element),
-            ("y_pointer", element),
-            ("mask_pointer", "*u8"),
-            ("seed_pointer", "*i64"),
-            ("numel", "i64"),
-            ("alpha", "fp64"),
-            ("beta", "fp64"),
-        ),
-        constants=(("COMPUTE", COMPUTE[dtype]), ("ROWS", rows), ("COLUMNS", columns)),
+    return configure(
+        standout_kernel,
+        f"standout {TRITON_TYPE[dtype]}",
+        dtype,
+        {"COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
+        pointers={"mask": torch.uint8, "seed": torch.int64},
         threads=threads_for(dtype),
         wide_loads=2 * rows,
         wide_stores=rows,

@@ -191,6 +191,7 @@ def test_maxout_of_what_kernels_refuse(device: str) -> None:
     [
         ((32,), 48, 64, 2),  # fused
         ((70,), 33, 80, 3),  # fused, ragged
+        ((9,), 1, 16, 2),  # fused, one unit
         ((2, 3), 5, 16, 8),
         ((5,), 7, 9, 2),  # apart: rows aren't aligned
         ((4,), 3, 16, 9),  # apart: many pieces
@@ -306,7 +307,7 @@ def test_linear_of_what_kernels_refuse(device: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "units", "features", "pieces"), [((150,), 80, 48, 2), ((7, 10), 16, 16, 3), ((1,), 48, 16, 4)], ids=str
+    ("rows", "units", "features", "pieces"), [((150,), 80, 48, 2), ((7, 10), 16, 16, 3), ((9,), 1, 16, 4)], ids=str
 )
 def test_gradients_that_are_expanded_on_the_fly(
     rows: tuple[int, ...],
