@@ -1,7 +1,7 @@
 """Activation functions with the signatures of ``torch.nn.functional``, and their gradients.
 
 Each function takes the kernel or the stock operator, as `fusednn.autograd.dispatch` decides.  What the backward pass
-saves is the table's choice (`fusednn.kernels.activation`): one bit an element, the output, or the input.
+saves is the table's choice (`fusednn.kernels.functions.activation`): one bit an element, the output, or the input.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from ..kernels import activation as kernels
 from ..kernels import rrelu as rrelu_kernels
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.functions.activation import ACTIVATIONS, IDENTITY, Activated, activated
 from ..kernels.layout import is_dense
 from ..kernels.tiles import mask_bytes
 from . import stock as F
@@ -55,7 +55,7 @@ def _fake_mask(x: Tensor) -> Tensor:
     fake=lambda x, name, a, b: torch.empty_like(x),
 )
 def _forward(x: Tensor, name: str, a: float, b: float) -> Tensor:
-    return kernels.activation_forward(x, name, a, b)
+    return kernels.activation_forward(x, activated(name, a, b))
 
 
 @operator(
@@ -63,7 +63,7 @@ def _forward(x: Tensor, name: str, a: float, b: float) -> Tensor:
     fake=lambda x, name, a, b: None,
 )
 def _forward_inplace(x: Tensor, name: str, a: float, b: float) -> None:
-    kernels.activation_forward(x, name, a, b, inplace=True)
+    kernels.activation_forward(x, activated(name, a, b), inplace=True)
 
 
 @operator(
@@ -73,7 +73,7 @@ def _forward_inplace(x: Tensor, name: str, a: float, b: float) -> None:
 def _masked_forward(x: Tensor, seed: Tensor | None, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
     if seed is not None:
         return rrelu_kernels.rrelu_forward(x, seed, a, b)
-    return kernels.activation_masked_forward(x, name, a, b)
+    return kernels.activation_masked_forward(x, activated(name, a, b))
 
 
 @operator(
@@ -83,7 +83,7 @@ def _masked_forward(x: Tensor, seed: Tensor | None, name: str, a: float, b: floa
 def _masked_forward_inplace(x: Tensor, seed: Tensor | None, name: str, a: float, b: float) -> Tensor:
     if seed is not None:
         return rrelu_kernels.rrelu_forward(x, seed, a, b, inplace=True)[1]
-    return kernels.activation_masked_forward(x, name, a, b, inplace=True)[1]
+    return kernels.activation_masked_forward(x, activated(name, a, b), inplace=True)[1]
 
 
 @operator(
@@ -91,7 +91,7 @@ def _masked_forward_inplace(x: Tensor, seed: Tensor | None, name: str, a: float,
     fake=lambda g, saved, name, a, b: torch.empty_like(saved),
 )
 def _backward(g: Tensor, saved: Tensor, name: str, a: float, b: float) -> Tensor:
-    return kernels.activation_backward(g, saved, name, a, b)
+    return kernels.activation_backward(g, saved, activated(name, a, b))
 
 
 @operator(
@@ -104,35 +104,38 @@ def _masked_backward(
 ) -> Tensor:
     if seed is not None:
         return rrelu_kernels.rrelu_backward(g, mask, seed, strides, a, b)
-    return kernels.activation_masked_backward(g, mask, strides, name, a, b)
+    return kernels.activation_masked_backward(g, mask, strides, activated(name, a, b))
 
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
 
 
 class MaskedActivation(Function):
-    """An activation whose gradient needs one bit an element: linear in the gradient of the output, piecewise."""
+    """An activation whose gradient needs one bit an element: linear in the gradient of the output, piecewise.
+
+    ``activation`` are its operator's arguments.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, name: str, a: float, b: float, inplace: bool
+        ctx: Any, x: Tensor, seed: Tensor | None, activation: tuple[str, float, float], inplace: bool
     ) -> tuple[Tensor, Tensor]:
         if inplace:
-            y, mask = x, _masked_forward_inplace(x, seed, name, a, b)
+            y, mask = x, _masked_forward_inplace(x, seed, *activation)
             ctx.mark_dirty(x)
         else:
-            y, mask = _masked_forward(x, seed, name, a, b)
+            y, mask = _masked_forward(x, seed, *activation)
         # A second derivative with respect to x is zero, but must exist.  No tensor is saved that depends on x; so this
         # empty output is, for the gradient's graph to hang on.
         anchor = x.new_empty(0)
         ctx.save_for_backward(mask, seed, anchor)
         ctx.shape = x.shape
-        ctx.arguments = (y.stride(), name, a, b)
+        ctx.arguments = (y.stride(), *activation)
         ctx.set_materialize_grads(False)
         return y, anchor
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         mask, seed, anchor = ctx.saved_tensors
         if g is None:  # only the anchor was differentiated
             dx = anchor.new_zeros(ctx.shape)
@@ -140,34 +143,24 @@ class MaskedActivation(Function):
             dx = MaskedGradient.apply(g, anchor, mask, seed, *ctx.arguments)
         else:
             dx = _masked_backward(g, mask, seed, *ctx.arguments)
-        return dx, None, None, None, None, None
+        return dx, None, None, None
 
 
 class MaskedGradient(Function):
     """The gradient of `MaskedActivation` as a differentiable function: its derivative is the same mask again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        anchor: Tensor,
-        mask: Tensor,
-        seed: Tensor | None,
-        strides: Sequence[int],
-        name: str,
-        a: float,
-        b: float,
-    ) -> Tensor:
+    def forward(ctx: Any, g: Tensor, anchor: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
         ctx.save_for_backward(anchor, mask, seed)
-        ctx.arguments = (strides, name, a, b)
-        result: Tensor = _masked_backward(g, mask, seed, strides, name, a, b)
+        ctx.arguments = arguments
+        result: Tensor = _masked_backward(g, mask, seed, *arguments)
         return result
 
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
         anchor, mask, seed = ctx.saved_tensors
         dg = MaskedGradient.apply(gg, anchor, mask, seed, *ctx.arguments)
-        return dg, torch.zeros_like(anchor), None, None, None, None, None, None
+        return dg, torch.zeros_like(anchor), *(None,) * (2 + len(ctx.arguments))
 
 
 class SavedActivation(Function):
@@ -177,35 +170,32 @@ class SavedActivation(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, original: Tensor | None, name: str, a: float, b: float, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, original: Tensor | None, activation: Activated, inplace: bool) -> Tensor:
         if inplace:
-            _forward_inplace(x, name, a, b)
+            _forward_inplace(x, *activation.arguments)
             ctx.mark_dirty(x)
             y = x
         else:
-            y = _forward(x, name, a, b)
-        saves_input = ACTIVATIONS[name].saves == "input"
-        ctx.save_for_backward((x if original is None else original) if saves_input else y)
+            y = _forward(x, *activation.arguments)
+        ctx.save_for_backward(y if activation.saves == "output" else x if original is None else original)
         ctx.from_copy = original is not None
-        ctx.arguments = (name, a, b)
+        ctx.activation = activation
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (saved,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dx = _differentiable_gradient(g, saved, *ctx.arguments)
+            dx = _differentiable_gradient(g, saved, ctx.activation)
         else:
-            dx = _backward(g, saved, *ctx.arguments)
-        return (None, dx, None, None, None, None) if ctx.from_copy else (dx, None, None, None, None, None)
+            dx = _backward(g, saved, *ctx.activation.arguments)
+        return (None, dx, None, None) if ctx.from_copy else (dx, None, None, None)
 
 
 #: The stock function of (x, a, b) for each row of the table.
 STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "celu": lambda x, a, b: F.celu(x, a),
-    "celu_half": lambda x, a, b: F.celu(x, a),
-    "elu": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
-    "elu_half": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
+    "elu": lambda x, a, b: F.elu(x, a),
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
     "hardsigmoid": lambda x, a, b: F.hardsigmoid(x),
@@ -215,8 +205,8 @@ STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "logsigmoid": lambda x, a, b: F.logsigmoid(x),
     "mish": lambda x, a, b: F.mish(x),
     "relu": lambda x, a, b: F.relu(x),
-    "relu6": lambda x, a, b: F.hardtanh(x, a, b),
-    "selu": lambda x, a, b: torch.ops.aten.elu(x, a / b, b),
+    "relu6": lambda x, a, b: F.relu6(x),
+    "selu": lambda x, a, b: F.selu(x),
     "sigmoid": lambda x, a, b: F.sigmoid(x),
     "silu": lambda x, a, b: F.silu(x),
     "softplus": lambda x, a, b: F.softplus(x, a, b),
@@ -226,20 +216,26 @@ STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 # The stock gradient of (g, y, a, b), where the output is saved.
 _STOCK_GRADIENT: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
-    "celu": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a, 1.0, 1.0 / a, True, y),
-    "elu": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a / b, b, 1.0, True, y),
-    "selu": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a / b, b, 1.0, True, y),
+    "celu_": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a, 1.0, 1.0 / a, True, y),
+    "elu_": lambda g, y, a, b: torch.ops.aten.elu_backward(g, a / b, b, 1.0, True, y),
     "sigmoid": lambda g, y, a, b: torch.ops.aten.sigmoid_backward(g, y),
     "tanh": lambda g, y, a, b: torch.ops.aten.tanh_backward(g, y),
 }
 
 
-def _differentiable_gradient(g: Tensor, saved: Tensor, name: str, a: float, b: float) -> Tensor:
+def stock_activation(x: Tensor, activation: Activated) -> Tensor:
+    """activation(x), by PyTorch's operators."""
+    row, a, b = activation
+    return x if activation.saves == "nothing" else STOCK[row.name](x, a, b)
+
+
+def _differentiable_gradient(g: Tensor, saved: Tensor, activation: Activated) -> Tensor:
     """The gradient of the input, from stock operators that can be differentiated again."""
-    if name in _STOCK_GRADIENT:
-        return _STOCK_GRADIENT[name](g, saved, a, b)
+    row, a, b = activation
+    if activation.saves == "output":
+        return _STOCK_GRADIENT[row.name](g, saved, a, b)
     with torch.enable_grad():
-        y = STOCK[name](saved, a, b)
+        y = stock_activation(saved, activation)
     (dx,) = torch.autograd.grad(y, saved, g, create_graph=True)
     return dx
 
@@ -247,117 +243,147 @@ def _differentiable_gradient(g: Tensor, saved: Tensor, name: str, a: float, b: f
 # --- Functions ------------------------------------------------------------------------------------------------------
 
 
-def _takes_kernel(name: str, input: Tensor, a: float, b: float, inplace: bool) -> bool:
-    if not is_number(a) or not is_number(b):
-        return takes_kernel(name, input, inplace=inplace, refusal="a parameter is not a Python number")
-    return takes_kernel(name, input, inplace=inplace, refusal=ACTIVATIONS[name].refuses(a, b, inplace))
+def resolve_activation(name: str | None, parameters: Sequence[float] = ()) -> Activated:
+    """The activation that goes by a name; None is the identity.
+
+    ``parameters`` are its scalar parameters in PyTorch's order; its defaults, where they are missing.  Raises
+    ValueError for other names, and for more parameters than the activation has.
+    """
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    row = IDENTITY.row if name is None else ACTIVATIONS[name]
+    if len(parameters) > (most := len(row.parameters)):
+        raise ValueError(f"{row.name} has {most} parameter{'s' * (most != 1)}, but got {len(parameters)}")
+    a, b = (*parameters, *row.defaults[len(parameters) :])
+    return Activated(row, float(a), float(b))
 
 
-def apply_kernel(input: Tensor, name: str, a: float, b: float, inplace: bool, seed: Tensor | None = None) -> Tensor:
-    """Apply a row of the table (or RReLU, with a seed), differentiably where the input requires gradients."""
-    if seed is None:
-        name = ACTIVATIONS[name].name_for(input.dtype)
-    saves = "mask" if seed is not None else ACTIVATIONS[name].saves
-    if inplace and (torch.compiler.is_compiling() or input._is_view() or not is_dense(input)):
-        # Tracers fold copies away; a view's base needs PyTorch's own bookkeeping; strided memory needs the copy.
-        source = input.clone() if saves == "input" else input
-        return input.copy_(apply_kernel(source, name, a, b, False, seed))
-    a, b = float(a), float(b)
-    differentiable = torch.is_grad_enabled() and input.requires_grad
+def _taken(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Activated | None:
+    """The activation, if its kernel takes the input; None where the stock operator has to."""
+    if not all(is_number(parameter) for parameter in parameters):
+        takes_kernel(name, input, inplace=inplace, refusal="a parameter is not a Python number")
+        return None
+    activation = resolve_activation(name, parameters)
+    return activation if takes_kernel(name, input, inplace=inplace, refusal=activation.refusal(inplace)) else None
+
+
+def _is_copied(input: Tensor) -> bool:
+    """Whether what is computed in place is computed apart, and copied.
+
+    Tracers fold copies away; a view's base needs PyTorch's own bookkeeping; strided memory needs the copy.
+    """
+    return torch.compiler.is_compiling() or input._is_view() or not is_dense(input)
+
+
+def apply_masked(input: Tensor, seed: Tensor | None, activation: tuple[str, float, float], inplace: bool) -> Tensor:
+    """Apply an activation that saves a mask, by its operator's arguments; with a seed RReLU, which are its bounds'."""
+    if inplace and _is_copied(input):
+        return input.copy_(apply_masked(input, seed, activation, False))
     y: Tensor
-    if seed is not None or (differentiable and saves == "mask"):
-        y, _ = MaskedActivation.apply(input, seed, name, a, b, inplace)
-    elif differentiable:
-        original = input.clone() if inplace and saves == "input" else None
-        y = SavedActivation.apply(input, original, name, a, b, inplace)
+    y, _ = MaskedActivation.apply(input, seed, activation, inplace)
+    return y
+
+
+def apply_kernel(input: Tensor, activation: Activated, inplace: bool) -> Tensor:
+    """Apply an activation, differentiably where the input requires gradients."""
+    differentiable = torch.is_grad_enabled() and input.requires_grad
+    if differentiable and activation.saves == "mask":
+        return apply_masked(input, None, activation.arguments, inplace)
+    if inplace:
+        activation = activation.overwriting(input.dtype)
+        saves_input = differentiable and activation.saves == "input"
+        if _is_copied(input):
+            return input.copy_(apply_kernel(input.clone() if saves_input else input, activation, False))
+    y: Tensor
+    if differentiable:
+        y = SavedActivation.apply(input, input.clone() if inplace and saves_input else None, activation, inplace)
     elif inplace:
-        _forward_inplace(input, name, a, b)
+        _forward_inplace(input, *activation.arguments)
         if not input.is_inference():
             torch.autograd.graph.increment_version(input)
         y = input
     else:
-        y = _forward(input, name, a, b)
+        y = _forward(input, *activation.arguments)
     return y
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(0, x).  As `torch.nn.functional.relu`; saves one bit an element."""
-    if not _takes_kernel("relu", input, 0.0, 0.0, inplace):
+    if (activation := _taken("relu", input, inplace=inplace)) is None:
         return F.relu(input, inplace)
-    return apply_kernel(input, "relu", 0.0, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(0, x), 6).  As `torch.nn.functional.relu6`; saves one bit an element."""
-    if not _takes_kernel("relu6", input, 0.0, 6.0, inplace):
+    if (activation := _taken("relu6", input, inplace=inplace)) is None:
         return F.relu6(input, inplace)
-    return apply_kernel(input, "relu6", 0.0, 6.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """max(0, x) + negative_slope min(0, x).  As `torch.nn.functional.leaky_relu`; saves one bit an element."""
-    if not _takes_kernel("leaky_relu", input, negative_slope, 0.0, inplace):
+    if (activation := _taken("leaky_relu", input, negative_slope, inplace=inplace)) is None:
         return F.leaky_relu(input, negative_slope, inplace)
-    return apply_kernel(input, "leaky_relu", negative_slope, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """x where x > threshold, else value.  As `torch.nn.functional.threshold`; saves one bit an element."""
-    if not _takes_kernel("threshold", input, threshold, value, inplace):
+    if (activation := _taken("threshold", input, threshold, value, inplace=inplace)) is None:
         return F.threshold(input, threshold, value, inplace)
-    return apply_kernel(input, "threshold", threshold, value, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """min(max(min_val, x), max_val).  As `torch.nn.functional.hardtanh`; saves one bit an element."""
-    if not _takes_kernel("hardtanh", input, min_val, max_val, inplace):
+    if (activation := _taken("hardtanh", input, min_val, max_val, inplace=inplace)) is None:
         return F.hardtanh(input, min_val, max_val, inplace)
-    return apply_kernel(input, "hardtanh", min_val, max_val, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(0, x + 3), 6) / 6.  As `torch.nn.functional.hardsigmoid`; saves one bit an element."""
-    if not _takes_kernel("hardsigmoid", input, 0.0, 0.0, inplace):
+    if (activation := _taken("hardsigmoid", input, inplace=inplace)) is None:
         return F.hardsigmoid(input, inplace)
-    return apply_kernel(input, "hardsigmoid", 0.0, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """x min(max(0, x + 3), 6) / 6.  As `torch.nn.functional.hardswish`; saves the input."""
-    if not _takes_kernel("hardswish", input, 0.0, 0.0, inplace):
+    if (activation := _taken("hardswish", input, inplace=inplace)) is None:
         return F.hardswish(input, inplace)
-    return apply_kernel(input, "hardswish", 0.0, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """max(0, x) + min(0, alpha (exp(x) - 1)).  As `torch.nn.functional.elu`.
 
-    Saves the output, or the input in 16 bits.
+    Saves the input; in place the output, in 16 bits a copy of the input.
     """
-    if not _takes_kernel("elu", input, alpha, 1.0, inplace):
+    if (activation := _taken("elu", input, alpha, inplace=inplace)) is None:
         return F.elu(input, alpha, inplace)
-    return apply_kernel(input, "elu", alpha, 1.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """scale (max(0, x) + min(0, alpha (exp(x) - 1))).  As `torch.nn.functional.selu`.
 
-    Saves the output, or the input in 16 bits.
+    Saves the input; in place the output, in 16 bits a copy of the input.
     """
-    a, b = ACTIVATIONS["selu"].defaults
-    if not _takes_kernel("selu", input, a, b, inplace):
+    if (activation := _taken("selu", input, inplace=inplace)) is None:
         return F.selu(input, inplace)
-    return apply_kernel(input, "selu", a, b, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """max(0, x) + min(0, alpha (exp(x / alpha) - 1)).  As `torch.nn.functional.celu`.
 
-    Saves the output, or the input in 16 bits.
+    Saves the input; in place the output, in 16 bits a copy of the input.
     """
-    if not _takes_kernel("celu", input, alpha, 0.0, inplace):
+    if (activation := _taken("celu", input, alpha, inplace=inplace)) is None:
         return F.celu(input, alpha, inplace)
-    return apply_kernel(input, "celu", alpha, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -366,21 +392,21 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     name = "gelu_tanh" if refusal is None and approximate == "tanh" else "gelu"
     if not takes_kernel(name, input, refusal=refusal):
         return F.gelu(input, approximate=approximate)
-    return apply_kernel(input, name, 0.0, 0.0, False)
+    return apply_kernel(input, Activated(ACTIVATIONS[name]), False)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x sigmoid(x).  As `torch.nn.functional.silu`; saves the input."""
-    if not _takes_kernel("silu", input, 0.0, 0.0, inplace):
+    if (activation := _taken("silu", input, inplace=inplace)) is None:
         return F.silu(input, inplace)
-    return apply_kernel(input, "silu", 0.0, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """x tanh(softplus(x)).  As `torch.nn.functional.mish`; saves the input."""
-    if not _takes_kernel("mish", input, 0.0, 0.0, inplace):
+    if (activation := _taken("mish", input, inplace=inplace)) is None:
         return F.mish(input, inplace)
-    return apply_kernel(input, "mish", 0.0, 0.0, inplace)
+    return apply_kernel(input, activation, inplace)
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
@@ -388,36 +414,36 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
 
     Saves the input.  CUDA's autocast computes it in float32, and so does this.
     """
-    if not _takes_kernel("softplus", input, beta, threshold, False):
+    if (activation := _taken("softplus", input, beta, threshold)) is None:
         return F.softplus(input, beta, threshold)
     if input.device.type == "cuda" and autocast_dtype(input) and input.dtype is not torch.float64:
         input = input.float()
-    return apply_kernel(input, "softplus", beta, threshold, False)
+    return apply_kernel(input, activation, False)
 
 
 def softsign(input: Tensor) -> Tensor:
     """x / (1 + |x|).  As `torch.nn.functional.softsign`; saves the input."""
-    if not _takes_kernel("softsign", input, 0.0, 0.0, False):
+    if (activation := _taken("softsign", input)) is None:
         return F.softsign(input)
-    return apply_kernel(input, "softsign", 0.0, 0.0, False)
+    return apply_kernel(input, activation, False)
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + exp(-x)).  As `torch.nn.functional.sigmoid`; saves the output."""
-    if not _takes_kernel("sigmoid", input, 0.0, 0.0, False):
+    if (activation := _taken("sigmoid", input)) is None:
         return F.sigmoid(input)
-    return apply_kernel(input, "sigmoid", 0.0, 0.0, False)
+    return apply_kernel(input, activation, False)
 
 
 def logsigmoid(input: Tensor) -> Tensor:
     """log(sigmoid(x)).  As `torch.nn.functional.logsigmoid`; saves the input."""
-    if not _takes_kernel("logsigmoid", input, 0.0, 0.0, False):
+    if (activation := _taken("logsigmoid", input)) is None:
         return F.logsigmoid(input)
-    return apply_kernel(input, "logsigmoid", 0.0, 0.0, False)
+    return apply_kernel(input, activation, False)
 
 
 def tanh(input: Tensor) -> Tensor:
     """tanh(x).  As `torch.nn.functional.tanh`; saves the output."""
-    if not _takes_kernel("tanh", input, 0.0, 0.0, False):
+    if (activation := _taken("tanh", input)) is None:
         return F.tanh(input)
-    return apply_kernel(input, "tanh", 0.0, 0.0, False)
+    return apply_kernel(input, activation, False)

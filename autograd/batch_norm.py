@@ -5,8 +5,7 @@ Two steps: the statistics (and the update of the running ones), and the normalis
 input.  `fusednn.autograd.sync_batch_norm` puts collectives between the steps.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,21 +13,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import batch_norm as kernels
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.functions.activation import IDENTITY, Activated, activated
 from ..kernels.launch import ACCUMULATOR
 from . import stock as F
+from .activation import resolve_activation, stock_activation
 from .dispatch import is_number, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
 
-__all__ = ["ACTIVATION_FUNCTIONS", "BatchNorm", "batch_norm", "batch_norm_act", "channel_statistics"]
-
-#: The stock function of each activation that batch norm can be fused with, with the defaults of its module.
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **{name: getattr(F, name) for name in ACTIVATIONS if hasattr(F, name)},
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "threshold": partial(F.threshold, threshold=0.0, value=0.0),
-}
+__all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "channel_statistics"]
 
 # --- Operators ------------------------------------------------------------------------------------------------------
 #
@@ -66,8 +59,8 @@ def merge_statistics(
 
 @operator(
     "batch_norm_forward(Tensor x, Tensor? residual, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias,"
-    " float eps, str? activation, bool masked) -> (Tensor, Tensor)",
-    fake=lambda x, residual, mean, variance, weight, bias, eps, activation, masked: (
+    " float eps, str name, float a, float b, bool masked) -> (Tensor, Tensor)",
+    fake=lambda x, residual, mean, variance, weight, bias, eps, name, a, b, masked: (
         torch.empty_like(x),
         x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8),
     ),
@@ -80,10 +73,14 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
+    name: str,
+    a: float,
+    b: float,
     masked: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, mask = kernels.batch_norm_forward(x, residual, mean, variance, weight, bias, eps, activation, masked=masked)
+    y, mask = kernels.batch_norm_forward(
+        x, residual, mean, variance, weight, bias, eps, activated(name, a, b), masked=masked
+    )
     return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
@@ -94,7 +91,7 @@ def _fake_sums(g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | Non
 
 @operator(
     "batch_norm_reduce(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
-    " Tensor? weight, Tensor? bias, float eps, str? activation) -> (Tensor, Tensor)",
+    " Tensor? weight, Tensor? bias, float eps, str name, float a, float b) -> (Tensor, Tensor)",
     fake=_fake_sums,
 )
 def reduce(
@@ -107,15 +104,17 @@ def reduce(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
+    name: str,
+    a: float,
+    b: float,
 ) -> tuple[Tensor, Tensor]:
-    sums, dz = kernels.batch_norm_reduce(g, x, residual, mask, mean, variance, weight, bias, eps, activation)
+    sums, dz = kernels.batch_norm_reduce(g, x, residual, mask, mean, variance, weight, bias, eps, activated(name, a, b))
     return sums, x.new_empty(0) if dz is None else dz
 
 
 @operator(
     "batch_norm_backward(Tensor g, Tensor x, Tensor? sums, float share, Tensor mean, Tensor variance, Tensor? weight,"
-    " Tensor? bias, float eps, str? activation) -> Tensor",
+    " Tensor? bias, float eps, str name, float a, float b) -> Tensor",
     fake=lambda g, x, *_: torch.empty_like(x),
 )
 def backward(
@@ -128,9 +127,11 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
+    name: str,
+    a: float,
+    b: float,
 ) -> Tensor:
-    return kernels.batch_norm_backward(g, x, sums, share, mean, variance, weight, bias, eps, activation)
+    return kernels.batch_norm_backward(g, x, sums, share, mean, variance, weight, bias, eps, activated(name, a, b))
 
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
@@ -154,12 +155,12 @@ class BatchNorm(Function):
         variance: Tensor,
         training: bool,
         eps: float,
-        activation: str | None,
+        activation: Activated,
     ) -> Tensor:
-        joined = residual is not None and activation is not None
-        masked = joined and activation is not None and ACTIVATIONS[activation].saves == "mask"
+        joined = residual is not None and activation.saves != "nothing"
+        masked = joined and activation.saves == "mask"
         y: Tensor
-        y, mask = _forward(x, residual, mean, variance, weight, bias, eps, activation, masked)
+        y, mask = _forward(x, residual, mean, variance, weight, bias, eps, *activation.arguments, masked)
         kept = residual if joined and not masked else None
         ctx.save_for_backward(x, kept, mask if masked else None, weight, bias, mean, variance)
         ctx.arguments = (training, eps, activation)
@@ -187,17 +188,17 @@ def gradients(
     dx, dweight, dbias, sums, share = None, None, None, None, 0.0
     joined = residual is not None or mask is not None
     if weight_needed or bias_needed or joined or (x_needed and training):
-        sums, dz = reduce(g, x, residual, mask, *vectors, activation)
+        sums, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
         if weight_needed or bias_needed:
             dbias, dweight = sums.to((weight if weight_needed else bias).dtype).unbind()
         if joined:
-            g, activation = dz, None
+            g, activation = dz, IDENTITY
     if x_needed:
         if not training:
             sums = None
         elif sums is not None:
             sums, share = combine(sums, x)
-        dx = backward(g, x, sums, share, *vectors, activation)
+        dx = backward(g, x, sums, share, *vectors, *activation.arguments)
     return (
         dx,
         g if residual_needed else None,
@@ -214,8 +215,9 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if mask is not None:
         # The gradient of the activation is linear: its slopes, which the mask tells, are constants.
         with torch.no_grad():
-            slopes = reduce(torch.ones_like(g), x, None, mask, mean, variance, weight, bias, eps, activation)[1]
-        g, activation = g * slopes, None
+            vectors = (mean, variance, weight, bias, eps)
+            _, slopes = reduce(torch.ones_like(g), x, None, mask, *vectors, *activation.arguments)
+        g, activation = g * slopes, IDENTITY
     with torch.enable_grad():
         if training:
             y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
@@ -252,7 +254,7 @@ def batch_norm(
     vectors = _given(running_mean, running_var, weight, bias)
     if not takes_kernel("batch_norm", input, parameters=vectors, refusal=refusal):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _apply(input, None, running_mean, running_var, weight, bias, training, momentum, eps, None)
+    return _apply(input, None, running_mean, running_var, weight, bias, training, momentum, eps, IDENTITY)
 
 
 def batch_norm_act(
@@ -268,6 +270,7 @@ def batch_norm_act(
     batches: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = "relu",
+    activation_parameters: Sequence[float] = (),
 ) -> Tensor:
     """activation(batch_norm(x) + residual), in as many passes over memory as batch norm alone.
 
@@ -276,36 +279,31 @@ def batch_norm_act(
     batches: the number of batches so far, a tensor of one integer, takes the place of ``momentum``: the running
         statistics are then the averages over all batches, without a host synchronisation.
     residual: added before the activation; of the input's shape, or one that can be expanded to it.
-    activation: a name of `fusednn.autograd`'s activations, with its default arguments, ``"gelu_tanh"``, or None.
+    activation: a name of `fusednn.autograd`'s activations, ``"gelu_tanh"``, or None.  Raises ValueError for others.
+    activation_parameters: its scalar parameters in PyTorch's order; its defaults, where they are missing.
 
     Saves the input; with a residual, one bit an element for activations whose gradient needs no more (ReLU and its
     like), and the residual for the others.
     """
-    check_activation(activation)
-    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches)
+    resolved = resolve_activation(activation, activation_parameters)
+    refusal = _refusal(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches, resolved
+    )
     operands = _given(input, residual)
-    name = "batch_norm" if activation is None and residual is None else "batch_norm_act"
+    name = "batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act"
     if takes_kernel(name, *operands, parameters=_given(running_mean, running_var, weight, bias), refusal=refusal):
         return _apply(
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, activation, batches
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, resolved, batches
         )
     if batches is not None and training:
         momentum = 1.0 / float(batches)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return apply_activation(y, residual, activation)
+    return apply_activation(y, residual, resolved)
 
 
-def apply_activation(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def apply_activation(y: Tensor, residual: Tensor | None, activation: Activated) -> Tensor:
     """activation(y + residual), by stock operators."""
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
-
-
-def check_activation(name: str | None) -> None:
-    """Raise ValueError unless ``name`` is an activation that batch norm can be fused with, or None."""
-    if name is not None and name not in ACTIVATION_FUNCTIONS:
-        raise ValueError(f"no activation is called {name!r}; known: {', '.join(sorted(ACTIVATION_FUNCTIONS))}")
+    return stock_activation(y if residual is None else y + residual, activation)
 
 
 def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +334,7 @@ def _apply(
     training: bool,
     momentum: float,
     eps: float,
-    activation: str | None,
+    activation: Activated,
     batches: Tensor | None = None,
 ) -> Tensor:
     if training:
@@ -359,7 +357,7 @@ def normalise(
     variance: Tensor,
     training: bool,
     eps: float,
-    activation: str | None,
+    activation: Activated,
     *rest: Any,
 ) -> Tensor:
     """`BatchNorm`, or a function like it that takes ``rest`` besides, where something requires gradients."""
@@ -370,7 +368,7 @@ def normalise(
             mean, variance = torch.stack((mean, variance)).unbind()
         y = function.apply(input, residual, weight, bias, mean, variance, training, float(eps), activation, *rest)
     else:
-        y, _ = _forward(input, residual, mean, variance, weight, bias, float(eps), activation, False)
+        y, _ = _forward(input, residual, mean, variance, weight, bias, float(eps), *activation.arguments, False)
     return y
 
 
@@ -391,6 +389,7 @@ def _refusal(
     eps: Any,
     residual: Any = None,
     batches: Any = None,
+    activation: Activated = IDENTITY,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
     if type(training) is not bool:
@@ -400,7 +399,7 @@ def _refusal(
         return "running statistics are missing"
     if reason is None and training and input.numel() == input.shape[1]:
         return "one value per channel"
-    return reason
+    return reason or activation.refusal()
 
 
 def argument_refusal(

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import bias_activation_dropout as kernels
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.functions.activation import ACTIVATIONS, Activated, activated
 from ..kernels.random import with_seed
 from . import stock as F
-from .activation import STOCK
+from .activation import resolve_activation, stock_activation
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
@@ -33,7 +33,7 @@ def _fake_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
-    masked = save and kernels.chain_row(name).saves == "mask"
+    masked = save and ACTIVATIONS[name].saves == "mask"
     return y, x.new_empty(kernels.saved_mask_bytes(y.shape, y.stride(), dim) if masked else 0, dtype=torch.uint8)
 
 
@@ -54,7 +54,7 @@ def _forward(
     dim: int,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, mask = kernels.bias_activation_dropout_forward(x, bias, residual, seed, name, a, b, p, dim, save=save)
+    y, mask = kernels.bias_activation_dropout_forward(x, bias, residual, seed, activated(name, a, b), p, dim, save=save)
     return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
@@ -80,7 +80,7 @@ def _backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     dx, db = kernels.bias_activation_dropout_backward(
-        g, saved, bias, seed, strides, name, a, b, p, dim, bias_gradient=bias_gradient
+        g, saved, bias, seed, strides, activated(name, a, b), p, dim, bias_gradient=bias_gradient
     )
     return dx, g.new_empty(0) if db is None else db
 
@@ -98,22 +98,20 @@ class BiasActivationDropout(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         seed: Tensor | None,
-        name: str,
-        a: float,
-        b: float,
+        activation: Activated,
         p: float,
         dim: int,
         added: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, mask = _forward(x, None if added else bias, residual, seed, name, a, b, p, dim, True)
-        row = kernels.chain_row(name)
+        y, mask = _forward(x, None if added else bias, residual, seed, *activation.arguments, p, dim, True)
         anchor = x.new_empty(0)  # for a second derivative to hang on: see `MaskedActivation`
-        if row.saves == "mask":
-            ctx.save_for_backward(mask, None, None if row.gates else seed, anchor)
+        if activation.saves == "mask":
+            ctx.save_for_backward(mask, None, None if activation.row.mask_gates else seed, anchor)
         else:
             ctx.save_for_backward(x, bias, seed, anchor)
         ctx.shape = x.shape
-        ctx.arguments = (y.stride(), name, a, b, p, dim)
+        ctx.strides = y.stride()
+        ctx.arguments = (activation, p, dim)
         ctx.added = added
         ctx.set_materialize_grads(False)
         return y, anchor
@@ -121,7 +119,8 @@ class BiasActivationDropout(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, bias, seed, anchor = ctx.saved_tensors
-        name, dim = ctx.arguments[1], ctx.arguments[-1]
+        activation, p, dim = ctx.arguments
+        arguments = (ctx.strides, *activation.arguments, p, dim)
         needs_dx, needs_db, needs_dr = ctx.needs_input_grad[:3]
         dx: Tensor | None = None
         db: Tensor | None = None
@@ -130,19 +129,19 @@ class BiasActivationDropout(Function):
         elif g is None:  # only the anchor was differentiated
             dx, db = anchor.new_zeros(ctx.shape), anchor.new_zeros(ctx.shape[dim])
         elif not torch.is_grad_enabled():
-            dx, db = _backward(g, saved, None if ctx.added else bias, seed, *ctx.arguments, needs_db)
-        elif kernels.chain_row(name).saves == "mask":
-            dx = MaskedGradient.apply(g, anchor, saved, seed, *ctx.arguments)
+            dx, db = _backward(g, saved, None if ctx.added else bias, seed, *arguments, needs_db)
+        elif activation.saves == "mask":
+            dx = MaskedGradient.apply(g, anchor, saved, seed, *arguments)
             db = dx.sum([other for other in range(dx.dim()) if other != dim])
         else:
             if ctx.added and bias is not None:
                 bias = bias - bias.detach()  # nothing, but for its gradient
-            dx, db = _differentiable_gradients(g, saved, bias, seed, *ctx.arguments[1:])
+            dx, db = _differentiable_gradients(g, saved, bias, seed, *ctx.arguments)
         return (
             dx if needs_dx else None,
             db if needs_db else None,
             g if needs_dr else None,
-            *(None,) * 7,
+            *(None,) * 5,
         )
 
 
@@ -169,16 +168,14 @@ def _differentiable_gradients(
     x: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
+    activation: Activated,
     p: float,
     dim: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the input and the bias, from stock operators that can be differentiated again."""
     noise, _ = _forward(torch.ones_like(x), None, None, seed, "relu", 0.0, 0.0, p, dim, False)
     with torch.enable_grad():
-        y = STOCK[name](_biased(x, bias, dim), a, b) * noise
+        y = stock_activation(_biased(x, bias, dim), activation) * noise
     dx, db = stock_gradients(y, (x, bias), [t is not None and t.requires_grad for t in (x, bias)], g)
     return dx, db
 
@@ -220,15 +217,15 @@ def bias_activation_dropout(
     or too many parameters, and stock's errors.  Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural
     Networks from Overfitting" (JMLR 2014).
     """
-    name, a, b = activation_parameters(activation, parameters)
+    resolved = resolve_activation(activation, parameters)
     if bias is not None and isinstance(input, Tensor) and autocast_dtype(input):
         bias = bias.to(input.dtype)
     operands = [operand for operand in (input, bias, residual) if operand is not None]
-    refusal = _refusal(input, bias, residual, p, name, a, b, dim)
+    refusal = _refusal(input, bias, residual, p, resolved, dim)
     if not takes_kernel("bias_activation_dropout", *operands, refusal=refusal):
-        y: Tensor = F.dropout(STOCK[name](_biased(input, bias, dim), a, b), p, training)
+        y: Tensor = F.dropout(stock_activation(_biased(input, bias, dim), resolved), p, training)
         return y if residual is None else y + residual
-    return _apply(input, bias, residual, p if training else 0.0, name, a, b, dim, added=False)
+    return _apply(input, bias, residual, p if training else 0.0, resolved, dim, added=False)
 
 
 def linear_activation_dropout(
@@ -236,7 +233,7 @@ def linear_activation_dropout(
     weight: Tensor,
     bias: Tensor | None,
     p: float,
-    activation: str,
+    activation: str | None,
     parameters: Sequence[float],
     training: bool,
 ) -> Tensor:
@@ -247,13 +244,13 @@ def linear_activation_dropout(
     """
     if bias is None:
         return bias_activation_dropout(F.linear(input, weight), None, None, p, activation, parameters, training)
-    name, a, b = activation_parameters(activation, parameters)
+    resolved = resolve_activation(activation, parameters)
     product = F.linear(input, weight, bias.detach())
     addend = bias.to(product.dtype) if autocast_dtype(input) else bias
-    refusal = _refusal(product, addend, None, p, name, a, b, -1)
+    refusal = _refusal(product, addend, None, p, resolved, -1)
     if not takes_kernel("bias_activation_dropout", product, addend, refusal=refusal):
-        return F.dropout(STOCK[name](F.linear(input, weight, bias), a, b), p, training)
-    return _apply(product, addend, None, p if training else 0.0, name, a, b, -1, added=True)
+        return F.dropout(stock_activation(F.linear(input, weight, bias), resolved), p, training)
+    return _apply(product, addend, None, p if training else 0.0, resolved, -1, added=True)
 
 
 def _apply(
@@ -261,9 +258,7 @@ def _apply(
     bias: Tensor | None,
     residual: Tensor | None,
     p: float,
-    name: str,
-    a: float,
-    b: float,
+    activation: Activated,
     dim: int,
     *,
     added: bool,
@@ -273,28 +268,15 @@ def _apply(
     dim %= input.dim()
 
     def compute(seed: Tensor | None) -> Tensor:
-        rest = (name, a, b, float(p), dim)
         y: Tensor
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            y, _ = BiasActivationDropout.apply(input, bias, residual, seed, *rest, added)
+            y, _ = BiasActivationDropout.apply(input, bias, residual, seed, activation, float(p), dim, added)
         else:
-            y, _ = _forward(input, None if added else bias, residual, seed, *rest, False)
+            bias_ = None if added else bias
+            y, _ = _forward(input, bias_, residual, seed, *activation.arguments, float(p), dim, False)
         return y
 
     return with_seed(input.device, compute) if p > 0 else compute(None)
-
-
-def activation_parameters(activation: str, parameters: Sequence[float]) -> tuple[str, float, float]:
-    """The table's row for an activation, and its two parameters.  Raises ValueError where there are none such."""
-    halves = {row.half for row in ACTIVATIONS.values()}
-    if activation not in ACTIVATIONS or activation in halves:
-        known = ", ".join(name for name in ACTIVATIONS if name not in halves)
-        raise ValueError(f"unknown activation {activation!r}; known: {known}")
-    defaults = ACTIVATIONS[activation].defaults
-    if len(parameters) > 2:
-        raise ValueError(f"an activation has at most two parameters, but got {len(parameters)}")
-    a, b = (*parameters, *defaults[len(parameters) :])
-    return activation, float(a), float(b)
 
 
 def _refusal(
@@ -302,9 +284,7 @@ def _refusal(
     bias: object,
     residual: object,
     p: object,
-    name: str,
-    a: float,
-    b: float,
+    activation: Activated,
     dim: int,
 ) -> str | None:
     if not isinstance(input, Tensor) or not all(isinstance(t, Tensor | None) for t in (bias, residual)):
@@ -315,8 +295,8 @@ def _refusal(
         return "the bias is not one number for each channel"
     if isinstance(residual, Tensor) and residual.shape != input.shape:
         return "the residual is of another shape"
-    if not -inf < a < inf or not -inf < b < inf:
+    if not (-inf < activation.a < inf and -inf < activation.b < inf):
         return "a parameter is not finite"
     if not isinstance(p, float | int) or not 0 <= p <= 1:
         return "p is not a probability"
-    return ACTIVATIONS[name].refuses(a, b, False)
+    return activation.refusal()

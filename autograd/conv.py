@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import conv as kernels
-from ..kernels.activation import ACTIVATIONS
 from ..kernels.conv import conv_size
-from ..kernels.pool import POINT, Pooled, Window, images
+from ..kernels.functions.activation import Activated, activated
+from ..kernels.pool import POINT, Pooled, Window, images, kept_beside_code
 from . import stock as F
-from .batch_norm import apply_activation, check_activation
+from .activation import resolve_activation
+from .batch_norm import apply_activation
 from .dispatch import in_low_precision, takes_kernel
 from .onednn import sound_convolution
 from .operators import operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
 from .stock_gradients import stock_gradients
 
-__all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_size", "conv_statistics2d", "saved_by"]
+__all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_size", "conv_statistics2d"]
 
 
 class Convolution(NamedTuple):
@@ -43,19 +44,15 @@ class Convolution(NamedTuple):
 
 def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """``function`` of an operator's arguments."""
-    *given, stride, padding, activation, kernel_size, pool_stride, pool_padding, keeps_code, keeps_raw = arguments
+    *given, stride, padding, name, a, b, kernel_size, pool_stride, pool_padding, keeps = arguments
     window = operator_window(kernel_size, pool_stride, pool_padding, (1, 1), False)
-    results = function(
-        *(x, weight, *given, tuple(stride), tuple(padding), activation, window),
-        keeps_code=keeps_code,
-        keeps_raw=keeps_raw,
-    )
+    results = function(*(x, weight, *given, tuple(stride), tuple(padding), activated(name, a, b), window), keeps=keeps)
     return results.y, results.code, results.raw
 
 
 @operator(
-    "conv_pool(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, str? activation, int[] kernel_size,"
-    " int[] pool_stride, int[] pool_padding, bool keeps_code, bool keeps_raw) -> (Tensor, Tensor, Tensor)",
+    "conv_pool(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, str name, float a, float b,"
+    " int[] kernel_size, int[] pool_stride, int[] pool_padding, bool keeps) -> (Tensor, Tensor, Tensor)",
     fake=lambda x, weight, bias, *arguments: _conv_pool(kernels.conv_pooled_like, x, weight, *arguments),
 )
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -78,7 +75,7 @@ def _conv_statistics(
 class ConvActPool(Function):
     """Saves the operands of the convolution and the code of each window.
 
-    Beside these the result, for an activation whose gradient needs that, or the maxima before the activation.
+    Beside these the maxima before the activation, or without pooling the result, where its gradient needs them.
     """
 
     @staticmethod
@@ -89,12 +86,11 @@ class ConvActPool(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         convolution: Convolution,
-        activation: str | None,
+        activation: Activated,
         window: Window,
     ) -> Tensor:
         y, code, raw, layout = _forward(x, weight, bias, residual, convolution, activation, window, keeps=True)
-        saves = saved_by(activation)
-        saved = {"output": y, "input": raw}.get(saves) if saves else None
+        saved = {"output": y, "input": raw}.get(kept_beside_code(activation.row, window.fixed))
         # The residual, which the first derivatives don't need, is kept for the second alone; its memory is its owner's.
         ctx.save_for_backward(x, weight, bias, residual, code, saved)
         ctx.arguments = (convolution, activation, window)
@@ -108,7 +104,7 @@ class ConvActPool(Function):
         x_needed, weight_needed, bias_needed, residual_needed, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, g), None, None, None)
-        dz, db = pool_backward(g, code, saved, *ctx.layout, activation, *window, bias_needed)
+        dz, db = pool_backward(g, code, saved, *ctx.layout, *activation.arguments, *window, bias_needed)
         dx, dw = None, None
         if x_needed or weight_needed:
             stride, padding, dilation, groups = convolution
@@ -148,18 +144,13 @@ class ConvStatistics(Function):
         return dx, dw, db, None
 
 
-def saved_by(activation: str | None) -> str | None:
-    """What the activation's gradient needs: ``"mask"``, ``"output"`` or ``"input"``."""
-    return ACTIVATIONS[activation].saves if activation else None
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     convolution: Convolution,
-    activation: str | None,
+    activation: Activated,
     window: Window,
     *,
     keeps: bool,
@@ -167,17 +158,16 @@ def _forward(
     """The result; the windows' codes, and the maxima before the activation, where these are kept; and the layout of the
     convolution's result: its size, and whether channels are last.
     """
-    keeps_raw = keeps and saved_by(activation) == "input"
     stride, padding, dilation, groups = convolution
     if residual is None and kernels.takes_single(x, weight, dilation, groups, window):
-        y, code, raw = conv_pool(x, weight, bias, stride, padding, activation, *window[:3], keeps, keeps_raw)
+        y, code, raw = conv_pool(x, weight, bias, stride, padding, *activation.arguments, *window[:3], keeps)
         return y, code, raw, (kernels.conv_size(x.shape, weight.shape, stride, padding), True)
     z, channels_last = images(F.conv2d(x, weight, None, *convolution))
     layout = (z.shape[2:], channels_last)
     if window == POINT:
-        code, raw = activate_(z, residual, bias, activation, keeps, keeps_raw)
+        code, raw = activate_(z, residual, bias, *activation.arguments, keeps)
         return z, code, raw, layout
-    y, code, raw, _ = pool(z, residual, None, None, bias, activation, *window, keeps, keeps_raw, False)
+    y, code, raw, _ = pool(z, residual, None, None, bias, *activation.arguments, *window, keeps, False)
     return y, code, raw, layout
 
 
@@ -241,6 +231,7 @@ def conv_act_pool2d(
     groups: int = 1,
     *,
     activation: str | None = "relu",
+    activation_parameters: Sequence[float] = (),
     pool_size: Pair | None = None,
     pool_stride: Pair | None = None,
     pool_padding: Pair = 0,
@@ -250,35 +241,35 @@ def conv_act_pool2d(
 
     Arguments as of `conv2d`, and:
 
-    activation: a name of `fusednn.autograd`'s activations, with its default arguments, ``"gelu_tanh"``, or None.
+    activation: a name of `fusednn.autograd`'s activations, ``"gelu_tanh"``, or None.  Raises ValueError for others.
+    activation_parameters: its scalar parameters in PyTorch's order; its defaults, where they are missing.
     pool_size, pool_stride, pool_padding: as of `max_pool2d`; a ``pool_size`` of None leaves the pooling out.
     residual: added before the activation; of the shape of the convolution's result.
 
     Only the pooled result is written, and the code of each window, which the backward pass needs: at most a byte, a bit
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
-    check_activation(activation)
+    resolved = resolve_activation(activation, activation_parameters)
     operands = input, weight, bias, residual = in_low_precision(input, weight, bias, residual)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     padded, border = _padded(input, weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
-    refusal = _refusal(padded, weight, bias, residual, convolution, activation, window)
+    refusal = _refusal(padded, weight, bias, residual, convolution, resolved, window)
     given = tuple(operand for operand in operands if operand is not None)
     if not takes_kernel("conv_act_pool2d", *given, refusal=refusal):
         chained = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        chained = apply_activation(chained, residual, activation)
+        chained = apply_activation(chained, residual, resolved)
         return chained if pool_size is None else F.max_pool2d(chained, pool_size, pool_stride, pool_padding)
     assert convolution is not None
     assert window is not None
-    name = ACTIVATIONS[activation].name_for(input.dtype) if activation else None
     x = padded if padded.dim() == 4 else padded.unsqueeze(0)
     if residual is not None and input.dim() == 3:
         residual = residual.unsqueeze(0)
     y: Tensor
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in given):
-        y = ConvActPool.apply(x, weight, bias, residual, convolution, name, window)
+        y = ConvActPool.apply(x, weight, bias, residual, convolution, resolved, window)
     else:
-        y, *_ = _forward(x, weight, bias, residual, convolution, name, window, keeps=False)
+        y, *_ = _forward(x, weight, bias, residual, convolution, resolved, window, keeps=False)
     return y if input.dim() == 4 else y.squeeze(0)
 
 
@@ -295,7 +286,7 @@ def conv_statistics2d(
     operands = x, w, b = in_low_precision(input, weight, bias)
     x, border = _padded(x, w, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
-    refusal = _refusal(x, w, b, None, convolution, "relu", POINT)
+    refusal = _refusal(x, w, b, None, convolution, resolve_activation("relu"), POINT)
     if refusal is None and convolution is not None and x.dim() == 4:
         single = kernels.takes_single(x, w, convolution.dilation, convolution.groups, POINT)
         refusal = None if single else _CUDNN
@@ -339,7 +330,7 @@ def _refusal(
     bias: Any,
     residual: Any,
     convolution: Convolution | None,
-    activation: str | None,
+    activation: Activated,
     window: Window | None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
@@ -348,7 +339,7 @@ def _refusal(
         return "not a tensor"
     if convolution is None or window is None:
         return "a size is not an integer for each direction"
-    if activation is None and residual is None and window == POINT:
+    if activation.saves == "nothing" and residual is None and window == POINT:
         return _CUDNN
     if min(*convolution.stride, *convolution.dilation, convolution.groups) < 1 or min(convolution.padding) < 0:
         return "a size of the convolution is not positive"
@@ -364,5 +355,4 @@ def _refusal(
         return "the image is smaller than the filter"
     if residual is not None and residual.shape != (*input.shape[:-3], filters, *size):
         return "the residual has another shape"
-    masked = activation is not None and ACTIVATIONS[activation].saves == "mask"
-    return window_refusal(window, *size, masked=masked)
+    return activation.refusal() or window_refusal(window, *size, masked=activation.saves == "mask")

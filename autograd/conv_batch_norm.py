@@ -5,22 +5,23 @@ have to be complete before it can be applied.  The single kernel of a shallow co
 cuDNN's a pass over the result takes them; then one pass normalises, adds the residual, activates and pools.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.functions.activation import IDENTITY, Activated
 from ..kernels.launch import ACCUMULATOR
-from ..kernels.pool import POINT, Window, images, is_masked
+from ..kernels.pool import POINT, Window, images, kept_beside_code
 from . import stock as F
+from .activation import resolve_activation
 from .batch_norm import (
     BatchNorm,
     apply_activation,
     argument_refusal,
     batch_norm_act,
-    check_activation,
     mark_updated,
     merge_statistics,
     normalise,
@@ -28,7 +29,7 @@ from .batch_norm import (
 )
 from .batch_norm import backward as norm_backward
 from .batch_norm import reduce as norm_reduce
-from .conv import conv_act_pool2d, conv_statistics2d, saved_by
+from .conv import conv_act_pool2d, conv_statistics2d
 from .dispatch import takes_kernel
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
 from .stock_gradients import stock_gradients
@@ -39,8 +40,8 @@ __all__ = ["batch_norm_act_pool2d", "conv_batch_norm_act2d"]
 class BatchNormActPool(Function):
     """Max pooling of activation(normalised x * weight + bias + residual), with the statistics of x.
 
-    Saves the input, the statistics and the code of each window; beside these the result, for an activation whose
-    gradient needs that, or the maxima before the activation.
+    Saves the input, the statistics and the code of each window; beside these the maxima before the activation, where
+    its gradient needs them.
     """
 
     @staticmethod
@@ -53,12 +54,11 @@ class BatchNormActPool(Function):
         mean: Tensor,
         variance: Tensor,
         eps: float,
-        activation: str | None,
+        activation: Activated,
         window: Window,
     ) -> Tensor:
-        saves = saved_by(activation)
         y, code, raw = _forward(x, residual, weight, bias, mean, variance, eps, activation, window, keeps=True)
-        saved = {"output": y, "input": raw}.get(saves) if saves else None
+        saved = raw if kept_beside_code(activation.row, window.fixed) == "input" else None
         # The residual is kept for second derivatives alone; its memory is its owner's.
         ctx.save_for_backward(x, residual, weight, bias, mean, variance, code, saved)
         ctx.arguments = (eps, activation, window)
@@ -76,10 +76,10 @@ class BatchNormActPool(Function):
                 y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
             return *stock_gradients(y, (x, residual, weight, bias), needed, g), None, None, None, None, None
         _, channels_last = images(x)
-        dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, activation, *window, False)
+        dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, *activation.arguments, *window, False)
         dx, dweight, dbias = None, None, None
         if needed[0] or needed[2] or needed[3]:
-            vectors = (mean, variance, weight, bias, eps, None)
+            vectors = (mean, variance, weight, bias, eps, *IDENTITY.arguments)
             sums, _ = norm_reduce(dz, x, None, None, *vectors)
             dweight = sums[1].to(weight.dtype) if needed[2] else None
             dbias = sums[0].to(bias.dtype) if needed[3] else None
@@ -96,7 +96,7 @@ def _forward(
     mean: Tensor,
     variance: Tensor,
     eps: float,
-    activation: str | None,
+    activation: Activated,
     window: Window,
     *,
     keeps: bool,
@@ -105,8 +105,7 @@ def _forward(
     scale, shift = _scale(weight, variance, eps), mean.new_zeros(mean.shape)
     if bias is not None:
         shift = bias.to(mean.dtype)
-    keeps_raw = keeps and saved_by(activation) == "input"
-    y, code, raw, _ = pool(x, residual, mean, scale, shift, activation, *window, keeps, keeps_raw, False)
+    y, code, raw, _ = pool(x, residual, mean, scale, shift, *activation.arguments, *window, keeps, False)
     return y, code, raw
 
 
@@ -138,6 +137,7 @@ def conv_batch_norm_act2d(
     batches: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = "relu",
+    activation_parameters: Sequence[float] = (),
     pool_size: Pair | None = None,
     pool_stride: Pair | None = None,
     pool_padding: Pair = 0,
@@ -149,16 +149,21 @@ def conv_batch_norm_act2d(
     the convolution's result is read twice, for its statistics and to make the result, and is saved.  Source: Ioffe and
     Szegedy, "Batch Normalization" (ICML 2015).
     """
-    check_activation(activation)
     arguments = (stride, padding, dilation, groups)
-    options: dict[str, Any] = {"pool_size": pool_size, "pool_stride": pool_stride, "pool_padding": pool_padding}
+    options: dict[str, Any] = {
+        "residual": residual,
+        "activation": activation,
+        "activation_parameters": activation_parameters,
+        "pool_size": pool_size,
+        "pool_stride": pool_stride,
+        "pool_padding": pool_padding,
+    }
     if not training and running_mean is not None and running_var is not None:
         weight, bias = _folded(weight, bias, running_mean, running_var, norm_weight, norm_bias, eps)
-        return conv_act_pool2d(input, weight, bias, *arguments, activation=activation, residual=residual, **options)
+        return conv_act_pool2d(input, weight, bias, *arguments, **options)
     z, partial = conv_statistics2d(input, weight, bias, *arguments)
-    options |= {"batches": batches, "residual": residual, "activation": activation}
     return batch_norm_act_pool2d(
-        z, partial, running_mean, running_var, norm_weight, norm_bias, momentum, eps, **options
+        z, partial, running_mean, running_var, norm_weight, norm_bias, momentum, eps, batches=batches, **options
     )
 
 
@@ -175,17 +180,20 @@ def batch_norm_act_pool2d(
     batches: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
+    activation_parameters: Sequence[float],
     pool_size: Pair | None,
     pool_stride: Pair | None,
     pool_padding: Pair,
 ) -> Tensor:
     """What `conv_batch_norm_act2d` does in training with a convolution's result, and its ``partial`` statistics."""
+    resolved = resolve_activation(activation, activation_parameters)
     vectors = (running_mean, running_var, weight, bias)
     fused: dict[str, Any] = {"batches": batches, "residual": residual, "activation": activation}
+    fused["activation_parameters"] = activation_parameters
     if pool_size is None and partial is None:
         return batch_norm_act(input, *vectors, True, momentum, eps, **fused)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    refusal = _refusal(input, *vectors, momentum, eps, residual, batches, activation, window)
+    refusal = _refusal(input, *vectors, momentum, eps, residual, batches, resolved, window)
     given = (input,) if residual is None else (input, residual)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
@@ -198,14 +206,13 @@ def batch_norm_act_pool2d(
     mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
     mark_updated(running_mean, running_var)
     if window == POINT:
-        return normalise(BatchNorm, input, residual, weight, bias, mean, variance, True, eps, activation)
-    name = ACTIVATIONS[activation].name_for(input.dtype) if activation else None
+        return normalise(BatchNorm, input, residual, weight, bias, mean, variance, True, eps, resolved)
     y: Tensor
     operands = (input, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y = BatchNormActPool.apply(*operands, mean, variance, float(eps), name, window)
+        y = BatchNormActPool.apply(*operands, mean, variance, float(eps), resolved, window)
     else:
-        y, *_ = _forward(*operands, mean, variance, float(eps), name, window, keeps=False)
+        y, *_ = _forward(*operands, mean, variance, float(eps), resolved, window, keeps=False)
     return y
 
 
@@ -236,7 +243,7 @@ def _refusal(
     eps: Any,
     residual: Any,
     batches: Any,
-    activation: str | None,
+    activation: Activated,
     window: Window | None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
@@ -247,4 +254,4 @@ def _refusal(
         return "a size is not an integer for each direction"
     if z.dim() != 4 or z.numel() == z.shape[1]:
         return "not a batch of images"
-    return window_refusal(window, *z.shape[2:], masked=is_masked(activation))
+    return activation.refusal() or window_refusal(window, *z.shape[2:], masked=activation.saves == "mask")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pool as kernels
+from ..kernels.functions.activation import IDENTITY, activated
 from ..kernels.pool import Window
 from . import stock as F
 from .dispatch import is_integer, takes_kernel
@@ -48,18 +49,23 @@ def _fake_pool(
     mean: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
-    activation: str | None,
+    name: str,
+    a: float,
+    b: float,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *sizes, keeps_code, keeps_raw, emits_indices = arguments
-    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
+    *sizes, keeps, emits_indices = arguments
     x, channels_last = kernels.images(x)
-    return tuple(kernels.pooled_like(x, x.shape, channels_last, operator_window(*sizes), activation, **kept))
+    window = operator_window(*sizes)
+    results = kernels.pooled_like(
+        x, x.shape, channels_last, window, activated(name, a, b), keeps=keeps, emits_indices=emits_indices
+    )
+    return tuple(results)
 
 
 @operator(
-    "pool(Tensor x, Tensor? residual, Tensor? mean, Tensor? scale, Tensor? bias, str? activation,"
-    f" {WINDOW}, bool keeps_code, bool keeps_raw, bool emits_indices) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pool(Tensor x, Tensor? residual, Tensor? mean, Tensor? scale, Tensor? bias, str name, float a, float b,"
+    f" {WINDOW}, bool keeps, bool emits_indices) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_pool,
 )
 def pool(
@@ -68,15 +74,16 @@ def pool(
     mean: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
-    activation: str | None,
+    name: str,
+    a: float,
+    b: float,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     """`fusednn.kernels.pool.pool_forward`."""
-    *sizes, keeps_code, keeps_raw, emits_indices = arguments
+    *sizes, keeps, emits_indices = arguments
     results = kernels.pool_forward(
-        *(x, bias, operator_window(*sizes), activation),
-        keeps_code=keeps_code,
-        keeps_raw=keeps_raw,
+        *(x, bias, operator_window(*sizes), activated(name, a, b)),
+        keeps=keeps,
         emits_indices=emits_indices,
         mean=mean,
         scale=scale,
@@ -86,30 +93,24 @@ def pool(
 
 
 def _fake_activate(
-    x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, name: str, a: float, b: float, keeps: bool
 ) -> tuple[Tensor, Tensor]:
     _, channels_last = kernels.images(x)
-    results = kernels.pooled_like(
-        x, x.shape, channels_last, kernels.POINT, activation, keeps_code=keeps_code, keeps_raw=keeps_raw
-    )
+    results = kernels.pooled_like(x, x.shape, channels_last, kernels.POINT, activated(name, a, b), keeps=keeps)
     return results.code, results.raw
 
 
 @operator(
-    "activate_(Tensor(a!) x, Tensor? residual, Tensor? bias, str? activation, bool keeps_code, bool keeps_raw)"
+    "activate_(Tensor(a!) x, Tensor? residual, Tensor? bias, str name, float a, float b, bool keeps)"
     " -> (Tensor, Tensor)",
     fake=_fake_activate,
 )
 def activate_(
-    x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: str | None, keeps_code: bool, keeps_raw: bool
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, name: str, a: float, b: float, keeps: bool
 ) -> tuple[Tensor, Tensor]:
     """`pool` with windows of one position, in place: bias and activation."""
     results = kernels.pool_forward(
-        *(x, bias, kernels.POINT, activation),
-        keeps_code=keeps_code,
-        keeps_raw=keeps_raw,
-        residual=residual,
-        inplace=True,
+        *(x, bias, kernels.POINT, activated(name, a, b)), keeps=keeps, residual=residual, inplace=True
     )
     return results.code, results.raw
 
@@ -125,8 +126,8 @@ def _fake_backward(
 
 
 @operator(
-    "pool_backward(Tensor g, Tensor code, Tensor? saved, SymInt[] size, bool channels_last, str? activation,"
-    f" {WINDOW}, bool sums_bias) -> (Tensor, Tensor)",
+    "pool_backward(Tensor g, Tensor code, Tensor? saved, SymInt[] size, bool channels_last, str name,"
+    f" float a, float b, {WINDOW}, bool sums_bias) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )
 def pool_backward(
@@ -135,16 +136,26 @@ def pool_backward(
     saved: Tensor | None,
     size: Any,
     channels_last: bool,
-    activation: str | None,
+    name: str,
+    a: float,
+    b: float,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """`fusednn.kernels.pool.pool_backward`."""
     *sizes, sums_bias = arguments
     window = operator_window(*sizes)
+    activation = activated(name, a, b)
     return kernels.pool_backward(g, code, saved, tuple(size), channels_last, window, activation, sums_bias=sums_bias)
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+def _pool(x: Tensor, window: Window, keeps: bool, emits_indices: bool) -> tuple[Tensor, ...]:
+    """Max pooling alone."""
+    results: tuple[Tensor, ...]
+    results = pool(x, None, None, None, None, *IDENTITY.arguments, *window, keeps, emits_indices)
+    return results
 
 
 class MaxPool(Function):
@@ -154,7 +165,7 @@ class MaxPool(Function):
     def forward(
         ctx: Any, x: Tensor, channels_last: bool, window: Window, emits_indices: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, code, _, indices = pool(x, None, None, None, None, None, *window, True, False, emits_indices)
+        y, code, _, indices = _pool(x, window, True, emits_indices)
         # As in `MaskedActivation`: something for the graph of a second derivative, which is zero, to hang on.
         anchor = x.new_empty(0)
         ctx.save_for_backward(code, anchor)
@@ -174,7 +185,7 @@ class MaxPool(Function):
         elif torch.is_grad_enabled():
             dx = MaxPoolGradient.apply(g, anchor, code, size, channels_last, window)
         else:
-            dx, _ = pool_backward(g, code, None, size, channels_last, None, *window, False)
+            dx, _ = pool_backward(g, code, None, size, channels_last, *IDENTITY.arguments, *window, False)
         return dx, None, None, None
 
 
@@ -188,7 +199,7 @@ class MaxPoolGradient(Function):
         ctx.save_for_backward(anchor, code)
         ctx.arguments = (g.shape, size, channels_last, window)
         dx: Tensor
-        dx, _ = pool_backward(g, code, None, size, channels_last, None, *window, False)
+        dx, _ = pool_backward(g, code, None, size, channels_last, *IDENTITY.arguments, *window, False)
         return dx
 
     @staticmethod
@@ -281,7 +292,7 @@ def _max_pool(
     if torch.is_grad_enabled() and input.requires_grad:
         y, indices, _ = MaxPool.apply(x, channels_last, window, return_indices)
     else:
-        y, _, _, indices = pool(x, None, None, None, None, None, *window, False, False, return_indices)
+        y, _, _, indices = _pool(x, window, False, return_indices)
     if dims == 1:
         y, indices = y.squeeze(2), indices.squeeze(2) if return_indices else indices
     if unbatched:

@@ -4,10 +4,10 @@ from math import inf
 
 from torch import Tensor
 
-from ..kernels.activation import ACTIVATIONS
+from ..kernels.functions.activation import Activated
 from ..kernels.random import draw_seed
 from . import stock as F
-from .activation import apply_kernel
+from .activation import apply_kernel, apply_masked, resolve_activation
 from .dispatch import is_number, takes_kernel
 
 __all__ = ["rrelu"]
@@ -29,8 +29,13 @@ def rrelu(
     if not takes_kernel("rrelu", input, inplace=inplace, refusal=_refusal(lower, upper, training, inplace)):
         return F.rrelu(input, lower, upper, training, inplace)
     if training:
-        return apply_kernel(input, "rrelu", lower, upper, inplace, draw_seed(input.device))
-    return apply_kernel(input, "leaky_relu", (lower + upper) / 2, 0.0, inplace)
+        return apply_masked(input, draw_seed(input.device), ("rrelu", float(lower), float(upper)), inplace)
+    return apply_kernel(input, _mean_slope(lower, upper), inplace)
+
+
+def _mean_slope(lower: float, upper: float) -> Activated:
+    """What RReLU is in evaluation."""
+    return resolve_activation("leaky_relu", [(lower + upper) / 2])
 
 
 def _refusal(lower: object, upper: object, training: object, inplace: bool) -> str | None:
@@ -40,4 +45,4 @@ def _refusal(lower: object, upper: object, training: object, inplace: bool) -> s
         return "the bounds are not in order, or not finite"
     if type(training) is not bool:
         return "training is not a boolean"
-    return None if training else ACTIVATIONS["leaky_relu"].refuses((lower + upper) / 2, 0.0, inplace)
+    return None if training else _mean_slope(lower, upper).refusal(inplace)

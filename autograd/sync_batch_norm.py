@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..kernels.functions.activation import IDENTITY, Activated
 from .batch_norm import BatchNorm, argument_refusal, gradients, mark_updated, merge_statistics, normalise, statistics
 from .dispatch import takes_kernel
 
@@ -48,12 +49,14 @@ def sync_takes_kernel(
     eps: float,
     residual: Tensor | None,
     batches: Tensor | None = None,
+    activation: Activated = IDENTITY,
 ) -> bool:
     """Whether `sync_batch_norm` takes these arguments: it has no stock path of its own.
 
     The answer must be the same on every rank, so it doesn't depend on the size of the batch.
     """
     refusal = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
+    refusal = refusal or activation.refusal()
     operands = [input] if residual is None else [input, residual]
     parameters = [tensor for tensor in (running_mean, running_var, weight, bias) if tensor is not None]
     return takes_kernel("sync_batch_norm", *operands, parameters=parameters, empty=True, refusal=refusal)
@@ -71,7 +74,7 @@ def sync_batch_norm(
     *,
     batches: Tensor | None = None,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activated = IDENTITY,
 ) -> Tensor:
     """activation(batch_norm(x) + residual) in training, with the statistics of the batches of all ranks of ``group``.
 

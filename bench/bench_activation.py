@@ -17,7 +17,7 @@ from fusednn_bench.validity import LIMIT
 from torch import Tensor
 
 from fusednn import autograd
-from fusednn.kernels.activation import ACTIVATIONS
+from fusednn.kernels.functions.activation import ACTIVATIONS
 
 SIZES = {"large": (64, 64, 128, 128), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
 COUNTED_SHAPE = (2, 16, 32, 16)  # whole tiles; the interpreter is slow
@@ -28,8 +28,7 @@ RRELU_BOUNDS = (1 / 8, 1 / 3)
 QUICK_FLOAT32 = ("relu", "gelu", "elu", "prelu")
 QUICK_SMALL = ("relu", "gelu", "prelu")
 
-# Rows of the table that are another function's option, or that need arguments.  Rows of no function (those that serve
-# another row's 16-bit types) are measured through that other row.
+# Rows of the table that are another function's option, or that need arguments.
 _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu_tanh": ("gelu", {"approximate": "tanh"}),
     "threshold": ("threshold", {"threshold": 0.0, "value": 0.0}),
@@ -39,8 +38,7 @@ _FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def _activations() -> Iterator[Operation]:
     for name in ACTIVATIONS:
         function, arguments = _FUNCTIONS.get(name, (name, {}))
-        if hasattr(F, function):
-            yield _activation(name, function, arguments)
+        yield _activation(name, function, arguments)
 
 
 def _activation(name: str, function: str, arguments: dict[str, Any]) -> Operation:

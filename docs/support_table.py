@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fusednn import autograd, layers, optim
-from fusednn.kernels.activation import ACTIVATIONS, Activation
+from fusednn.kernels.functions.activation import ACTIVATIONS, OVERWRITING, Activation
 from fusednn.kernels.optimizer import ALGORITHMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -146,9 +146,8 @@ def _activation(layer: str) -> tuple[str, str, str, str]:
     (function,) = (name for name in autograd.__all__ if name.replace("_", "") == layer.lower())
     row = ACTIVATIONS[function]
     keeps = _keeps(row)
-    half = ACTIVATIONS[row.name_for(torch.bfloat16)]
-    if half is not row:
-        keeps += f" ({_keeps(half)} in 16 bits)"
+    if row.overwriting is not None:
+        keeps += f" ({_keeps(OVERWRITING[row.overwriting])} in place)"
     forward, backward = (_in_elements(bytes_) for bytes_ in row.budget(8, torch.float32))
     return function, keeps, forward, backward
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import ACTIVATIONS
+from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, narrow, scalar, square_root, widen
@@ -132,21 +132,6 @@ def normalisation(mean_pointer, variance_pointer, weight_pointer, bias_pointer, 
         scale = inverse_deviation
         bias = tl.zeros(channel.shape, COMPUTE)
     return mean, inverse_deviation, scale, bias
-
-
-@triton.jit
-def activation_gradient(
-    g, z, a, b, VALUE: tl.constexpr, KEEPS: tl.constexpr, GRADIENT: tl.constexpr, SAVES: tl.constexpr
-):
-    """Gradient of the activation's input ``z``, from which whatever the gradient needs is computed again."""
-    if GRADIENT is None:
-        return g
-    elif SAVES == "mask":
-        return GRADIENT(g, KEEPS(z, a, b), a, b)
-    elif SAVES == "output":
-        return GRADIENT(g, VALUE(z, a, b), a, b)
-    else:
-        return GRADIENT(g, z, a, b)
 
 
 # --- Statistics -----------------------------------------------------------------------------------------------------
@@ -275,7 +260,7 @@ def normalise_kernel(
     x_pointer,  # input, (outer, channels, inner)
     residual_pointer,  # added before the activation, as x; or None
     y_pointer,  # output, as x
-    mask_pointer,  # packed bits of KEEPS, tile by tile; or None
+    mask_pointer,  # packed bits of the activation's mask, tile by tile; or None
     mean_pointer,  # (channels,)
     variance_pointer,
     weight_pointer,  # (channels,), or None
@@ -291,8 +276,7 @@ def normalise_kernel(
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,  # the activation's device functions, or None
-    KEEPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -316,10 +300,9 @@ def normalise_kernel(
             z += widen(tl.load(residual_pointer + start + offsets, mask=inside, other=0), COMPUTE)
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
-            store_bits(mask_pointer, tl.reshape(KEEPS(z, a, b), (1, _TILE)), tile_index, 1, _TILE)
-        if VALUE is not None:
-            z = VALUE(z, a, b)
-        tl.store(y_pointer + start + offsets, narrow(z, y_pointer.dtype.element_ty), mask=inside)
+            store_bits(mask_pointer, tl.reshape(ACTIVATION.mask(z, a, b), (1, _TILE)), tile_index, 1, _TILE)
+        y = ACTIVATION.forward(z, a, b)
+        tl.store(y_pointer + start + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
@@ -345,10 +328,7 @@ def reduce_kernel(
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,  # the activation's device functions, or None
-    KEEPS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    SAVES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -373,12 +353,12 @@ def reduce_kernel(
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             kept = tl.reshape(load_bits(mask_pointer, tile_index, 1, _TILE), (HEIGHT, WIDTH))
-            dz = GRADIENT(dz, kept, a, b)
+            dz = ACTIVATION.gradient(dz, kept, a, b)
         else:
             z = centred * scale + bias
             if residual_pointer is not None:
                 z += widen(tl.load(residual_pointer + start + offsets, mask=inside, other=0), COMPUTE)
-            dz = activation_gradient(dz, z, a, b, VALUE, KEEPS, GRADIENT, SAVES)
+            dz = gradient_from_input(dz, z, a, b, ACTIVATION)
         if dz_pointer is not None:
             tl.store(dz_pointer + start + offsets, narrow(dz, dz_pointer.dtype.element_ty), mask=inside)
         dz = tl.where(present, dz, 0.0)
@@ -414,10 +394,7 @@ def gradient_kernel(
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,  # the activation's device functions, or None
-    KEEPS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    SAVES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -441,10 +418,10 @@ def gradient_kernel(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
         dx = widen(tl.load(g_pointer + start + offsets, mask=inside, other=0), COMPUTE)
-        if GRADIENT is not None or sums_pointer is not None:
+        if ACTIVATION.saves != "nothing" or sums_pointer is not None:
             x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
             centred = x - mean
-            dx = activation_gradient(dx, centred * scale + bias, a, b, VALUE, KEEPS, GRADIENT, SAVES)
+            dx = gradient_from_input(dx, centred * scale + bias, a, b, ACTIVATION)
             if sums_pointer is not None:
                 dx = dx - mean_dz - centred * slope
         dx = dx * scale
@@ -544,12 +521,6 @@ def _parameters(dtype: torch.dtype, affine: bool) -> dict[str, str | None]:
     return {name: statistic if affine or name[0] in "mv" else None for name in _PARAMETERS}
 
 
-def _functions(activation: str | None, *, gradient: bool) -> tuple[tuple[str, Any], ...]:
-    row = ACTIVATIONS[activation] if activation else None
-    names = ("value", "keeps", "gradient", "saves") if gradient else ("value", "keeps")
-    return tuple((name.upper(), getattr(row, name, None)) for name in names)
-
-
 @cache
 def _statistics(dtype: torch.dtype, tiling: _Tiling) -> Configuration:
     element, statistic = _types(dtype)
@@ -588,10 +559,16 @@ def _merge(dtype: torch.dtype, tracked: bool, averaged: bool) -> Configuration:
 
 @cache
 def _normalise(
-    dtype: torch.dtype, tiling: _Tiling, activation: str | None, residual: bool, masked: bool, affine: bool
+    dtype: torch.dtype, tiling: _Tiling, row: Activation, residual: bool, masked: bool, affine: bool
 ) -> Configuration:
     element, _ = _types(dtype)
-    parts = ("forward", activation, residual and "+ residual", masked and "+ mask", not affine and "not affine")
+    parts = (
+        "forward",
+        row.label,
+        residual and "+ residual",
+        masked and "+ mask",
+        not affine and "not affine",
+    )
     pointers = {
         "x_pointer": element,
         "residual_pointer": element if residual else None,
@@ -606,7 +583,7 @@ def _normalise(
         tiling,
         pointers,
         ("eps", "a", "b"),
-        _functions(activation, gradient=False),
+        (("ACTIVATION", row),),
         wide_loads=2 if residual else 1,
         wide_stores=1,
     )
@@ -614,10 +591,16 @@ def _normalise(
 
 @cache
 def _reduce(
-    dtype: torch.dtype, tiling: _Tiling, activation: str | None, residual: bool, masked: bool, affine: bool
+    dtype: torch.dtype, tiling: _Tiling, row: Activation, residual: bool, masked: bool, affine: bool
 ) -> Configuration:
     element, _ = _types(dtype)
-    parts = ("reduce", activation, residual and "+ residual", masked and "+ mask", not affine and "not affine")
+    parts = (
+        "reduce",
+        row.label,
+        residual and "+ residual",
+        masked and "+ mask",
+        not affine and "not affine",
+    )
     pointers = {
         "g_pointer": element,
         "x_pointer": element,
@@ -634,18 +617,21 @@ def _reduce(
         tiling,
         pointers,
         ("eps", "a", "b"),
-        _functions(activation, gradient=True),
+        (("ACTIVATION", row),),
         wide_loads=3 if residual else 2,
         wide_stores=1 if residual or masked else 0,
     )
 
 
 @cache
-def _gradient(
-    dtype: torch.dtype, tiling: _Tiling, activation: str | None, training: bool, affine: bool
-) -> Configuration:
+def _gradient(dtype: torch.dtype, tiling: _Tiling, row: Activation, training: bool, affine: bool) -> Configuration:
     element, _ = _types(dtype)
-    parts = ("backward", activation, not training and "evaluation", not affine and "not affine")
+    parts = (
+        "backward",
+        row.label,
+        not training and "evaluation",
+        not affine and "not affine",
+    )
     pointers = {
         "g_pointer": element,
         "x_pointer": element,
@@ -660,8 +646,8 @@ def _gradient(
         tiling,
         pointers,
         ("share", "eps", "a", "b"),
-        _functions(activation, gradient=True),
-        wide_loads=2 if training or activation else 1,
+        (("ACTIVATION", row),),
+        wide_loads=2 if training or row is not IDENTITY.row else 1,
         wide_stores=1,
     )
 
@@ -686,13 +672,13 @@ def _usual_configurations() -> Iterator[Configuration]:
     for tiling in _COMMON_TILINGS:
         yield from _plain(torch.float32, tiling)
         yield from _plain(torch.float64, tiling)
-        yield from _fused(torch.bfloat16, tiling, "relu")
+        yield from _fused(torch.bfloat16, tiling, ACTIVATIONS["relu"])
     rows = _COMMON_TILINGS[1]
     yield from _plain(torch.float16, rows)
-    yield _normalise(torch.bfloat16, rows, None, False, False, False)
-    yield _gradient(torch.bfloat16, rows, None, False, True)
+    yield _normalise(torch.bfloat16, rows, IDENTITY.row, False, False, False)
+    yield _gradient(torch.bfloat16, rows, IDENTITY.row, False, True)
     for name in ("gelu", "tanh"):
-        yield _reduce(torch.float32, rows, name, False, False, True)
+        yield _reduce(torch.float32, rows, ACTIVATIONS[name], False, False, True)
 
 
 def _other_configurations() -> Iterator[Configuration]:
@@ -703,30 +689,30 @@ def _other_configurations() -> Iterator[Configuration]:
         for tiling in _tilings_of(dtype):
             yield from _plain(dtype, tiling)
     for dtype, tiling in product(DTYPES, _COMMON_TILINGS):
-        yield from _fused(dtype, tiling, "relu")
-        yield _normalise(dtype, tiling, None, False, False, False)
-        yield _gradient(dtype, tiling, None, True, False)
-        yield _gradient(dtype, tiling, None, False, True)
-    for name in ACTIVATIONS:
-        yield from _fused(torch.float32, _COMMON_TILINGS[1], name)
+        yield from _fused(dtype, tiling, ACTIVATIONS["relu"])
+        yield _normalise(dtype, tiling, IDENTITY.row, False, False, False)
+        yield _gradient(dtype, tiling, IDENTITY.row, True, False)
+        yield _gradient(dtype, tiling, IDENTITY.row, False, True)
+    for row in ACTIVATIONS.values():
+        yield from _fused(torch.float32, _COMMON_TILINGS[1], row)
 
 
 def _plain(dtype: torch.dtype, tiling: _Tiling) -> Iterator[Configuration]:
     """Training without an activation."""
     yield _statistics(dtype, tiling)
-    yield _normalise(dtype, tiling, None, False, False, True)
-    yield _reduce(dtype, tiling, None, False, False, True)
-    yield _gradient(dtype, tiling, None, True, True)
+    yield _normalise(dtype, tiling, IDENTITY.row, False, False, True)
+    yield _reduce(dtype, tiling, IDENTITY.row, False, False, True)
+    yield _gradient(dtype, tiling, IDENTITY.row, True, True)
 
 
-def _fused(dtype: torch.dtype, tiling: _Tiling, activation: str) -> Iterator[Configuration]:
+def _fused(dtype: torch.dtype, tiling: _Tiling, row: Activation) -> Iterator[Configuration]:
     """Training with an activation, alone and after a residual."""
-    masked = ACTIVATIONS[activation].saves == "mask"
-    yield _normalise(dtype, tiling, activation, False, False, True)
-    yield _reduce(dtype, tiling, activation, False, False, True)
-    yield _gradient(dtype, tiling, activation, True, True)
-    yield _normalise(dtype, tiling, activation, True, masked, True)
-    yield _reduce(dtype, tiling, activation, not masked, masked, True)
+    masked = row.saves == "mask"
+    yield _normalise(dtype, tiling, row, False, False, True)
+    yield _reduce(dtype, tiling, row, False, False, True)
+    yield _gradient(dtype, tiling, row, True, True)
+    yield _normalise(dtype, tiling, row, True, masked, True)
+    yield _reduce(dtype, tiling, row, not masked, masked, True)
 
 
 # --- Launchers ------------------------------------------------------------------------------------------------------
@@ -826,10 +812,6 @@ def _vectors(
     )
 
 
-def _defaults(activation: str | None) -> tuple[float, float]:
-    return ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
-
-
 def partial_statistics(x: Tensor) -> Tensor:
     """(splits, 3, channels): of each part of each channel its count, mean, and sum of squared deviations."""
     x = dense(x)
@@ -883,7 +865,7 @@ def batch_norm_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
+    activation: Activated,
     *,
     masked: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -901,8 +883,8 @@ def batch_norm_forward(
         residual = dense_like(residual, x.stride())
     vectors = _vectors(x.dtype, mean, variance, weight, bias)
     affine = vectors[2] is not None
-    configuration = _normalise(x.dtype, plan.tiling, activation, residual is not None, masked, affine)
-    _launch(configuration, plan, (x, residual, y, mask, *vectors), eps, *_defaults(activation))
+    configuration = _normalise(x.dtype, plan.tiling, activation.row, residual is not None, masked, affine)
+    _launch(configuration, plan, (x, residual, y, mask, *vectors), eps, activation.a, activation.b)
     return y, mask
 
 
@@ -916,7 +898,7 @@ def batch_norm_reduce(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
+    activation: Activated,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums over each channel, (2, channels): of dz, the gradient before the activation, and of dz * normalised x.
 
@@ -933,8 +915,8 @@ def batch_norm_reduce(
     partial = torch.empty((plan.splits, 2, plan.channels), dtype=torch.float64, device=x.device)
     vectors = _vectors(x.dtype, mean, variance, weight, bias)
     affine = vectors[2] is not None
-    configuration = _reduce(x.dtype, plan.tiling, activation, residual is not None, mask is not None, affine)
-    _launch(configuration, plan, (g, x, residual, mask, dz, partial, *vectors), eps, *_defaults(activation))
+    configuration = _reduce(x.dtype, plan.tiling, activation.row, residual is not None, mask is not None, affine)
+    _launch(configuration, plan, (g, x, residual, mask, dz, partial, *vectors), eps, activation.a, activation.b)
     return partial.sum(0), dz
 
 
@@ -948,7 +930,7 @@ def batch_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None,
+    activation: Activated,
 ) -> Tensor:
     """Gradient of the input.
 
@@ -962,6 +944,6 @@ def batch_norm_backward(
         return dx
     plan = plan_of(x)
     vectors = _vectors(x.dtype, mean, variance, weight, bias)
-    configuration = _gradient(x.dtype, plan.tiling, activation, sums is not None, vectors[2] is not None)
-    _launch(configuration, plan, (g, x, dx, sums, *vectors), share, eps, *_defaults(activation))
+    configuration = _gradient(x.dtype, plan.tiling, activation.row, sums is not None, vectors[2] is not None)
+    _launch(configuration, plan, (g, x, dx, sums, *vectors), share, eps, activation.a, activation.b)
     return dx

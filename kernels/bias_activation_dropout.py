@@ -17,7 +17,7 @@ them in a fixed order.  What varies from call to call (whether there are a bias,
 bits are wanted) is decided at run time, by branches that a whole program takes alike, so that one configuration serves.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import ACTIVATIONS, Activation
 from .dropout import steps_for
+from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
@@ -48,7 +48,6 @@ from .tiles import (
 __all__ = [
     "bias_activation_dropout_backward",
     "bias_activation_dropout_forward",
-    "chain_row",
     "every_configuration",
     "saved_mask_bytes",
 ]
@@ -114,9 +113,7 @@ def bias_activation_dropout_forward_kernel(
     scale: tl.float64,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,
-    KEEPS: tl.constexpr,  # None where no bits are saved
-    GATES: tl.constexpr,  # a bit tells of dropout too
+    ACTIVATION: tl.constexpr,  # whose bits, where its mask gates, tell of dropout too
     BY_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
     SERVES_EIGHT: tl.constexpr,
@@ -138,16 +135,16 @@ def bias_activation_dropout_forward_kernel(
         h = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
         if flags & 1:
             h += bias_tile(bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH)
-        y = VALUE(h, a, b)
+        y = ACTIVATION.forward(h, a, b)
         noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
         y = y * tl.reshape(noise, (HEIGHT, WIDTH))
         if flags & 2:
             y += widen(load_tile(residual_pointer + start, offsets, inside, whole), COMPUTE)
         store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
-        if KEEPS is not None:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
+        if ACTIVATION.saves == "mask":  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
             if flags & 8:
-                bits = tl.reshape(KEEPS(h, a, b), (ROWS, COLUMNS))
-                if GATES:
+                bits = tl.reshape(ACTIVATION.mask(h, a, b), (ROWS, COLUMNS))
+                if ACTIVATION.mask_gates:
                     bits = bits & (noise != 0)
                 store_bits(mask_pointer, bits, tile_index, ROWS, COLUMNS)
 
@@ -159,7 +156,7 @@ def bias_activation_dropout_backward_kernel(
     bias_pointer,  # (channels,)
     dx_pointer,  # gradient of the input, (rows, columns)
     partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`
-    seed_pointer,  # the forward pass's, unless GATES
+    seed_pointer,  # the forward pass's; not read where the activation's mask gates
     rows: tl.int64,
     columns,
     channels: tl.int32,
@@ -171,10 +168,7 @@ def bias_activation_dropout_backward_kernel(
     scale: tl.float64,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,  # given where the gradient is read off the activation's output
-    GRADIENT: tl.constexpr,
-    MASKED: tl.constexpr,  # saved_pointer holds packed bits
-    GATES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BY_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
     SERVES_EIGHT: tl.constexpr,
@@ -194,7 +188,7 @@ def bias_activation_dropout_backward_kernel(
         start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         tile_index = block_row * column_blocks + block_column
 
-        if MASKED:
+        if ACTIVATION.saves == "mask":
             saved = tl.reshape(load_bits(saved_pointer, tile_index, ROWS, COLUMNS), (HEIGHT, WIDTH))
         else:
             saved = widen(load_tile(saved_pointer + start, offsets, inside, whole), COMPUTE)
@@ -202,15 +196,16 @@ def bias_activation_dropout_backward_kernel(
                 saved += bias_tile(
                     bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
                 )
-            if VALUE is not None:
-                saved = VALUE(saved, a, b)
         g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
-        if GATES:
+        if ACTIVATION.mask_gates:
             g = g * scale
         else:
             noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
             g = g * tl.reshape(noise, (HEIGHT, WIDTH))
-        dx = GRADIENT(g, saved, a, b)
+        if ACTIVATION.saves == "mask":
+            dx = ACTIVATION.gradient(g, saved, a, b)
+        else:
+            dx = gradient_from_input(g, saved, a, b, ACTIVATION)
         store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
 
         if flags & 2:
@@ -232,12 +227,6 @@ def bias_activation_dropout_backward_kernel(
 
 _ROW_WIDTHS = (16, 256, TILE)
 _COLUMN_WIDTHS = (16, 64, 256)
-
-
-def chain_row(name: str) -> Activation:
-    """The activation's row for this chain, which keeps no output: ELU's gradient is read off the input in any dtype."""
-    row = ACTIVATIONS[name]
-    return ACTIVATIONS[row.half] if row.half else row
 
 
 def _geometry(dtype: torch.dtype, by_row: bool, width: int) -> tuple[tuple[str, object], ...]:
@@ -269,8 +258,7 @@ _SCALARS = (
 
 
 @cache
-def _forward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
-    row = chain_row(name)
+def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
     element = "*" + TRITON_TYPE[dtype]
     wide = tile_shape(dtype)[0] if width > 16 else 0
     return Configuration(
@@ -283,9 +271,7 @@ def _forward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Configu
             *_SCALARS,
         ),
         constants=(
-            ("VALUE", row.value),
-            ("KEEPS", row.keeps),
-            ("GATES", row.gates),
+            ("ACTIVATION", row),
             *_geometry(dtype, by_row, width),
         ),
         threads=threads_for(dtype),
@@ -296,8 +282,7 @@ def _forward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Configu
 
 
 @cache
-def _backward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
-    row = chain_row(name)
+def _backward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
     element = "*" + TRITON_TYPE[dtype]
     masked = row.saves == "mask"
     wide = tile_shape(dtype)[0] if width > 16 else 0
@@ -314,10 +299,7 @@ def _backward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Config
             *_SCALARS,
         ),
         constants=(
-            ("VALUE", row.value if row.saves == "output" else None),
-            ("GRADIENT", row.gradient),
-            ("MASKED", masked),
-            ("GATES", row.gates),
+            ("ACTIVATION", row),
             *_geometry(dtype, by_row, width),
         ),
         threads=threads_for(dtype),
@@ -327,18 +309,14 @@ def _backward(name: str, dtype: torch.dtype, by_row: bool, width: int) -> Config
     )
 
 
-def _chain_names() -> Iterable[str]:
-    return dict.fromkeys(chain_row(name).name for name in ACTIVATIONS)
-
-
 def every_configuration() -> Iterator[Configuration]:
     """All that the launchers can ask for: many hundreds."""
-    for name in _chain_names():
+    for row in ACTIVATIONS.values():
         for dtype in DTYPES:
             for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
                 for width in widths:
-                    yield _forward(name, dtype, by_row, width)
-                    yield _backward(name, dtype, by_row, width)
+                    yield _forward(row, dtype, by_row, width)
+                    yield _backward(row, dtype, by_row, width)
 
 
 @ships("bias_activation_dropout")
@@ -347,15 +325,16 @@ def configurations() -> Iterator[Configuration]:
 
     What is left out are the same device functions in other combinations.
     """
+    relu = ACTIVATIONS["relu"]
     for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
         for width in widths:
             for dtype in DTYPES if (by_row, width) == (False, 256) else (torch.bfloat16, torch.float32):
-                yield _forward("relu", dtype, by_row, width)
-                yield _backward("relu", dtype, by_row, width)
-    for name in _chain_names():
-        if name != "relu":
-            yield _forward(name, torch.bfloat16, False, 256)
-            yield _backward(name, torch.bfloat16, False, 256)
+                yield _forward(relu, dtype, by_row, width)
+                yield _backward(relu, dtype, by_row, width)
+    for row in ACTIVATIONS.values():
+        if row is not relu:
+            yield _forward(row, torch.bfloat16, False, 256)
+            yield _backward(row, torch.bfloat16, False, 256)
 
 
 @dataclass(frozen=True)
@@ -423,9 +402,7 @@ def bias_activation_dropout_forward(
     bias: Tensor | None,
     residual: Tensor | None,
     seed: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
+    activation: Activated,
     p: float,
     dim: int,
     *,
@@ -437,9 +414,8 @@ def bias_activation_dropout_forward(
     """
     x = dense(x)
     y = torch.empty_like(x)
-    row = chain_row(name)
     mask = None
-    if save and row.saves == "mask":
+    if save and activation.saves == "mask":
         mask = torch.empty(saved_mask_bytes(x.shape, x.stride(), dim), dtype=torch.uint8, device=x.device)
     if bias is not None:
         bias = bias.contiguous()
@@ -447,7 +423,7 @@ def bias_activation_dropout_forward(
         residual = dense_like(residual, x.stride())
     plan = _plan(x.shape, x.stride(), dim)
     launch(
-        _forward(name, x.dtype, plan.by_row, plan.width),
+        _forward(activation.row, x.dtype, plan.by_row, plan.width),
         plan.programs,
         x,
         *(x if operand is None else operand for operand in (bias, residual)),  # what isn't there isn't read
@@ -457,8 +433,8 @@ def bias_activation_dropout_forward(
         *plan.extents,
         _flags(bias, residual, seed, mask),
         *_noise(p),
-        a,
-        b,
+        activation.a,
+        activation.b,
     )
     return y, mask
 
@@ -469,9 +445,7 @@ def bias_activation_dropout_backward(
     bias: Tensor | None,
     seed: Tensor | None,
     strides: Sequence[int],
-    name: str,
-    a: float,
-    b: float,
+    activation: Activated,
     p: float,
     dim: int,
     *,
@@ -483,8 +457,7 @@ def bias_activation_dropout_backward(
     Where the mask tells of dropout, too, ``seed`` isn't needed.
     """
     g = dense_like(g, strides)
-    row = chain_row(name)
-    if row.saves != "mask":
+    if activation.saves != "mask":
         saved = dense_like(saved, strides)
     dx = g.new_empty_strided(g.shape, strides)
     plan = _plan(g.shape, strides, dim)
@@ -493,7 +466,7 @@ def bias_activation_dropout_backward(
     if bias is not None:
         bias = bias.contiguous()
     launch(
-        _backward(name, g.dtype, plan.by_row, plan.width),
+        _backward(activation.row, g.dtype, plan.by_row, plan.width),
         plan.programs,
         g,
         saved,
@@ -504,8 +477,8 @@ def bias_activation_dropout_backward(
         *plan.extents,
         _flags(bias, partial, seed),
         *_noise(p),
-        a,
-        b,
+        activation.a,
+        activation.b,
     )
     if partial is None:
         return dx, None

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import ACTIVATIONS
+from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .launch import TRITON_TYPE, Configuration, launch, ships
 from .numerics import add_product, narrow, scalar, widen
-from .pool import POINT, Pooled, Window, code_bits, contend, is_masked, pooled_like, store_codes, tile_place
+from .pool import POINT, Pooled, Window, code_bits, contend, kept_beside_code, pooled_like, store_codes, tile_place
 from .tiles import cdiv
 
 __all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
@@ -69,8 +69,7 @@ def conv_pool_kernel(
     keeps_raw: tl.int32,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,
-    KEEPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     POOL: tl.constexpr,
     POOL_STRIDE: tl.constexpr,
     BITS: tl.constexpr,
@@ -126,7 +125,7 @@ def conv_pool_kernel(
         for x in tl.static_range(POOL):
             within = (line + y >= 0) & (line + y < conv_height) & (place + x >= 0) & (place + x < conv_width)
             best, raw, position = contend(
-                products[y * POOL + x] + bias, y * POOL + x, inside & within, best, raw, position, a, b, VALUE
+                products[y * POOL + x] + bias, y * POOL + x, inside & within, best, raw, position, a, b, ACTIVATION
             )
 
     offset = row * filters + column
@@ -149,8 +148,8 @@ def conv_pool_kernel(
     if BITS:  # noqa: SIM102 (a constant)
         if keeps_code:
             code = position
-            if KEEPS is not None:
-                code += KEEPS(raw, a, b).to(tl.int32) << (BITS - 1)
+            if ACTIVATION.saves == "mask":
+                code += ACTIVATION.mask(raw, a, b).to(tl.int32) << (BITS - 1)
             store_codes(code_pointer, tl.where(inside, code, 0), row, first_filter, rows, filters, BITS, HEIGHT, WIDTH)
 
 
@@ -171,8 +170,8 @@ _NARROW = 32
 _THREADS = 128
 
 
-def _tile(pool: int, activation: str | None, precision: str) -> _Tile:
-    smooth = activation is not None and not is_masked(activation)
+def _tile(pool: int, row: Activation, precision: str) -> _Tile:
+    smooth = row.saves in ("output", "input")
     return _TILES[pool]._replace(width=_NARROW) if smooth or precision == "tf32" else _TILES[pool]
 
 
@@ -211,17 +210,13 @@ def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: i
 
 
 @cache
-def _configuration(
-    precision: str, activation: str | None, fixed: tuple[int, int], statistics: bool = False
-) -> Configuration:
+def _configuration(precision: str, row: Activation, fixed: tuple[int, int], statistics: bool = False) -> Configuration:
     pool, pool_stride = fixed
-    tile = _tile(pool, activation, precision)
+    tile = _tile(pool, row, precision)
     element = "*fp32" if precision == "tf32" else f"*{precision}"
-    row = ACTIVATIONS[activation] if activation else None
-    masked = is_masked(activation)
-    bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), masked)
+    bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), row.saves == "mask")
     arguments = conv_pool_kernel.arg_names
-    parts = (f"conv pool {pool}x{pool}", activation, statistics and "+ statistics", precision)
+    parts = (f"conv pool {pool}x{pool}", row.label, statistics and "+ statistics", precision)
     return Configuration(
         label=" ".join(part for part in parts if part),
         kernel=conv_pool_kernel,
@@ -237,8 +232,7 @@ def _configuration(
         ),
         constants=(
             *(() if statistics else (("partial_pointer", None),)),
-            ("VALUE", row.value if row else None),
-            ("KEEPS", row.keeps if row and masked else None),
+            ("ACTIVATION", row),
             ("POOL", pool),
             ("POOL_STRIDE", pool_stride),
             ("BITS", bits),
@@ -259,10 +253,10 @@ def configurations() -> Iterator[Configuration]:
     # Activations know nothing of the product before them: one of each kind stands for the others.
     for precision in _PRECISIONS:
         for fixed in ((1, 1), (2, 2), (3, 2)):
-            yield replace(_configuration(precision, "relu", fixed), rare=precision == "fp16")
-        yield replace(_configuration(precision, None, (1, 1), statistics=True), rare=precision == "fp16")
-    yield _configuration("bf16", None, (2, 2))
-    yield _configuration("tf32", "gelu", (2, 2))
+            yield replace(_configuration(precision, ACTIVATIONS["relu"], fixed), rare=precision == "fp16")
+        yield replace(_configuration(precision, IDENTITY.row, (1, 1), statistics=True), rare=precision == "fp16")
+    yield _configuration("bf16", IDENTITY.row, (2, 2))
+    yield _configuration("tf32", ACTIVATIONS["gelu"], (2, 2))
 
 
 def conv_size(
@@ -285,15 +279,14 @@ def conv_pooled_like(
     weight: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
-    activation: str | None,
+    activation: Activated,
     window: Window,
     *,
-    keeps_code: bool,
-    keeps_raw: bool,
+    keeps: bool,
 ) -> Pooled:
     """Memory for the results of `conv_pool_forward`.  Shapes may be symbolic."""
     shape = (x.shape[0], weight.shape[0], *conv_size(x.shape, weight.shape, stride, padding))
-    return pooled_like(x, shape, True, window, activation, keeps_code=keeps_code, keeps_raw=keeps_raw)
+    return pooled_like(x, shape, True, window, activation, keeps=keeps)
 
 
 def conv_pool_forward(
@@ -302,11 +295,10 @@ def conv_pool_forward(
     bias: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
-    activation: str | None,
+    activation: Activated,
     window: Window,
     *,
-    keeps_code: bool,
-    keeps_raw: bool,
+    keeps: bool,
     partial: Tensor | None = None,
 ) -> Pooled:
     """max over windows of activation(conv(x) + bias), channels last; otherwise as `fusednn.kernels.pool.pool_forward`.
@@ -314,9 +306,7 @@ def conv_pool_forward(
     ``window`` is one of the sizes that have kernels; dilation 1, one group.  ``partial``: where to write the statistics
     of the result's channels, for a convolution alone.
     """
-    results = conv_pooled_like(
-        x, weight, stride, padding, activation, window, keeps_code=keeps_code, keeps_raw=keeps_raw
-    )
+    results = conv_pooled_like(x, weight, stride, padding, activation, window, keeps=keeps)
     samples, channels, height, width = x.shape
     filters, _, kernel_height, kernel_width = weight.shape
     conv_height, conv_width = conv_size(x.shape, weight.shape, stride, padding)
@@ -325,9 +315,9 @@ def conv_pool_forward(
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
     precision = _precision(x.dtype)
-    configuration = _configuration(precision, activation, window.fixed, partial is not None)
-    tile = _tile(window.fixed[0], activation, precision)
-    a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
+    configuration = _configuration(precision, activation.row, window.fixed, partial is not None)
+    tile = _tile(window.fixed[0], activation.row, precision)
+    keeps_raw = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
         configuration,
         cdiv(rows, tile.height) * cdiv(filters, tile.width),
@@ -335,7 +325,7 @@ def conv_pool_forward(
         *(() if partial is None else (partial,)),
         *(rows, filters, channels, kernel_height * kernel_width * channels, height, width, conv_height, conv_width),
         *(pooled_height, pooled_width, kernel_width, *stride, *padding, *window.padding),
-        *(int(bias is not None), int(keeps_code), int(keeps_raw), a, b),
+        *(int(bias is not None), int(keeps), int(keeps_raw), activation.a, activation.b),
     )
     return results
 
@@ -344,7 +334,7 @@ def statistics_like(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Memory for the results of `conv_statistics`.  Shapes may be symbolic."""
-    results = conv_pooled_like(x, weight, stride, padding, None, POINT, keeps_code=False, keeps_raw=False)
+    results = conv_pooled_like(x, weight, stride, padding, IDENTITY, POINT, keeps=False)
     samples, filters, height, width = results.y.shape
     blocks = (samples * height * width + _TILES[1].height - 1) // _TILES[1].height
     return results.y, torch.empty((blocks, 3, filters), dtype=torch.float32, device=x.device)
@@ -358,7 +348,5 @@ def conv_statistics(
     These are (parts, 3, filters), as `fusednn.kernels.batch_norm.partial_statistics` gives them.
     """
     _, partial = statistics_like(x, weight, stride, padding)
-    results = conv_pool_forward(
-        *(x, weight, bias, stride, padding, None, POINT), keeps_code=False, keeps_raw=False, partial=partial
-    )
+    results = conv_pool_forward(*(x, weight, bias, stride, padding, IDENTITY, POINT), keeps=False, partial=partial)
     return results.y, partial

@@ -12,8 +12,8 @@ contiguous     (sample, channel, line)   place
 **The code** of a window is all that the backward pass needs besides the gradient: the position of the maximum in the
 window, counted along its lines, and above it a bit that is set where the activation passes the gradient on.  It takes
 1, 2, 4 or 8 bits, so a window has at most 256 positions, or 128 with an activation of one bit.  Codes are packed along
-the columns; each row of them begins with a byte of its own.  Of an activation whose gradient needs more, the result is
-kept, or the maximum before the activation.
+the columns; each row of them begins with a byte of its own.  Of an activation whose gradient needs more, the maxima
+before the activation are kept (see `kept_beside_code`).
 
 As in PyTorch the first of equal maxima wins, the last NaN, and in a window of negative infinities the first position
 that lies inside the image.
@@ -29,13 +29,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import ACTIVATIONS
+from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
@@ -49,7 +49,7 @@ __all__ = [
     "code_bits",
     "contend",
     "images",
-    "is_masked",
+    "kept_beside_code",
     "most_positions",
     "pool_backward",
     "pool_forward",
@@ -123,13 +123,11 @@ def load_inputs(
 
 
 @triton.jit
-def contend(x, tap, inside, best, raw, position, a, b, VALUE: tl.constexpr):
+def contend(x, tap, inside, best, raw, position, a, b, ACTIVATION: tl.constexpr):
     """Let the elements at position ``tap`` contend for the maximum: its value, what that was before the activation, and
     its position.
     """
-    value = x
-    if VALUE is not None:
-        value = VALUE(x, a, b)
+    value = ACTIVATION.forward(x, a, b)
     wins = inside & ((value > best) | (value != value) | (position < 0))
     return tl.where(wins, value, best), tl.where(wins, x, raw), tl.where(wins, tap, position)
 
@@ -170,7 +168,8 @@ def load_gradient(
     inside,
     a,
     b,
-    GRADIENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -191,13 +190,17 @@ def load_gradient(
         byte = row * ((columns + per_byte - 1) // per_byte) + column // per_byte
         code = tl.load(code_pointer + byte, mask=inside, other=0).to(tl.int32)
         position = (code >> (column % per_byte * BITS)) & (2**BITS - 1)
-    if GRADIENT is not None:
-        if saved_pointer is None:
-            saved = (position >> (BITS - 1)) != 0
+    if ACTIVATION.saves != "nothing":
+        if KEPT == "mask":
+            dx = ACTIVATION.gradient(g, (position >> (BITS - 1)) != 0, a, b)
             position = position & (2 ** (BITS - 1) - 1)
         else:
             saved = widen(tl.load(saved_pointer + offset, mask=inside, other=0), COMPUTE)
-        g = tl.where(inside, GRADIENT(g, saved, a, b), 0.0)
+            if KEPT == "output":
+                dx = ACTIVATION.gradient(g, saved, a, b)
+            else:
+                dx = gradient_from_input(g, saved, a, b, ACTIVATION)
+        g = tl.where(inside, dx, 0.0)
     return position, g
 
 
@@ -261,8 +264,7 @@ def pool_forward_kernel(
     emits_indices: tl.int32,
     a: tl.float64,
     b: tl.float64,
-    VALUE: tl.constexpr,
-    KEEPS: tl.constexpr,  # None where the code has no bit for the activation
+    ACTIVATION: tl.constexpr,
     KERNEL: tl.constexpr,  # size of the window, or 0: known at run time
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -307,9 +309,9 @@ def pool_forward_kernel(
             )
             first, second = tl.split(tl.reshape(x, (HEIGHT, WIDTH, 2)))
             within = inside & line_inside
-            best, raw, position = contend(first, 2 * tap_line, within, best, raw, position, a, b, VALUE)
+            best, raw, position = contend(first, 2 * tap_line, within, best, raw, position, a, b, ACTIVATION)
             within = within & (left + 1 < width)
-            best, raw, position = contend(second, 2 * tap_line + 1, within, best, raw, position, a, b, VALUE)
+            best, raw, position = contend(second, 2 * tap_line + 1, within, best, raw, position, a, b, ACTIVATION)
     else:
         if KERNEL:
             taps: tl.constexpr = KERNEL * KERNEL
@@ -322,7 +324,7 @@ def pool_forward_kernel(
                     *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
                     *(mean_pointer is not None, COMPUTE),
                 )
-                best, raw, position = contend(x, tap, within, best, raw, position, a, b, VALUE)
+                best, raw, position = contend(x, tap, within, best, raw, position, a, b, ACTIVATION)
         else:
             for tap in range(kernel_height * kernel_width):
                 tap_line = top + tap // kernel_width * dilation_height
@@ -333,7 +335,7 @@ def pool_forward_kernel(
                     *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
                     *(mean_pointer is not None, COMPUTE),
                 )
-                best, raw, position = contend(x, tap, within, best, raw, position, a, b, VALUE)
+                best, raw, position = contend(x, tap, within, best, raw, position, a, b, ACTIVATION)
 
     offset = row * columns + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
@@ -342,8 +344,8 @@ def pool_forward_kernel(
     if BITS:  # noqa: SIM102 (a constant)
         if keeps_code:
             code = position
-            if KEEPS is not None:
-                code += KEEPS(raw, a, b).to(tl.int32) << (BITS - 1)
+            if ACTIVATION.saves == "mask":
+                code += ACTIVATION.mask(raw, a, b).to(tl.int32) << (BITS - 1)
             code = tl.where(inside, code, 0)
             store_codes(code_pointer, code, row, first_column, rows, columns, BITS, HEIGHT, WIDTH)
     if emits_indices:
@@ -356,7 +358,7 @@ def pool_forward_kernel(
 def pool_backward_cells_kernel(
     g_pointer,  # gradient of the pooled images
     code_pointer,  # packed codes
-    saved_pointer,  # pooled images before or after the activation, or None
+    saved_pointer,  # what is kept beside the code, like ``g``; or None
     dx_pointer,  # gradient of the images
     partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`, or None
     rows: tl.int64,  # of cells
@@ -371,7 +373,8 @@ def pool_backward_cells_kernel(
     padding_width: tl.int32,
     a: tl.float64,
     b: tl.float64,
-    GRADIENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,  # `kept_beside_code`
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     BITS: tl.constexpr,
@@ -395,7 +398,7 @@ def pool_backward_cells_kernel(
         for r in tl.static_range(reach):
             position, g = load_gradient(
                 *(g_pointer, code_pointer, saved_pointer, plane, line - q, place - r, column, columns),
-                *(pooled_height, pooled_width, inside, a, b, GRADIENT, BITS, CHANNELS_LAST, COMPUTE),
+                *(pooled_height, pooled_width, inside, a, b, ACTIVATION, KEPT, BITS, CHANNELS_LAST, COMPUTE),
             )
             sums = ()
             for y in tl.static_range(STRIDE):
@@ -441,7 +444,7 @@ def pool_backward_cells_kernel(
 def pool_backward_kernel(
     g_pointer,  # gradient of the pooled images
     code_pointer,  # packed codes
-    saved_pointer,  # pooled images before or after the activation, or None
+    saved_pointer,  # what is kept beside the code, like ``g``; or None
     dx_pointer,  # gradient of the images
     partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`, or None
     rows: tl.int64,
@@ -460,7 +463,8 @@ def pool_backward_kernel(
     dilation_width: tl.int32,
     a: tl.float64,
     b: tl.float64,
-    GRADIENT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,  # `kept_beside_code`
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -482,7 +486,7 @@ def pool_backward_kernel(
         position, g = load_gradient(
             *(g_pointer, code_pointer, saved_pointer, plane, top // stride_height, left // stride_width),
             *(column, columns, pooled_height, pooled_width, inside & aligned, a, b),
-            *(GRADIENT, BITS, CHANNELS_LAST, COMPUTE),
+            *(ACTIVATION, KEPT, BITS, CHANNELS_LAST, COMPUTE),
         )
         dx += tl.where(position == tap, g, 0.0)
     tl.store(dx_pointer + row * columns + column, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
@@ -533,6 +537,9 @@ class Window(NamedTuple):
 
 _FIXED = ((1, 1), (2, 2), (3, 2))
 
+#: What is kept for the gradient of an activation.
+Kept = Literal["nothing", "mask", "output", "input"]
+
 #: Windows of one position: no pooling.
 POINT = Window((1, 1), (1, 1))
 
@@ -567,15 +574,23 @@ def images(x: Tensor) -> tuple[Tensor, bool]:
     return (x if channels_last or x.is_contiguous() else x.contiguous()), channels_last
 
 
+def kept_beside_code(row: Activation, fixed: tuple[int, int]) -> Kept:
+    """What the activation's gradient is read off: a ``"mask"``, which is part of the code, the ``"output"``, or the
+    ``"input"``: the maxima before the activation.
+
+    Of windows of several positions never the output: users may change pooled images in place, as they may stock's.
+    """
+    return "input" if row.saves == "output" and fixed != POINT.fixed else row.saves
+
+
 def pooled_like(
     like: Tensor,
     shape: tuple[int, ...],
     channels_last: bool,
     window: Window,
-    activation: str | None,
+    activation: Activated,
     *,
-    keeps_code: bool,
-    keeps_raw: bool = False,
+    keeps: bool,
     emits_indices: bool = False,
     y: Tensor | None = None,
 ) -> Pooled:
@@ -588,22 +603,18 @@ def pooled_like(
     if y is None:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         y = torch.empty(pooled_shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-    bits = code_bits(window, is_masked(activation))
+    kept = kept_beside_code(activation.row, window.fixed) if keeps else "nothing"
+    bits = code_bits(window, kept == "mask")
     code_bytes = 0
-    if keeps_code and bits:
+    if keeps and bits:
         rows, columns = _matrix(pooled_shape, channels_last)
         code_bytes = rows * ((columns * bits + 7) // 8)
     return Pooled(
         y,
         torch.empty(code_bytes, dtype=torch.uint8, device=like.device),
-        torch.empty_like(y) if keeps_raw else like.new_empty(0),
+        torch.empty_like(y) if kept == "input" else like.new_empty(0),
         torch.empty_like(y, dtype=torch.int64) if emits_indices else like.new_empty(0, dtype=torch.int64),
     )
-
-
-def is_masked(activation: str | None) -> bool:
-    """Whether a bit of the code is the activation's."""
-    return activation is not None and ACTIVATIONS[activation].saves == "mask"
 
 
 def _matrix(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int]:
@@ -619,9 +630,8 @@ def _matrix(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int]:
 def _configuration(
     direction: str,
     dtype: torch.dtype,
-    activation: str | None,
+    row: Activation,
     fixed: tuple[int, int],
-    bits: int,
     channels_last: bool,
     biased: bool,
     keeps_raw: bool,
@@ -630,8 +640,7 @@ def _configuration(
 ) -> Configuration:
     """``biased``: a bias is added, or its gradient is summed."""
     element, accumulator = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
-    row = ACTIVATIONS[activation] if activation else None
-    masked = is_masked(activation)
+    kept = kept_beside_code(row, fixed)
     kernel, stride = fixed
     pointers: dict[str, str | None]
     constants: tuple[tuple[str, Any], ...]
@@ -655,20 +664,16 @@ def _configuration(
         }
         extents = ("columns", "channels", "height", "width", "pooled_height", "pooled_width")
         extents += (*_WINDOW, "keeps_code", "emits_indices")
-        constants = (
-            ("VALUE", row.value if row else None),
-            ("KEEPS", row.keeps if row and masked else None),
-            ("KERNEL", kernel),
-        )
+        constants = (("ACTIVATION", row), ("KERNEL", kernel))
     else:
         pointers = {
             "g_pointer": element,
             "code_pointer": "*u8",
-            "saved_pointer": element if row is not None and not masked else None,
+            "saved_pointer": element if kept in ("output", "input") else None,
             "dx_pointer": element,
             "partial_pointer": accumulator if biased else None,
         }
-        constants = (("GRADIENT", row.gradient if row else None),)
+        constants = (("ACTIVATION", row), ("KEPT", kept))
         if kernel:
             function = pool_backward_cells_kernel
             reach = cdiv(kernel, stride)
@@ -691,7 +696,7 @@ def _configuration(
                 biased and "+ bias",
                 normalises and "normalised",
                 residual and "+ residual",
-                activation,
+                row.label,
                 TRITON_TYPE[dtype],
             )
             if part
@@ -707,7 +712,7 @@ def _configuration(
         constants=(
             *((name, None) for name, kind in pointers.items() if not kind),
             *constants,
-            ("BITS", bits),
+            ("BITS", _bits_of(fixed, kept == "mask")),
             ("CHANNELS_LAST", channels_last),
             ("COMPUTE", COMPUTE[dtype]),
             ("HEIGHT", _HEIGHT),
@@ -720,9 +725,9 @@ def _configuration(
     )
 
 
-def _code_bits(fixed: tuple[int, int], activation: str | None) -> int:
+def _bits_of(fixed: tuple[int, int], masked: bool) -> int:
     kernel, stride = fixed
-    return code_bits(Window((kernel or 4, kernel or 4), (stride or 4, stride or 4)), is_masked(activation))
+    return code_bits(Window((kernel or 4, kernel or 4), (stride or 4, stride or 4)), masked)
 
 
 # The types that are compiled where kernels differ in nothing else, and the activations that stand for the others:
@@ -733,27 +738,24 @@ _COMMON_ACTIVATIONS = ("relu", "leaky_relu", "tanh", "gelu")
 
 @ships("pool")
 def configurations() -> Iterator[Configuration]:
+    relu, identity = ACTIVATIONS["relu"], IDENTITY.row
     for direction, channels_last in product(("forward", "backward"), (True, False)):
         for fixed, dtype in product(_FIXED[1:], DTYPES):
-            pooling = _configuration(
-                direction, dtype, None, fixed, _code_bits(fixed, None), channels_last, False, False
-            )
+            pooling = _configuration(direction, dtype, identity, fixed, channels_last, False, False)
             yield replace(pooling, rare=dtype is torch.float16)
         for dtype in _COMMON_DTYPES:
-            yield _configuration(direction, dtype, None, (0, 0), 8, channels_last, False, False)
+            yield _configuration(direction, dtype, identity, (0, 0), channels_last, False, False)
         # Behind a convolution.
         for fixed, dtype in zip((*_FIXED, (0, 0)), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
-            yield _configuration(direction, dtype, "relu", fixed, _code_bits(fixed, "relu"), channels_last, True, False)
-    for direction, (name, row) in product(("forward", "backward"), ACTIVATIONS.items()):
-        dtype = torch.bfloat16 if name.endswith("_half") else torch.float32
-        keeps_raw = direction == "forward" and row.saves == "input"
-        if name != "relu":
-            pass_ = _configuration(direction, dtype, name, (2, 2), _code_bits((2, 2), name), True, True, keeps_raw)
-            yield replace(pass_, rare=name not in _COMMON_ACTIVATIONS)
+            yield _configuration(direction, dtype, relu, fixed, channels_last, True, False)
+    for direction, row in product(("forward", "backward"), ACTIVATIONS.values()):
+        if row is not relu:
+            keeps_raw = direction == "forward" and kept_beside_code(row, (2, 2)) == "input"
+            pass_ = _configuration(direction, torch.float32, row, (2, 2), True, True, keeps_raw)
+            yield replace(pass_, rare=row.name not in _COMMON_ACTIVATIONS)
     # Behind a batch norm.
     for (fixed, dtype), residual in product(zip(_FIXED[1:], _COMMON_DTYPES, strict=True), (False, True)):
-        bits = _code_bits(fixed, "relu")
-        yield _configuration("forward", dtype, "relu", fixed, bits, True, True, False, True, residual)
+        yield _configuration("forward", dtype, relu, fixed, True, True, False, True, residual)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -767,10 +769,9 @@ def pool_forward(
     x: Tensor,
     bias: Tensor | None,
     window: Window,
-    activation: str | None = None,
+    activation: Activated = IDENTITY,
     *,
-    keeps_code: bool,
-    keeps_raw: bool = False,
+    keeps: bool,
     emits_indices: bool = False,
     inplace: bool = False,
     mean: Tensor | None = None,
@@ -781,23 +782,25 @@ def pool_forward(
 
     ``mean`` and ``scale`` go together; they and the bias are then float32, or float64 where the images are.
 
-    ``activation`` is a row of the table, with its default parameters.  ``keeps_raw``: keep the maxima before the
-    activation, which must be one that saves its input.  ``inplace``, for windows of one position: write over the images
-    ``x``, which must be in one of the memory formats.
+    ``keeps``: what the backward pass needs.  ``inplace``, for windows of one position: write over the images ``x``,
+    which must be in one of the memory formats.
     """
     x, channels_last = images(x)
     if residual is not None:
         residual = dense_like(residual, x.stride())
-    kept = {"keeps_code": keeps_code, "keeps_raw": keeps_raw, "emits_indices": emits_indices}
-    results = pooled_like(x, x.shape, channels_last, window, activation, **kept, y=x if inplace else None)
+    results = pooled_like(
+        *(x, x.shape, channels_last, window, activation),
+        keeps=keeps,
+        emits_indices=emits_indices,
+        y=x if inplace else None,
+    )
     _, channels, height, width = x.shape
     rows, columns = _matrix(results.y.shape, channels_last)
     pooled_height, pooled_width = results.y.shape[2:]
-    a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
-    bits = code_bits(window, is_masked(activation))
+    keeps_raw = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
         _configuration(
-            *("forward", x.dtype, activation, window.fixed, bits, channels_last, bias is not None, keeps_raw),
+            *("forward", x.dtype, activation.row, window.fixed, channels_last, bias is not None, keeps_raw),
             normalises=mean is not None,
             residual=residual is not None,
         ),
@@ -805,7 +808,7 @@ def pool_forward(
         *(tensor for tensor in (x, residual, mean, scale, bias, results.y, results.code) if tensor is not None),
         *((results.raw,) if keeps_raw else ()),
         *(results.indices, rows, columns, channels, height, width, pooled_height, pooled_width, *window.arguments),
-        *(int(keeps_code), int(emits_indices), a, b),
+        *(int(keeps), int(emits_indices), activation.a, activation.b),
     )
     return results
 
@@ -817,13 +820,13 @@ def pool_backward(
     size: tuple[int, int],
     channels_last: bool,
     window: Window,
-    activation: str | None = None,
+    activation: Activated = IDENTITY,
     *,
     sums_bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of images of this ``size`` (height, width), and that of the bias: empty unless asked for.
 
-    ``saved`` are the pooled images, or the maxima before the activation, where its gradient needs them.
+    ``saved`` is what `kept_beside_code` names: the pooled images, the maxima before the activation, or None.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     g = g.contiguous(memory_format=memory_format)
@@ -842,14 +845,12 @@ def pool_backward(
     accumulator = ACCUMULATOR[g.dtype]
     sums = _partial_shape(rows, columns, channels_last) if sums_bias else (0,)
     partial = torch.empty(sums, dtype=accumulator, device=g.device)
-    a, b = ACTIVATIONS[activation].defaults if activation else (0.0, 0.0)
-    bits = code_bits(window, is_masked(activation))
     launch(
-        _configuration("backward", g.dtype, activation, window.fixed, bits, channels_last, sums_bias, False),
+        _configuration("backward", g.dtype, activation.row, window.fixed, channels_last, sums_bias, False),
         _programs(rows, columns),
         *(tensor for tensor in (g, code, saved, dx) if tensor is not None),
         *((partial,) if sums_bias else ()),
-        *(rows, columns, *extents, a, b),
+        *(rows, columns, *extents, activation.a, activation.b),
     )
     if not sums_bias:
         return dx, g.new_empty(0)

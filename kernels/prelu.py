@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import leaky_relu_gradient, leaky_relu_keeps, leaky_relu_value
+from .functions.activation import leaky_relu_forward, leaky_relu_gradient, leaky_relu_mask
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, widen
@@ -105,7 +105,7 @@ def prelu_forward_kernel(
             w_pointer, block_row * HEIGHT, block_column * WIDTH, columns, channels, SLOPES, COMPUTE, HEIGHT, WIDTH
         )
         x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
-        y = leaky_relu_value(x, slope, slope)
+        y = leaky_relu_forward(x, slope, slope)
         store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
 
 
@@ -137,7 +137,7 @@ def prelu_backward_kernel(
         )
         g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
         x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
-        kept = leaky_relu_keeps(x, slope, slope)
+        kept = leaky_relu_mask(x, slope, slope)
         dx = leaky_relu_gradient(g, kept, slope, slope)
         store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
 

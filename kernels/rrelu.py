@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .activation import leaky_relu_gradient
+from .functions.activation import leaky_relu_gradient
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen

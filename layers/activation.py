@@ -108,7 +108,7 @@ class Hardswish(Twin, nn.Hardswish):
 class ELU(Twin, nn.ELU):
     """elu(x) = max(0, x) + min(0, alpha (exp(x) - 1)).  Twin of `torch.nn.ELU`.
 
-    Saves the output for the backward pass (the input in 16 bits).
+    Saves the input for the backward pass; in place the output, in 16 bits a copy of the input.
     Source: Clevert, Unterthiner, Hochreiter, "Fast and Accurate Deep
     Network Learning by Exponential Linear Units" (ICLR 2016).
     """
@@ -121,7 +121,7 @@ class SELU(Twin, nn.SELU):
     """selu(x) = scale (max(0, x) + min(0, alpha (exp(x) - 1))), scale = 1.0507..., alpha = 1.6733....  Twin of
     `torch.nn.SELU`.
 
-    Saves the output for the backward pass (the input in 16 bits).
+    Saves the input for the backward pass; in place the output, in 16 bits a copy of the input.
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing
     Neural Networks" (NeurIPS 2017).
     """
@@ -133,7 +133,7 @@ class SELU(Twin, nn.SELU):
 class CELU(Twin, nn.CELU):
     """celu(x) = max(0, x) + min(0, alpha (exp(x / alpha) - 1)).  Twin of `torch.nn.CELU`.
 
-    Saves the output for the backward pass (the input in 16 bits).
+    Saves the input for the backward pass; in place the output, in 16 bits a copy of the input.
     Source: Barron, "Continuously Differentiable Exponential Linear
     Units" (2017).
     """

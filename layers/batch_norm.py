@@ -7,13 +7,15 @@ the stock operator, which raises the stock errors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..autograd.batch_norm import batch_norm_act, check_activation
+from ..autograd.activation import resolve_activation
+from ..autograd.batch_norm import batch_norm_act
 from .twin import Twin
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
@@ -49,7 +51,13 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]
     return layer.running_mean, layer.running_var
 
 
-def forward(layer: _BatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def forward(
+    layer: _BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_parameters: Sequence[float] = (),
+) -> Tensor:
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
@@ -64,6 +72,7 @@ def forward(layer: _BatchNorm, input: Tensor, residual: Tensor | None, activatio
         batches=batches,
         residual=residual,
         activation=activation,
+        activation_parameters=activation_parameters,
     )
 
 
@@ -74,7 +83,7 @@ class BatchNorm1d(Twin, nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return forward(self, input, None, None)
+        return forward(self, input)
 
 
 class BatchNorm2d(Twin, nn.BatchNorm2d):
@@ -84,7 +93,7 @@ class BatchNorm2d(Twin, nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return forward(self, input, None, None)
+        return forward(self, input)
 
 
 class BatchNorm3d(Twin, nn.BatchNorm3d):
@@ -94,7 +103,7 @@ class BatchNorm3d(Twin, nn.BatchNorm3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return forward(self, input, None, None)
+        return forward(self, input)
 
 
 class Activated(_BatchNorm):
@@ -111,41 +120,47 @@ class Activated(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
+        activation_parameters: Sequence[float] = (),
         **options: Any,  # those that the installed PyTorch's batch norm has besides
     ) -> None:
-        check_activation(activation)
+        resolve_activation(activation, activation_parameters)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
         )
         self.activation = activation
+        self.activation_parameters = tuple(activation_parameters)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return forward(self, input, residual, self.activation)
+        return forward(self, input, residual, self.activation, self.activation_parameters)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} has no torch.nn class that TorchScript could compile instead")
 
     def extra_repr(self) -> str:
         inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{inherited}, activation={self.activation!r}"
+        parameters = f", activation_parameters={self.activation_parameters}" if self.activation_parameters else ""
+        return f"{inherited}, activation={self.activation!r}{parameters}"
 
 
 class BatchNormAct1d(Activated, BatchNorm1d):
     """activation(batch_norm(x) + residual) for (N, C) or (N, C, L), in one.
 
-    Args as of `torch.nn.BatchNorm1d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    Args as of `torch.nn.BatchNorm1d`, and ``activation`` and ``activation_parameters`` as of
+    `fusednn.autograd.batch_norm_act`.
     """
 
 
 class BatchNormAct2d(Activated, BatchNorm2d):
     """activation(batch_norm(x) + residual) for (N, C, H, W), in one.
 
-    Args as of `torch.nn.BatchNorm2d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    Args as of `torch.nn.BatchNorm2d`, and ``activation`` and ``activation_parameters`` as of
+    `fusednn.autograd.batch_norm_act`.
     """
 
 
 class BatchNormAct3d(Activated, BatchNorm3d):
     """activation(batch_norm(x) + residual) for (N, C, D, H, W), in one.
 
-    Args as of `torch.nn.BatchNorm3d`, and ``activation``: a name as of `fusednn.autograd.batch_norm_act`, or None.
+    Args as of `torch.nn.BatchNorm3d`, and ``activation`` and ``activation_parameters`` as of
+    `fusednn.autograd.batch_norm_act`.
     """

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..autograd.bias_activation_dropout import activation_parameters, bias_activation_dropout
+from ..autograd.activation import resolve_activation
+from ..autograd.bias_activation_dropout import bias_activation_dropout
 from .twin import Layer
 
 __all__ = ["BiasActivationDropout"]
@@ -51,7 +52,7 @@ class BiasActivationDropout(Layer):
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-        activation_parameters(activation, parameters)
+        resolve_activation(activation, parameters)
         self.num_features = num_features
         self.p = p
         self.activation = activation

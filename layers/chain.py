@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 
 from ..autograd import stock as F
+from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation
-from ..autograd.bias_activation_dropout import activation_parameters, linear_activation_dropout
+from ..autograd.bias_activation_dropout import linear_activation_dropout
 from ..autograd.conv import conv_act_pool2d, conv_size
-from ..autograd.dispatch import autocast_dtype, tensor_refusal
+from ..autograd.dispatch import autocast_dtype, is_number, tensor_refusal
 from ..autograd.maxout import maxout_linear
 from . import activation as _activation  # noqa: F401 (for its twins)
 from . import batch_norm, conv_batch_norm, sync_batch_norm
@@ -32,7 +33,6 @@ __all__ = [
     "NORMS",
     "activation_of",
     "conv_chain",
-    "has_default_parameters",
     "is_one_of",
     "is_untouched",
     "linear_chain",
@@ -123,20 +123,11 @@ def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
     return stock is not None and stock in classes and cls.forward is _FORWARD[cls]
 
 
-def activation_of(activation: Activation) -> tuple[str, tuple[float, ...]]:
-    """An activation's name in the table, and its parameters."""
-    if isinstance(activation, str):
+def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
+    """An activation's name in the table, and its parameters; None and none where there is no activation."""
+    if activation is None or isinstance(activation, str):
         return activation, ()
-    assert activation is not None
     return ACTIVATIONS[_STOCK[type(activation)]](activation)
-
-
-def has_default_parameters(activation: Activation) -> bool:
-    """Whether an activation's parameters are PyTorch's defaults: others aren't fused behind conv and batch norm."""
-    if activation is None:
-        return True
-    name, parameters = activation_of(activation)
-    return activation_parameters(name, parameters) == activation_parameters(name, ())
 
 
 def pooling_of(pool: Any) -> tuple[Any, Any, Any] | None:
@@ -164,7 +155,8 @@ def _is_ready(layer: Any, *classes: type[nn.Module]) -> bool:
 
 
 def _is_ready_activation(activation: Activation) -> bool:
-    return _is_ready(activation, *ACTIVATIONS) and has_default_parameters(activation)
+    """As of `_is_ready`; its parameters may have been changed to what only stock takes."""
+    return _is_ready(activation, *ACTIVATIONS) and all(map(is_number, activation_of(activation)[1]))
 
 
 def _computed(function: Callable[[], Tensor], *layers: Any) -> Tensor:
@@ -219,14 +211,15 @@ def conv_chain(
 
     def compute() -> Tensor:
         assert window is not None
-        name = None if activation is None else activation_of(activation)[0]
+        name, parameters = activation_of(activation)
         sizes: Any = dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True))
         other = _distinct(residual, input)
         if norm is not None:
-            return conv_batch_norm.forward(conv, norm, input, other, name, **sizes)
+            return conv_batch_norm.forward(conv, norm, input, other, name, parameters, **sizes)
         x, padding = padded(conv, input)
         geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
-        return conv_act_pool2d(x, conv.weight, conv.bias, *geometry, residual=other, activation=name, **sizes)
+        options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
+        return conv_act_pool2d(x, conv.weight, conv.bias, *geometry, residual=other, **options)
 
     return _computed(compute, conv, norm, activation, pool)
 
@@ -242,8 +235,8 @@ def norm_chain(input: Tensor, residual: Tensor | None, in_place: bool, norm: Any
     if not fused:
         return _activated(_added(norm(input), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
-    name = None if activation is None else activation_of(activation)[0]
-    return _computed(lambda: forward(norm, input, _distinct(residual, input), name), norm, activation)
+    fused = activation_of(activation)
+    return _computed(lambda: forward(norm, input, _distinct(residual, input), *fused), norm, activation)
 
 
 def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop: Dropping) -> Tensor:
@@ -252,7 +245,7 @@ def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop:
         _may_fuse(input)
         and _is_ready(linear, nn.Linear)
         and (linear.bias is None or linear.bias.dtype is linear.weight.dtype)
-        and _is_ready(activation, *ACTIVATIONS)
+        and _is_ready_activation(activation)
         and _is_ready(drop, nn.Dropout)
     )
     if not fused:
@@ -351,7 +344,7 @@ def _activated(y: Tensor, activation: Activation) -> Tensor:
     if isinstance(activation, nn.Module):
         result: Tensor = activation(y)
         return result
-    return apply_activation(y, None, activation)
+    return apply_activation(y, None, resolve_activation(activation))
 
 
 def _pooled(y: Tensor, pool: Pooling) -> Tensor:

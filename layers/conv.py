@@ -4,6 +4,7 @@ Images (N, C, H, W) or (C, H, W), contiguous or channels-last, in float16, bfloa
 PyTorch accepts goes to the stock operators, which raise the stock errors.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..autograd import stock as F
-from ..autograd.batch_norm import check_activation
+from ..autograd.activation import resolve_activation
 from ..autograd.conv import conv1d, conv2d, conv_act_pool2d
 from .twin import Twin
 
@@ -53,7 +54,7 @@ class ConvAct2d(Conv2d):
 
     Args as of `torch.nn.Conv2d`, and keyword-only:
 
-    activation: a name as of `fusednn.autograd.conv_act_pool2d`, or None.  Raises ValueError for other names.
+    activation, activation_parameters: as of `fusednn.autograd.conv_act_pool2d`.
 
     Keeps for the backward pass what the activation's gradient needs: a bit an element for ReLU and its like.
     """
@@ -73,8 +74,9 @@ class ConvAct2d(Conv2d):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
+        activation_parameters: Sequence[float] = (),
     ) -> None:
-        check_activation(activation)
+        resolve_activation(activation, activation_parameters)
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
             padding_mode=padding_mode,
@@ -82,12 +84,14 @@ class ConvAct2d(Conv2d):
             dtype=dtype,
         )
         self.activation = activation
+        self.activation_parameters = tuple(activation_parameters)
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = padded(self, input)
         return conv_act_pool2d(
             *(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups),
             activation=self.activation,
+            activation_parameters=self.activation_parameters,
             **self._pooling(),
         )
 
@@ -97,7 +101,8 @@ class ConvAct2d(Conv2d):
 
     def extra_repr(self) -> str:
         inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        fused = {"activation": self.activation, **self._pooling()}
+        parameters = {"activation_parameters": self.activation_parameters} if self.activation_parameters else {}
+        fused = {"activation": self.activation, **parameters, **self._pooling()}
         return ", ".join([inherited, *(f"{name}={value!r}" for name, value in fused.items())])
 
 
@@ -106,7 +111,7 @@ class ConvMaxPool2d(ConvAct2d):
 
     Args as of `torch.nn.Conv2d`, and keyword-only:
 
-    activation: as of `ConvAct2d`.
+    activation, activation_parameters: as of `ConvAct2d`.
     pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_stride`` of None is the size.
 
     Only the pooled result is written, and for the backward pass the code of each window, at most a byte.
@@ -127,6 +132,7 @@ class ConvMaxPool2d(ConvAct2d):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
+        activation_parameters: Sequence[float] = (),
         pool_size: int | tuple[int, int] = 2,
         pool_stride: int | tuple[int, int] | None = None,
         pool_padding: int | tuple[int, int] = 0,
@@ -137,6 +143,7 @@ class ConvMaxPool2d(ConvAct2d):
             device=device,
             dtype=dtype,
             activation=activation,
+            activation_parameters=activation_parameters,
         )
         self.pool_size = pool_size
         self.pool_stride = pool_stride

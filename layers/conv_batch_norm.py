@@ -1,11 +1,12 @@
 """Convolution, batch norm, activation and max pooling as one layer."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..autograd.batch_norm import check_activation
+from ..autograd.activation import resolve_activation
 from ..autograd.conv import conv_statistics2d
 from ..autograd.conv_batch_norm import batch_norm_act_pool2d, conv_batch_norm_act2d
 from .batch_norm import BatchNorm2d, count_batch, running_statistics, uses_batch_statistics, weight_of_batch
@@ -21,6 +22,7 @@ def forward(
     input: Tensor,
     residual: Tensor | None,
     activation: str | None,
+    activation_parameters: Sequence[float],
     **pooling: Any,
 ) -> Tensor:
     """max_pool(activation(norm(conv(x)) + residual)), with ``pooling`` as of `conv_batch_norm_act2d`.
@@ -31,7 +33,8 @@ def forward(
     operands = (input, conv.weight, conv.bias)
     vectors = (*running_statistics(norm), norm.weight, norm.bias)
     geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
-    rest: dict[str, Any] = {"residual": residual, "activation": activation, **pooling}
+    fused = {"residual": residual, "activation": activation, "activation_parameters": activation_parameters}
+    rest: dict[str, Any] = {**fused, **pooling}
     if not uses_batch_statistics(norm):
         return conv_batch_norm_act2d(*operands, *vectors, *geometry, eps=norm.eps, **rest)
     z, partial = conv_statistics2d(*operands, *geometry)
@@ -46,7 +49,7 @@ class ConvBatchNormAct2d(Layer):
 
     Args as of `torch.nn.Conv2d`, and keyword-only:
 
-    activation: a name as of `fusednn.autograd.batch_norm_act`, or None.  Raises ValueError for other names.
+    activation, activation_parameters: as of `fusednn.autograd.batch_norm_act`.
     pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_size`` of None leaves the pooling out.
     eps, momentum, affine, track_running_stats: as of `torch.nn.BatchNorm2d`.
 
@@ -69,6 +72,7 @@ class ConvBatchNormAct2d(Layer):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
+        activation_parameters: Sequence[float] = (),
         pool_size: int | tuple[int, int] | None = None,
         pool_stride: int | tuple[int, int] | None = None,
         pool_padding: int | tuple[int, int] = 0,
@@ -77,7 +81,7 @@ class ConvBatchNormAct2d(Layer):
         affine: bool = True,
         track_running_stats: bool = True,
     ) -> None:
-        check_activation(activation)
+        resolve_activation(activation, activation_parameters)
         super().__init__()
         self.conv = Conv2d(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
@@ -87,17 +91,21 @@ class ConvBatchNormAct2d(Layer):
         )
         self.bn = BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation = activation
+        self.activation_parameters = tuple(activation_parameters)
         self.pool_size = pool_size
         self.pool_stride = pool_stride
         self.pool_padding = pool_padding
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self.bn._check_input_dim(input)
-        return forward(self.conv, self.bn, input, residual, self.activation, **self._pooling())
+        return forward(
+            *(self.conv, self.bn, input, residual, self.activation, self.activation_parameters), **self._pooling()
+        )
 
     def _pooling(self) -> dict[str, Any]:
         return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}
 
     def extra_repr(self) -> str:
-        fused = {"activation": self.activation, **self._pooling()}
+        parameters = {"activation_parameters": self.activation_parameters} if self.activation_parameters else {}
+        fused = {"activation": self.activation, **parameters, **self._pooling()}
         return ", ".join(f"{name}={value!r}" for name, value in fused.items())

@@ -12,16 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..autograd import stock as F
 from . import chain
-from .chain import (
-    ACTIVATIONS,
-    NORMS,
-    activation_of,
-    has_default_parameters,
-    is_one_of,
-    is_untouched,
-    pieces_of,
-    pooling_of,
-)
+from .chain import ACTIVATIONS, NORMS, activation_of, is_one_of, is_untouched, pieces_of, pooling_of
 from .graph import IN_PLACE, calls_in_order, stock_of
 from .twin import Layer
 
@@ -127,8 +118,8 @@ class Search:
         nodes = [node]
         norm = self._extend(nodes, lambda n: self._layer(n, nn.BatchNorm2d))
         residual, in_place = self._extend(nodes, lambda n: _summand(n, nodes[-1])) or (None, False)
-        activation: Any = self._extend(nodes, self._default_activation)
-        pool = self._extend(nodes, lambda n: self._pooling(n) if self._may_pool(activation, n) else None)
+        activation: Any = self._extend(nodes, self._activation)
+        pool = self._extend(nodes, self._pooling)
         pools_first = activation is None and pool is not None
         if pools_first:
             activation = self._extend(nodes, self._exchangeable_activation)
@@ -138,7 +129,7 @@ class Search:
     def _norm(self, node: fx.Node, norm: nn.Module) -> Match:
         nodes = [node]
         residual, in_place = self._extend(nodes, lambda n: _summand(n, nodes[-1])) or (None, False)
-        activation = self._extend(nodes, self._default_activation)
+        activation = self._extend(nodes, self._activation)
         return Match(nodes, chain.norm_chain, (node.args[0], residual, in_place, norm, activation))
 
     def _linear(self, node: fx.Node, linear: nn.Linear) -> Match | None:
@@ -191,16 +182,6 @@ class Search:
         in_place = node.target in IN_PLACE or str(getattr(node.target, "__name__", node.target)).endswith("_")
         return not (in_place or node.kwargs.get("inplace") or "out" in node.kwargs)
 
-    def _may_pool(self, activation: nn.Module | str | None, pool: fx.Node) -> bool:
-        """Whether pooling may join an activation.
-
-        Where the gradient needs the activation's output, the maxima would be saved, and could not be changed in place
-        any more, which stock allows: whatever reads them must be a layer that doesn't.
-        """
-        if activation is None or activation_of(activation)[0] not in _SAVES_OUTPUT:
-            return True
-        return all(user.op == "call_module" and is_one_of(self.callee(user), FIRST) for user in pool.users)
-
     # What a call is: a layer, or the arguments of a function, or None.
 
     def _layer(self, node: fx.Node, *classes: type[nn.Module]) -> nn.Module | None:
@@ -218,15 +199,8 @@ class Search:
     def _activation(self, node: fx.Node) -> nn.Module | str | None:
         return self._layer(node, *ACTIVATIONS) or _activation_function(node)
 
-    def _default_activation(self, node: fx.Node) -> nn.Module | str | None:
-        activation = self._activation(node)
-        if activation is None or has_default_parameters(activation):
-            return activation
-        self.stops[self.callee(node)] = "has other parameters than the defaults"
-        return None
-
     def _exchangeable_activation(self, node: fx.Node) -> nn.Module | str | None:
-        activation = self._default_activation(node)
+        activation = self._activation(node)
         return activation if activation is not None and activation_of(activation)[0] in _EXCHANGEABLE else None
 
     def _pooling(self, node: fx.Node) -> nn.Module | tuple[Any, Any, Any] | None:
@@ -293,8 +267,6 @@ _FUNCTIONS: dict[Any, str] = {
 _METHODS = {name: name.rstrip("_") for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")}
 #: Activations that never decrease, and whose gradient vanishes where they are constant: pooling may come first.
 _EXCHANGEABLE = ("hardtanh", "relu", "relu6")
-#: Activations whose gradient is computed from their output.
-_SAVES_OUTPUT = ("celu", "elu", "selu", "sigmoid", "tanh")
 
 _POOLING_DEFAULTS: dict[str, Any] = {
     "kernel_size": None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation
 from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
 from .batch_norm import Activated, count_batch, running_statistics, weight_of_batch
@@ -26,7 +28,7 @@ class SyncBatchNorm(Twin, nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return forward(self, input, None, None)
+        return forward(self, input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -43,6 +45,7 @@ class SyncBatchNorm(Twin, nn.SyncBatchNorm):
             if isinstance(module, Activated):
                 converted.__class__ = SyncBatchNormAct
                 converted.activation = module.activation
+                converted.activation_parameters = module.activation_parameters
         for name, child in module.named_children():
             converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
         return converted
@@ -59,23 +62,30 @@ class SyncBatchNormAct(Activated, SyncBatchNorm):
         super().__init__(num_features, **options)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return forward(self, input, residual, self.activation)
+        return forward(self, input, residual, self.activation, self.activation_parameters)
 
 
-def forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def forward(
+    layer: SyncBatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_parameters: Sequence[float] = (),
+) -> Tensor:
     layer._check_input_dim(input)
     layer._check_non_zero_input_channels(input)
     group = _group(layer)
     if group is None:
-        return local_forward(layer, input, residual, activation)
+        return local_forward(layer, input, residual, activation, activation_parameters)
+    resolved = resolve_activation(activation, activation_parameters)
     momentum, batches = weight_of_batch(layer)
     arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum, layer.eps)
-    if not sync_takes_kernel(input, *arguments, residual, batches):
-        return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, activation)
+    if not sync_takes_kernel(input, *arguments, residual, batches, resolved):
+        return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, resolved)
     if dist.get_world_size(group) == 1:
-        return local_forward(layer, input, residual, activation)
+        return local_forward(layer, input, residual, activation, activation_parameters)
     count_batch(layer)
-    return sync_batch_norm(input, *arguments, group, batches=batches, residual=residual, activation=activation)
+    return sync_batch_norm(input, *arguments, group, batches=batches, residual=residual, activation=resolved)
 
 
 def _group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:

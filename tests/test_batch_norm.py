@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.activations import PARAMETERS, STOCK
 from support.device import FLOAT_DTYPES, KERNELS_RUN
 from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
@@ -24,9 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusednn
 from fusednn import autograd, kernels, layers
-from fusednn.autograd.batch_norm import ACTIVATION_FUNCTIONS
 from fusednn.autograd.dispatch import observe_choices
-from fusednn.kernels.activation import ACTIVATIONS
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 
 if kernels.INTERPRETING:
@@ -348,7 +347,7 @@ def test_half_precision_models(device: str) -> None:
 
 # --- Activation and residual ------------------------------------------------------------------------------------------
 
-ACTS = [None, *sorted(ACTIVATION_FUNCTIONS)]
+ACTS = [None, *sorted(STOCK)]
 
 
 def compose(
@@ -359,7 +358,7 @@ def compose(
     y = F.batch_norm(x, mean, variance, weight, bias, training)
     for added in residual:
         y = y + added
-    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+    return y if activation is None else STOCK[activation](y)
 
 
 def fused(activation: str | None, training: bool, x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
@@ -437,7 +436,7 @@ def test_fused_layers_on_either_path(activation: str | None, device: str) -> Non
         x, residual = (random_tensor(shape, torch.float32, device, seed) for seed in (0, 1))
         for training in (True, False):
             y = plain.train(training)(x) + residual
-            expected = y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
+            expected = y if activation is None else STOCK[activation](y)
             torch.testing.assert_close(ours.train(training)(x, residual), expected)
         assert ours.running_var.equal(plain.running_var) or KERNELS_RUN
         assert f"activation={activation!r}" in repr(ours)
@@ -457,11 +456,27 @@ def test_scripting() -> None:
             torch.jit.script(layers.BatchNormAct1d(4))
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
+def test_parameters_of_activations(name: str, joined: bool, device: str) -> None:
+    parameters = PARAMETERS[name]
+    x, residual, gradient = (random_tensor((3, 4, 5), torch.float32, device, seed) for seed in range(3))
+    layer = layers.BatchNormAct1d(4, activation=name, activation_parameters=parameters).to(device)
+    assert f"activation={name!r}, activation_parameters={parameters}" in repr(layer)
+
+    def stock(x: Tensor, *residual: Tensor) -> Tensor:
+        y = F.batch_norm(x, None, None, layer.weight.to(x.dtype), layer.bias.to(x.dtype), True)
+        return STOCK[name](sum(residual, y), *parameters)
+
+    check_against_stock(layer, stock, [x, residual] if joined else [x], gradient)
+
+
 def test_unknown_activations_are_named() -> None:
-    for wrong in ("rellu", "elu_half"):
-        with pytest.raises(ValueError, match="no activation is called"):
+    for wrong in ("rellu", "elu_"):
+        with pytest.raises(ValueError, match=f"unknown activation '{wrong}'"):
             layers.BatchNormAct2d(3, activation=wrong)
-        with pytest.raises(ValueError, match="no activation is called"):
+        with pytest.raises(ValueError, match=f"unknown activation '{wrong}'"):
             autograd.batch_norm_act(torch.ones(2, 3), None, None, training=True, activation=wrong)
 
 
@@ -605,18 +620,19 @@ def _operator_calls() -> list[object]:
     mask = torch.zeros(4096, dtype=torch.uint8)
     partial_ = torch.rand(5, 3, 4) + 1
     given = (mean, variance, weight, bias, 1e-5)
+    identity, relu, silu = ((name, 0.0, 0.0) for name in ("identity", "relu", "silu"))
     sums = torch.rand(2, 4, dtype=torch.float64)
     return [
         (ops.batch_norm_statistics, (x, mean.clone(), variance.clone(), None, 0.1)),
         (ops.batch_norm_statistics, (x[:, ::2], None, None, None, 0.1)),
         (ops.batch_norm_merge, (partial_, mean.clone(), variance.clone(), torch.tensor(3), 0.1)),
-        (ops.batch_norm_forward, (x, None, *given, None, False)),
-        (ops.batch_norm_forward, (x, residual, *given, "relu", True)),
-        (ops.batch_norm_reduce, (g, x, None, None, *given, "silu")),
-        (ops.batch_norm_reduce, (g, x, None, mask, *given, "relu")),
-        (ops.batch_norm_reduce, (g, x, residual, None, *given, "silu")),
-        (ops.batch_norm_backward, (g, x, sums, 0.1, *given, "relu")),
-        (ops.batch_norm_backward, (g, x, None, 0.1, *given, None)),
+        (ops.batch_norm_forward, (x, None, *given, *identity, False)),
+        (ops.batch_norm_forward, (x, residual, *given, *relu, True)),
+        (ops.batch_norm_reduce, (g, x, None, None, *given, *silu)),
+        (ops.batch_norm_reduce, (g, x, None, mask, *given, *relu)),
+        (ops.batch_norm_reduce, (g, x, residual, None, *given, *silu)),
+        (ops.batch_norm_backward, (g, x, sums, 0.1, *given, *relu)),
+        (ops.batch_norm_backward, (g, x, None, 0.1, *given, *identity)),
     ]
 
 
@@ -695,11 +711,6 @@ def test_the_kernel_is_taken_and_refusals_have_reasons(device: str) -> None:
         "eps is not a positive number",
         "the number of batches is not one int64 beside the input",
     ]
-
-
-def test_every_activation_of_the_table_can_be_fused() -> None:
-    served_by_others = {row.half for row in ACTIVATIONS.values()}
-    assert set(ACTIVATION_FUNCTIONS) == set(ACTIVATIONS) - served_by_others
 
 
 # --- What only a GPU can show -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from support.activations import PARAMETERS, STOCK
 from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fusednn
 from fusednn import kernels
 from fusednn.autograd import bias_activation_dropout
-from fusednn.kernels.activation import ACTIVATIONS
+from fusednn.kernels.functions.activation import ACTIVATIONS
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 from fusednn.layers import BiasActivationDropout
 
@@ -27,16 +28,7 @@ if kernels.INTERPRETING:
 needs_kernels = pytest.mark.kernels
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
-STOCK: dict[str, Callable[..., Tensor]] = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardtanh": lambda x: F.hardtanh(x, -0.5, 2.0),
-    "leaky_relu": lambda x: F.leaky_relu(x, -0.3),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "threshold": lambda x: F.threshold(x, 0.1, -20.0),
-}
-PARAMETERS = {"hardtanh": (-0.5, 2.0), "leaky_relu": (-0.3,), "threshold": (0.1, -20.0)}
-NAMES = [name for name in ACTIVATIONS if not name.endswith("_half")]
+NAMES = list(ACTIVATIONS)
 #: One of each kind of saved tensors: bits that tell of dropout, bits and a seed, the input and a seed (in two ways).
 KINDS = ("relu", "leaky_relu", "gelu", "elu")
 P = 0.3
@@ -59,7 +51,7 @@ def chain(name: str, mask_like: Tensor, dim: int, p: float = P) -> tuple[Callabl
 
     def stock(x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         h = x if bias is None else x + bias.view([-1 if i == dim % x.dim() else 1 for i in range(x.dim())])
-        y = STOCK.get(name, getattr(F, name, None))(h)
+        y = STOCK[name](h, *PARAMETERS.get(name, ()))
         y = y * (keep.to(x.dtype) / (1 - p))
         return y if residual is None else y + residual
 
@@ -208,9 +200,10 @@ def test_the_stock_path_drops_too(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": "elu_half"}, "unknown activation 'elu_half'"),
+        ({"activation": "elu_"}, "unknown activation 'elu_'"),
         ({"activation": "prelu"}, "unknown activation 'prelu'"),
-        ({"parameters": (1.0, 2.0, 3.0)}, "at most two"),
+        ({"parameters": (1.0,)}, "relu has 0 parameters, but got 1"),
+        ({"activation": "elu", "parameters": (1.0, 2.0)}, "elu has 1 parameter, but got 2"),
         ({"p": 1.5}, "between 0 and 1"),
         ({"p": -0.5}, "between 0 and 1"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.activations import PARAMETERS, STOCK
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednn
 from fusednn import autograd, kernels, layers
-from fusednn.autograd.batch_norm import ACTIVATION_FUNCTIONS
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.autograd.onednn import sound_convolution
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
@@ -40,7 +40,9 @@ POOLS: list[Options] = [
 ]
 QUICK = ("relu", "leaky_relu", "tanh", "silu", "elu")
 ACTIVATIONS = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in sorted(ACTIVATION_FUNCTIONS)
+    pytest.param(name, parameters, marks=[pytest.mark.thorough] * (name not in QUICK))
+    for name in sorted(STOCK)
+    for parameters in dict.fromkeys([(), PARAMETERS.get(name, ())])
 ]
 
 
@@ -50,13 +52,14 @@ def stock(
     bias: Tensor | None = None,
     *arguments: Any,
     activation: str | None = "relu",
+    activation_parameters: tuple[float, ...] = (),
     pool_size: Any = None,
     pool_stride: Any = None,
     pool_padding: Any = 0,
 ) -> Tensor:
     y = F.conv2d(x, weight, bias, *arguments)
     if activation is not None:
-        y = ACTIVATION_FUNCTIONS[activation](y)
+        y = STOCK[activation](y, *activation_parameters)
     return y if pool_size is None else F.max_pool2d(y, pool_size, pool_stride, pool_padding)
 
 
@@ -89,9 +92,21 @@ def check(tensors: list[Tensor], *arguments: Any, **options: Any) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str, device: str) -> None:
-    check(operands(torch.float32, device), activation=activation, pool_size=2)
+@pytest.mark.parametrize(("activation", "parameters"), ACTIVATIONS)
+@pytest.mark.parametrize("pool_size", [None, 2])
+def test_activations(activation: str, parameters: tuple[float, ...], pool_size: int | None, device: str) -> None:
+    tensors = operands(torch.float32, device)
+    check(tensors, activation=activation, activation_parameters=parameters, pool_size=pool_size)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool_size", [None, 2])
+def test_selu_in_16_bits(dtype: torch.dtype, pool_size: int | None, device: str) -> None:
+    """In both kernels; SELU shares the device functions of ELU, with other parameters."""
+    x, *parameters = operands(dtype, device)
+    for layout in ("contiguous", "channels_last"):
+        check([LAYOUTS[layout](x), *parameters], activation="selu", pool_size=pool_size)
 
 
 @needs_kernels
@@ -362,7 +377,7 @@ def test_float32_is_exact_unless_tf32_is_allowed(device: str) -> None:
 def test_opcheck(device: str) -> None:
     x, weight, bias = operands(torch.float32, device)
     for t in (x, LAYOUTS["channels_last"](x)):
-        arguments = (t, weight, bias, [1, 1], [1, 1], "silu", [2, 2], [2, 2], [0, 0], True, True)
+        arguments = (t, weight, bias, [1, 1], [1, 1], "silu", 0.0, 0.0, [2, 2], [2, 2], [0, 0], True)
         torch.library.opcheck(torch.ops.fusednn.conv_pool.default, arguments)
 
 
@@ -430,9 +445,10 @@ def test_layers_take_a_convolutions_parameters(arguments: Options, device: str) 
 
 def test_constructors(device: str) -> None:
     stock_parameters = list(inspect.signature(nn.Conv2d).parameters.values())
+    fused = {"activation": "relu", "activation_parameters": ()}
     for cls, extra in (
-        (layers.ConvAct2d, {"activation": "relu"}),
-        (layers.ConvMaxPool2d, {"activation": "relu", "pool_size": 2, "pool_stride": None, "pool_padding": 0}),
+        (layers.ConvAct2d, fused),
+        (layers.ConvMaxPool2d, {**fused, "pool_size": 2, "pool_stride": None, "pool_padding": 0}),
     ):
         ours = list(inspect.signature(cls).parameters.values())
         assert [(p.name, p.default) for p in ours[: len(stock_parameters)]] == [
@@ -440,8 +456,11 @@ def test_constructors(device: str) -> None:
         ]
         assert {p.name: p.default for p in ours[len(stock_parameters) :]} == extra
         assert {p.kind for p in ours[len(stock_parameters) :]} == {inspect.Parameter.KEYWORD_ONLY}
-        with pytest.raises(ValueError, match="no activation is called 'rule'"):
+        with pytest.raises(ValueError, match="unknown activation 'rule'"):
             cls(1, 1, 1, activation="rule")
+    assert "activation='elu', activation_parameters=(0.5,)" in repr(
+        layers.ConvAct2d(3, 4, 3, activation="elu", activation_parameters=[0.5])
+    )
     text = repr(layers.ConvMaxPool2d(3, 4, 3, activation=None))
     assert text == (
         "ConvMaxPool2d(3, 4, kernel_size=(3, 3), stride=(1, 1), activation=None, pool_size=2, pool_stride=None, "

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.activations import STOCK
 from support.device import KERNELS_RUN, ON_GPU
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
@@ -16,7 +17,6 @@ from support.standing import leaf, poisoned_memory
 from torch import Tensor, nn
 
 from fusednn import kernels, layers
-from fusednn.autograd.batch_norm import ACTIVATION_FUNCTIONS
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 
@@ -46,7 +46,7 @@ class Chain(nn.Module):
         if residual is not None:
             y = y + residual
         if layer.activation is not None:
-            y = ACTIVATION_FUNCTIONS[layer.activation](y)
+            y = STOCK[layer.activation](y, *layer.activation_parameters)
         if layer.pool_size is None:
             return y
         return F.max_pool2d(y, layer.pool_size, layer.pool_stride, layer.pool_padding)
@@ -104,9 +104,13 @@ def test_values_gradients_and_statistics(pool: Options, joined: bool, training: 
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", ["tanh", "silu", None])
-def test_activations(activation: str | None, device: str) -> None:
-    modules = pair(torch.float32, device, activation=activation, pool_size=2)
+@pytest.mark.parametrize(
+    ("activation", "parameters"), [("tanh", ()), ("silu", ()), (None, ()), ("hardtanh", (0, 6)), ("celu", (0.7,))]
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_activations(activation: str | None, parameters: tuple[float, ...], training: bool, device: str) -> None:
+    modules = pair(torch.float32, device, activation=activation, activation_parameters=parameters, pool_size=2)
+    modules = tuple(module.train(training) for module in modules)
     check(modules, random_tensor((2, 3, 8, 8), torch.float32, device), None)
     residual = random_tensor((2, 5, 6, 6), torch.float32, device, seed=4)
     check(modules, random_tensor((2, 3, 8, 8), torch.float32, device), residual)
@@ -211,7 +215,7 @@ def test_state_copies_and_errors(device: str) -> None:
         stock.load_state_dict(ours.state_dict())
     with pytest.raises(ValueError, match="expected 4D input"):
         ours(x[0])
-    with pytest.raises(ValueError, match="no activation is called 'rule'"):
+    with pytest.raises(ValueError, match="unknown activation 'rule'"):
         layers.ConvBatchNormAct2d(3, 4, 3, activation="rule")
 
 

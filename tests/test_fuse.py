@@ -336,3 +336,26 @@ def test_random_models(device: str) -> None:
 @pytest.mark.thorough
 def test_many_random_models(device: str) -> None:
     assert sum(check_random_model(seed, device) for seed in range(2, 40)) > 40
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.LeakyReLU(0.2), nn.ELU(0.5), nn.CELU(0.5), nn.Hardtanh(0, 6), nn.ELU(-0.5)],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.parametrize("before", ["conv", "norm", "conv, norm", "linear"])
+def test_parameters_of_activations(before: str, activation: nn.Module, device: str) -> None:
+    norm, conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+    first = {"conv": [conv], "norm": [norm], "conv, norm": [conv, norm], "linear": [nn.Linear(6, 4)]}[before]
+    pool = [nn.MaxPool2d(2)] if conv in first else []
+    stock = make(nn.Sequential(*first, copy.deepcopy(activation), *pool), device)
+    model = copy.deepcopy(stock)
+    groups = fused_groups(fusednn.replace_layers(model, fuse=True))
+    assert groups == {"0": ", ".join(map(str, range(1, len(stock))))}
+    x = batch(*((4, 6) if before == "linear" else IMAGES), device=device)
+    assert_same(model, stock, x)
+    activation = model[len(first)]  # its parameters are read at each call
+    name = next(name for name in ("negative_slope", "alpha", "max_val") if hasattr(activation, name))
+    for layer in (activation, stock[len(first)]):
+        setattr(layer, name, 0.25)
+    assert_same(model, stock, x)

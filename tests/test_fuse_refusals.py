@@ -297,7 +297,6 @@ class LoudReLU(nn.ReLU):
     ("last", "reason"),
     [
         (LoudReLU(), "subclass of ReLU, may override it"),
-        (nn.LeakyReLU(0.5), "swapped for its twin; not fused: has other parameters than the defaults"),
         (nn.Softplus(), "swapped for its twin"),  # float32 under autocast
         (nn.PReLU(), "swapped for its twin"),
         (nn.MaxPool2d(2, ceil_mode=True), "swapped for its twin"),
@@ -313,11 +312,11 @@ def test_layers_that_are_not_fused(last: nn.Module, reason: str, device: str) ->
     torch.testing.assert_close(model(x), stock(x))
 
 
-def test_saved_maxima_are_not_given_to_code_that_may_change_them(device: str) -> None:
+def test_maxima_may_be_changed(device: str) -> None:
     """Stock allows to change what pooling returns, whatever the activation before it saved."""
     stock = make(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.MaxPool2d(2), nn.Dropout(0.0, inplace=True)), device)
     model = copy.deepcopy(stock)
-    assert reasons(model)["0"] == "fused with 1"
+    assert reasons(model)["0"] == "fused with 1, 2"
     assert_same(model, stock, batch(*IMAGES, device=device))
 
 

@@ -237,14 +237,15 @@ def test_compiled(layout: str, device: str) -> None:
 @needs_kernels
 def test_opcheck(device: str) -> None:
     window = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+    silu = ("silu", 0.0, 0.0)
     for layout in ("contiguous", "channels_last", "strided"):
         x = LAYOUTS[layout](random_tensor((2, 3, 6, 8), torch.float32, device))
         bias = torch.ones(3, device=device)
-        torch.library.opcheck(torch.ops.fusednn.pool.default, (x, x, bias, bias, bias, "silu", *window, *[True] * 3))
-        _, code, raw, _ = torch.ops.fusednn.pool(x, None, None, None, bias, "silu", *window, True, True, False)
-        arguments = (x[:, :, :3, :4], code, raw, [6, 8], layout == "channels_last", "silu", *window, True)
+        torch.library.opcheck(torch.ops.fusednn.pool.default, (x, x, bias, bias, bias, *silu, *window, True, True))
+        _, code, raw, _ = torch.ops.fusednn.pool(x, None, None, None, bias, *silu, *window, True, False)
+        arguments = (x[:, :, :3, :4], code, raw, [6, 8], layout == "channels_last", *silu, *window, True)
         torch.library.opcheck(torch.ops.fusednn.pool_backward.default, arguments)
-    torch.library.opcheck(torch.ops.fusednn.activate_.default, (x.clone(), x, bias, "relu", True, False))
+    torch.library.opcheck(torch.ops.fusednn.activate_.default, (x.clone(), x, bias, "relu", 0.0, 0.0, True))
 
 
 def test_layers_are_drop_in(device: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
 from ..batch_norm import Activated
 from ..twin import TWINS, Twin
@@ -30,18 +31,20 @@ class FoldedBatchNorm(nn.Module):
     taken another dimension for the channels than the layer that it is folded into.
     """
 
-    def __init__(self, dims: int, activation: str | None = None) -> None:
+    def __init__(self, dims: int, activation: str | None = None, activation_parameters: Sequence[float] = ()) -> None:
         super().__init__()
         self.dims = dims
         self.activation = activation
+        self.activation_parameters = tuple(activation_parameters)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if input.dim() != self.dims:
             raise ValueError(f"expected {self.dims}D input (got {input.dim()}D input)")
-        return apply_activation(input, residual, self.activation)
+        return apply_activation(input, residual, resolve_activation(self.activation, self.activation_parameters))
 
     def extra_repr(self) -> str:
-        return f"dims={self.dims}, activation={self.activation!r}"
+        parameters = f", activation_parameters={self.activation_parameters}" if self.activation_parameters else ""
+        return f"dims={self.dims}, activation={self.activation!r}{parameters}"
 
 
 def fold_batch_norm(model: nn.Module) -> ReplacementReport:
@@ -150,5 +153,6 @@ def _double(parameter: Tensor | None, default: Tensor) -> Tensor:
 
 def _remainder(norm: _BatchNorm, layer: nn.Module) -> FoldedBatchNorm:
     dims = 2 if isinstance(layer, nn.Linear) else layer.get_parameter("weight").dim()
-    remainder = FoldedBatchNorm(dims, norm.activation if isinstance(norm, Activated) else None)
+    fused = (norm.activation, norm.activation_parameters) if isinstance(norm, Activated) else ()
+    remainder = FoldedBatchNorm(dims, *fused)
     return remainder.train(norm.training)

@@ -1,0 +1,1 @@
+"""Device functions without loads and stores, and the tables that say what kernels need to know of each."""
