@@ -233,7 +233,7 @@ def linear_activation_dropout(
     weight: Tensor,
     bias: Tensor | None,
     p: float,
-    activation: str | None,
+    activation: str,
     parameters: Sequence[float],
     training: bool,
 ) -> Tensor:
@@ -272,8 +272,8 @@ def _apply(
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             y, _ = BiasActivationDropout.apply(input, bias, residual, seed, activation, float(p), dim, added)
         else:
-            bias_ = None if added else bias
-            y, _ = _forward(input, bias_, residual, seed, *activation.arguments, float(p), dim, False)
+            rest = (*activation.arguments, float(p), dim, False)
+            y, _ = _forward(input, None if added else bias, residual, seed, *rest)
         return y
 
     return with_seed(input.device, compute) if p > 0 else compute(None)

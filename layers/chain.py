@@ -235,8 +235,8 @@ def norm_chain(input: Tensor, residual: Tensor | None, in_place: bool, norm: Any
     if not fused:
         return _activated(_added(norm(input), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
-    fused = activation_of(activation)
-    return _computed(lambda: forward(norm, input, _distinct(residual, input), *fused), norm, activation)
+    name, parameters = activation_of(activation)
+    return _computed(lambda: forward(norm, input, _distinct(residual, input), name, parameters), norm, activation)
 
 
 def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop: Dropping) -> Tensor:
@@ -255,6 +255,7 @@ def linear_chain(input: Tensor, linear: nn.Linear, activation: Activation, drop:
         dropped: Tensor = y if drop is None else drop(y)
         return dropped
     name, parameters = activation_of(activation)
+    assert name is not None
     if isinstance(drop, nn.Module):
         drop = (drop.p, drop.training)  # type: ignore[assignment]
     p, training = drop or (0.0, False)  # type: ignore[misc]
