@@ -207,7 +207,10 @@ class Search:
         layer = self._layer(node, nn.MaxPool2d)
         if layer is None:
             return _pooling_function(node)
-        return layer if pooling_of(layer) else None
+        if pooling_of(layer):
+            return layer
+        self.stops[layer] = "has options that aren't fused"
+        return None
 
     def _pooling_of_pieces(self, node: fx.Node, linear: nn.Linear) -> nn.Module | None:
         layer = self._layer(node, nn.MaxPool1d)

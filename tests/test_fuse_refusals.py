@@ -299,9 +299,9 @@ class LoudReLU(nn.ReLU):
         (LoudReLU(), "subclass of ReLU, may override it"),
         (nn.Softplus(), "swapped for its twin"),  # float32 under autocast
         (nn.PReLU(), "swapped for its twin"),
-        (nn.MaxPool2d(2, ceil_mode=True), "swapped for its twin"),
-        (nn.MaxPool2d(2, dilation=2), "swapped for its twin"),
-        (nn.MaxPool2d(2, return_indices=True), "swapped for its twin"),
+        (nn.MaxPool2d(2, ceil_mode=True), "swapped for its twin; not fused: has options that aren't fused"),
+        (nn.MaxPool2d(2, dilation=2), "swapped for its twin; not fused: has options that aren't fused"),
+        (nn.MaxPool2d(2, return_indices=True), "swapped for its twin; not fused: has options that aren't fused"),
     ],
 )
 def test_layers_that_are_not_fused(last: nn.Module, reason: str, device: str) -> None:

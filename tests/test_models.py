@@ -1,16 +1,20 @@
 """Models that no one here wrote: torchvision's, and those of Hugging Face's transformers, with random weights."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
-from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from support.device import KERNELS_RUN
+from support.torchvision import mend_torchvision
 from torch import Tensor, nn
 
 import fusednn
+
+ROOT = Path(__file__).parents[1]
 
 
 class Network(NamedTuple):
@@ -109,25 +113,6 @@ def narrow(model: nn.Module) -> None:
             setattr(module, "6", nn.Linear(16, 3))
 
 
-_libraries: list[torch.library.Library] = []  # operators vanish with the library that declared them
-
-
-def mend_torchvision() -> None:
-    """Make torchvision importable where it is built for CUDA, and torch isn't: it describes operators that it lacks.
-
-    transformers imports it, too.
-    """
-    try:
-        import_module("torchvision")
-    except ImportError:
-        return
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        _libraries.append(library)
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """All outputs, gradients and buffers of a call."""
     output = model(images)
@@ -173,3 +158,16 @@ def test_replaced_as_a_whole(network: Network, fuse: bool, device: str) -> None:
 
     fusednn.restore_layers(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+
+
+@pytest.mark.thorough
+def test_the_table_of_fused_networks() -> None:
+    mend_torchvision()
+    pytest.importorskip("torchvision")
+    spec = importlib.util.spec_from_file_location("fusing_table", ROOT / "docs" / "fusing_table.py")
+    fusing_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fusing_table)
+    rows = [fusing_table.row(network) for network in fusing_table.NETWORKS]
+    assert sum(row.fused for row in rows) >= 0.95 * sum(row.fusable for row in rows)
+    page = fusing_table.PAGE.read_text()
+    assert fusing_table.updated(page, rows) == page, "run: PYTHONPATH=.build/torchvision python docs/fusing_table.py"
