@@ -300,9 +300,12 @@ def maxout_conv2d(
 
 
 def _first_maximum(x: Tensor, dim: int) -> Tensor:
-    """PyTorch's maximum whose gradient goes to the first of equal elements."""
-    maxima: Tensor = x.max(dim).values
-    return maxima
+    """PyTorch's maximum whose gradient goes to the first of equal elements, in the memory order of ``x``."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    dim %= x.dim()
+    maxima: Tensor = x.permute(order).max(order.index(dim)).values
+    order.remove(dim)
+    return maxima.permute([order.index(kept) for kept in sorted(order)])
 
 
 def _apply_maximum(x: Tensor, bias: Tensor | None, pieces: int, dim: int, *, adjacent: bool) -> Tensor:

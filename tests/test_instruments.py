@@ -1,6 +1,7 @@
 """The tests' tests: for each instrument and standing check, a broken kernel that must make it fail."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from support import broken
 from support.samples import random_tensor
-from support.standing import check_against_stock
+from support.standing import check_against_stock, poisoned_memory
+from torch import Tensor
 
 
 def faulty_relu(fault: str) -> partial:
@@ -32,6 +34,21 @@ def test_standing_checks_see_a_broken_kernel(fault: str, complaint: str, device:
     ours = faulty_relu(fault) if fault != "a wrong value" else lambda x: faulty_relu("no fault")(x) * 1.00001
     with pytest.raises(AssertionError, match=complaint):
         check_against_stock(ours, F.relu, [x], gradient)
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+def test_bounds_see_a_missing_mask(device: str) -> None:
+    x, gradient = (random_tensor((257,), torch.float32, device, seed) for seed in (0, 1))
+    with pytest.raises(Exception, match=r"loads \d+ elements outside of every operand"):
+        check_against_stock(faulty_relu("a missing mask"), F.relu, [x], gradient)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("allocate", [lambda x: x.new_empty(x.shape), lambda x: torch.empty_strided((3,), (1,))])
+def test_poisoned_memory_reaches_every_allocation(allocate: Callable[[Tensor], Tensor]) -> None:
+    with poisoned_memory(0xA5):
+        assert (allocate(torch.ones(3)).view(torch.uint8) == 0xA5).all()
 
 
 @pytest.mark.kernels

@@ -21,10 +21,13 @@ def faulty_relu_kernel(
     LOSES_TAIL: tl.constexpr,
     WRITES_INPUT: tl.constexpr,
     READS_TWICE: tl.constexpr,
+    READS_BEYOND: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     x = tl.load(x_pointer + offsets, mask=inside, other=0)
+    if READS_BEYOND:
+        x = tl.load(x_pointer + offsets)
     if READS_TWICE:
         x = (x + tl.load(x_pointer + offsets, mask=inside, other=0)) / 2
     if WRITES_INPUT:
@@ -83,6 +86,7 @@ def relu_configuration(fault: str) -> Configuration:
             ("LOSES_TAIL", fault == "an unwritten tail"),
             ("WRITES_INPUT", fault == "a modified input"),
             ("READS_TWICE", fault == "an extra pass"),
+            ("READS_BEYOND", fault == "a missing mask"),
         ),
         threads=128,
     )

@@ -20,7 +20,7 @@ from .device import DEVICE
 from .samples import random_tensor
 from .standing import leaf
 
-__all__ = ["ARGUMENTS", "OPERATIONS", "Operation"]
+__all__ = ["ARGUMENTS", "OPERATIONS", "OWN", "Operation"]
 
 # --- Functions that ``torch.nn.functional`` has too, by their arguments -----------------------------------------------
 
@@ -134,6 +134,10 @@ def _stock_norm_act(*operands: Any, residual: Tensor, activation: str) -> Tensor
     return getattr(F, activation)(F.batch_norm(*operands) + residual)
 
 
+_OWN_FUNCTIONS: dict[str, Callable[[], Sample]] = {
+    name: partial(functions.__getitem__, name) for functions in FUNCTIONS.values() for name in functions
+}
+
 #: What other options make of a function: another gradient, or another path to it.
 _VARIANTS: dict[str, Callable[[], Sample]] = {
     "batch_norm_act in evaluation": lambda: Sample(
@@ -168,9 +172,12 @@ _VARIANTS: dict[str, Callable[[], Sample]] = {
     "softmax of rows": lambda: _function("softmax", _normal(2, 3, 4), dim=0),
 }
 
+#: The functions among the operations that stock lacks, and their variants.
+OWN = tuple(name for name in (*_VARIANTS, *_OWN_FUNCTIONS) if not hasattr(F, name.partition(" ")[0]))
+
 _SAMPLES: dict[str, Callable[[], Sample]] = {
     **{stock_class.__name__: partial(_layer, stock_class) for stock_class in TWINS},
-    **{name: partial(functions.__getitem__, name) for functions in FUNCTIONS.values() for name in functions},
+    **_OWN_FUNCTIONS,
     **_VARIANTS,
 }
 

@@ -1,7 +1,7 @@
 """The standing checks of every operator test, and the comparison with stock."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from .accuracy import assert_accurate, assert_same_bits, one_rounding
+from .bounds import checked_bounds
+
+#: Every function that gives memory as it comes.
+_ALLOCATORS = [
+    *((torch, name) for name in ("empty", "empty_like", "empty_permuted", "empty_strided")),
+    *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
+]
 
 
 @contextmanager
@@ -25,11 +32,9 @@ def poisoned_memory(byte: int) -> Iterator[None]:
 
         return allocate_poisoned
 
-    with (
-        mock.patch.object(torch, "empty", poison(torch.empty)),
-        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
-        mock.patch.object(Tensor, "new_empty_strided", poison(Tensor.new_empty_strided)),
-    ):
+    with ExitStack() as patches:
+        for owner, name in _ALLOCATORS:
+            patches.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
         yield
 
 
@@ -56,7 +61,7 @@ def check_against_stock(
     saved_output_scale: float = 0.0,
 ) -> None:
     """Value and gradients of ``ours(*tensors)``: accurate, in the input's memory format, fully written, the same twice;
-    and the operands untouched.
+    the operands untouched, and nothing touched beside them.
 
     ``saved_output_scale`` is |d gradient / d output| where the operation reads its gradient off its saved output, whose
     rounding is then an error inherent to the gradient.  ``float32_constants`` says that stock computes with constants
@@ -65,7 +70,7 @@ def check_against_stock(
     before = [tensor.clone() for tensor in (*tensors, gradient)]
     with poisoned_memory(0xA5):
         y, gradients = value_and_gradients(ours, tensors, gradient)
-    with poisoned_memory(0x5A):
+    with poisoned_memory(0x5A), checked_bounds():
         y_again, gradients_again = value_and_gradients(ours, tensors, gradient)
     assert_same_bits(y, y_again, "value, run twice over different memory")
     for first, second in zip(gradients, gradients_again, strict=True):

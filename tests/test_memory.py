@@ -1,0 +1,108 @@
+"""What every operation does with memory: which it touches, and in which order it leaves its results."""
+
+import copy
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+import pytest
+import torch
+from support.accuracy import assert_same_bits
+from support.bounds import checked_bounds
+from support.operations import OPERATIONS, OWN, Operation
+from support.samples import CASES, Case, random_tensor
+from support.standing import poisoned_memory
+from torch import Tensor, nn
+
+from fusednn.autograd import dispatch
+from fusednn.layers.twin import TWINS
+
+every_operation = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def result_and_gradients(
+    operation: Operation, function: Callable[..., Tensor], leaves: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of operands and parameters."""
+    y = operation.call(function, leaves)
+    if not y.requires_grad:
+        return [y]
+    wanted = [operand for operand in leaves if operand.requires_grad]
+    wanted += function.parameters() if isinstance(function, nn.Module) else []
+    found = torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
+    return [y.detach(), *(gradient for gradient in found if gradient is not None)]
+
+
+@pytest.mark.kernels
+@every_operation
+def test_memory_is_written_whole_and_none_besides(name: str) -> None:
+    operation = Operation(name, torch.float32)
+    with checked_bounds(), poisoned_memory(0xA5):
+        first = result_and_gradients(operation, operation.ours, operation.leaves())
+    with poisoned_memory(0x5A):
+        second = result_and_gradients(operation, operation.ours, operation.leaves())
+    for one, other in zip(first, second, strict=True):
+        assert_same_bits(one, other, "run twice over different memory")
+
+
+# --- Memory formats ---------------------------------------------------------------------------------------------------
+
+#: Each takes a contiguous tensor and returns the same values, or repeated ones, in another layout.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "channels_last, sliced": lambda x: torch.cat([x, x], 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, : x.shape[1]],
+    "transposed": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+}
+
+#: Whose results, or their gradients, PyTorch's CPU code makes contiguous in some layouts, where ours keep the layout.
+KEEPS_FORMAT = {
+    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm_act", "batch_norm_act in evaluation"),
+    *("CrossEntropyLoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss", "NLLLoss", "SmoothL1Loss"),
+    *("LogSigmoid", "LogSoftmax", "RReLU", "Softmax", "Softmax2d", "Softmin"),
+}
+#: Whose gradients are contiguous as products of matrices, where PyTorch's are transposed for transposed inputs.
+CONTIGUOUS_GRADIENTS = {"LinearCrossEntropyLoss", "drop_connect_linear", "maxout_linear"}
+
+STOCK_CLASSES = {stock_class.__name__: stock_class for stock_class in TWINS}
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of the dimensions whose strides mean something."""
+    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", [*STOCK_CLASSES, *OWN])
+def test_results_have_stocks_strides(name: str) -> None:
+    """Functions that stock lacks: those of their stock path."""
+    operation = Operation(name, torch.float32)
+    stock = operation.ours
+    if name in STOCK_CLASSES:
+        stock = copy.deepcopy(operation.ours)
+        stock.__class__ = STOCK_CLASSES[name]
+    deviates = set()
+    for layout, arrange in LAYOUTS.items():
+        first, *rest = operation.leaves()
+        leaves = [arrange(first.detach()).requires_grad_(), *rest]
+        ours = result_and_gradients(operation, operation.ours, leaves)
+        with mock.patch.object(dispatch, "AVAILABLE", False):
+            theirs = result_and_gradients(operation, stock, leaves)
+        for mine, other in zip(ours, theirs, strict=True):
+            if strides(mine) != strides(other):
+                deviates.add(name)
+                kept = name in KEEPS_FORMAT and strides(mine) == strides(torch.empty_like(leaves[0]))
+                allowed = kept or (name in CONTIGUOUS_GRADIENTS and mine.is_contiguous())
+                assert allowed, f"{layout}: {mine.stride()}, stock {other.stride()}"
+    assert deviates == {name} & (KEEPS_FORMAT | CONTIGUOUS_GRADIENTS)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.inplace], ids=str)
+def test_in_place_on_memory_with_gaps(case: Case, device: str) -> None:
+    memory = random_tensor((2, 8), torch.float32, device)
+    ours, stock = memory.clone(), memory.clone()
+    x, reference = (tensor.as_strided((2, 3), (8, 2)) for tensor in (ours, stock))
+    assert case.ours(x, inplace=True) is x
+    case.stock(reference, inplace=True)
+    assert not torch.equal(stock, memory)
+    torch.testing.assert_close(ours, stock)
