@@ -226,12 +226,25 @@ class _Operation:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            args, kwargs = _by_name(self._function, args, kwargs)
             return self._recorder.create_proxy("call_function", self._function, args, kwargs)
         if self._function is is_scripting:
             return False  # a graph is never scripted
         if _root(getattr(self._function, "__module__", None)) in _ARITHMETIC:
             return self._function(*args, **kwargs)
         raise NotTraceable(f"its code uses {self._name!r}")
+
+
+def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a function that is written in Python: the first, and all others by their names."""
+    if not isinstance(function, FunctionType):
+        return args, kwargs
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in bound.signature.parameters.values()):
+        return args, kwargs
+    first, *rest = bound.arguments
+    return (bound.arguments[first],), {name: bound.arguments[name] for name in rest}
 
 
 class _Namespace:

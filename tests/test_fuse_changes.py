@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fusion import IMAGES, assert_same, batch, make, reasons
+from support.fusion import IMAGES, ROWS, assert_same, batch, make, reasons
 from torch import Tensor, nn
 
 import fusednn
@@ -233,3 +233,46 @@ def test_borders_of_containers_are_crossed(device: str) -> None:
     assert_same(model, stock, x)
     fusednn.restore_layers(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+
+
+class Spelled(nn.Module):
+    """Options by position and by name, and left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.relu(self.first(x), True), 0.0, self.training)
+        x = F.dropout(F.leaky_relu(self.second(x), 0.01), p=0.0, training=False)
+        return F.dropout(F.leaky_relu(self.third(x), 0.2), 0.0)
+
+
+def test_options_of_functions_by_position_and_by_name(device: str) -> None:
+    stock = make(Spelled(), device)
+    model = copy.deepcopy(stock)
+    found = reasons(model)
+    assert [found[name].startswith("fused") for name in ("first", "second", "third")] == [True, True, False]
+    for variant in vars(model)["_fusednn_plan"].variants:
+        assert [name for name in variant.run.__code__.co_names if "dropout" in name] == ["dropout"]
+    assert_same(model, stock, batch(*ROWS, device=device))
+
+
+class ChangesInPlaceBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach() * 1
+        y = self.conv(x)
+        z = F.relu(x, True)
+        return self.act(y + z)
+
+
+def test_a_function_in_place_by_position(device: str) -> None:
+    stock = make(ChangesInPlaceBetween(), device)
+    model = copy.deepcopy(stock)
+    assert reasons(model)["conv"].endswith("something else happens in between")
+    x = batch(*IMAGES, device=device)
+    torch.testing.assert_close(model(x), stock(x))
