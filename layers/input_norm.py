@@ -17,7 +17,8 @@ class InputNorm(Layer):
     """(x - mean) / sqrt(variance + eps) for each feature, with the statistics of the training set.
 
     Input (N, num_features, *), floating point; `fit` learns the statistics in one pass over the training set, and they
-    are frozen from then on.  Before `fit` they are 0 and 1, so that the layer changes (almost) nothing.
+    are frozen from then on.  Before `fit` they are 0 and 1, so that the layer changes (almost) nothing.  Raises
+    ValueError for another shape.
 
     Args:
         num_features: size of dimension 1 of the input.
@@ -50,16 +51,19 @@ class InputNorm(Layer):
         """Learn mean and variance from the training set: one tensor, or batches, each seen once and not kept.
 
         Batches may differ in size, and may lie on another device.  Forgets what an earlier `fit` learnt.  Returns the
-        layer.  Raises ValueError where a batch isn't (N, num_features, *), or there is none.
+        layer.  Raises ValueError where a batch isn't (N, num_features, *), or there is none, and TypeError where one
+        isn't floating point.
         """
         count = 0
         mean = torch.zeros_like(self.mean, dtype=torch.float64)
         deviations = torch.zeros_like(mean)  # sum of squared deviations
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             self._check_input(batch)
-            added = batch.numel() // self.num_features
-            if not added:
+            if not batch.is_floating_point():
+                raise TypeError(f"expected a floating-point batch, got {batch.dtype}")
+            if not batch.numel():
                 continue
+            added = batch.numel() // self.num_features
             batch_mean, batch_variance = (s.double() for s in channel_statistics(batch.to(mean.device)))
             # Chan, Golub, LeVeque: the mean moves by the new batch's share of the distance.
             distance, count = batch_mean - mean, count + added
@@ -90,7 +94,8 @@ class InputNorm(Layer):
 class GlobalContrastNorm(Layer):
     """scale (x - mean) / sqrt(variance + eps), with the mean and the variance of each example over all its elements.
 
-    Input (N, *), floating point, with more than one element an example; keeps shape, dtype and memory format.
+    Input (N, *), floating point, with more than one element an example (ValueError otherwise); keeps shape, dtype and
+    memory format.
 
     Args:
         scale: deviation of the output.
@@ -105,8 +110,8 @@ class GlobalContrastNorm(Layer):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() < 2:
-            raise ValueError(f"expected input (N, *), got {tuple(input.shape)}")
+        if input.dim() < 2 or input.numel() == len(input) > 0:
+            raise ValueError(f"expected input (N, *), of more than one element an example, got {tuple(input.shape)}")
         # Batch norm of one row whose channels are the examples.  Within an example the order doesn't matter: that of
         # the memory makes the matrix a view.
         order = sorted(range(1, input.dim()), key=input.stride, reverse=True)

@@ -69,8 +69,22 @@ def test_wrong_inputs(device: str) -> None:
             layer(wrong)
         with pytest.raises(ValueError, match=r"expected input \(N, 3, \*\)"):
             layer.fit(wrong)
+    with pytest.raises(TypeError, match=r"floating-point batch, got torch\.int64"):
+        layer.fit(torch.ones(2, 3, dtype=torch.int64, device=device))
+    for nothing in ([], torch.ones(0, 3, device=device), [torch.ones(2, 3, 0, device=device)]):
+        with pytest.raises(ValueError, match="at least one example"):
+            layer.fit(nothing)
     with pytest.raises(ValueError, match="at least one example"):
-        layer.fit([])
+        layers.InputNorm(0).to(device).fit(torch.ones(2, 0, device=device))
+
+
+def test_empty_batches_are_passed_over(device: str) -> None:
+    layer, x = layers.InputNorm(3).to(device), random_tensor((4, 3), torch.float32, device)
+    layer.fit([x[:0], x[:1], x[1:1], x[1:]])
+    assert layer.count == 4
+    torch.testing.assert_close(layer.mean, x.mean(0))
+    torch.testing.assert_close(layer.variance, x.var(0, correction=0))
+    assert layer(x[:0]).shape == (0, 3)
 
 
 def contrast(x: Tensor, scale: float, eps: float) -> Tensor:
@@ -101,3 +115,14 @@ def test_examples_without_contrast_become_zero(device: str) -> None:
     assert (layers.GlobalContrastNorm()(torch.full((2, 3, 4), 7.0, device=device)) == 0).all()
     with pytest.raises(ValueError, match="expected input"):
         layers.GlobalContrastNorm()(torch.ones(3, device=device))
+
+
+def test_examples_of_few_elements(device: str) -> None:
+    layer = layers.GlobalContrastNorm().to(device)
+    x = torch.tensor([[1.0, 2.0, 3.0]], device=device)
+    torch.testing.assert_close(layer(x).double(), contrast(x, 1.0, layer.eps))
+    for shape in ((0, 3), (2, 0)):
+        assert layer(torch.ones(shape, device=device)).shape == shape
+    for shape in ((1, 1), (2, 1, 1)):
+        with pytest.raises(ValueError, match="more than one element an example"):
+            layer(torch.ones(shape, device=device))

@@ -462,6 +462,8 @@ def test_deviations_are_those_of_the_papers() -> None:
     ):
         assert initialiser(weight).var().item() == pytest.approx(variance, rel=0.03)
     assert init.glorot_normal_(weight, gain=2.0).var().item() == pytest.approx(8 / 300, rel=0.03)
+    for initialise in (init.glorot_normal_, init.glorot_uniform_):
+        assert not initialise(weight, gain=0.0).any()
     assert init.he_normal_(weight, mode="fan_out").var().item() == pytest.approx(2 / 200, rel=0.03)
 
 

@@ -53,7 +53,14 @@ def train(norm: nn.Module, rows: slice, joined: bool) -> dict[str, Any]:
 def train_synchronised(rank: int, split: int, momentum: float | None, activation: str | None) -> dict[str, Any]:
     norm = layers.SyncBatchNorm.convert_sync_batchnorm(model(momentum, activation))
     assert type(norm) is layers.SyncBatchNormAct
-    return train(norm, slice(split) if rank == 0 else slice(split, None), activation is not None)
+    rows = slice(split) if rank == 0 else slice(split, None)
+    outcome = train(norm, rows, activation is not None)
+    # In evaluation each rank is by itself, with what all of them have learnt.
+    x = batches(7)[0][rows]
+    alone = copy.deepcopy(outcome["buffers"])
+    outcome["evaluated"] = norm.eval()(x)
+    torch.testing.assert_close(list(norm.buffers()), alone, rtol=0, atol=0)
+    return outcome
 
 
 @on_the_cpu
@@ -73,6 +80,11 @@ def test_two_ranks_equal_one(split: int, momentum: float | None, activation: str
                 assert parts == [None, None]
             else:
                 torch.testing.assert_close(torch.cat(parts), alone[key][step], rtol=1e-5, atol=1e-5)
+    learnt = model(momentum, activation)
+    for buffer, value in zip(learnt.buffers(), first["buffers"], strict=True):
+        buffer.copy_(value)
+    evaluated = torch.cat([first["evaluated"], second["evaluated"]])
+    torch.testing.assert_close(evaluated, learnt.eval()(batches(7)[0]))
     for one, other, whole in zip(first["parameters"], second["parameters"], alone["parameters"], strict=True):
         torch.testing.assert_close(one + other, whole, rtol=1e-5, atol=1e-5)
     for one, other, whole in zip(first["buffers"], second["buffers"], alone["buffers"], strict=True):
