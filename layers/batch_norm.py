@@ -1,4 +1,4 @@
-"""Batch norm as layers: drop-in subclasses of ``torch.nn``'s, and forms with an activation and a residual in one.
+"""Batch norm as layers: drop-in subclasses of ``torch.nn``'s, and layers of one with an activation and a residual.
 
 Inputs (N, C), (N, C, L), (N, C, H, W) and (N, C, D, H, W) in float16, bfloat16, float32 or float64, in any memory
 format; the parameters and running statistics of 16-bit inputs may be float32.  Whatever else PyTorch accepts goes to
@@ -7,16 +7,17 @@ the stock operator, which raises the stock errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.activation import resolve_activation
-from ..autograd.batch_norm import batch_norm_act
-from .twin import Twin
+from ..autograd.batch_norm import apply_activation, batch_norm_act
+from .compound import Compound
+from .twin import Twin, is_untouched
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
@@ -106,8 +107,32 @@ class BatchNorm3d(Twin, nn.BatchNorm3d):
         return forward(self, input)
 
 
-class Activated(_BatchNorm):
-    """What the fused forms share; before a batch norm among their bases."""
+#: Batch norm, and what follows it, in one: for each class whose layers can be computed so.
+FUSED: dict[type[nn.Module], Callable[..., Tensor]] = dict.fromkeys(
+    (BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), forward
+)
+
+
+def normalised(
+    layer: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    activation_parameters: Sequence[float],
+) -> Tensor:
+    """activation(layer(x) + residual), in one where the layer is a batch norm that nobody has changed."""
+    fused = FUSED.get(type(layer))
+    if fused is None or not is_untouched(layer):
+        return apply_activation(layer(input), residual, resolve_activation(activation, activation_parameters))
+    return fused(layer, input, residual, activation, activation_parameters)
+
+
+class Activated(Compound):
+    """What the fused forms share."""
+
+    child = "bn"
+    #: The class of the batch norm.
+    norm: ClassVar[type[_BatchNorm]]
 
     def __init__(
         self,
@@ -124,43 +149,46 @@ class Activated(_BatchNorm):
         **options: Any,  # those that the installed PyTorch's batch norm has besides
     ) -> None:
         resolve_activation(activation, activation_parameters)
-        super().__init__(
+        super().__init__()
+        self.bn = self.norm(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
         )
         self.activation = activation
         self.activation_parameters = tuple(activation_parameters)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return forward(self, input, residual, self.activation, self.activation_parameters)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise NotImplementedError(f"{type(self).__name__} has no torch.nn class that TorchScript could compile instead")
+        return normalised(self.bn, input, residual, self.activation, self.activation_parameters)
 
     def extra_repr(self) -> str:
-        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
         parameters = f", activation_parameters={self.activation_parameters}" if self.activation_parameters else ""
-        return f"{inherited}, activation={self.activation!r}{parameters}"
+        return f"activation={self.activation!r}{parameters}"
 
 
-class BatchNormAct1d(Activated, BatchNorm1d):
+class BatchNormAct1d(Activated):
     """activation(batch_norm(x) + residual) for (N, C) or (N, C, L), in one.
 
     Args as of `torch.nn.BatchNorm1d`, and ``activation`` and ``activation_parameters`` as of
-    `fusednn.autograd.batch_norm_act`.
+    `fusednn.autograd.batch_norm_act`.  The child ``bn`` is the batch norm: what tools put in its place is called.
     """
 
+    norm = BatchNorm1d
 
-class BatchNormAct2d(Activated, BatchNorm2d):
+
+class BatchNormAct2d(Activated):
     """activation(batch_norm(x) + residual) for (N, C, H, W), in one.
 
     Args as of `torch.nn.BatchNorm2d`, and ``activation`` and ``activation_parameters`` as of
-    `fusednn.autograd.batch_norm_act`.
+    `fusednn.autograd.batch_norm_act`.  The child ``bn`` is the batch norm: what tools put in its place is called.
     """
 
+    norm = BatchNorm2d
 
-class BatchNormAct3d(Activated, BatchNorm3d):
+
+class BatchNormAct3d(Activated):
     """activation(batch_norm(x) + residual) for (N, C, D, H, W), in one.
 
     Args as of `torch.nn.BatchNorm3d`, and ``activation`` and ``activation_parameters`` as of
-    `fusednn.autograd.batch_norm_act`.
+    `fusednn.autograd.batch_norm_act`.  The child ``bn`` is the batch norm: what tools put in its place is called.
     """
+
+    norm = BatchNorm3d

@@ -26,7 +26,7 @@ from . import batch_norm, conv_batch_norm, sync_batch_norm
 from . import dropout as _dropout  # noqa: F401 (for its twins)
 from . import pool as _pool  # noqa: F401 (for its twins)
 from .conv import padded
-from .twin import TWINS
+from .twin import TWINS, is_untouched
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,7 +34,6 @@ __all__ = [
     "activation_of",
     "conv_chain",
     "is_one_of",
-    "is_untouched",
     "linear_chain",
     "maxout_chain",
     "maxout_pool_chain",
@@ -101,12 +100,6 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 _CALL = nn.Module.__call__
 #: Whoever looks on by a hook of all modules, and takes neighbours that are computed in one for what they are.
 LOOKS_ON = "_fusednn_looks_on"
-
-
-def is_untouched(layer: nn.Module) -> bool:
-    """Whether a layer's code is its class's, and nothing listens to it alone."""
-    listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not listened and "forward" not in layer.__dict__ and "_conv_forward" not in layer.__dict__
 
 
 def are_heard() -> bool:

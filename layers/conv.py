@@ -1,11 +1,11 @@
-"""Convolution layers: drop-in subclasses of ``torch.nn``'s, and forms with bias, activation and max pooling in one.
+"""Convolution layers: drop-in subclasses of ``torch.nn``'s, and layers of one with activation and max pooling.
 
 Images (N, C, H, W) or (C, H, W), contiguous or channels-last, in float16, bfloat16, float32 or float64; whatever else
 PyTorch accepts goes to the stock operators, which raise the stock errors.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..autograd import stock as F
 from ..autograd.activation import resolve_activation
+from ..autograd.batch_norm import apply_activation
 from ..autograd.conv import conv1d, conv2d, conv_act_pool2d
-from .twin import Twin
+from ..autograd.pool import max_pool2d
+from .compound import Compound
+from .twin import Twin, is_untouched
 
-__all__ = ["Conv1d", "Conv2d", "ConvAct2d", "ConvMaxPool2d", "padded"]
+__all__ = ["Conv1d", "Conv2d", "ConvAct2d", "ConvMaxPool2d", "is_plain", "padded", "pooled"]
 
 
 def padded(layer: _ConvNd, input: Tensor) -> tuple[Tensor, Any]:
@@ -49,15 +52,28 @@ class Conv2d(Twin, nn.Conv2d):
         return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class ConvAct2d(Conv2d):
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of images that nobody has changed, so that it can be computed with others."""
+    return type(layer) in (Conv2d, nn.Conv2d) and is_untouched(layer)
+
+
+def pooled(input: Tensor, pool_size: Any = None, pool_stride: Any = None, pool_padding: Any = 0) -> Tensor:
+    """max_pool(x), or x where no size is given."""
+    return input if pool_size is None else cast("Tensor", max_pool2d(input, pool_size, pool_stride, pool_padding))
+
+
+class ConvAct2d(Compound):
     """activation(conv(x) + bias), in one.
 
     Args as of `torch.nn.Conv2d`, and keyword-only:
 
     activation, activation_parameters: as of `fusednn.autograd.conv_act_pool2d`.
 
-    Keeps for the backward pass what the activation's gradient needs: a bit an element for ReLU and its like.
+    Keeps for the backward pass what the activation's gradient needs: a bit an element for ReLU and its like.  The child
+    ``conv`` is the convolution: what tools put in its place is called.
     """
+
+    child = "conv"
 
     def __init__(
         self,
@@ -77,7 +93,8 @@ class ConvAct2d(Conv2d):
         activation_parameters: Sequence[float] = (),
     ) -> None:
         resolve_activation(activation, activation_parameters)
-        super().__init__(
+        super().__init__()
+        self.conv = Conv2d(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
             padding_mode=padding_mode,
             device=device,
@@ -87,9 +104,13 @@ class ConvAct2d(Conv2d):
         self.activation_parameters = tuple(activation_parameters)
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = padded(self, input)
+        conv = self.conv
+        if not is_plain(conv):
+            resolved = resolve_activation(self.activation, self.activation_parameters)
+            return pooled(apply_activation(conv(input), None, resolved), **self._pooling())
+        input, padding = padded(conv, input)
         return conv_act_pool2d(
-            *(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups),
+            *(input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups),
             activation=self.activation,
             activation_parameters=self.activation_parameters,
             **self._pooling(),
@@ -100,10 +121,9 @@ class ConvAct2d(Conv2d):
         return {}
 
     def extra_repr(self) -> str:
-        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
         parameters = {"activation_parameters": self.activation_parameters} if self.activation_parameters else {}
         fused = {"activation": self.activation, **parameters, **self._pooling()}
-        return ", ".join([inherited, *(f"{name}={value!r}" for name, value in fused.items())])
+        return ", ".join(f"{name}={value!r}" for name, value in fused.items())
 
 
 class ConvMaxPool2d(ConvAct2d):

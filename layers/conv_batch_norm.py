@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..autograd.activation import resolve_activation
 from ..autograd.conv import conv_statistics2d
 from ..autograd.conv_batch_norm import batch_norm_act_pool2d, conv_batch_norm_act2d
-from .batch_norm import BatchNorm2d, count_batch, running_statistics, uses_batch_statistics, weight_of_batch
-from .conv import Conv2d, padded
-from .twin import Layer
+from .batch_norm import BatchNorm2d, count_batch, normalised, running_statistics, uses_batch_statistics, weight_of_batch
+from .conv import Conv2d, is_plain, padded, pooled
+from .twin import Layer, is_untouched
 
 __all__ = ["ConvBatchNormAct2d"]
 
@@ -53,8 +53,8 @@ class ConvBatchNormAct2d(Layer):
     pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_size`` of None leaves the pooling out.
     eps, momentum, affine, track_running_stats: as of `torch.nn.BatchNorm2d`.
 
-    The children ``conv`` and ``bn`` hold the parameters and statistics; they aren't called, so neither are their hooks.
-    In evaluation the batch norm is folded into the convolution.  Raises ValueError for inputs that aren't 4-D.
+    The children ``conv`` and ``bn`` are computed in one; what has hooks, or was put in their place, is called.  In
+    evaluation the batch norm is folded into the convolution.  Raises ValueError for inputs that aren't 4-D.
     """
 
     def __init__(
@@ -97,10 +97,11 @@ class ConvBatchNormAct2d(Layer):
         self.pool_padding = pool_padding
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self.bn._check_input_dim(input)
-        return forward(
-            *(self.conv, self.bn, input, residual, self.activation, self.activation_parameters), **self._pooling()
-        )
+        conv, bn, activation = self.conv, self.bn, (self.activation, self.activation_parameters)
+        if not (is_plain(conv) and type(bn) in (BatchNorm2d, nn.BatchNorm2d) and is_untouched(bn)):
+            return pooled(normalised(bn, conv(input), residual, *activation), **self._pooling())
+        bn._check_input_dim(input)
+        return forward(conv, bn, input, residual, *activation, **self._pooling())
 
     def _pooling(self) -> dict[str, Any]:
         return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import fx, nn
 
-from .chain import is_untouched
 from .derived import beneath, rebased
 from .graph import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 from .neighbours import Refusal, Search, begins_a_chain, is_known, is_plain_container, keeps_to_itself
+from .twin import is_untouched
 
 __all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "unfuse"]
 

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from ..autograd import stock as F
 from . import chain
-from .chain import ACTIVATIONS, NORMS, activation_of, is_one_of, is_untouched, pieces_of, pooling_of
+from .chain import ACTIVATIONS, NORMS, activation_of, is_one_of, pieces_of, pooling_of
 from .graph import IN_PLACE, calls_in_order, stock_of
-from .twin import Layer
+from .twin import Layer, is_untouched
 
 __all__ = ["FIRST", "Match", "Refusal", "Search", "begins_a_chain", "is_known", "is_plain_container", "keeps_to_itself"]
 

@@ -12,7 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation
 from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
-from .batch_norm import Activated, count_batch, running_statistics, weight_of_batch
+from .batch_norm import (
+    FUSED,
+    Activated,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    count_batch,
+    running_statistics,
+    weight_of_batch,
+)
 from .batch_norm import forward as local_forward
 from .twin import Twin
 
@@ -42,27 +51,24 @@ class SyncBatchNorm(Twin, nn.SyncBatchNorm):
             # The stock method knows which attributes travel; it is given a layer without children.
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
             converted.__class__ = SyncBatchNorm
-            if isinstance(module, Activated):
-                converted.__class__ = SyncBatchNormAct
-                converted.activation = module.activation
-                converted.activation_parameters = module.activation_parameters
         for name, child in module.named_children():
             converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        if type(converted) in (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d):
+            converted.__class__ = SyncBatchNormAct
         return converted
 
 
-class SyncBatchNormAct(Activated, SyncBatchNorm):
+class SyncBatchNormAct(Activated):
     """activation(batch_norm(x) + residual) in one, with statistics over the batches of all ranks in training.
 
     What `SyncBatchNorm.convert_sync_batchnorm` makes of `BatchNormAct1d`, `BatchNormAct2d` and `BatchNormAct3d`.  Args
     as of `torch.nn.SyncBatchNorm`, all but the first by keyword, and ``activation`` as theirs.
     """
 
+    norm = SyncBatchNorm
+
     def __init__(self, num_features: int, **options: Any) -> None:
         super().__init__(num_features, **options)
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return forward(self, input, residual, self.activation, self.activation_parameters)
 
 
 def forward(
@@ -86,6 +92,9 @@ def forward(
         return local_forward(layer, input, residual, activation, activation_parameters)
     count_batch(layer)
     return sync_batch_norm(input, *arguments, group, batches=batches, residual=residual, activation=resolved)
+
+
+FUSED[SyncBatchNorm] = FUSED[nn.SyncBatchNorm] = forward
 
 
 def _group(layer: nn.SyncBatchNorm) -> dist.ProcessGroup | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["TWINS", "Layer", "Twin", "stock_class", "twin_class"]
+__all__ = ["TWINS", "Layer", "Twin", "is_untouched", "stock_class", "twin_class"]
 
 #: The twin of each ``torch.nn`` class that has one.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -70,10 +71,14 @@ class Twin(Layer):
         prepared: nn.Module = copy.copy(self)
         if cls is twin:
             prepared.__class__ = stock
-        else:  # TorchScript reads a function's source, and finds its names beside it: not in what `_recorded` makes
-            prepared.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
-            forward = stock.forward if cls.forward is twin.forward else cls.forward.__wrapped__  # type: ignore[attr-defined]
-            prepared.__class__.forward = forward
+        else:
+            derived: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+            for name, ours in vars(twin).items():
+                if isinstance(ours, FunctionType) and hasattr(stock, name) and getattr(cls, name) is ours:
+                    setattr(derived, name, getattr(stock, name))
+            if cls.forward is not twin.forward:  # TorchScript reads the source, and finds its names beside the function
+                derived.forward = cls.forward.__wrapped__  # type: ignore[attr-defined]
+            prepared.__class__ = derived
         return prepared
 
 
@@ -89,3 +94,9 @@ def stock_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The ``torch.nn`` class that a twin, or a class derived from one, replaces.  Raises TypeError as `twin_class`."""
     twin = twin_class(cls)
     return next(stock for stock, ours in TWINS.items() if ours is twin)
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a layer's code is its class's, and nothing listens to it alone."""
+    listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not listened and "forward" not in layer.__dict__ and "_conv_forward" not in layer.__dict__

@@ -22,7 +22,7 @@ LAYERS = {
     "LogSoftmax": (nn.LogSoftmax(1), (2, 3)),
 }
 WEIGHTS = (torch.float32, torch.float64, torch.bfloat16)
-INPUTS = (torch.float32, torch.float64, torch.float16, torch.int64)
+INPUTS = (torch.float32, torch.float64, torch.int64)
 
 
 def outcome(layer: nn.Module, x: Tensor, autocast: bool, device: str) -> tuple[Any, ...] | type:

@@ -21,6 +21,8 @@ __all__ = ["FoldedBatchNorm", "fold_batch_norm"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+#: Batch norms, alone and with an activation.
+_NORMS = (_BatchNorm, Activated)
 _FOLDED = "folded into the layer before it"
 
 
@@ -64,12 +66,13 @@ def fold_batch_norm(model: nn.Module) -> ReplacementReport:
     """
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     names = {module: name for name, module in model.named_modules()}
-    norms = [module for module in names if isinstance(module, _BatchNorm)]
+    of_others = {module.bn for module in names if isinstance(module, Activated)}
+    norms = [module for module in names if isinstance(module, _NORMS) and module not in of_others]
     reasons: dict[nn.Module, str] = {}
     for root, graph in _traceable_parts(model):
         calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
         for node in graph.nodes:
-            if node.op != "call_module" or not isinstance(norm := root.get_submodule(node.target), _BatchNorm):
+            if node.op != "call_module" or not isinstance(norm := root.get_submodule(node.target), _NORMS):
                 continue
             before = node.args[0] if node.args else None
             layer, once = None, False
@@ -81,7 +84,7 @@ def fold_batch_norm(model: nn.Module) -> ReplacementReport:
                 reason = "it, or the output of the layer before it, is used more than once"
             reasons[norm] = reason or _FOLDED
             if reason is None and layer is not None:
-                _fold(layer, norm)
+                _fold(layer, _alone(norm))
                 parent, _, name = names[norm].rpartition(".")
                 setattr(model.get_submodule(parent), name, _remainder(norm, layer))
     rows = []
@@ -101,7 +104,7 @@ class _LayerTracer(fx.Tracer):
 
 def _traceable_parts(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
     """The module with its graph, or else those of its children's parts that can be traced."""
-    if not any(isinstance(child, _BatchNorm) for child in module.modules()) or isinstance(module, _BatchNorm):
+    if not any(isinstance(child, _BatchNorm) for child in module.modules()) or isinstance(module, _NORMS):
         return
     try:
         graph = _LayerTracer().trace(module)
@@ -112,19 +115,27 @@ def _traceable_parts(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
         yield module, graph
 
 
-def _reason_to_leave(norm: _BatchNorm, layer: nn.Module | None, uses: Counter[nn.Module]) -> str | None:
+def _alone(norm: nn.Module) -> nn.Module:
+    """A batch norm without the activation that it may have."""
+    return norm.bn if isinstance(norm, Activated) else norm
+
+
+def _reason_to_leave(norm: nn.Module, layer: nn.Module | None, uses: Counter[nn.Module]) -> str | None:
     if not (isinstance(layer, _FOLDABLE) and type(layer) in (*_FOLDABLE, *TWINS.values())):
         return "not preceded by a convolution or linear layer"
     assert layer is not None
+    modules, norm = {norm, _alone(norm), layer}, _alone(norm)
+    if not isinstance(norm, _BatchNorm):
+        return "another layer has taken its batch norm's place"
     if norm.training or layer.training:
         return "in training"
     if norm.running_mean is None or norm.running_var is None:
         return "has no running statistics"
-    if uses[norm] > 1 or uses[layer] > 1:
+    if any(uses[module] > 1 for module in modules):
         return "shared"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, layer)):
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return "has hooks"
-    if any(parametrize.is_parametrized(module) for module in (norm, layer)):
+    if any(parametrize.is_parametrized(module) for module in modules):
         return "parametrized"
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return None if channels == norm.num_features else "another number of channels"
@@ -151,7 +162,7 @@ def _double(parameter: Tensor | None, default: Tensor) -> Tensor:
     return default if parameter is None else parameter.double()
 
 
-def _remainder(norm: _BatchNorm, layer: nn.Module) -> FoldedBatchNorm:
+def _remainder(norm: nn.Module, layer: nn.Module) -> FoldedBatchNorm:
     dims = 2 if isinstance(layer, nn.Linear) else layer.get_parameter("weight").dim()
     fused = (norm.activation, norm.activation_parameters) if isinstance(norm, Activated) else ()
     remainder = FoldedBatchNorm(dims, *fused)

@@ -9,10 +9,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..chain import is_untouched
 from ..derived import beneath
 from ..fuse import fuse_neighbours, is_searched
-from ..twin import TWINS, Layer
+from ..twin import TWINS, Layer, is_untouched
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, all_or_nothing, exchange, unique_modules
 

@@ -1,0 +1,64 @@
+"""Layers that do more than a layer of ``torch.nn``: that layer is their child, and is computed with the rest in one.
+
+Whoever converts, folds, freezes or quantises a layer knows what its ``torch.nn`` class does, and no more: from a batch
+norm that also activates, such tools would make one that doesn't, and say nothing.  So a layer that does more is of no
+such class.  It has a layer of it, which tools find, and may exchange for another; what is no longer the layer that it
+was made with is called, before the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .twin import Layer
+
+__all__ = ["Compound"]
+
+
+class Compound(Layer):
+    """Base of the layers that have one layer of ``torch.nn``, and do more.
+
+    The child's parameters and buffers can be read as the layer's own, and a checkpoint of the child alone is loaded.
+    They can't be assigned, and its options can't be read: so do tools that take the layer for its child.
+    """
+
+    #: The child's name.
+    child: ClassVar[str]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            child = self._child()
+            if child is not None and _is_tensor(child, name):
+                return getattr(child, name)
+            raise AttributeError(self._words(name)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        child = self._child()
+        if child is not None and _is_tensor(child, name):
+            raise AttributeError(self._words(name))
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
+        child = self._child()
+        for name in () if child is None else (*child._parameters, *child._buffers):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{self.child}.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *options)
+
+    def _child(self) -> nn.Module | None:
+        """The child, once there is one."""
+        child: nn.Module | None = self.__dict__.get("_modules", {}).get(self.child)
+        return child
+
+    def _words(self, name: str) -> str:
+        child = self._child()
+        kind = "" if child is None else f": it is no {type(child).__name__}, but has one, {self.child!r}"
+        return f"{type(self).__name__} has no attribute {name!r}{kind}"
+
+
+def _is_tensor(layer: nn.Module, name: str) -> bool:
+    return name in layer._parameters or name in layer._buffers or isinstance(getattr(layer, name, None), Tensor)
