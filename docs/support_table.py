@@ -8,7 +8,7 @@ from torch import nn
 
 from fusednn import autograd, layers, optim
 from fusednn.kernels.functions.activation import ACTIVATIONS, OVERWRITING, Activation
-from fusednn.kernels.optimizer import ALGORITHMS
+from fusednn.kernels.functions.optimizer import ALGORITHMS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -1,4 +1,4 @@
-"""Optimizers: one kernel that updates many parameters, and a table of what each algorithm does to an element.
+"""Optimizers: one kernel that updates many parameters by the rules of ``functions/optimizer.py``.
 
 A program owns a chunk of one parameter.  It computes the algorithm's coefficients once, in float64, from numbers that
 it reads or is given, so that nothing which changes from step to step is a constant of the kernel; then it reads weight,
@@ -8,23 +8,22 @@ Clipping by the gradients' norm needs it beforehand: `squares_kernel` leaves a f
 program of the update adds up in the same order.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from enum import IntEnum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ._triton import tl, triton
+from .functions.optimizer import ALGORITHMS
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
-from .multi_tensor import CHUNK, SETTINGS, FlatOperands, Table
-from .numerics import divide, exp, expm1, log, narrow, scalar, square_root, widen
+from .multi_tensor import SETTINGS
+from .numerics import divide, narrow, scalar, square_root, widen
 from .tiles import TILE, threads_for
 
-__all__ = ["ALGORITHMS", "Algorithm", "Counters", "Operands", "Penalty", "Settings", "Update"]
+__all__ = ["Penalty", "Settings", "Variant", "launch_squares", "launch_update"]
 
 
 class Settings(NamedTuple):
@@ -93,263 +92,6 @@ _SQUARES = tl.constexpr(SQUARES)
 
 # What isn't aligned, or a whole tile, is walked in smaller ones: an address for each element takes many registers.
 _NARROW = tl.constexpr(512)
-
-# --- Algorithms: coefficients of a step (float64 scalars), and the update of elements with them -----------------------
-
-
-@triton.jit
-def power(base, exponent):
-    return exp(exponent * log(base))
-
-
-@triton.jit
-def bias_correction(beta, step):
-    """1 - beta^step, without cancellation."""
-    return -expm1(step * log(beta))
-
-
-@triton.jit
-def lerp(start, end, weight):
-    """PyTorch's formula: exactly ``end`` for a weight of 1."""
-    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
-
-
-@triton.jit
-def maximum(x, y):
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def sgd_coefficients(lr, momentum, dampening, c, eps, step, mu_product):
-    # In its first step the buffer becomes the gradient.
-    return lr, tl.where(step <= 1, 0.0, momentum), tl.where(step <= 1, 1.0, 1 - dampening), momentum
-
-
-@triton.jit
-def sgd(w, g, states, k):
-    return w - k[0] * g, states
-
-
-@triton.jit
-def sgd_momentum(w, g, states, k):
-    buffer = states[0] * k[1] + k[2] * g
-    return w - k[0] * buffer, (buffer,)
-
-
-@triton.jit
-def sgd_nesterov(w, g, states, k):
-    buffer = states[0] * k[1] + k[2] * g
-    return w - k[0] * (g + k[3] * buffer), (buffer,)
-
-
-@triton.jit
-def adagrad_coefficients(lr, lr_decay, b, c, eps, step, mu_product):
-    return lr / (1 + (step - 1) * lr_decay), eps
-
-
-@triton.jit
-def adagrad(w, g, states, k):
-    total = states[0] + g * g
-    return w - divide(k[0] * g, square_root(total) + k[1]), (total,)
-
-
-@triton.jit
-def adadelta_coefficients(lr, rho, b, c, eps, step, mu_product):
-    return lr, rho, 1 - rho, eps
-
-
-@triton.jit
-def adadelta(w, g, states, k):
-    square_avg, acc_delta = states
-    square_avg = square_avg * k[1] + k[2] * g * g
-    delta = divide(square_root(acc_delta + k[3]), square_root(square_avg + k[3])) * g
-    acc_delta = acc_delta * k[1] + k[2] * delta * delta
-    return w - k[0] * delta, (square_avg, acc_delta)
-
-
-@triton.jit
-def rmsprop_coefficients(lr, alpha, momentum, c, eps, step, mu_product):
-    return lr, alpha, 1 - alpha, momentum, eps
-
-
-@triton.jit
-def rmsprop(w, g, states, k):
-    square_avg = states[0] * k[1] + k[2] * g * g
-    return w - divide(k[0] * g, square_root(square_avg) + k[4]), (square_avg,)
-
-
-@triton.jit
-def rmsprop_momentum(w, g, states, k):
-    square_avg, buffer = states
-    square_avg = square_avg * k[1] + k[2] * g * g
-    buffer = buffer * k[3] + divide(g, square_root(square_avg) + k[4])
-    return w - k[0] * buffer, (square_avg, buffer)
-
-
-@triton.jit
-def rmsprop_nesterov(w, g, states, k):
-    square_avg, buffer = states
-    square_avg = square_avg * k[1] + k[2] * g * g
-    scaled = divide(g, square_root(square_avg) + k[4])
-    buffer = buffer * k[3] + scaled
-    return w - k[0] * (scaled + k[3] * buffer), (square_avg, buffer)
-
-
-@triton.jit
-def centered_parts(g, square_avg, grad_avg, k):
-    """New averages of the gradient's square and of itself, and the gradient over its deviation."""
-    square_avg = square_avg * k[1] + k[2] * g * g
-    grad_avg = lerp(grad_avg, g, k[2])
-    return square_avg, grad_avg, square_root(square_avg - grad_avg * grad_avg) + k[4]
-
-
-@triton.jit
-def rmsprop_centered(w, g, states, k):
-    square_avg, grad_avg, deviation = centered_parts(g, states[0], states[1], k)
-    return w - divide(k[0] * g, deviation), (square_avg, grad_avg)
-
-
-@triton.jit
-def rmsprop_centered_momentum(w, g, states, k):
-    square_avg, grad_avg, deviation = centered_parts(g, states[0], states[1], k)
-    buffer = states[2] * k[3] + divide(g, deviation)
-    return w - k[0] * buffer, (square_avg, grad_avg, buffer)
-
-
-@triton.jit
-def rmsprop_centered_nesterov(w, g, states, k):
-    square_avg, grad_avg, deviation = centered_parts(g, states[0], states[1], k)
-    scaled = divide(g, deviation)
-    buffer = states[2] * k[3] + scaled
-    return w - k[0] * (scaled + k[3] * buffer), (square_avg, grad_avg, buffer)
-
-
-@triton.jit
-def adam_coefficients(lr, beta1, beta2, c, eps, step, mu_product):
-    # lr / c1 m / (sqrt(v) / c2 + eps) = lr c2 / c1 m / (sqrt(v) + eps c2), with c2 the root of its correction.
-    c2 = square_root(bias_correction(beta2, step))
-    return lr * c2 / bias_correction(beta1, step), 1 - beta1, beta2, 1 - beta2, eps * c2
-
-
-@triton.jit
-def adam(w, g, states, k):
-    exp_avg, exp_avg_sq = states
-    exp_avg = lerp(exp_avg, g, k[1])
-    exp_avg_sq = exp_avg_sq * k[2] + k[3] * g * g
-    return w - divide(k[0] * exp_avg, square_root(exp_avg_sq) + k[4]), (exp_avg, exp_avg_sq)
-
-
-@triton.jit
-def adam_amsgrad(w, g, states, k):
-    exp_avg, exp_avg_sq, max_exp_avg_sq = states
-    exp_avg = lerp(exp_avg, g, k[1])
-    exp_avg_sq = exp_avg_sq * k[2] + k[3] * g * g
-    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
-    return w - divide(k[0] * exp_avg, square_root(max_exp_avg_sq) + k[4]), (exp_avg, exp_avg_sq, max_exp_avg_sq)
-
-
-@triton.jit
-def adamax_coefficients(lr, beta1, beta2, c, eps, step, mu_product):
-    return lr / bias_correction(beta1, step), 1 - beta1, beta2, eps
-
-
-@triton.jit
-def adamax(w, g, states, k):
-    exp_avg, exp_inf = states
-    exp_avg = lerp(exp_avg, g, k[1])
-    exp_inf = maximum(exp_inf * k[2], tl.abs(g) + k[3])
-    return w - divide(k[0] * exp_avg, exp_inf), (exp_avg, exp_inf)
-
-
-@triton.jit
-def nadam_coefficients(lr, beta1, beta2, momentum_decay, eps, step, mu_product):
-    base = tl.full((), 0.96, tl.float64)
-    mu = beta1 * (1 - 0.5 * power(base, step * momentum_decay))
-    mu_next = beta1 * (1 - 0.5 * power(base, (step + 1) * momentum_decay))
-    c2 = square_root(bias_correction(beta2, step))
-    of_gradient = lr * c2 * (1 - mu) / (1 - mu_product)
-    of_average = lr * c2 * mu_next / (1 - mu_product * mu_next)
-    return of_gradient, of_average, 1 - beta1, beta2, 1 - beta2, eps * c2
-
-
-@triton.jit
-def nadam(w, g, states, k):
-    exp_avg, exp_avg_sq = states
-    exp_avg = lerp(exp_avg, g, k[2])
-    exp_avg_sq = exp_avg_sq * k[3] + k[4] * g * g
-    return w - divide(k[0] * g + k[1] * exp_avg, square_root(exp_avg_sq) + k[5]), (exp_avg, exp_avg_sq)
-
-
-@triton.jit
-def radam_coefficients(lr, beta1, beta2, c, eps, step, mu_product):
-    c2 = bias_correction(beta2, step)
-    limit = 2 / (1 - beta2) - 1  # of the length of the simple moving average that the exponential one stands for
-    length = limit - 2 * step * power(beta2, step) / c2
-    rectified = length > 5
-    rectifier = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
-    factor = tl.where(rectified, square_root(tl.where(rectified, rectifier * c2, 1.0)), 1.0)
-    return lr / bias_correction(beta1, step) * factor, 1 - beta1, beta2, 1 - beta2, eps, tl.where(rectified, 1.0, 0.0)
-
-
-@triton.jit
-def radam(w, g, states, k):
-    exp_avg, exp_avg_sq = states
-    exp_avg = lerp(exp_avg, g, k[1])
-    exp_avg_sq = exp_avg_sq * k[2] + k[3] * g * g
-    return w - divide(k[0] * exp_avg, tl.where(k[5] > 0, square_root(exp_avg_sq) + k[4], 1.0)), (exp_avg, exp_avg_sq)
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """An optimizer's update: what the kernel needs to know.
-
-    ``coefficients(lr, a, b, c, eps, step, mu_product)`` gives a tuple of float64 scalars, which ``update(w, g, states,
-    coefficients)`` gets rounded to the type that it computes in; it returns the new weights and states.  ``states`` are
-    their keys, as ``torch.optim`` calls them.
-    """
-
-    name: str
-    coefficients: Any
-    update: Any
-    states: tuple[str, ...] = ()
-
-    def budget(self, numel: int, dtype: torch.dtype) -> int:
-        """Bytes that an update must move: gradient read, weight and state read and written."""
-        return numel * dtype.itemsize * (3 + 2 * len(self.states))
-
-
-#: Every update, by name.
-ALGORITHMS: dict[str, Algorithm] = {
-    row.name: row
-    for row in (
-        Algorithm("sgd", sgd_coefficients, sgd),
-        Algorithm("sgd_momentum", sgd_coefficients, sgd_momentum, ("momentum_buffer",)),
-        Algorithm("sgd_nesterov", sgd_coefficients, sgd_nesterov, ("momentum_buffer",)),
-        Algorithm("adagrad", adagrad_coefficients, adagrad, ("sum",)),
-        Algorithm("adadelta", adadelta_coefficients, adadelta, ("square_avg", "acc_delta")),
-        Algorithm("rmsprop", rmsprop_coefficients, rmsprop, ("square_avg",)),
-        Algorithm("rmsprop_momentum", rmsprop_coefficients, rmsprop_momentum, ("square_avg", "momentum_buffer")),
-        Algorithm("rmsprop_nesterov", rmsprop_coefficients, rmsprop_nesterov, ("square_avg", "momentum_buffer")),
-        Algorithm("rmsprop_centered", rmsprop_coefficients, rmsprop_centered, ("square_avg", "grad_avg")),
-        Algorithm(
-            "rmsprop_centered_momentum",
-            rmsprop_coefficients,
-            rmsprop_centered_momentum,
-            ("square_avg", "grad_avg", "momentum_buffer"),
-        ),
-        Algorithm(
-            "rmsprop_centered_nesterov",
-            rmsprop_coefficients,
-            rmsprop_centered_nesterov,
-            ("square_avg", "grad_avg", "momentum_buffer"),
-        ),
-        Algorithm("adam", adam_coefficients, adam, ("exp_avg", "exp_avg_sq")),
-        Algorithm("adam_amsgrad", adam_coefficients, adam_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
-        Algorithm("adamax", adamax_coefficients, adamax, ("exp_avg", "exp_inf")),
-        Algorithm("nadam", nadam_coefficients, nadam, ("exp_avg", "exp_avg_sq")),
-        Algorithm("radam", radam_coefficients, radam, ("exp_avg", "exp_avg_sq")),
-    )
-}
 
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
@@ -632,17 +374,22 @@ def squares_kernel(
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
 
+class Variant(NamedTuple):
+    """What an update is compiled for: its algorithm, the dtypes of its operands, and what it does on the way."""
+
+    algorithm: str
+    parameter: torch.dtype
+    gradient: torch.dtype
+    state: torch.dtype
+    penalty: Penalty = Penalty.NONE
+    master: bool = False
+    averaged: bool = False
+    unscales: bool = False
+
+
 @cache
-def _update(
-    name: str,
-    parameter: torch.dtype,
-    gradient: torch.dtype,
-    state: torch.dtype,
-    penalty: Penalty = Penalty.NONE,
-    master: bool = False,
-    averaged: bool = False,
-    unscales: bool = False,
-) -> Configuration:
+def _update(variant: Variant) -> Configuration:
+    name, parameter, gradient, state, penalty, master, averaged, unscales = variant
     row = ALGORITHMS[name]
     states = len(row.states)
     compute = torch.float64 if torch.float64 in (parameter, gradient, state) else torch.float32
@@ -720,148 +467,52 @@ def configurations() -> Iterator[Configuration]:
     """Every algorithm in the types that models are mostly trained in; what our options add, where it matters."""
     for name in ALGORITHMS:
         for dtype in (torch.bfloat16, torch.float32):
-            yield _update(name, dtype, dtype, dtype)
+            yield _update(Variant(name, dtype, dtype, dtype))
     for name in ("sgd_momentum", "adagrad", "adadelta", "rmsprop", "adam", "adamax", "nadam", "radam"):
         for dtype in (torch.float16, torch.float64):
-            yield _update(name, dtype, dtype, dtype)
+            yield _update(Variant(name, dtype, dtype, dtype))
     for name in ("sgd_momentum", "adam"):
-        yield _update(name, torch.float32, torch.float32, torch.float32, Penalty.ELEMENTS, averaged=True)
-        yield _update(name, torch.float32, torch.float32, torch.float32, Penalty.GROUPS, averaged=True)
-        yield _update(name, torch.bfloat16, torch.bfloat16, torch.float32, master=True)
-        yield _update(name, torch.float32, torch.float32, torch.float32, unscales=True)
+        yield _update(Variant(name, torch.float32, torch.float32, torch.float32, Penalty.ELEMENTS, averaged=True))
+        yield _update(Variant(name, torch.float32, torch.float32, torch.float32, Penalty.GROUPS, averaged=True))
+        yield _update(Variant(name, torch.bfloat16, torch.bfloat16, torch.float32, master=True))
+        yield _update(Variant(name, torch.float32, torch.float32, torch.float32, unscales=True))
     for dtype in DTYPES:
         yield _squares(4, dtype)
 
 
-@dataclass
-class Operands:
-    """What one launch works on, a list for each column: all tensors of a list have one dtype, all lists one device."""
-
-    parameters: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-    states: Sequence[Sequence[Tensor]] = ()
-    masters: Sequence[Tensor] | None = None
-    averages: Sequence[Tensor] | None = None
-    unscales: bool = False  # whether gradients are left divided by their scale
-
-    def written(self) -> list[Tensor]:
-        return [tensor for column in self._columns() if self.writes(column) for tensor in column]
-
-    def writes(self, column: Sequence[Tensor]) -> bool:
-        return self.unscales or column is not self.gradients
-
-    def _columns(self) -> Iterator[Sequence[Tensor]]:
-        yield self.parameters
-        yield self.gradients
-        yield from self.states
-        if self.masters is not None:
-            yield self.masters
-        if self.averages is not None:
-            yield self.averages
-
-
-class Counters(NamedTuple):
-    """A number for each parameter: how many steps it has taken, this one included, and NAdam's product.
-
-    Numbers that only the device knows are float64 tensors.
-    """
-
-    step: Sequence[float] | Tensor
-    mu_product: Sequence[float] | Tensor | None = None
+def launch_update(
+    variant: Variant,
+    programs: int,
+    words: Tensor,
+    settings: Tensor,
+    scalars: Tensor,
+    averages: Tensor | None,
+    squares: Tensor | None,
+    tensors: int,
+    lr: float,
+    step: float,
+    mu_product: float,
+) -> None:
+    """Update the tensors of a `Table` in place; operands as `update_kernel` has them."""
+    launch(
+        _update(variant),
+        programs,
+        words,
+        settings,
+        scalars,
+        settings if averages is None else averages,
+        settings if squares is None else squares,
+        tensors,
+        0 if squares is None else squares.numel(),
+        lr,
+        step,
+        mu_product,
+    )
 
 
-class Update:
-    """One launch, with its tensors laid out and its table uploaded."""
-
-    def __init__(
-        self,
-        name: str,
-        operands: Operands,
-        settings: Settings,
-        counters: Counters,
-        penalty: Penalty,
-        table: Table,
-    ) -> None:
-        self._operands = operands
-        self._settings = settings
-        first = operands.parameters[0]
-        self._tensors = len(operands.parameters)
-        states = [column[0].dtype for column in operands.states]
-        self.configuration = _update(
-            name,
-            first.dtype,
-            operands.gradients[0].dtype,
-            states[0] if states else first.dtype,
-            penalty,
-            operands.masters is not None,
-            operands.averages is not None,
-            operands.unscales,
-        )
-        self._flat = FlatOperands(operands.parameters, rows=penalty is Penalty.GROUPS)
-        self._bases, scalars, self._device_scalars = _relative(counters, self._tensors)
-        columns = [self._flat.addresses(column, written=operands.writes(column)) for column in operands._columns()]
-        elements, chunks, groups = _extents(operands.parameters, penalty)
-        programs = table.programs(elements, chunks)
-        rows = [np.array(settings).view(np.int64), *columns, elements, chunks, groups, *scalars, programs]
-        self._words = table.upload(rows)
-        self._columns = len(columns)
-        self._programs = len(programs)
-
-    def squares(self) -> Tensor:
-        """Launch the sum of the gradients' squares: float64 partial sums."""
-        programs = min(SQUARES, self._programs)
-        partial = torch.empty(programs, dtype=torch.float64, device=self._words.device)
-        configuration = _squares(self._columns, self._operands.gradients[0].dtype)
-        launch(configuration, programs, self._words, partial, self._tensors, self._programs)
-        return partial
-
-    def run(self, lr: float, on_device: dict[str, Tensor], averages: Tensor | None, squares: Tensor | None) -> None:
-        """Launch the update.  ``on_device`` are `Settings` that only the device knows, by name."""
-        words = self._words.view(torch.float64)
-        settings = words[:SETTINGS]
-        if on_device:
-            settings = settings.clone()
-            for name, value in on_device.items():
-                settings[Settings._fields.index(name)].copy_(value.reshape(()), non_blocking=True)
-        scalars = self._device_scalars
-        if scalars is None:
-            scalars = words[SETTINGS + (self._columns + 3) * self._tensors :]
-        launch(
-            self.configuration,
-            self._programs,
-            self._words,
-            settings,
-            scalars,
-            settings if averages is None else averages,
-            settings if squares is None else squares,
-            self._tensors,
-            0 if squares is None else squares.numel(),
-            lr,
-            *self._bases,
-        )
-        self._flat.copy_back()
-        torch.autograd.graph.increment_version(self._operands.written())
-
-
-def _extents(parameters: Sequence[Tensor], penalty: Penalty) -> list[Any]:
-    """Elements of each parameter, how many a program takes, and how many a group has (0 where there are no groups)."""
-    elements = np.array([parameter.numel() for parameter in parameters], dtype=np.int64)
-    chunks = np.full_like(elements, CHUNK)
-    groups = np.zeros_like(elements)
-    if penalty is Penalty.GROUPS:
-        for i, parameter in enumerate(parameters):
-            if parameter.dim() > 1 and parameter.numel():
-                chunks[i] = groups[i] = parameter.numel() // parameter.shape[0]
-    return [elements, chunks, groups]
-
-
-def _relative(counters: Counters, tensors: int) -> tuple[tuple[float, float], list[Any], Tensor | None]:
-    """Counters as numbers for the launch, what each tensor's differ by from them, and those on the device."""
-    step, product = counters.step, counters.mu_product
-    zeros = np.zeros(tensors)
-    if isinstance(step, Tensor):
-        on_device = torch.stack([step, product if isinstance(product, Tensor) else torch.ones_like(step)])
-        return (0.0, 0.0), [zeros.view(np.int64)] * 2, on_device
-    steps, products = np.array(step, dtype=np.float64), zeros if product is None else np.array(product)
-    differences = [(steps - steps[0]).view(np.int64), (products - products[0]).view(np.int64)]
-    return (float(steps[0]), float(products[0])), differences, None
+def launch_squares(words: Tensor, gradient: torch.dtype, columns: int, tensors: int, chunks: int) -> Tensor:
+    """Float64 partial sums of the squares of the gradients in a `Table` of ``columns`` operands."""
+    programs = min(SQUARES, chunks)
+    partial = torch.empty(programs, dtype=torch.float64, device=words.device)
+    launch(_squares(columns, gradient), programs, words, partial, tensors, chunks)
+    return partial

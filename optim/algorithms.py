@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import optim
 
-from .optimizer import FusedOptimizer, Recipe
+from .optimizer import FusedOptimizer
 from .options import OPTIONS
+from .recipe import Recipe
 
 __all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .optimizer import TWINS, FusedOptimizer
+from .optimizer import FusedOptimizer
 from .options import check_options
+from .twin import TWINS
 
 __all__ = ["replace"]
 

@@ -29,7 +29,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum
 
 import fusednn
 from fusednn import kernels, optim
-from fusednn.kernels.optimizer import ALGORITHMS
+from fusednn.kernels.functions.optimizer import ALGORITHMS
 
 # --- PyTorch's samples ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from fusednn import autograd, kernels, layers, optim
 from fusednn.__main__ import main
 from fusednn.commands import self_test
 from fusednn.layers.twin import TWINS
-from fusednn.optim.optimizer import TWINS as OPTIMIZER_TWINS
+from fusednn.optim.twin import TWINS as OPTIMIZER_TWINS
 
 #: Needs several processes: its layer is tested without them, and its kernels are batch norm's.
 NEEDS_PROCESSES = {"sync_batch_norm"}

@@ -29,7 +29,7 @@ FLOORS = {
     "kernels": floor("kernels", "numpy torch triton"),
     "autograd": floor("autograd kernels", "torch"),
     "layers": floor("layers autograd", "torch"),
-    "optim": floor("optim kernels", "torch"),
+    "optim": floor("optim kernels", "numpy torch"),
     FACE: floor("fusednn kernels autograd layers optim", "matplotlib numpy sklearn torch tqdm"),
 }
 OUTSIDE = ("bench", "examples", "tests")

@@ -97,7 +97,7 @@ class StepCase:
         return f"{self.operation.name}-{DTYPE_NAMES[self.dtype]}-{self.size}"
 
     def budget(self, direction: str = "step") -> float:
-        from fusednn.kernels.optimizer import ALGORITHMS
+        from fusednn.kernels.functions.optimizer import ALGORITHMS
 
         return ALGORITHMS[self.operation.algorithm].budget(self.numel, self.dtype)
 

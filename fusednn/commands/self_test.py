@@ -23,7 +23,7 @@ from ..autograd import stock as F
 from ..autograd.dispatch import Choice, observe_choices
 from ..layers.table import format_table
 from ..layers.twin import TWINS
-from ..optim.optimizer import TWINS as OPTIMIZER_TWINS
+from ..optim.twin import TWINS as OPTIMIZER_TWINS
 from .interpreter import interpreting_processes
 
 __all__ = ["FUNCTIONS", "Result", "families", "layer_sample", "self_test", "table"]
