@@ -24,8 +24,10 @@ def traits(
     group: Group, recipe: Recipe, parameters: Sequence[Any], own: Sequence[Mapping[str, Any]]
 ) -> tuple[Any, ...]:
     """All that `tensors_refusal` depends on: the same traits, the same answer."""
+    options = [group.get(name) for name in ("capturable", "group_lasso", "master_weights")]
+    decays = type(recipe.weight_decay) in (float, int) and recipe.weight_decay != 0
     keys = [tuple(state) for state in own]
-    return (recipe.algorithm, group.get("capturable"), keys, *_tensor_traits(parameters, own))
+    return (recipe.algorithm, options, decays, keys, *_tensor_traits(parameters, own))
 
 
 def _tensor_traits(parameters: Sequence[Any], own: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
 from .options import check_options
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
-
 __all__ = ["TWINS", "register", "stock_class"]
 
-#: The twin of each ``torch.optim`` class that has one.
-TWINS: dict[type[Optimizer], type[FusedOptimizer]] = {}
+#: The twin, a `FusedOptimizer`, of each ``torch.optim`` class that has one.
+TWINS: dict[type[Optimizer], type[Any]] = {}
 
 
-def register(twin: type[FusedOptimizer]) -> None:
+def register(twin: type[Any]) -> None:
     """Make ``class Adam(FusedOptimizer, torch.optim.Adam)`` the twin of its second base.
 
     Raises TypeError where it can't be one.
@@ -32,7 +29,7 @@ def register(twin: type[FusedOptimizer]) -> None:
     setattr(twin, "__init__", _constructor(stock, twin.options))  # noqa: B010
 
 
-def _refusal(twin: type[FusedOptimizer], stock: type[Optimizer]) -> str | None:
+def _refusal(twin: type[Any], stock: type[Optimizer]) -> str | None:
     if "_recipe" not in twin.__dict__:
         return "it has no _recipe"
     if not hasattr(stock, "_init_group"):
@@ -45,7 +42,7 @@ def _refusal(twin: type[FusedOptimizer], stock: type[Optimizer]) -> str | None:
     return None
 
 
-def stock_class(twin: type[FusedOptimizer]) -> type[Optimizer]:
+def stock_class(twin: type[Any]) -> type[Optimizer]:
     """The ``torch.optim`` class that a twin, or a subclass of one, replaces."""
     return next(stock for stock, ours in TWINS.items() if ours in twin.__mro__)
 
@@ -54,7 +51,7 @@ def _constructor(stock: type[Optimizer], options: Mapping[str, Any]) -> Callable
     """The stock constructor, with our options as further keywords."""
 
     @functools.wraps(stock.__init__)
-    def __init__(self: FusedOptimizer, *arguments: Any, **keywords: Any) -> None:  # noqa: N807
+    def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:  # noqa: N807
         given = {name: keywords.pop(name) for name in options if name in keywords}
         check_options(given)
         stock.__init__(self, *arguments, **keywords)
