@@ -312,6 +312,8 @@ def conv_pool_forward(
     conv_height, conv_width = conv_size(x.shape, weight.shape, stride, padding)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.permute(0, 2, 3, 1).contiguous()
+    has_bias = bias is not None
+    bias = x if bias is None else bias.contiguous()
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
     precision = _precision(x.dtype)
@@ -321,11 +323,11 @@ def conv_pool_forward(
     launch(
         configuration,
         cdiv(rows, tile.height) * cdiv(filters, tile.width),
-        *(x, weight, x if bias is None else bias, results.y, results.code, results.raw),
+        *(x, weight, bias, results.y, results.code, results.raw),
         *(() if partial is None else (partial,)),
         *(rows, filters, channels, kernel_height * kernel_width * channels, height, width, conv_height, conv_width),
         *(pooled_height, pooled_width, kernel_width, *stride, *padding, *window.padding),
-        *(int(bias is not None), int(keeps), int(keeps_raw), activation.a, activation.b),
+        *(int(has_bias), int(keeps), int(keeps_raw), activation.a, activation.b),
     )
     return results
 

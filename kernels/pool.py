@@ -788,6 +788,8 @@ def pool_forward(
     x, channels_last = images(x)
     if residual is not None:
         residual = dense_like(residual, x.stride())
+    if bias is not None:
+        bias = bias.contiguous()
     results = pooled_like(
         *(x, x.shape, channels_last, window, activation),
         keeps=keeps,

@@ -70,14 +70,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 class Operation:
-    """A call with operands in ``dtype``, ours and of stock operators.  Nothing is left to chance: stock is given the
-    mask that ours draws.
+    """A call with operands in ``dtype`` that ``change`` may lay out otherwise, ours and of stock operators.  Nothing is
+    left to chance: stock is given the mask that ours draws.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float64, device: str = DEVICE) -> None:
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float64,
+        device: str = DEVICE,
+        change: Callable[[Tensor], Tensor] = lambda operand: operand,
+    ) -> None:
         self.name = name
         sample = _SAMPLES[name]()
-        self.operands = [x.to(device, dtype if x.is_floating_point() else None) for x in sample.operands]
+        self.operands = [change(x.to(device, dtype if x.is_floating_point() else None)) for x in sample.operands]
         self.ours, self.stock = (
             function.to(device, dtype) if isinstance(function, nn.Module) else function
             for function in (sample.ours, sample.stock)
