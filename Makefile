@@ -112,6 +112,12 @@ test-oldest-torch: .venv-oldest-torch/.complete ## the suite with the oldest PyT
 	TRITON_INTERPRET=1 $(call pytest,.venv-oldest-torch,not thorough)
 	TRITON_INTERPRET=0 $(call pytest,.venv-oldest-torch,not thorough and not compiles)
 
+SEED ?= 0
+NUMBER ?= 20
+.PHONY: mutants
+mutants: .venv/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS choose; takes hours
+	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED) --number $(NUMBER) $(filter-out fusednn,$(FOLDERS))
+
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU here")'
 	$(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .

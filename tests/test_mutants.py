@@ -1,0 +1,80 @@
+"""Mutation testing's own tests: what it changes, what it leaves alone, and that a fault is noticed."""
+
+import ast
+import textwrap
+
+import pytest
+from mutants.__main__ import FLOORS, ROOT, is_noticed, own_tests, sample
+from mutants.mutators import mutants_of
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "changed"),
+    [
+        ("y = a < b", "comparison", "y = a <= b"),
+        ("y = a is None", "comparison", "y = a is not None"),
+        ("y = a - b", "operator", "y = (a + b)"),
+        ("y = a * (b + c)", "operator", "y = (a / (b + c))"),
+        ("y = -a", "sign", "y = (a)"),
+        ("y = not a", "negation", "y = (a)"),
+        ("y = a and b", "condition", "y = (a or b)"),
+        ("y = 3", "constant", "y = 4"),
+        ("y = True", "constant", "y = False"),
+        ("tl.load(p, mask=m, other=0)", "a mask is missing", "tl.load(p)"),
+        ("tl.load(p, mask=m, other=0)", "another value outside", "tl.load(p, mask=m, other=(0) + 1)"),
+        ("tl.maximum(a, propagate_nan=n)", "NaN isn't propagated", "tl.maximum(a)"),
+        ("takes_kernel(x, refusal=r)", "a refusal is missing", "takes_kernel(x)"),
+        ("f(a, b, c=d)", "swapped arguments", "f(b, a, c=d)"),
+        ("y = g.contiguous()", "no contiguous", "y = g"),
+        ("y = dense(x)", "no dense", "y = x"),
+        ("y = x.detach()", "no detach", "y = x"),
+        ("ctx.mark_dirty(x)", "a mark is missing", "pass"),
+        ("raise ValueError(x)", "an error is missing", "pass"),
+    ],
+)
+def test_what_is_changed(source: str, kind: str, changed: str) -> None:
+    assert changed in [mutant.of(source) for mutant in mutants_of("file.py", source) if mutant.kind == kind]
+
+
+def test_what_is_left_alone() -> None:
+    source = '''
+        """1 < 2"""
+        @decorated(1)
+        def f(x: "a < b" = None) -> list[1]:
+            """3 - 4"""
+            return "é", x
+    '''
+    assert not mutants_of("file.py", textwrap.dedent(source))
+
+
+def test_refusals() -> None:
+    source = 'def refusal(x):\n    # é\n    return "too large" if x else None\ndef other():\n    return "no"\n'
+    (mutant,) = mutants_of("file.py", source)
+    assert (mutant.line, mutant.after) == (5, "return None")
+
+
+def test_samples() -> None:
+    """Each is another program, and the same seed gives the same."""
+    mutants = sample(7, 30, list(FLOORS))
+    assert mutants == sample(7, 30, list(FLOORS))
+    for mutant in mutants:
+        original = (ROOT / mutant.path).read_text(encoding="utf-8")
+        assert ast.dump(ast.parse(mutant.of(original))) != ast.dump(ast.parse(original)), mutant
+    assert len({mutant.kind for mutant in mutants}) > 5
+
+
+def test_tests_of_a_family() -> None:
+    assert own_tests("kernels/dropout.py")[:2] == ["tests/test_dropout.py", "tests/test_dropout_layers.py"]
+    assert "tests/test_gradients.py" in own_tests("kernels/tiles.py")
+
+
+@pytest.mark.thorough
+@pytest.mark.stock
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_fault_is_noticed(fault: bool) -> None:
+    """By a test of the mutated copy, not of the library that is installed."""
+    path = "autograd/dispatch.py"
+    source = (ROOT / path).read_text(encoding="utf-8")
+    mutant = next(one for one in mutants_of(path, source) if one.kind == "a refusal is missing")
+    tests = ["tests/test_dispatch.py::test_choices_are_not_observed_after_the_block"]
+    assert is_noticed(mutant._replace(after="return (") if fault else mutant, tests) == fault
