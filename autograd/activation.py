@@ -260,11 +260,13 @@ def resolve_activation(name: str | None, parameters: Sequence[float] = ()) -> Ac
 
 def _taken(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Activated | None:
     """The activation, if its kernel takes the input; None where the stock operator has to."""
-    if not all(is_number(parameter) for parameter in parameters):
-        takes_kernel(name, input, inplace=inplace, refusal="a parameter is not a Python number")
-        return None
-    activation = resolve_activation(name, parameters)
-    return activation if takes_kernel(name, input, inplace=inplace, refusal=activation.refusal(inplace)) else None
+
+    def refusal() -> str | None:
+        if not all(is_number(parameter) for parameter in parameters):
+            return "a parameter is not a Python number"
+        return resolve_activation(name, parameters).refusal(inplace)
+
+    return resolve_activation(name, parameters) if takes_kernel(name, input, inplace=inplace, refusal=refusal) else None
 
 
 def _is_copied(input: Tensor) -> bool:
@@ -390,7 +392,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), or its tanh approximation.  As `torch.nn.functional.gelu`; saves the input."""
     refusal = None if type(approximate) is str and approximate in ("none", "tanh") else "unknown approximation"
     name = "gelu_tanh" if refusal is None and approximate == "tanh" else "gelu"
-    if not takes_kernel(name, input, refusal=refusal):
+    if not takes_kernel(name, input, refusal=lambda: refusal):
         return F.gelu(input, approximate=approximate)
     return apply_kernel(input, Activated(ACTIVATIONS[name]), False)
 

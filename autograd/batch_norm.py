@@ -250,10 +250,10 @@ def batch_norm(
     ``momentum`` (the variance with the unbiased one); otherwise they are the running ones.  Saves the input.  Source:
     Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
     """
-    refusal = _refusal(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
     vectors = _given(running_mean, running_var, weight, bias)
-    if not takes_kernel("batch_norm", input, parameters=vectors, refusal=refusal):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not takes_kernel("batch_norm", input, parameters=vectors, refusal=lambda: _refusal(*arguments)):
+        return F.batch_norm(*arguments)
     return _apply(input, None, running_mean, running_var, weight, bias, training, momentum, eps, IDENTITY)
 
 
@@ -286,12 +286,11 @@ def batch_norm_act(
     like), and the residual for the others.
     """
     resolved = resolve_activation(activation, activation_parameters)
-    refusal = _refusal(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches, resolved
-    )
+    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches, resolved)
     operands = _given(input, residual)
     name = "batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act"
-    if takes_kernel(name, *operands, parameters=_given(running_mean, running_var, weight, bias), refusal=refusal):
+    vectors = _given(running_mean, running_var, weight, bias)
+    if takes_kernel(name, *operands, parameters=vectors, refusal=lambda: _refusal(*arguments)):
         return _apply(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, resolved, batches
         )
@@ -312,7 +311,8 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     In float32, float64 for float64 inputs.
     """
     input = input.detach()
-    if takes_kernel("channel_statistics", input, refusal="no dimension of channels" if input.dim() < 2 else None):
+    refusal = "no dimension of channels" if input.dim() < 2 else None
+    if takes_kernel("channel_statistics", input, refusal=lambda: refusal):
         mean, variance = statistics(input, None, None, None, 0.0)
     else:
         others = [dim for dim in range(input.dim()) if dim != 1]

@@ -221,8 +221,8 @@ def bias_activation_dropout(
     if bias is not None and isinstance(input, Tensor) and autocast_dtype(input):
         bias = bias.to(input.dtype)
     operands = [operand for operand in (input, bias, residual) if operand is not None]
-    refusal = _refusal(input, bias, residual, p, resolved, dim)
-    if not takes_kernel("bias_activation_dropout", *operands, refusal=refusal):
+    described = (input, bias, residual, p, resolved, dim)
+    if not takes_kernel("bias_activation_dropout", *operands, refusal=lambda: _refusal(*described)):
         y: Tensor = F.dropout(stock_activation(_biased(input, bias, dim), resolved), p, training)
         return y if residual is None else y + residual
     return _apply(input, bias, residual, p if training else 0.0, resolved, dim, added=False)
@@ -247,8 +247,8 @@ def linear_activation_dropout(
     resolved = resolve_activation(activation, parameters)
     product = F.linear(input, weight, bias.detach())
     addend = bias.to(product.dtype) if autocast_dtype(input) else bias
-    refusal = _refusal(product, addend, None, p, resolved, -1)
-    if not takes_kernel("bias_activation_dropout", product, addend, refusal=refusal):
+    described = (product, addend, None, p, resolved, -1)
+    if not takes_kernel("bias_activation_dropout", product, addend, refusal=lambda: _refusal(*described)):
         return F.dropout(stock_activation(F.linear(input, weight, bias), resolved), p, training)
     return _apply(product, addend, None, p if training else 0.0, resolved, -1, added=True)
 

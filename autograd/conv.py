@@ -199,7 +199,7 @@ def conv1d(
 
     cuDNN computes it.
     """
-    takes_kernel("conv1d", input, refusal=_CUDNN)
+    takes_kernel("conv1d", input, refusal=lambda: _CUDNN)
     return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -217,7 +217,7 @@ def conv2d(
 
     cuDNN computes it.
     """
-    takes_kernel("conv2d", input, refusal=_CUDNN)
+    takes_kernel("conv2d", input, refusal=lambda: _CUDNN)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -250,19 +250,20 @@ def conv_act_pool2d(
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
     resolved = resolve_activation(activation, activation_parameters)
-    operands = input, weight, bias, residual = in_low_precision(input, weight, bias, residual)
+    input, weight, bias, residual = in_low_precision(input, weight, bias, residual)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    padded, border = _padded(input, weight, stride, padding, dilation)
+    odd, border = _numbers(weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
-    refusal = _refusal(padded, weight, bias, residual, convolution, resolved, window)
-    given = tuple(operand for operand in operands if operand is not None)
-    if not takes_kernel("conv_act_pool2d", *given, refusal=refusal):
+    described = (input, odd, weight, bias, residual, convolution, resolved, window)
+    given = (input, weight, *(operand for operand in (bias, residual) if operand is not None))
+    if not takes_kernel("conv_act_pool2d", *given, refusal=lambda: _refusal(*described)):
         chained = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         chained = apply_activation(chained, residual, resolved)
         return chained if pool_size is None else F.max_pool2d(chained, pool_size, pool_stride, pool_padding)
     assert convolution is not None
     assert window is not None
-    x = padded if padded.dim() == 4 else padded.unsqueeze(0)
+    x = F.pad(input, odd) if any(odd) else input
+    x = x if x.dim() == 4 else x.unsqueeze(0)
     if residual is not None and input.dim() == 3:
         residual = residual.unsqueeze(0)
     y: Tensor
@@ -283,36 +284,40 @@ def conv_statistics2d(
     groups: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`conv2d`, and the partial statistics of its channels, where a kernel makes both; else None."""
-    operands = x, w, b = in_low_precision(input, weight, bias)
-    x, border = _padded(x, w, stride, padding, dilation)
+    x, w, b = in_low_precision(input, weight, bias)
+    odd, border = _numbers(w, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
-    refusal = _refusal(x, w, b, None, convolution, resolve_activation("relu"), POINT)
-    if refusal is None and convolution is not None and x.dim() == 4:
+
+    def refusal() -> str | None:
+        if reason := _refusal(x, odd, w, b, None, convolution, resolve_activation("relu"), POINT):
+            return reason
+        if convolution is None or x.dim() != 4:
+            return "not a batch of images"
         single = kernels.takes_single(x, w, convolution.dilation, convolution.groups, POINT)
-        refusal = None if single else _CUDNN
-    else:
-        refusal = refusal or "not a batch of images"
-    if not takes_kernel("conv2d", *(operand for operand in operands if operand is not None), refusal=refusal):
+        return None if single else _CUDNN
+
+    if not takes_kernel("conv2d", *((x, w) if b is None else (x, w, b)), refusal=refusal):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups), None
     z: Tensor
     partial: Tensor
-    z, partial = ConvStatistics.apply(x, w, b, convolution)
+    z, partial = ConvStatistics.apply(F.pad(x, odd) if any(odd) else x, w, b, convolution)
     return z, partial
 
 
-def _padded(input: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, Any]:
-    """For a padding in words: the input, padded where the two ends differ, and the padding that is left in numbers."""
+_EVEN = (0, 0, 0, 0)
+
+
+def _numbers(weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, int, int, int], Any]:
+    """A padding in words as numbers: what `pad` adds first, where the two ends differ, and the padding that is left."""
     if padding == "valid":
-        return input, 0
+        return _EVEN, 0
     if padding != "same" or not isinstance(weight, Tensor) or weight.dim() != 4:
-        return input, padding
+        return _EVEN, padding
     spread = pairs(dilation, 2)
     if pairs(stride, 2) != (1, 1) or spread is None:
-        return input, None
-    totals = [step * (size - 1) for step, size in zip(spread, weight.shape[2:], strict=True)]
-    height, width = totals
-    odd = (0, width % 2, 0, height % 2)
-    return F.pad(input, odd) if any(odd) else input, (height // 2, width // 2)
+        return _EVEN, None
+    height, width = (step * (size - 1) for step, size in zip(spread, weight.shape[2:], strict=True))
+    return (0, width % 2, 0, height % 2), (height // 2, width // 2)
 
 
 def _convolution(stride: Any, padding: Any, dilation: Any, groups: Any) -> Convolution | None:
@@ -325,18 +330,16 @@ def _convolution(stride: Any, padding: Any, dilation: Any, groups: Any) -> Convo
 
 
 def _refusal(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any,
+    input: Tensor,
+    odd: tuple[int, int, int, int],
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     convolution: Convolution | None,
     activation: Activated,
     window: Window | None,
 ) -> str | None:
     """Why the kernels don't take these arguments, or None."""
-    given = [operand for operand in (bias, residual) if operand is not None]
-    if not all(isinstance(operand, Tensor) for operand in (input, weight, *given)):
-        return "not a tensor"
     if convolution is None or window is None:
         return "a size is not an integer for each direction"
     if activation.saves == "nothing" and residual is None and window == POINT:
@@ -350,7 +353,8 @@ def _refusal(
         return "the filters don't fit the channels"
     if bias is not None and bias.shape != (filters,):
         return "the bias is not one for each filter"
-    size = kernels.conv_size(input.shape, weight.shape, *convolution[:3])
+    padded = (*input.shape[:-2], input.shape[-2] + odd[3], input.shape[-1] + odd[1])
+    size = kernels.conv_size(padded, weight.shape, *convolution[:3])
     if min(size) < 1:
         return "the image is smaller than the filter"
     if residual is not None and residual.shape != (*input.shape[:-3], filters, *size):

@@ -193,10 +193,10 @@ def batch_norm_act_pool2d(
     if pool_size is None and partial is None:
         return batch_norm_act(input, *vectors, True, momentum, eps, **fused)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    refusal = _refusal(input, *vectors, momentum, eps, residual, batches, resolved, window)
+    described = (input, *vectors, momentum, eps, residual, batches, resolved, window)
     given = (input,) if residual is None else (input, residual)
     parameters = [vector for vector in vectors if vector is not None]
-    if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=refusal):
+    if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=lambda: _refusal(*described)):
         dense = batch_norm_act(input, *vectors, True, momentum, eps, **fused)
         if pool_size is None:
             return dense

@@ -170,12 +170,11 @@ def cross_entropy(
     """
     name = reduction_name(size_average, reduce, reduction)
     x, q = input, target
-    low = isinstance(x, Tensor) and x.dtype in AUTOCAST_TYPES and autocast_dtype(x) is not None
+    low = isinstance(x, Tensor) and autocast_dtype(x) is not None and x.dtype in AUTOCAST_TYPES
     if low and isinstance(q, Tensor) and q.dtype in AUTOCAST_TYPES and q.dtype != x.dtype:
         x, q = x.float(), q.float()
-    shape = x.shape if isinstance(x, Tensor) else ()
-    refusal = refusal_of(shape, x, q, weight, name, ignore_index, label_smoothing)
-    if not takes_kernel("cross_entropy", x, refusal=refusal):
+    described = (q, weight, name, ignore_index, label_smoothing)
+    if not takes_kernel("cross_entropy", x, refusal=lambda: refusal_of(x.shape, x, *described)):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     warn_of_deprecated(size_average, reduce)
     # Autocast computes the loss in float32, from logits as they are.

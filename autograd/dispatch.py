@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import AVAILABLE, WHERE
 from ..kernels.launch import memory_refusal
@@ -20,11 +21,14 @@ __all__ = [
     "AUTOCAST_TYPES",
     "PLAIN_TYPES",
     "Choice",
+    "Refusal",
     "autocast_dtype",
     "in_low_precision",
+    "in_single_precision",
     "is_integer",
     "is_number",
     "observe_choices",
+    "record_kernels",
     "takes_kernel",
     "tensor_refusal",
     "transform_refusal",
@@ -62,39 +66,55 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
         _observers.remove(observer)
 
 
+#: A family's own reason why its kernels don't take the arguments, or None; asked once all that is cheaper has passed.
+Refusal = Callable[[], str | None]
+
+
 def takes_kernel(
     operation: str,
     *tensors: Tensor,
     parameters: Sequence[Tensor] = (),
     inplace: bool = False,
     empty: bool = False,
-    refusal: str | None = None,
+    refusal: Refusal | None = None,
 ) -> bool:
     """Whether ``operation`` on these tensors takes its kernel.
 
     ``tensors`` are the operands in order (a kernel wants them all on the first's device and of its dtype),
     ``parameters`` those that may also be float32 beside 16-bit operands, ``empty`` says that the operation has
-    something to do where there are no elements, ``refusal`` is the reason why the operation's kernels don't take its
-    other arguments, or None.
+    something to do where there are no elements, ``refusal`` finds the reason why the operation's kernels don't take
+    its other arguments, or None.
     """
-    refusal = refusal or _refusal(tensors, parameters, inplace, empty)
+    reason = _refusal(tensors, parameters, inplace, empty, refusal)
     if _observers:
-        choice = Choice(operation, refusal is None, refusal or f"kernel {WHERE}")
+        choice = Choice(operation, reason is None, reason or f"kernel {WHERE}")
         for observer in _observers:
             observer(choice)
-    return refusal is None
+    return reason is None
 
 
-def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace: bool, empty: bool) -> str | None:
-    """Why no kernel takes these operands, or None."""
+def _refusal(
+    tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace: bool, empty: bool, refusal: Refusal | None
+) -> str | None:
+    """Why no kernel takes these operands, or None.
+
+    From the cheapest question to the dearest.  Nothing of a tensor is looked at while a mode or a tracer would see it,
+    and no argument is validated that stock serves anyway.
+    """
     if not AVAILABLE:
         return "Triton is not installed"
+    if torch._C._is_torch_function_mode_enabled() and (reason := _function_mode_refusal()):
+        return reason
     for tensor in (*tensors, *parameters):
         if type(tensor) not in PLAIN_TYPES:
             return f"{type(tensor).__name__} is not a plain tensor"
     first = tensors[0]
-    if refusal := memory_refusal(first):
-        return refusal
+    if reason := memory_refusal(first):
+        return reason
+    if reason := _tracer_refusal():
+        return reason
+    if refusal is not None and (reason := refusal()):
+        return reason
     if first.numel() == 0 and not empty:
         return "no elements"
     for other in tensors[1:]:
@@ -112,12 +132,44 @@ def _refusal(tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace:
             return "in-place on a leaf that requires gradients"
         if any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True)):
             return "in-place on memory that overlaps itself"
-    return transform_refusal()
+    return None
 
 
 def tensor_refusal(tensor: Tensor) -> str | None:
     """Why no kernel takes this operand, whatever the operation, or None."""
-    return _refusal((tensor,), (), False, False)
+    return _refusal((tensor,), (), False, False, None)
+
+
+# --- What surrounds a call --------------------------------------------------------------------------------------------
+
+# PyTorch's modes that change or record nothing that an operator of ours would spoil: a default device for factories,
+# and those that only watch what runs.
+_HARMLESS_MODES = {
+    "torch.cuda._sanitizer.CUDASanitizerDispatchMode",
+    "torch.distributed._tools.mem_tracker.MemTracker",
+    "torch.distributed._tools.memory_tracker.MemoryProfileDispatchMode",
+    "torch.distributed.tensor.debug._comm_mode.CommDebugMode",
+    "torch.utils._debug_mode._mode.DebugMode",
+    "torch.utils._device.DeviceContext",
+    "torch.utils.flop_counter._FlopCounterMode",
+}
+
+_records_kernels = False
+
+
+@contextmanager
+def record_kernels() -> Iterator[None]:
+    """Let ``torch.export.export(model, ..., strict=True)`` record operators of fusednn inside the ``with`` block.
+
+    The program then needs fusednn where it is loaded, and inputs on a device that kernels run on.  Outside, exported
+    programs hold PyTorch's operators alone, whatever replaced the layers.
+    """
+    global _records_kernels
+    before, _records_kernels = _records_kernels, True
+    try:
+        yield
+    finally:
+        _records_kernels = before
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -131,13 +183,42 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def transform_refusal() -> str | None:
-    """Why a kernel can't run under the transforms that are active, or None."""
+    """Why a kernel can't run under the modes, transforms and tracers that are active, or None."""
+    return _function_mode_refusal() or _tracer_refusal()
+
+
+def _function_mode_refusal() -> str | None:
+    if not torch._C._is_torch_function_mode_enabled():
+        return None
+    return _mode_refusal([torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())])
+
+
+def _tracer_refusal() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling():
+        # The flag itself: is_exporting() is true in every graph of older compilers.
+        exports = torch.compiler._is_exporting_flag and not _records_kernels
+        return "recorded by torch.export" if exports else None
+    if torch._C._len_torch_dispatch_stack() and (reason := _mode_refusal(_get_current_dispatch_mode_stack())):
+        return reason
+    if torch._C._get_tracing_state() is not None:
         return "recorded by torch.jit.trace"
+    return None
+
+
+def _mode_refusal(modes: Sequence[object]) -> str | None:
+    """Why a mode must see PyTorch's functions and operators in place of ours, or None.
+
+    A mode whose class has a true ``takes_kernels`` sees ours.
+    """
+    for mode in modes:
+        kind = type(mode)
+        harmless = f"{kind.__module__}.{kind.__qualname__}" in _HARMLESS_MODES
+        if not (harmless or getattr(kind, "takes_kernels", False)):
+            return f"under {kind.__name__}, a mode that may look for PyTorch's own operators"
     return None
 
 
@@ -149,6 +230,8 @@ def _has_autocast(kind: str) -> bool:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The low-precision dtype of the autocast region that ``tensor``'s device is in, or None outside one."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = tensor.device.type
     if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -164,3 +247,11 @@ def in_low_precision(*operands: Any) -> tuple[Any, ...]:
     if dtype is None:
         return operands
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in AUTOCAST_TYPES else t for t in operands)
+
+
+def in_single_precision(*operands: Any) -> tuple[Any, ...]:
+    """The operands as autocast gives them to a loss, which it computes in float32; else as of `in_low_precision`."""
+    if not isinstance(operands[0], Tensor) or autocast_dtype(operands[0]) is None:
+        return operands
+    halves = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in halves else t for t in operands)

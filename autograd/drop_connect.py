@@ -59,7 +59,7 @@ def drop_connect_linear(
     """
     input, weight, bias = in_low_precision(input, weight, bias)
     operands = [operand for operand in (weight, input, bias) if operand is not None]
-    if not takes_kernel("drop_connect_linear", *operands, refusal=probability_refusal(p, training)):
+    if not takes_kernel("drop_connect_linear", *operands, refusal=lambda: probability_refusal(p, training)):
         return F.linear(input, F.dropout(weight, p, training), bias)
     seed = draw_seed(weight.device)
     y: Tensor = DropConnectLinear.apply(input, weight, bias, seed, float(p))

@@ -119,7 +119,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     As `torch.nn.functional.dropout`, with a mask of other random numbers.  Any shape; saves a seed.  Source: Srivastava
     et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (JMLR 2014).
     """
-    if not takes_kernel("dropout", input, inplace=inplace, refusal=probability_refusal(p, training)):
+    if not takes_kernel("dropout", input, inplace=inplace, refusal=lambda: probability_refusal(p, training)):
         return F.dropout(input, p, training, inplace)
     return apply_dropout(input, p, inplace)
 
@@ -131,7 +131,7 @@ def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace
     `torch.nn.functional.alpha_dropout`, with a mask of other random numbers.  Any shape; saves a seed.  Source:
     Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing Neural Networks" (NeurIPS 2017).
     """
-    if not takes_kernel("alpha_dropout", input, inplace=inplace, refusal=probability_refusal(p, training)):
+    if not takes_kernel("alpha_dropout", input, inplace=inplace, refusal=lambda: probability_refusal(p, training)):
         return F.alpha_dropout(input, p, training, inplace)
     return apply_dropout(input, p, inplace, alpha=True)
 
@@ -186,7 +186,9 @@ def _takes_channels(
     name: str, input: Tensor, p: float, training: bool, inplace: bool, dimensions: tuple[int, ...] | None
 ) -> bool:
     """The choice for whole channels, whose input has one of these numbers of ``dimensions``; None: at least two."""
-    refusal = probability_refusal(p, training)
-    if isinstance(input, Tensor) and not (input.dim() >= 2 if dimensions is None else input.dim() in dimensions):
-        refusal = refusal or f"{input.dim()} dimensions"
+
+    def refusal() -> str | None:
+        fits = input.dim() >= 2 if dimensions is None else input.dim() in dimensions
+        return probability_refusal(p, training) or (None if fits else f"{input.dim()} dimensions")
+
     return takes_kernel(name, input, inplace=inplace, refusal=refusal)

@@ -208,13 +208,11 @@ def linear_cross_entropy(
     Raises what PyTorch raises.
     """
     x, matrix, vector = in_low_precision(input, linear_weight, linear_bias)
-    low = isinstance(x, Tensor) and x.dtype in AUTOCAST_TYPES and autocast_dtype(x) is not None
-    dtype = torch.float32 if low or not isinstance(x, Tensor) else x.dtype
     operands = (x, matrix) if vector is None else (x, matrix, vector)
     ignored = -100 if ignore_index is None else ignore_index
-    refusal = _refusal(x, matrix, vector, target, weight, reduction, ignore_index, label_smoothing, options)
-    kernel = takes_kernel("linear_cross_entropy", *operands, refusal=refusal)
-    if not kernel and (refusal is not None or not _takes_chunks(*operands)):
+    described = (x, matrix, vector, target, weight, reduction, ignore_index, label_smoothing, options)
+    kernel = takes_kernel("linear_cross_entropy", *operands, refusal=lambda: _refusal(*described))
+    if not kernel and not (_takes_chunks(*operands) and _refusal(*described) is None):
         return _stock(
             *(input, linear_weight, target),
             linear_bias=linear_bias,
@@ -224,6 +222,8 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             options=options,
         )
+    low = autocast_dtype(x) is not None and x.dtype in AUTOCAST_TYPES
+    dtype = torch.float32 if low else x.dtype
     batched = x.dim() == 2
     if not batched:
         x, target = x[None], target[None]
@@ -235,9 +235,9 @@ def linear_cross_entropy(
 
 
 def _refusal(
-    x: object,
-    linear_weight: object,
-    linear_bias: object,
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
     target: object,
     weight: object,
     reduction: object,
@@ -246,17 +246,13 @@ def _refusal(
     options: object,
 ) -> str | None:
     """Why chunks don't take these arguments, or None."""
-    if not isinstance(x, Tensor) or not isinstance(linear_weight, Tensor):
-        return "not a tensor"
     if options is not None:
         return "options ask for PyTorch's own chunks"
     if x.dim() not in (1, 2) or linear_weight.dim() < 2 or x.shape[-1] != linear_weight.shape[-1]:
         return "input and linear_weight don't fit"
     if x.dim() == 1 and linear_weight.dim() > 2:
         return "an unbatched input with a K-dimensional loss"
-    if linear_bias is not None and (
-        not isinstance(linear_bias, Tensor) or linear_bias.shape != linear_weight.shape[:-1]
-    ):
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         return "linear_bias doesn't fit linear_weight"
     shape = torch.Size((*x.shape[:-1], *linear_weight.shape[:-1]))
     if isinstance(target, Tensor) and target.shape == shape:
@@ -274,9 +270,9 @@ def _takes_chunks(*operands: Tensor) -> bool:
     return (
         transform_refusal() is None
         and not torch.compiler.is_compiling()
+        and all(type(operand) in PLAIN_TYPES and operand.layout is torch.strided for operand in operands)
         and first.device.type != "meta"
         and first.dtype in ACCUMULATOR
-        and all(type(operand) in PLAIN_TYPES and operand.layout is torch.strided for operand in operands)
         and all(operand.numel() for operand in operands)
         and all(operand.dtype == first.dtype and operand.device == first.device for operand in operands)
     )

@@ -1,10 +1,9 @@
-"""Arguments that all losses share: the reduction under its deprecated names, and operands under autocast."""
+"""An argument that all losses share: the reduction, also under its deprecated names."""
 
 import torch
-from torch import Tensor
 from torch.nn import _reduction
 
-__all__ = ["reduction_name", "single_precision", "warn_of_deprecated"]
+__all__ = ["reduction_name", "warn_of_deprecated"]
 
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -20,9 +19,3 @@ def warn_of_deprecated(size_average: bool | None, reduce: bool | None) -> None:
     """Stock's warning where the deprecated arguments are used.  A compiled graph never warns."""
     if (size_average is not None or reduce is not None) and not torch.compiler.is_compiling():
         _reduction.legacy_get_string(size_average, reduce)
-
-
-def single_precision(operand: Tensor | None) -> Tensor | None:
-    """The operand as autocast gives it to a loss: 16-bit types become float32."""
-    halves = (torch.float16, torch.bfloat16)
-    return operand.float() if operand is not None and operand.dtype in halves else operand

@@ -201,7 +201,7 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
     if size % pieces:
         raise ValueError(f"{pieces} pieces don't divide the {size} features of dimension {dim}")
     dim %= input.dim()
-    if not takes_kernel("maxout", input, refusal=_refusal(pieces)):
+    if not takes_kernel("maxout", input, refusal=lambda: _refusal(pieces)):
         return _first_maximum(input.unflatten(dim, (size // pieces, pieces)), dim + 1)
     return _apply_maximum(input, None, pieces, dim, adjacent=True)
 
@@ -233,11 +233,12 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     pieces, units, features = weight.shape
     input, weight, bias = in_low_precision(input, weight, bias)
     operands = (input, weight) if bias is None else (input, weight, bias)
-    refusal = _refusal(pieces)
-    if input.dim() == 0 or input.shape[-1] != features:
-        refusal = "the input hasn't as many features as the weight"
-    elif units == 0:
-        refusal = "no elements"
+
+    def refusal() -> str | None:
+        if input.dim() == 0 or input.shape[-1] != features:
+            return "the input hasn't as many features as the weight"
+        return "no elements" if units == 0 else _refusal(pieces)
+
     if not takes_kernel("maxout_linear", *operands, refusal=refusal):
         products = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
         return F.dropout(_first_maximum(products.unflatten(-1, (pieces, units)), -2), dropout)
@@ -286,7 +287,7 @@ def maxout_conv2d(
     pieces = weight.shape[0]
     input, weight, bias = in_low_precision(input, weight, bias)
     operands = (input, weight) if bias is None else (input, weight, bias)
-    takes = takes_kernel("maxout_conv2d", *operands, refusal=_refusal(pieces))
+    takes = takes_kernel("maxout_conv2d", *operands, refusal=lambda: _refusal(pieces))
     fused = takes and groups == 1
     added = None if fused or bias is None else _as_channels(bias, groups)
     products = F.conv2d(input, _as_channels(weight, groups), added, stride, padding, dilation, groups)

@@ -10,8 +10,8 @@ from torch.autograd import Function
 from ..kernels import nll_loss as kernels
 from ..kernels.launch import DeviceAssertionError
 from . import stock as F
-from .dispatch import autocast_dtype, is_integer, takes_kernel
-from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
+from .dispatch import in_single_precision, is_integer, takes_kernel
+from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
 
 __all__ = ["nll_loss"]
@@ -121,29 +121,28 @@ def nll_loss(
     weight (C).  Targets that are ``ignore_index`` count for nothing; others out of bounds raise PyTorch's IndexError on
     the CPU, and a device assertion on CUDA.  Autocast computes it in float32, and so does this.
     """
-    operands = (input, weight)
     name = reduction_name(size_average, reduce, reduction)
-    refusal = _refusal(input, target, weight, ignore_index)
-    if refusal is None and autocast_dtype(input):
-        operands = tuple(single_precision(operand) for operand in operands)  # type: ignore[assignment]
-    if name not in ("none", "mean", "sum"):
-        refusal = "unknown reduction"
-    if not takes_kernel("nll_loss", *(operand for operand in operands if operand is not None), refusal=refusal):
+    operands = x, w = in_single_precision(input, weight)
+    given = operands if weight is not None else operands[:1]
+    if not takes_kernel("nll_loss", *given, refusal=lambda: _refusal(input, target, weight, ignore_index, name)):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     warn_of_deprecated(size_average, reduce)
-    x, weight = operands
     loss: Tensor
     if torch.is_grad_enabled() and x.requires_grad:
-        loss = NLLLoss.apply(x, target, weight, ignore_index, name)
+        loss = NLLLoss.apply(x, target, w, ignore_index, name)
     else:
-        loss, _ = _forward(x, target, weight, ignore_index, name)  # type: ignore[arg-type]
+        loss, _ = _forward(x, target, w, ignore_index, name)  # type: ignore[arg-type]
     return loss
 
 
-def _refusal(input: object, target: object, weight: object, ignore_index: object) -> str | None:
+def _refusal(
+    input: Tensor, target: object, weight: Tensor | None, ignore_index: object, reduction: object
+) -> str | None:
     """Why the kernels don't take these arguments, or None."""
-    if not isinstance(input, Tensor) or type(target) is not Tensor:
+    if type(target) is not Tensor:
         return "not a plain tensor"
+    if reduction not in ("none", "mean", "sum"):
+        return "unknown reduction"
     if not is_integer(ignore_index):
         return "ignore_index is not an integer"
     if target.dtype is not torch.int64 or target.device != input.device or target.layout is not torch.strided:
@@ -156,8 +155,6 @@ def _refusal(input: object, target: object, weight: object, ignore_index: object
     if math.prod(places) > kernels.LARGEST_PLACES:
         return "a sample has too many places"
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            return "not a plain tensor"
         if weight.requires_grad and torch.is_grad_enabled():
             return "the weights require gradients"
         if weight.shape != (classes,):

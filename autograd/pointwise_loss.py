@@ -15,8 +15,8 @@ from torch.autograd import Function
 from ..kernels import pointwise_loss as kernels
 from ..kernels.launch import DeviceAssertionError
 from . import stock as F
-from .dispatch import autocast_dtype, is_number, takes_kernel
-from .loss_arguments import reduction_name, single_precision, warn_of_deprecated
+from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, takes_kernel
+from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
 from .stock_gradients import stock_gradients
 
@@ -228,41 +228,41 @@ def _try_kernel(
     reduce: bool | None = None,
     a: float = 0.0,
     b: float = 0.0,
-    refusal: str | None = None,
+    refusal: Refusal | None = None,
 ) -> Tensor | None:
     """The loss by kernels, or None where ``operation`` has to take the stock path; ``refusal`` as in `takes_kernel`."""
-    operands = (input, target, weight, positive_weight)
     name = reduction_name(size_average, reduce, reduction)
-    refusal = _refusal(*operands) or refusal
-    if refusal is None and autocast_dtype(input):
+
+    def any_refusal() -> str | None:
+        if reason := _refusal(input, target, weight, positive_weight) or (refusal and refusal()):
+            return reason
+        if name not in ("none", "mean", "sum") and not (name == "batchmean" and operation == "kl_div"):
+            return "unknown reduction"
+        if autocast_dtype(input) is None:
+            return None
         if weight is not None and row in _UNWEIGHTED_UNDER_AUTOCAST:
-            refusal = "autocast takes a weighted loss apart"
-        elif row == "binary_cross_entropy" and input.is_cuda:
-            refusal = "autocast rejects it"
-        operands = tuple(single_precision(operand) for operand in operands)  # type: ignore[assignment]
-    if name not in ("none", "mean", "sum") and not (name == "batchmean" and operation == "kl_div"):
-        refusal = "unknown reduction"
-    if not takes_kernel(operation, *(operand for operand in operands if operand is not None), refusal=refusal):
+            return "autocast takes a weighted loss apart"
+        return "autocast rejects it" if row == "binary_cross_entropy" and input.is_cuda else None
+
+    x, t, w, p = in_single_precision(input, target, weight, positive_weight)
+    weights = [tensor for tensor in (w, p) if tensor is not None]
+    if not takes_kernel(operation, x, t, *weights, refusal=any_refusal):
         return None
     warn_of_deprecated(size_average, reduce)
-    return _apply_kernel(row, name, *operands, a=a, b=b)
+    return _apply_kernel(row, name, x, t, w, p, a=a, b=b)
 
 
 # Losses whose weights PyTorch multiplies outside the operator that autocast knows.
 _UNWEIGHTED_UNDER_AUTOCAST = ("huber_loss", "l1_loss", "mse_loss")
 
 
-def _refusal(input: object, target: object, weight: object = None, positive_weight: object = None) -> str | None:
+def _refusal(input: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None) -> str | None:
     """Why the kernels don't take these operands, or None."""
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
-        return "not a tensor"
     if input.shape != target.shape:
         return "input and target differ in shape"
     for weights in (weight, positive_weight):
         if weights is None:
             continue
-        if not isinstance(weights, Tensor):
-            return "not a tensor"
         if weights.requires_grad and torch.is_grad_enabled():
             return "the weights require gradients"
         if not _broadcasts_to(weights, input):
@@ -275,9 +275,9 @@ def _broadcasts_to(small: Tensor, large: Tensor) -> bool:
     return small.dim() <= large.dim() and all(ours in (1, theirs) for ours, theirs in pairs)
 
 
-def _weight_refusal(input: object, weight: object) -> str | None:
+def _weight_refusal(input: Tensor, weight: Tensor | None) -> str | None:
     """Why weights of a loss that doesn't broadcast them are refused, or None."""
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.shape != input.shape:
+    if weight is not None and weight.shape != input.shape:
         return "the weights don't have the shape of the input"
     return None
 
@@ -311,7 +311,7 @@ def mse_loss(
         reduction=reduction,
         size_average=size_average,
         reduce=reduce,
-        refusal=_weight_refusal(input, weight),
+        refusal=lambda: _weight_refusal(input, weight),
     )
     if loss is None:
         loss = F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
@@ -336,7 +336,7 @@ def l1_loss(
         reduction=reduction,
         size_average=size_average,
         reduce=reduce,
-        refusal=_weight_refusal(input, weight),
+        refusal=lambda: _weight_refusal(input, weight),
     )
     if loss is None:
         loss = F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
@@ -366,7 +366,7 @@ def smooth_l1_loss(
         reduce=reduce,
         a=beta,
         b=beta,
-        refusal=None if is_l1 else _threshold_refusal(beta),
+        refusal=None if is_l1 else lambda: _threshold_refusal(beta),
     )
     return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta) if loss is None else loss
 
@@ -383,9 +383,16 @@ def huber_loss(
     As `torch.nn.functional.huber_loss`; its mean is over the elements.  Source: Huber, "Robust Estimation of a Location
     Parameter" (1964).
     """
-    refusal = _weight_refusal(input, weight) or _threshold_refusal(delta)
     loss = _try_kernel(
-        "huber_loss", "huber_loss", input, target, weight, reduction=reduction, a=delta, b=1.0, refusal=refusal
+        "huber_loss",
+        "huber_loss",
+        input,
+        target,
+        weight,
+        reduction=reduction,
+        a=delta,
+        b=1.0,
+        refusal=lambda: _weight_refusal(input, weight) or _threshold_refusal(delta),
     )
     if loss is None:
         loss = F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
@@ -460,10 +467,13 @@ def kl_div(
     "batchmean" divides the sum by the number of samples.  Source: Kullback and Leibler, "On Information and
     Sufficiency" (1951).
     """
-    refusal = None if type(log_target) is bool else "log_target is not a bool"
     modern = size_average is None and reduce is None
-    if reduction == "batchmean" and not modern:
-        refusal = "deprecated arguments together with batchmean"
+
+    def refusal() -> str | None:
+        if reduction == "batchmean" and not modern:
+            return "deprecated arguments together with batchmean"
+        return None if type(log_target) is bool else "log_target is not a bool"
+
     loss = _try_kernel(
         "kl_div",
         "kl_div",

@@ -274,15 +274,18 @@ def _max_pool(
     return_indices: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """Maxima and their indices (empty unless asked for), or None where the stock operator has to be taken."""
-    window = window_of(dims, kernel_size, stride, padding, dilation, ceil_mode)
-    refusal = None
-    if not isinstance(input, Tensor) or input.dim() not in (dims + 1, dims + 2):
-        refusal = "not a batch of images"
-    elif window is None or type(return_indices) is not bool:
-        refusal = "a size is not an integer for each direction"
-    elif input.numel():
+    window: Window | None = None
+
+    def refusal() -> str | None:
+        nonlocal window
+        window = window_of(dims, kernel_size, stride, padding, dilation, ceil_mode)
+        if input.dim() not in (dims + 1, dims + 2):
+            return "not a batch of images"
+        if window is None or type(return_indices) is not bool:
+            return "a size is not an integer for each direction"
         height, width = (1, *input.shape[-dims:])[-2:]
-        refusal = window_refusal(window, height, width)
+        return window_refusal(window, height, width) if input.numel() else None
+
     if not takes_kernel(f"max_pool{dims}d", input, refusal=refusal):
         return None
     assert window is not None

@@ -56,15 +56,13 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     precision, and so does this.  Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers" (ICCV 2015).
     """
     input, weight = in_low_precision(input, weight)
-    if not takes_kernel("prelu", input, weight, refusal=_refusal(input, weight)):
+    if not takes_kernel("prelu", input, weight, refusal=lambda: _refusal(input, weight)):
         return F.prelu(input, weight)
     y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _forward(input, weight)
     return y
 
 
-def _refusal(input: object, weight: object) -> str | None:
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-        return "not a tensor"
+def _refusal(input: Tensor, weight: Tensor) -> str | None:
     if weight.dim() > 1 or (weight.numel() != 1 and (input.dim() < 2 or weight.numel() != input.shape[1])):
         return "the slopes are neither one nor one per channel"
     return None

@@ -26,7 +26,7 @@ def rrelu(
     Saves one bit an element and a seed.  Source: Xu, Wang, Chen, Li, "Empirical Evaluation of Rectified Activations in
     Convolutional Network" (2015).
     """
-    if not takes_kernel("rrelu", input, inplace=inplace, refusal=_refusal(lower, upper, training, inplace)):
+    if not takes_kernel("rrelu", input, inplace=inplace, refusal=lambda: _refusal(lower, upper, training, inplace)):
         return F.rrelu(input, lower, upper, training, inplace)
     if training:
         return apply_masked(input, draw_seed(input.device), ("rrelu", float(lower), float(upper)), inplace)

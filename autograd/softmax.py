@@ -89,7 +89,7 @@ _default_dim: Callable[[str, int, int], int] = _get_softmax_dim
 
 def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Tensor | None:
     """The kernel's result, or None where stock has to do it."""
-    if not takes_kernel(kind, input, refusal=_refusal(input, dim, dtype)):
+    if not takes_kernel(kind, input, refusal=lambda: _refusal(input, dim, dtype)):
         return None
     if dtype is None and input.is_cuda and input.dtype.itemsize == 2 and autocast_dtype(input) is not None:
         dtype = torch.float32  # CUDA's autocast does it in float32; the CPU's leaves it alone
@@ -99,9 +99,7 @@ def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Ten
     return y
 
 
-def _refusal(input: object, dim: object, dtype: torch.dtype | None) -> str | None:
-    if not isinstance(input, Tensor):
-        return None  # judged for all operations
+def _refusal(input: Tensor, dim: object, dtype: torch.dtype | None) -> str | None:
     if type(dim) is not int or not -max(input.dim(), 1) <= dim < max(input.dim(), 1):
         return "no such dimension"
     if dtype is not None and (type(dtype) is not torch.dtype or dtype not in DTYPES):

@@ -61,7 +61,7 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
     Sampling has no gradient: in training none reaches the belief.  Probabilities are met to 2^-24.  Saves one bit an
     element.  Source: Ba and Frey, "Adaptive dropout for training deep neural networks" (NeurIPS 2013).
     """
-    if not takes_kernel("standout", input, belief, refusal=_refusal(input, belief, alpha, beta, training)):
+    if not takes_kernel("standout", input, belief, refusal=lambda: _refusal(input, belief, alpha, beta, training)):
         probability = F.sigmoid(alpha * belief + beta)
         return input * (torch.bernoulli(probability.detach()) if training else probability)
     seed = draw_seed(input.device)
@@ -73,11 +73,9 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
     return y
 
 
-def _refusal(input: object, belief: object, alpha: object, beta: object, training: object) -> str | None:
+def _refusal(input: Tensor, belief: Tensor, alpha: object, beta: object, training: object) -> str | None:
     if not training:
         return "evaluation takes the mean"
-    if not isinstance(input, Tensor) or not isinstance(belief, Tensor):
-        return "not a tensor"
     if input.shape != belief.shape:
         return "the belief is of another shape"
     if not isinstance(alpha, float | int) or not isinstance(beta, float | int):

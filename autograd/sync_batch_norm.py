@@ -55,10 +55,13 @@ def sync_takes_kernel(
 
     The answer must be the same on every rank, so it doesn't depend on the size of the batch.
     """
-    refusal = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
-    refusal = refusal or activation.refusal()
+    arguments = (input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
     operands = [input] if residual is None else [input, residual]
     parameters = [tensor for tensor in (running_mean, running_var, weight, bias) if tensor is not None]
+
+    def refusal() -> str | None:
+        return argument_refusal(*arguments) or activation.refusal()
+
     return takes_kernel("sync_batch_norm", *operands, parameters=parameters, empty=True, refusal=refusal)
 
 

@@ -10,6 +10,7 @@ environment, the kernels in Triton's interpreter.
 
 from . import autograd, kernels, layers, optim
 from ._version import __version__
+from .autograd.dispatch import record_kernels
 from .layers import explain, replace_layers, restore_layers
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "kernels",
     "layers",
     "optim",
+    "record_kernels",
     "replace_layers",
     "restore_layers",
 ]

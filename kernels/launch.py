@@ -205,10 +205,10 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
 
 def memory_refusal(tensor: torch.Tensor) -> str | None:
     """Why no kernel works on the memory of a plain tensor, by its device, layout and dtype, or None."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         if not ON_CPU:
             return "CPU tensor"
-    elif tensor.device.type != "cuda":
+    elif not tensor.is_cuda:
         return f"no kernels for {tensor.device.type} tensors"
     if tensor.layout is not torch.strided:
         return f"{tensor.layout} tensor"

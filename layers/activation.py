@@ -50,7 +50,7 @@ class ReLU6(Twin, nn.ReLU6):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.relu6(input, self.inplace)
+        return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
 class LeakyReLU(Twin, nn.LeakyReLU):

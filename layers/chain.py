@@ -283,9 +283,11 @@ def maxout_chain(input: Tensor, linear: nn.Linear, sizes: tuple[int, int], dim: 
 
 def maxout_pool_chain(input: Tensor, linear: nn.Linear, pool: nn.MaxPool1d) -> Tensor:
     """max_pool(linear(x)) along the features."""
-    ready = _is_ready(linear, nn.Linear) and _is_ready(pool, nn.MaxPool1d)
-    pieces = pieces_of(pool, linear) if ready and input.dim() in (2, 3) else None
-    if pieces is None or not _may_fuse(input):
+    fused = (
+        _may_fuse(input) and input.dim() in (2, 3) and _is_ready(linear, nn.Linear) and _is_ready(pool, nn.MaxPool1d)
+    )
+    pieces = pieces_of(pool, linear) if fused else None
+    if pieces is None:
         maxima: Tensor = pool(linear(input))
         return maxima
     return _computed(lambda: _maxima(input, linear, (linear.out_features // pieces, pieces), -1), linear, pool)

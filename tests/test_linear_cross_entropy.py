@@ -117,6 +117,8 @@ def test_chunks_follow_from_the_shapes() -> None:
 class PeakMemory(TorchDispatchMode):
     """Bytes of the tensors that are alive at once, of those made inside the ``with`` block."""
 
+    takes_kernels = True
+
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0

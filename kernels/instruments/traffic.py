@@ -151,6 +151,8 @@ def _distinct(pointers: Any, mask: Any) -> Any:
 
 
 class _OperatorCounter(TorchDispatchMode):
+    takes_kernels = True  # for fusednn.autograd.dispatch
+
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
         self._traffic = traffic
