@@ -38,6 +38,7 @@ from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
 from .replacement.explain import Explanation, ExplanationRow, explain
 from .replacement.fold import fold_batch_norm
+from .replacement.functions import FunctionReport, FunctionRow, replace_functions, restore_functions
 from .replacement.replace import replace_layers
 from .replacement.report import ReplacementReport, ReplacementRow
 from .replacement.restore import restore_layers, restored
@@ -76,6 +77,8 @@ __all__ = [
     "Explanation",
     "ExplanationRow",
     "FeatureAlphaDropout",
+    "FunctionReport",
+    "FunctionRow",
     "GlobalContrastNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -117,7 +120,9 @@ __all__ = [
     "explain",
     "fold_batch_norm",
     "init",
+    "replace_functions",
     "replace_layers",
+    "restore_functions",
     "restore_layers",
     "restored",
 ]

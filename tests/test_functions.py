@@ -1,14 +1,20 @@
-"""Our functions in the place of ``torch.nn.functional``'s: set by hand, as people patch models."""
+"""Our functions in the place of ``torch.nn.functional``'s: set by hand, as people patch models, and by the library."""
 
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.pytorch_samples import OPERATORS
-from torch import Tensor
+from support.pytorch_samples import OPERATORS, SAMPLED, module_samples
+from torch import Tensor, nn
 
+import fusednn
 from fusednn import autograd
+from fusednn.autograd.dispatch import Choice, observe_choices
 
 #: The functions that have a namesake in ``torch.nn.functional``.
 NAMES = [name for name in autograd.__all__ if hasattr(F, name)]
@@ -42,3 +48,96 @@ def test_functions_patched_by_name(name: str, kind: type[Tensor], device: str, m
     result = getattr(F, name)(first, *others, **options)
     assert type(result) is type(expected)
     torch.testing.assert_close(result, expected)
+
+
+# --- replace_functions ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stock() -> Iterator[dict[str, Any]]:
+    """What ``torch.nn.functional`` holds, and has to hold again."""
+    held = {name: getattr(F, name) for name in NAMES}
+    yield held
+    assert {name: getattr(F, name) for name in NAMES} == held
+
+
+def test_replaces_and_restores_every_function(stock: dict[str, Any]) -> None:
+    report = fusednn.replace_functions()
+    try:
+        assert {name: getattr(F, name) for name in NAMES} == {name: getattr(autograd, name) for name in NAMES}
+        assert [row.name for row in report.changed] == NAMES
+        assert not fusednn.replace_functions().changed
+        assert f"{len(NAMES)} of {len(NAMES)} functions changed" in str(report)
+    finally:
+        restored = fusednn.restore_functions()
+    assert [row.name for row in restored.changed] == NAMES
+    assert not fusednn.restore_functions().changed
+
+
+def test_replaces_for_a_while(stock: dict[str, Any]) -> None:
+    with fusednn.replace_functions():
+        with fusednn.replace_functions() as inner:
+            assert not inner.changed
+        assert F.relu is autograd.relu
+    with pytest.raises(KeyError), fusednn.replace_functions():
+        raise KeyError
+
+
+def test_other_peoples_functions_stay(stock: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(input: Tensor) -> Tensor:
+        return input
+
+    monkeypatch.setattr(F, "relu", other)
+    with fusednn.replace_functions() as report:
+        assert F.relu is other
+        monkeypatch.setattr(F, "gelu", other)
+    assert F.gelu is other
+    reasons = {row.name: row.reason for row in report.rows if not row.changed}
+    assert list(reasons) == ["relu"]
+    assert reasons["relu"].startswith("something else is in its place: <function")
+    monkeypatch.undo()
+    F.gelu = stock["gelu"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("stock_class", SAMPLED, ids=lambda cls: cls.__name__)
+def test_stock_layers_compute_the_same_with_our_functions(
+    stock_class: type[nn.Module], training: bool, device: str
+) -> None:
+    sample = next(iter(module_samples(stock_class, device, torch.float32, training=training)))
+    arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+    module = stock_class(*arguments, **options).to(device).train(training)
+    if "Dropout" in stock_class.__name__:
+        module.p = 0.0  # nothing is left to chance
+    results = []
+    for replace in (contextlib.nullcontext, fusednn.replace_functions):
+        with replace(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copied = copy.deepcopy(module)
+            results.append(copied(*(copy.deepcopy(arg.detach()) for arg in sample.forward_input.args)))
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
+
+
+def test_models_compute_the_same_with_our_functions(device: str) -> None:
+    """PyTorch's own compositions, which call functions of each other."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True).to(device)
+    x = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    results = []
+    for replace in (contextlib.nullcontext, fusednn.replace_functions):
+        with replace():
+            y = encoder(x)
+            attention, weights = encoder.self_attn(x, x, x, need_weights=True)
+            loss = (
+                F.cross_entropy(y[:, 0], torch.tensor([1, 2], device=device)) + attention.sum() + weights.square().sum()
+            )
+            results.append((y, weights, *torch.autograd.grad(loss, [x, *encoder.parameters()], materialize_grads=True)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.kernels
+def test_code_that_calls_functions_takes_kernels(device: str) -> None:
+    choices: list[Choice] = []
+    with fusednn.replace_functions(), observe_choices(choices.append):
+        F.silu(torch.ones(3, device=device))
+        nn.ReLU()(torch.ones(3, device=device))
+    assert [(choice.operation, choice.path) for choice in choices] == [("silu", "kernel"), ("relu", "kernel")]
