@@ -258,15 +258,26 @@ def resolve_activation(name: str | None, parameters: Sequence[float] = ()) -> Ac
     return Activated(row, float(a), float(b))
 
 
-def _taken(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Activated | None:
+def _taken(
+    name: str, input: Tensor, *parameters: float, inplace: bool = False, out: Tensor | None = None
+) -> Activated | None:
     """The activation, if its kernel takes the input; None where the stock operator has to."""
 
     def refusal() -> str | None:
         if not all(is_number(parameter) for parameter in parameters):
             return "a parameter is not a Python number"
-        return resolve_activation(name, parameters).refusal(inplace)
+        return resolve_activation(name, parameters).refusal(inplace) or _out_refusal(out)
 
     return resolve_activation(name, parameters) if takes_kernel(name, input, inplace=inplace, refusal=refusal) else None
+
+
+def _out_refusal(out: Tensor | None) -> str | None:
+    return None if out is None else "the result goes into a given tensor"
+
+
+def _given_out(out: Tensor | None) -> dict[str, Any]:
+    """The option of those stock functions that have it, where it is given: modes see no other call than stock's."""
+    return {} if out is None else {"out": out}
 
 
 def _is_copied(input: Tensor) -> bool:
@@ -388,12 +399,12 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
     """x Phi(x), or its tanh approximation.  As `torch.nn.functional.gelu`; saves the input."""
     refusal = None if type(approximate) is str and approximate in ("none", "tanh") else "unknown approximation"
     name = "gelu_tanh" if refusal is None and approximate == "tanh" else "gelu"
-    if not takes_kernel(name, input, refusal=lambda: refusal):
-        return F.gelu(input, approximate=approximate)
+    if not takes_kernel(name, input, refusal=lambda: refusal or _out_refusal(out)):
+        return F.gelu(input, approximate=approximate, **_given_out(out))
     return apply_kernel(input, Activated(ACTIVATIONS[name]), False)
 
 
@@ -411,13 +422,13 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
-def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: Tensor | None = None) -> Tensor:
     """log(1 + exp(beta x)) / beta, and x where beta x > threshold.  As `torch.nn.functional.softplus`.
 
     Saves the input.  CUDA's autocast computes it in float32, and so does this.
     """
-    if (activation := _taken("softplus", input, beta, threshold)) is None:
-        return F.softplus(input, beta, threshold)
+    if (activation := _taken("softplus", input, beta, threshold, out=out)) is None:
+        return F.softplus(input, beta, threshold, **_given_out(out))
     if input.device.type == "cuda" and autocast_dtype(input) and input.dtype is not torch.float64:
         input = input.float()
     return apply_kernel(input, activation, False)
@@ -437,10 +448,10 @@ def sigmoid(input: Tensor) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
-def logsigmoid(input: Tensor) -> Tensor:
+def logsigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """log(sigmoid(x)).  As `torch.nn.functional.logsigmoid`; saves the input."""
-    if (activation := _taken("logsigmoid", input)) is None:
-        return F.logsigmoid(input)
+    if (activation := _taken("logsigmoid", input, out=out)) is None:
+        return F.logsigmoid(input, **_given_out(out))
     return apply_kernel(input, activation, False)
 
 

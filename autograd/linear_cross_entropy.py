@@ -250,6 +250,8 @@ def _refusal(
         return "options ask for PyTorch's own chunks"
     if x.dim() not in (1, 2) or linear_weight.dim() < 2 or x.shape[-1] != linear_weight.shape[-1]:
         return "input and linear_weight don't fit"
+    if not linear_weight.numel():
+        return "no classes"
     if x.dim() == 1 and linear_weight.dim() > 2:
         return "an unbatched input with a K-dimensional loss"
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:

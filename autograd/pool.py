@@ -252,7 +252,7 @@ def window_refusal(window: Window, height: int, width: int, *, masked: bool = Fa
     for size, kernel, padding, dilation in zip(
         (height, width), window.kernel, window.padding, window.dilation, strict=True
     ):
-        if 2 * padding > dilation * (kernel - 1) + 1:
+        if 2 * padding > kernel:  # whatever the dilation
             return "the padding is more than half of the window"
         if padding and dilation > size:
             return "a window may lie beside the image"

@@ -150,7 +150,7 @@ class GELU(Twin, nn.GELU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, self.approximate)
+        return functional.gelu(input, approximate=self.approximate)
 
 
 class SiLU(Twin, nn.SiLU):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -49,12 +50,16 @@ class Tagged(Tensor):
         (autograd.relu, [torch.ones(3).to_sparse()], "torch.sparse_coo tensor"),
         (autograd.relu, [torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])], "a nested tensor"),
         (autograd.relu, [torch.ones(0)], "no elements"),
-        (autograd.elu, [torch.ones(3), -1.0], "the gradient can't be read off the output unless alpha is positive"),
+        (
+            autograd.elu,
+            [torch.ones(3), -1.0, True],
+            "the gradient can't be read off the output unless alpha is positive",
+        ),
         (autograd.hardtanh, [torch.ones(3), 1.0, 1.0], "min_val is not below max_val"),
         (autograd.softplus, [torch.ones(3), 0.0], "beta is 0"),
         (autograd.leaky_relu, [torch.ones(3), torch.tensor(0.1)], "a parameter is not a Python number"),
         (autograd.leaky_relu, [torch.ones(3), -0.1, True], "in-place with a negative slope"),
-        (autograd.gelu, [torch.ones(3), "fast"], "unknown approximation"),
+        (partial(autograd.gelu, approximate="fast"), [torch.ones(3)], "unknown approximation"),
         (autograd.prelu, [torch.ones(3), torch.ones(1).double()], "operands differ in dtype, device or layout"),
         (autograd.mse_loss, [torch.ones(3), torch.ones(3).to_sparse()], "operands differ in dtype, device or layout"),
         (autograd.prelu, [torch.ones(2, 3), torch.ones(4)], "the slopes are neither one nor one per channel"),
