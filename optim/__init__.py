@@ -1,9 +1,9 @@
-"""Optimizers: subclasses of ``torch.optim``'s whose ``step`` is one multi-tensor kernel launch.
+"""Optimizers: subclasses of ``torch.optim``'s, and Lion, whose ``step`` is one multi-tensor kernel launch.
 
 `replace` turns an optimizer that exists already into its twin; `explain` tells which path a step takes, and why.
 """
 
-from .algorithms import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from .algorithms import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 from .optimizer import FusedOptimizer, GroupPath, explain
 from .replace import replace
 
@@ -16,6 +16,7 @@ __all__ = [
     "Adamax",
     "FusedOptimizer",
     "GroupPath",
+    "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import optim
 
+from . import lion
 from .optimizer import FusedOptimizer
 from .options import OPTIONS
 from .recipe import Recipe
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"]
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "NAdam", "RAdam", "RMSprop"]
 
 
 class SGD(FusedOptimizer, optim.SGD):
@@ -155,6 +156,19 @@ class RAdam(FusedOptimizer, optim.RAdam):
 
     def _recipe(self, group: dict[str, Any]) -> Recipe:
         return _adam_recipe("radam", group)
+
+
+class Lion(FusedOptimizer, lion.Lion):
+    """w = w (1 - lr weight_decay);  w = w - lr sign(beta1 m + (1 - beta1) g);  m = beta2 m + (1 - beta2) g.
+
+    Keeps one average where Adam keeps two.  ``torch.optim`` has none: the constructor is in its style (``params``,
+    ``lr``, ``betas``, ``weight_decay``, ``maximize``), with the keywords of `FusedOptimizer`.  Source: Chen et al.,
+    "Symbolic Discovery of Optimization Algorithms" (NeurIPS 2023).
+    """
+
+    def _recipe(self, group: dict[str, Any]) -> Recipe:
+        beta1, beta2 = group["betas"]
+        return Recipe("lion", a=beta1, b=beta2, decoupled_weight_decay=group["weight_decay"])
 
 
 def _adam_recipe(algorithm: str, group: dict[str, Any]) -> Recipe:

@@ -18,9 +18,11 @@ from support.optimizers import (
     assert_like_stock,
     every_info,
     every_name,
+    in_both_paths,
     interpreted,
     parameters,
     set_gradients,
+    stock_of,
     twins_of,
 )
 from support.pytorch_samples import OPTIMIZERS
@@ -30,6 +32,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum
 import fusednn
 from fusednn import kernels, optim
 from fusednn.kernels.functions.optimizer import ALGORITHMS
+from fusednn.optim.twin import TWINS, stock_class
 
 # --- PyTorch's samples ------------------------------------------------------------------------------------------------
 
@@ -38,8 +41,8 @@ def test_face() -> None:
     assert fusednn.optim.Adam is optim.Adam
 
 
-def test_all_nine_are_there() -> None:
-    assert {info.name for info in OPTIMIZERS} == set(NAMES)
+def test_all_are_there() -> None:
+    assert {info.name for info in OPTIMIZERS} == set(NAMES) - {"Lion"}  # which PyTorch hasn't
     assert {algorithm for algorithm, _, _ in CALLS} == set(ALGORITHMS)
 
 
@@ -75,15 +78,38 @@ def test_optimizer_info_errors(info: Any, device: str) -> None:
 
 @every_name
 def test_constructor_is_stocks_with_our_keywords(name: str) -> None:
-    for ours, stock in (
-        (getattr(optim, name), getattr(torch.optim, name)),
-        (getattr(optim, name).__init__, getattr(torch.optim, name).__init__),
-    ):
+    twin = getattr(optim, name)
+    base = stock_class(twin)
+    for ours, stock in ((twin, base), (twin.__init__, base.__init__)):
         mine, theirs = (list(inspect.signature(cls).parameters.values()) for cls in (ours, stock))
         assert mine[: len(theirs)] == theirs
         assert {p.name for p in mine[len(theirs) :]} >= {"clip_norm", "averaging", "master_weights"}
         assert all(p.kind is p.KEYWORD_ONLY for p in mine[len(theirs) :])
-    assert issubclass(getattr(optim, name), getattr(torch.optim, name))
+    assert issubclass(twin, base)
+
+
+@pytest.mark.parametrize(
+    ("bases", "body", "why"),
+    [
+        ((optim.FusedOptimizer, torch.optim.Optimizer), {"_recipe": None}, "Optimizer has no _init_group"),
+        ((optim.FusedOptimizer, torch.optim.LBFGS), {"_recipe": None}, "LBFGS has no _init_group"),
+        ((optim.FusedOptimizer,), {"_recipe": None}, "Optimizer has no _init_group"),
+        ((optim.FusedOptimizer, torch.optim.Adam), {"_recipe": None}, "algorithms.Adam is; derive from that"),
+        ((optim.FusedOptimizer, torch.optim.ASGD), {}, "it has no _recipe"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_a_twin_is_refused(bases: Any, body: dict[str, Any], why: str) -> None:
+    before = dict(TWINS)
+    with pytest.raises(TypeError, match=f"Mine can't be the twin of .*: .*{why}"):
+        type("Mine", bases, body)
+    assert before == TWINS
+
+
+def test_users_derive_from_twins() -> None:
+    mine = type("Mine", (optim.SGD,), {})([nn.Parameter(torch.ones(2))], lr=0.1, l1=0.5)
+    assert stock_class(type(mine)) is torch.optim.SGD
+    assert mine.param_groups[0]["l1"] == 0.5
 
 
 # --- Accuracy ---------------------------------------------------------------------------------------------------------
@@ -102,8 +128,8 @@ def test_sixteen_bits(algorithm: str, name: str, arguments: dict[str, Any], dtyp
         set_gradients(step, mine)
         theirs, exact = twins_of(mine), [nn.Parameter(p.detach().double()) for p in mine]
         theirs[0].grad, exact[0].grad = mine[0].grad.clone(), mine[0].grad.double()
-        stock = getattr(torch.optim, name)(theirs, foreach=False, **arguments)
-        reference = getattr(torch.optim, name)(exact, foreach=False, **arguments)
+        stock = stock_of(name, theirs, **arguments)
+        reference = stock_of(name, exact, **arguments)
         if step:
             stock.load_state_dict(copy.deepcopy(ours.state_dict()))
             reference.load_state_dict(copy.deepcopy(ours.state_dict()))
@@ -128,14 +154,45 @@ def test_no_drift_in_a_hundred_steps(algorithm: str, name: str, arguments: dict[
     """No farther from stock's single-tensor update than stock's foreach, and a few roundings, are."""
     mine, single, several = (parameters([(64,)], torch.float32, device) for _ in range(3))
     ours = getattr(optim, name)(mine, **arguments)
-    stock = getattr(torch.optim, name)(single, foreach=False, **arguments)
-    foreach = getattr(torch.optim, name)(several, foreach=True, **arguments)
+    stock = stock_of(name, single, **arguments)
+    foreach = stock_of(name, several, foreach=True, **arguments)
     for step in range(100):
         set_gradients(step, mine, single, several)
         for optimizer in (ours, stock, foreach):
             optimizer.step()
     allowed = (several[0] - single[0]).abs().max() + 100 * torch.finfo(torch.float32).eps * single[0].abs().max()
     assert (mine[0] - single[0]).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_lion(maximize: bool, device: str) -> None:
+    """The formula of its paper."""
+
+    def run() -> None:
+        (p,) = mine = parameters([(50,)], torch.float64, device)
+        ours = optim.Lion(mine, lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, maximize=maximize)
+        w, m = p.detach().clone(), torch.zeros_like(p)
+        for step in range(3):
+            set_gradients(step, mine)
+            p.grad[:2] = 0.0
+            g = -p.grad if maximize else p.grad
+            w = w - 0.1 * ((0.8 * m + 0.2 * g).sign() + 0.3 * w)
+            m = 0.95 * m + 0.05 * g
+            ours.step()
+            torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(ours.state[p], {"exp_avg": m.detach()}, rtol=1e-12, atol=1e-14)
+
+    in_both_paths(run)
+
+
+def test_lion_raises_as_its_like() -> None:
+    weights = [nn.Parameter(torch.ones(3))]
+    for wrong in ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -0.1}):
+        with pytest.raises(ValueError, match="Invalid"):
+            optim.Lion(weights, **wrong)
+    weights[0].grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optim.Lion(weights).step()
 
 
 @pytest.mark.kernels
@@ -146,7 +203,7 @@ def test_extreme_gradients(device: str) -> None:
     for _, name, arguments in STOCK_CALLS:
         mine, theirs = ([nn.Parameter(torch.ones_like(values))] for _ in range(2))
         ours = getattr(optim, name)(mine, **arguments)
-        stock = getattr(torch.optim, name)(theirs, foreach=False, **arguments)
+        stock = stock_of(name, theirs, **arguments)
         for _ in range(2):
             mine[0].grad, theirs[0].grad = values.clone(), values.clone()
             ours.step()

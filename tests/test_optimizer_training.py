@@ -24,6 +24,7 @@ from support.optimizers import (
     parameters,
     proximal,
     set_gradients,
+    stock_of,
 )
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from fusednn import kernels, optim
 def test_state_dict_both_ways(name: str, first: str, device: str) -> None:
     mine, theirs = (parameters(SHAPES, torch.float32, device) for _ in range(2))
     ours = getattr(optim, name)(mine)
-    stock = getattr(torch.optim, name)(theirs, foreach=False)
+    stock = stock_of(name, theirs)
     source, target = (ours, stock) if first == "ours" else (stock, ours)
     for step in range(2):
         set_gradients(step, mine, theirs)
@@ -217,19 +218,26 @@ _ODD_NUMBERS = {
 }
 
 
+def _plain_twin(name: str, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Ours, whose stock update is the plainest."""
+    optimizer: torch.optim.Optimizer = getattr(optim, name)(params)
+    if "foreach" in optimizer.defaults:
+        optimizer.param_groups[0]["foreach"] = False
+    return optimizer
+
+
 @every_name
 def test_odd_hyperparameters_are_stocks_to_judge(name: str, device: str) -> None:
     """What isn't plainly a number: the same result as stock's, or its error."""
-    options = getattr(torch.optim, name)(parameters([(1,)], torch.float32, device)).defaults
+    options = stock_of(name, parameters([(1,)], torch.float32, device)).defaults
     options.pop("initial_accumulator_value", None)  # of the constructor
     keys = [key for key, value in options.items() if isinstance(value, float | int) and not isinstance(value, bool)]
     for key, (odd, value) in product([*keys, *["betas"] * ("betas" in options)], _ODD_NUMBERS.items()):
         outcomes = []
-        for module in (optim, torch.optim):
+        for make in (_plain_twin, stock_of):
             (p,) = mine = parameters([(4,)], torch.float32, device)
             p.grad = torch.ones_like(p)
-            optimizer = getattr(module, name)(mine)
-            optimizer.param_groups[0]["foreach"] = False
+            optimizer = make(name, mine)
             optimizer.param_groups[0][key] = (value, 0.9) if key == "betas" else value
             try:
                 for _ in range(2):
@@ -237,7 +245,7 @@ def test_odd_hyperparameters_are_stocks_to_judge(name: str, device: str) -> None
                 outcomes.append((None, p.detach()))
             except Exception as error:
                 outcomes.append((type(error), str(error)))
-            if module is optim and KERNELS_RUN and not isinstance(outcomes[-1][1], str):
+            if make is _plain_twin and KERNELS_RUN and not isinstance(outcomes[-1][1], str):
                 assert optim.explain(optimizer)[0].reason.startswith("a hyperparameter is"), (key, odd)
         (ours, result), (stock, expected) = outcomes
         assert ours is stock, (key, odd, outcomes)
@@ -304,7 +312,7 @@ def test_groups_that_disagree(dtype: torch.dtype, device: str) -> None:
 def test_stocks_fused_cpu_kernels_are_never_called(name: str) -> None:
     mine, theirs = (parameters([(40,)], torch.bfloat16, "cpu") for _ in range(2))
     ours = getattr(optim, name)(mine, fused=True)
-    stock = getattr(torch.optim, name)(theirs, foreach=False)
+    stock = stock_of(name, theirs)
     refuse = mock.Mock(side_effect=AssertionError)
     with mock.patch.multiple(
         torch, _fused_sgd_=refuse, _fused_adagrad_=refuse, _fused_adam_=refuse, _fused_adamw_=refuse
@@ -340,7 +348,7 @@ def test_grad_scaler_unscales_and_skips_as_with_stock(name: str, device: str) ->
     arguments = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
     mine, theirs = (parameters([(4,), (3,)], torch.float32, device) for _ in range(2))
     ours = getattr(optim, name)(mine, clip_norm=1e6, **arguments)
-    stock = getattr(torch.optim, name)(theirs, foreach=False, **arguments)
+    stock = stock_of(name, theirs, **arguments)
     trainings = [_scaled_training(ours, mine, device), _scaled_training(stock, theirs, device)]
     for (scaler, called), (stock_scaler, stock_called) in zip(*trainings, strict=True):
         assert not getattr(ours, "_step_supports_amp_scaling", False)  # who clips unscaled gradients asks for this
@@ -474,8 +482,8 @@ def test_compiled_training_step(device: str) -> None:
 @every_name
 def test_replace(name: str, device: str) -> None:
     mine, theirs = (parameters(SHAPES, torch.float32, device) for _ in range(2))
-    ours = getattr(torch.optim, name)(mine)
-    stock = getattr(torch.optim, name)(theirs, foreach=False)
+    ours = stock_of(name, mine, foreach=None)
+    stock = stock_of(name, theirs)
     schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, stock)]
     for step in range(4):
         set_gradients(step, mine, theirs)

@@ -213,6 +213,19 @@ def radam(w, g, states, k):
     return w - divide(k[0] * exp_avg, tl.where(k[5] > 0, square_root(exp_avg_sq) + k[4], 1.0)), (exp_avg, exp_avg_sq)
 
 
+@triton.jit
+def lion_coefficients(lr, beta1, beta2, c, eps, step, mu_product):
+    return lr, beta1, 1 - beta1, beta2, 1 - beta2
+
+
+@triton.jit
+def lion(w, g, states, k):
+    exp_avg = states[0]
+    direction = exp_avg * k[1] + k[2] * g
+    change = tl.where(direction > 0, k[0], tl.where(direction < 0, -k[0], k[0] * 0))  # no number moves nothing
+    return w - change, (exp_avg * k[3] + k[4] * g,)
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """An optimizer's update, and what is to be known of it.
@@ -281,5 +294,6 @@ ALGORITHMS: dict[str, Algorithm] = {
         Algorithm("adamax", adamax_coefficients, adamax, ("exp_avg", "exp_inf"), lerped=True),
         Algorithm("nadam", nadam_coefficients, nadam, ("exp_avg", "exp_avg_sq"), lerped=True),
         Algorithm("radam", radam_coefficients, radam, ("exp_avg", "exp_avg_sq"), lerped=True),
+        Algorithm("lion", lion_coefficients, lion, ("exp_avg",), counted=False),
     )
 }

@@ -1,5 +1,6 @@
 """Optimizers under test: calls of each algorithm, parameters and gradients in pairs, and the comparison with stock."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fusednn import optim
+from fusednn.optim.twin import stock_class
 
 from .device import KERNELS_RUN
 from .pytorch_samples import OPTIMIZERS
 
-NAMES = ["SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"]
+NAMES = ["SGD", "Adagrad", "Adadelta", "RMSprop", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Lion"]
 
 every_info = pytest.mark.parametrize("info", OPTIMIZERS, ids=lambda info: info.name)
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -37,6 +39,7 @@ CALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("adamax", "Adamax", {}),
     ("nadam", "NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("radam", "RAdam", {"weight_decay": 0.1}),
+    ("lion", "Lion", {"weight_decay": 0.1}),
 ]
 STOCK_CALLS = [call for call in CALLS if not (call[1] == "RMSprop" and "nesterov" in call[2])]
 
@@ -48,6 +51,15 @@ def parameters(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: st
     return [
         nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)) for shape in shapes
     ]
+
+
+def stock_of(name: str, params: Any, *, foreach: bool | None = False, **arguments: Any) -> torch.optim.Optimizer:
+    """The optimizer that ours replaces, with its plainest update unless ``foreach`` asks for another that it has."""
+    cls: Any = stock_class(getattr(optim, name))
+    if "foreach" in inspect.signature(cls).parameters:
+        arguments["foreach"] = foreach
+    optimizer: torch.optim.Optimizer = cls(params, **arguments)
+    return optimizer
 
 
 def twins_of(tensors: Sequence[Tensor]) -> list[nn.Parameter]:
