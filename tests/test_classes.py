@@ -1,7 +1,9 @@
 """Classes that users, and PyTorch's tools, derive from ours and from stock's: replaced, restored, scripted."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
+from types import MethodType
 
 import pytest
 import torch
@@ -166,6 +168,16 @@ class Loud(layers.ReLU):
         return F.relu(input) + 1
 
 
+class Convolution(layers.Conv2d):
+    """Whose stock class calls a method that the twin has, too."""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_users_convolution_is_scripted() -> None:
+    layer, x = Convolution(1, 2, 3), torch.randn(1, 1, 5, 5)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(("cls", "added"), [(Plain, 0), (Loud, 1)])
 def test_a_users_class_is_scripted(cls: type[nn.Module], added: int) -> None:
@@ -180,7 +192,7 @@ def test_a_users_class_is_scripted(cls: type[nn.Module], added: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_layers_without_a_twin_say_that_they_cannot_be_scripted() -> None:
-    for layer in (layers.Maxout(2, 3), layers.BatchNormAct1d(3), layers.InputNorm(3)):
+    for layer in (layers.Maxout(2, 3), layers.ConvAct2d(1, 1, 1), layers.BatchNormAct1d(3), layers.InputNorm(3)):
         with pytest.raises(NotImplementedError, match=f"{type(layer).__name__} has no torch.nn class"):
             torch.jit.script(nn.Sequential(layer))
 
@@ -262,3 +274,16 @@ def test_what_changes_while_restored_stays() -> None:
     assert isinstance(model[5], layers.PReLU)
     assert parametrize.is_parametrized(model[5], "weight")
     assert model.eval()(torch.randn(3, 1, 4, 4)).shape == (3, 4)
+
+
+# --- Instead of a class, an instance's forward ------------------------------------------------------------------------
+
+
+def test_what_an_instances_forward_would_cost() -> None:
+    """Why ``replace_layers`` changes classes: a bound method travels with a module's state, and not as one should."""
+    layer = nn.PReLU()
+    layer.forward = MethodType(layers.PReLU.forward, layer)
+    assert copy.deepcopy(layer).forward.__func__ is layers.PReLU.forward
+    assert pickle.loads(pickle.dumps(layer)).forward.__func__ is nn.PReLU.forward  # stock's again
+    assert copy.copy(layer).forward.__self__ is layer
+    assert layer._replicate_for_data_parallel().forward.__self__ is layer

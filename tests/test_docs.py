@@ -54,3 +54,11 @@ def test_links_point_to_files(document: str) -> None:
     targets = [part.partition(")")[0] for part in path.read_text().split("](")[1:]]
     local = [target for target in targets if not target.startswith("http")]
     assert all((path.parent / target).exists() for target in local), local
+
+
+def test_the_examples_on_exact_classes() -> None:
+    text = (ROOT / "docs" / "exact-classes.md").read_text()
+    examples = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {"nn": nn, "fusednn": fusednn})
