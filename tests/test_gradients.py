@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support.operations import OPERATIONS, Operation
 from torch import Tensor, nn
+
+from fusednn.autograd import dispatch
 
 #: Stock has no second derivative of it.
 ONCE = ("Hardsigmoid",)
@@ -66,3 +69,30 @@ def test_gradients_of_every_kind(name: str) -> None:
     assert_same_gradients(ours["alone"], ours["with a graph"], "with and without a graph")
     for kind in ours:
         assert_same_gradients(ours[kind], stock[kind], kind)
+
+
+#: Whose results and gradients are chosen, not computed, or computed from integers.
+CHOICES = (
+    *("Hardtanh", "MaxPool1d", "MaxPool2d", "ReLU", "ReLU6", "Threshold", "max_pool2d of overlapping windows"),
+    *("maxout", "maxout_conv2d", "maxout_linear"),
+)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_among_integers_are_exact(name: str, dtype: torch.dtype) -> None:
+    """With many ties, of which the first wins, and sums that 16 bits hold: no rounding hides a wrong winner."""
+    operation = Operation(name, dtype)
+    operands = [operand.clamp(-2, 2).round() for operand in operation.operands]
+
+    def result_and_gradients() -> list[Tensor]:
+        leaves = [operand.clone().requires_grad_() for operand in operands]
+        y = operation.call(operation.ours, leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    ours = result_and_gradients()
+    with mock.patch.object(dispatch, "AVAILABLE", False):
+        stock = result_and_gradients()
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert torch.equal(mine, theirs)

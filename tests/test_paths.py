@@ -1,0 +1,105 @@
+"""Which path a call takes, and why, where stock's values are right as well: a test of values sees no difference."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from support.samples import random_tensor
+from torch import Tensor, nn
+
+from fusednn import autograd, layers
+from fusednn.autograd.dispatch import Choice, observe_choices
+
+pytestmark = pytest.mark.kernels
+
+KERNEL = "kernel"
+
+
+class Tagged(Tensor):
+    """A tensor subclass."""
+
+
+def normal(*shape: int) -> Tensor:
+    return random_tensor(shape, torch.float32, "cpu")
+
+
+X, IMAGES, FILTERS, CLASSES = normal(4, 5), normal(2, 3, 6, 6), normal(4, 3, 3, 3), torch.arange(4)
+WEIGHTS, PROBABILITIES = torch.ones(5, requires_grad=True), normal(4, 5).sigmoid().requires_grad_()
+
+
+def assert_path(function: Callable[..., Any], arguments: tuple[Any, ...], expected: str, device: str) -> None:
+    moved = [
+        one.detach().to(device).requires_grad_(one.requires_grad) if type(one) is Tensor else one for one in arguments
+    ]
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        function(*moved)
+    (choice,) = choices
+    assert (choice.path if choice.kernel else choice.reason) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        *((autograd.conv_act_pool2d, (IMAGES, FILTERS, None, 1, how), KERNEL) for how in ("valid", "same", 1, (1, 0))),
+        (autograd.maxout, (X, 1), "one piece is its own maximum"),
+        (autograd.maxout, (X, 5), KERNEL),  # one group
+        (autograd.maxout_linear, (X, normal(2, 1, 5)), KERNEL),  # one unit
+        (autograd.maxout_linear, (X, normal(1, 3, 5)), "one piece is its own maximum"),
+        (lambda x: autograd.relu(nn.Parameter(x)), (X,), KERNEL),
+        (lambda x: autograd.relu(nn.Buffer(x)), (X,), KERNEL),
+        (autograd.mse_loss, (X, PROBABILITIES), KERNEL),
+        (autograd.cross_entropy, (X, PROBABILITIES), KERNEL),
+        (autograd.linear_cross_entropy, (X, normal(5, 5), PROBABILITIES), "the probabilities require gradients"),
+    ],
+)
+def test_path(function: Callable[..., Any], arguments: tuple[Any, ...], expected: str, device: str) -> None:
+    assert_path(function, arguments, expected, device)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (autograd.linear_cross_entropy, (X, normal(5, 5), PROBABILITIES)),
+        (autograd.binary_cross_entropy, (X.sigmoid(), PROBABILITIES)),
+        (autograd.cross_entropy, (X, CLASSES, WEIGHTS)),
+        (autograd.nll_loss, (X, CLASSES, WEIGHTS)),
+        (autograd.relu, (X.clone().requires_grad_(), True)),
+    ],
+)
+def test_what_requires_gradients_is_no_reason_where_none_are_kept(
+    function: Callable[..., Any], arguments: tuple[Any, ...], device: str
+) -> None:
+    with torch.no_grad():
+        assert_path(function, arguments, KERNEL, device)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        (autograd.relu, (X,), KERNEL),
+        (autograd.prelu, (X, torch.ones(1)), KERNEL),
+        (autograd.mse_loss, (X.bfloat16(), X), KERNEL),
+        (autograd.cross_entropy, (X.bfloat16(), CLASSES, torch.ones(5)), KERNEL),
+        (autograd.maxout_linear, (X, normal(2, 3, 5)), KERNEL),
+        (autograd.drop_connect_linear, (X, normal(3, 5)), KERNEL),
+        (autograd.conv_act_pool2d, (IMAGES, FILTERS), KERNEL),
+        (autograd.prelu, (X, torch.ones(1).as_subclass(Tagged)), "Tagged is not a plain tensor"),
+    ],
+)
+def test_path_under_autocast(
+    function: Callable[..., Any], arguments: tuple[Any, ...], expected: str, device: str
+) -> None:
+    with torch.autocast(device, torch.bfloat16):
+        assert_path(function, arguments, expected, device)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("keeps_graph", [True, False])
+def test_path_of_frozen_layers(training: bool, keeps_graph: bool, device: str) -> None:
+    layer = layers.BatchNorm2d(3).requires_grad_(False).train(training).to(device)
+    with nullcontext() if keeps_graph else torch.no_grad():
+        assert_path(layer, (IMAGES.clone().requires_grad_(),), KERNEL, device)
+        assert_path(layer, (IMAGES.half(),), KERNEL, device)
