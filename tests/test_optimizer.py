@@ -27,7 +27,10 @@ from support.optimizers import (
 )
 from support.pytorch_samples import OPTIMIZERS
 from torch import Tensor, nn
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum
+from torch.testing._internal.common_optimizers import (
+    OptimizerErrorEnum,
+    _get_optim_inputs_including_global_cliquey_kwargs,
+)
 
 import fusednn
 from fusednn import kernels, optim
@@ -62,6 +65,35 @@ def test_optimizer_info_samples(info: Any, dtype: torch.dtype, device: str) -> N
             assert_like_stock(ours, stock, **TOLERANCE[dtype])
         assert ours.param_groups[0].keys() == stock.param_groups[0].keys()
         assert ours.defaults.keys() == stock.defaults.keys()
+
+
+@every_info
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.filterwarnings("ignore")  # of what is deprecated, and of capturable steps that aren't captured
+def test_optimizer_info_samples_with_every_implementation(info: Any, dtype: torch.dtype, device: str) -> None:
+    """Each sample with ``foreach``, ``fused``, ``differentiable`` and ``capturable``, in one group and in two."""
+    for sample in _get_optim_inputs_including_global_cliquey_kwargs(device, dtype, info):
+        for several in (False, True):
+            outcomes = []
+            for cls in (getattr(optim, info.name), info.optim_cls):
+                weights = [
+                    nn.Parameter(p.detach().to(dtype)) for p in parameters([(3, 4), (2,)], torch.float64, device)
+                ]
+                groups = [{"params": [p], "lr": 0.1 / (i + 1)} for i, p in enumerate(weights)]
+                optimizer = cls(groups if several else weights, **copy.deepcopy(sample.kwargs))
+                try:
+                    for step in range(3):
+                        for i, p in enumerate(weights):
+                            p.grad = torch.linspace(step - 1.3, i + 2.1, p.numel(), device=device).view_as(p).to(dtype)
+                        optimizer.step()
+                    outcomes.append(optimizer)
+                except Exception as error:
+                    outcomes.append(type(error))
+            if isinstance(outcomes[1], torch.optim.Optimizer):
+                assert_like_stock(*outcomes, **TOLERANCE[dtype.to_real()])
+            else:
+                assert outcomes[0] is outcomes[1], sample.desc
 
 
 @every_info
