@@ -4,8 +4,8 @@ A program owns a chunk of one parameter.  It computes the algorithm's coefficien
 it reads or is given, so that nothing which changes from step to step is a constant of the kernel; then it reads weight,
 gradient and state, and writes weight and state.  Clipping, penalties, averaging and master weights happen on the way.
 
-Clipping by the gradients' norm needs it beforehand: `squares_kernel` leaves a fixed number of partial sums, which every
-program of the update adds up in the same order.
+Clipping by the gradients' norm needs it beforehand: `optimizer_squares_kernel` leaves a fixed number of partial sums,
+which every program of the update adds up in the same order.
 """
 
 from collections.abc import Iterator
@@ -225,7 +225,7 @@ def clip_coefficient(squares_pointer, squares, scale, clip_norm):
 
 
 @triton.jit(do_not_specialize=["scalars_pointer", "averages_pointer", "squares_pointer", "tensors", "squares"])
-def update_kernel(
+def optimizer_update_kernel(
     table_pointer,  # words of a `Table`: settings, addresses, extents, scalars, programs
     settings_pointer,  # `Settings`: the table's, or a copy in which some were computed on the device
     scalars_pointer,  # step and mu_product of each tensor, (2, tensors), relative to those given below
@@ -345,7 +345,7 @@ def update_kernel(
 
 
 @triton.jit(do_not_specialize=["tensors", "chunks"])
-def squares_kernel(
+def optimizer_squares_kernel(
     table_pointer,
     partial_pointer,  # a sum for each program
     tensors: tl.int64,
@@ -403,7 +403,7 @@ def _update(variant: Variant) -> Configuration:
     wide = [TILE * dtype.itemsize // 16 // threads for dtype in columns]
     return Configuration(
         label=" + ".join([f"{name} {types}", *options]),
-        kernel=update_kernel,
+        kernel=optimizer_update_kernel,
         signature=(
             ("table_pointer", "*i64"),
             ("settings_pointer", "*fp64"),
@@ -441,7 +441,7 @@ def _squares(columns: int, gradient: torch.dtype) -> Configuration:
     threads = threads_for(gradient)
     return Configuration(
         label=f"gradient norm {TRITON_TYPE[gradient]} of {columns} columns",
-        kernel=squares_kernel,
+        kernel=optimizer_squares_kernel,
         signature=(("table_pointer", "*i64"), ("partial_pointer", "*fp64"), ("tensors", "i64"), ("chunks", "i64")),
         constants=(
             ("COLUMNS", columns),
@@ -493,7 +493,7 @@ def launch_update(
     step: float,
     mu_product: float,
 ) -> None:
-    """Update the tensors of a `Table` in place; operands as `update_kernel` has them."""
+    """Update the tensors of a `Table` in place; operands as `optimizer_update_kernel` has them."""
     launch(
         _update(variant),
         programs,

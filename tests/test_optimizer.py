@@ -347,7 +347,7 @@ def test_three_hundred_tensors_take_one_launch(device: str) -> None:
         ours.step()
     with measure_traffic() as traffic:
         ours.step()
-    assert [launch.kernel for launch in traffic.kernel_launches] == ["update_kernel"] * 2  # float32, bfloat16
+    assert [launch.kernel for launch in traffic.kernel_launches] == ["optimizer_update_kernel"] * 2  # float32, bfloat16
     assert [launch.programs for launch in traffic.kernel_launches] == [299, 1]
     # Everything else of a plain step is the profiler's.
     assert not [operation for operation in traffic.operations if not operation.name.startswith("profiler")]
@@ -420,7 +420,10 @@ def test_the_norm_is_one_more_launch(device: str) -> None:
     set_gradients(0, mine)
     with measure_traffic() as traffic:
         ours.step()
-    assert [launch.kernel for launch in traffic.kernel_launches] == ["squares_kernel", "update_kernel"]
+    assert [launch.kernel for launch in traffic.kernel_launches] == [
+        "optimizer_squares_kernel",
+        "optimizer_update_kernel",
+    ]
     assert traffic.kernel_launches[0].loaded_bytes <= 1.05 * 4 * 5003
 
 
