@@ -59,6 +59,6 @@ def test_links_point_to_files(document: str) -> None:
 def test_the_examples_on_exact_classes() -> None:
     text = (ROOT / "docs" / "exact-classes.md").read_text()
     examples = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
-        exec(example, {"nn": nn, "fusednn": fusednn})
+        exec(example, {"nn": nn, "torch": torch, "fusednn": fusednn})
