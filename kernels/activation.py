@@ -110,6 +110,7 @@ def _forward(row: Activation, dtype: torch.dtype, masked: bool) -> Configuration
             ("COLUMNS", columns),
         ),
         threads=threads_for(dtype),
+        keeps_subnormals=dtype is torch.float32,
         wide_loads=rows,
         wide_stores=rows,
     )
@@ -138,6 +139,7 @@ def _backward(row: Activation, dtype: torch.dtype) -> Configuration:
             ("COLUMNS", columns),
         ),
         threads=threads_for(dtype),
+        keeps_subnormals=dtype is torch.float32,
         wide_loads=rows if masked else 2 * rows,
         wide_stores=rows,
     )

@@ -67,8 +67,9 @@ class Configuration:
     values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
     are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
-    says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`; ``rare``
-    ones are left to the compile check's thorough run.
+    says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`,
+    ``keeps_subnormals`` that elementary functions don't flush them to 0; ``rare`` ones are left to the compile check's
+    thorough run.
     """
 
     label: str
@@ -82,13 +83,17 @@ class Configuration:
     wide_stores: int = 0
     tensor_cores: bool = False
     asserts: bool = False
+    keeps_subnormals: bool = False
     rare: bool = field(default=False, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside threads and stages."""
         # Triton compiles assertions in its debug mode alone, which by itself would also check every integer sum.
-        return {"debug": True, "sanitize_overflow": False} if self.asserts else {}
+        checks = {"debug": True, "sanitize_overflow": False} if self.asserts else {}
+        # Triton has NVIDIA's device library flush subnormals, which PyTorch's kernels don't; AMD's has no such option.
+        subnormals = {"enable_reflect_ftz": False} if self.keeps_subnormals and not torch.version.hip else {}
+        return {**checks, **subnormals}
 
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
