@@ -131,6 +131,7 @@ class Activated(Compound):
     """What the fused forms share."""
 
     child = "bn"
+    withheld = ("eps",)  # what folds a batch norm reads it, and would fold no activation
     #: The class of the batch norm.
     norm: ClassVar[type[_BatchNorm]]
 

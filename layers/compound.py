@@ -20,19 +20,22 @@ __all__ = ["Compound"]
 class Compound(Layer):
     """Base of the layers that have one layer of ``torch.nn``, and do more.
 
-    The child's parameters and buffers can be read as the layer's own, and a checkpoint of the child alone is loaded.
-    They can't be assigned, and its options can't be read: so do tools that take the layer for its child.
+    The child's parameters, buffers and options can be read as the layer's own, its options can be changed so, and a
+    checkpoint of the child alone is loaded.  Its parameters can't be assigned, and what is `withheld` can't be read: so
+    do tools that take the layer for its child.
     """
 
     #: The child's name.
     child: ClassVar[str]
+    #: Options of the child that are asked for by its own name alone.
+    withheld: ClassVar[tuple[str, ...]] = ()
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             child = self._child()
-            if child is not None and _is_tensor(child, name):
+            if child is not None and name not in self.withheld and (_is_tensor(child, name) or _is_option(child, name)):
                 return getattr(child, name)
             raise AttributeError(self._words(name)) from None
 
@@ -40,7 +43,10 @@ class Compound(Layer):
         child = self._child()
         if child is not None and _is_tensor(child, name):
             raise AttributeError(self._words(name))
-        super().__setattr__(name, value)
+        if child is not None and name not in self.__dict__ and _is_option(child, name):
+            setattr(child, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
         child = self._child()
@@ -62,3 +68,7 @@ class Compound(Layer):
 
 def _is_tensor(layer: nn.Module, name: str) -> bool:
     return name in layer._parameters or name in layer._buffers or isinstance(getattr(layer, name, None), Tensor)
+
+
+def _is_option(layer: nn.Module, name: str) -> bool:
+    return name in layer.__dict__ and not name.startswith("_")

@@ -211,3 +211,18 @@ def test_parameters_go_by_their_names(layer: nn.Module, stock: nn.Module) -> Non
             refused()
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer.load_state_dict({**stock.state_dict(), "wieght": torch.ones(1)})
+
+
+def test_options_go_by_their_names() -> None:
+    layer = layers.BatchNormAct2d(5, momentum=0.2)
+    assert (layer.num_features, layer.momentum, layer.affine, layer.track_running_stats) == (5, 0.2, True, True)
+    layer.momentum, layer.eps, layer.activation = 0.3, 1e-3, "tanh"
+    assert (layer.bn.momentum, layer.bn.eps, layer.activation) == (0.3, 1e-3, "tanh")
+    conv = layers.ConvAct2d(4, 6, 3, padding=1)
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride) == (4, 6, (3, 3), (1, 1))
+    conv.stride = (2, 2)
+    assert conv(torch.randn(1, 4, 6, 6)).shape == (1, 6, 3, 3)
+    layer.eval()
+    assert not layer.bn.training
+    layer.bn.train()
+    assert not layer.training
