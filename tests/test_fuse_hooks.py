@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 import fusednn
-from fusednn.layers.chain import observe_chains
+from fusednn.layers.fusion.members import observe_chains
 
 Record = Callable[[], None]
 

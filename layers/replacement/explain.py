@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ...autograd.dispatch import Choice, observe_choices
-from ..chain import LOOKS_ON, observe_chains
+from ..fusion.members import LOOKS_ON, observe_chains
 from ..table import format_table
 from ..twin import TWINS, Layer
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..derived import beneath
-from ..fuse import fuse_neighbours, is_searched
+from ..fusion.host import fuse_neighbours, is_searched
 from ..twin import TWINS, Layer, is_untouched
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, all_or_nothing, exchange, unique_modules

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..derived import beneath
-from ..fuse import unfuse
+from ..fusion.host import unfuse
 from ..twin import TWINS, Layer, stock_class
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, Modules, Noted, all_or_nothing, exchange, unique_modules

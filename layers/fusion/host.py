@@ -1,8 +1,8 @@
 """Fusing neighbouring layers of a module: the subclass of its class that runs its code with chains in it.
 
 The module becomes an instance of a subclass of its class (`Fused`), whose ``forward`` runs the graph of its own code
-with a single call for each chain (`fusednn.layers.chain`).  Its children stay what they are, where they are.  For any
-call that isn't like those that the graph was traced from, the module's own ``forward`` runs.
+with a single call for each chain (`fusednn.layers.fusion.patterns`).  Its children stay what they are, where they are.
+For any call that isn't like those that the graph was traced from, the module's own ``forward`` runs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import fx, nn
 
-from .derived import beneath, rebased
-from .graph import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
-from .neighbours import Refusal, Search, begins_a_chain, is_known, is_plain_container, keeps_to_itself
-from .twin import is_untouched
+from ..derived import beneath, rebased
+from ..twin import is_untouched
+from .members import is_known, is_plain_container, keeps_to_itself
+from .search import Refusal, Search, begins_a_chain
+from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 
 __all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "unfuse"]
 
@@ -199,11 +200,12 @@ def _function(graph: fx.Graph, search: Search) -> Callable[..., Any]:
         last = match.nodes[-1]
         names = {search.callee(node): node.target for node in match.nodes if node.op == "call_module"}
         with graph.inserting_before(last):
-            arguments: list[Any] = [made.get(one, one) if isinstance(one, fx.Node) else one for one in match.arguments]
-            for place, argument in enumerate(arguments):
-                if isinstance(argument, nn.Module):
-                    arguments[place] = graph.create_node("get_attr", names[argument])
-            made[last] = graph.call_function(match.function, tuple(arguments))
+            operands = tuple(made.get(one, one) if isinstance(one, fx.Node) else one for one in match.operands)
+            members = {
+                name: graph.create_node("get_attr", names[one]) if isinstance(one, nn.Module) else one
+                for name, one in match.members.items()
+            }
+            made[last] = graph.call_function(match.function, operands, members)
         last.replace_all_uses_with(made[last])
         for node in reversed(match.nodes):
             graph.erase_node(node)

@@ -1,0 +1,73 @@
+"""Functions in a graph that stand where a layer could: activations, max pooling, sums."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...autograd import stock as F
+
+__all__ = ["activation_function", "pooling_function", "summand"]
+
+_FUNCTIONS: dict[Any, str] = {
+    **{
+        getattr(F, name): name for name in ("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu")
+    },
+    **{getattr(F, name): name for name in ("logsigmoid", "mish", "relu", "relu6", "selu", "silu", "softsign")},
+    **{getattr(torch, name): name.rstrip("_") for name in ("relu", "relu_", "selu", "sigmoid", "tanh")},
+}
+_METHODS = {name: name.rstrip("_") for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")}
+
+_POOLING_DEFAULTS: dict[str, Any] = {
+    "kernel_size": None,
+    "stride": None,
+    "padding": 0,
+    "dilation": 1,
+    "ceil_mode": False,
+    "return_indices": False,
+}
+
+
+def activation_function(node: fx.Node) -> str | None:
+    """The name of an activation that is called with its default parameters."""
+    if len(node.args) != 1:
+        return None
+    if node.op == "call_method":
+        return None if node.kwargs else _METHODS.get(str(node.target))
+    name = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    options = {option: value for option, value in node.kwargs.items() if option != "inplace"}
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(options.get("approximate", "none")))
+    if name is None or not options:
+        return name
+    defaults = inspect.signature(getattr(F, name)).parameters
+    return name if all(defaults[option].default == value for option, value in options.items()) else None
+
+
+def pooling_function(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """Size, stride and padding of a call of a max pooling function without further options."""
+    if node.target not in (F.max_pool2d, torch.max_pool2d):
+        return None
+    options = {**_POOLING_DEFAULTS, **dict(zip(_POOLING_DEFAULTS, node.args[1:], strict=False)), **node.kwargs}
+    sizes = [options.pop(name) for name in ("kernel_size", "stride", "padding")]
+    numbers = [number for size in sizes for number in (size if isinstance(size, tuple | list) else (size,))]
+    plain = all(number is None or type(number) is int for number in numbers)
+    if not plain or any(value != _POOLING_DEFAULTS[name] for name, value in options.items()):
+        return None
+    return sizes[0], sizes[1], sizes[2]
+
+
+def summand(node: fx.Node, value: fx.Node) -> tuple[fx.Node, bool] | None:
+    """What a call adds to ``value``, and whether in place."""
+    in_place = node.target in (operator.iadd, "add_")
+    if not (in_place or node.target in (operator.add, torch.add, "add")) or len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    other = right if left is value else left
+    if not isinstance(other, fx.Node) or left is right or (in_place and left is not value):
+        return None
+    return other, in_place

@@ -1,0 +1,175 @@
+"""What the layers of a chain are: exactly of which class, whether anything listens to them, who looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module
+
+from ...autograd.activation import resolve_activation
+from ...autograd.batch_norm import apply_activation
+from ...autograd.dispatch import is_number, tensor_refusal
+from .. import activation as _activation  # noqa: F401 (for its twins)
+from ..twin import TWINS, Layer, is_untouched
+from .trace import calls_in_order, stock_of
+
+__all__ = [
+    "ACTIVATIONS",
+    "LOOKS_ON",
+    "Activation",
+    "activated",
+    "activation_of",
+    "activation_refusal",
+    "call_refusal",
+    "computed",
+    "is_known",
+    "is_one_of",
+    "is_plain_container",
+    "keeps_to_itself",
+    "know",
+    "layer_refusal",
+    "observe_chains",
+]
+
+#: The name of each activation layer that can be fused, and its parameters in PyTorch's order.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]]] = {
+    nn.CELU: lambda layer: ("celu", (layer.alpha,)),
+    nn.ELU: lambda layer: ("elu", (layer.alpha,)),
+    nn.GELU: lambda layer: ("gelu_tanh" if layer.approximate == "tanh" else "gelu", ()),
+    nn.Hardsigmoid: lambda layer: ("hardsigmoid", ()),
+    nn.Hardswish: lambda layer: ("hardswish", ()),
+    nn.Hardtanh: lambda layer: ("hardtanh", (layer.min_val, layer.max_val)),
+    nn.LeakyReLU: lambda layer: ("leaky_relu", (layer.negative_slope,)),
+    nn.LogSigmoid: lambda layer: ("logsigmoid", ()),
+    nn.Mish: lambda layer: ("mish", ()),
+    nn.ReLU: lambda layer: ("relu", ()),
+    nn.ReLU6: lambda layer: ("relu6", ()),
+    nn.SELU: lambda layer: ("selu", ()),
+    nn.SiLU: lambda layer: ("silu", ()),
+    nn.Sigmoid: lambda layer: ("sigmoid", ()),
+    nn.Softsign: lambda layer: ("softsign", ()),
+    nn.Tanh: lambda layer: ("tanh", ()),
+}
+#: What stands for an activation: its layer, or where the code calls a function, its name.
+Activation = nn.Module | str | None
+
+#: The ``torch.nn`` class of each class whose layers patterns are made of, and the code of each when it was imported.
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {}
+_FORWARD: dict[type[nn.Module], Any] = {}
+
+#: Hooks of all modules at once, which hear of each layer: of those that it takes to be computed apart.
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    *(module._global_forward_hooks, module._global_forward_pre_hooks),
+    *(module._global_backward_hooks, module._global_backward_pre_hooks),
+)
+_CALL = nn.Module.__call__
+#: Whoever looks on by a hook of all modules, and takes neighbours that are computed in one for what they are.
+LOOKS_ON = "_fusednn_looks_on"
+
+_observers: list[Callable[[Sequence[nn.Module]], None]] = []
+
+
+# --- Classes ----------------------------------------------------------------------------------------------------------
+
+
+def know(classes: Iterable[type[nn.Module]]) -> None:
+    """Let `is_one_of` tell layers of these ``torch.nn`` classes and their twins."""
+    for stock in classes:
+        for cls in (stock, TWINS.get(stock, stock)):
+            _STOCK[cls], _FORWARD[cls] = stock, cls.forward
+
+
+def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
+    """Whether a layer is exactly of one of these ``torch.nn`` classes, or its twin, with the code that these had."""
+    cls = type(layer)
+    stock = _STOCK.get(cls)
+    return stock is not None and stock in classes and cls.forward is _FORWARD[cls]
+
+
+def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
+    """An activation's name in the table, and its parameters; None and none where there is no activation."""
+    if activation is None or isinstance(activation, str):
+        return activation, ()
+    return ACTIVATIONS[_STOCK[type(activation)]](activation)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's code is PyTorch's or ours."""
+    return type(module).__module__.startswith("torch.nn.") or isinstance(module, Layer)
+
+
+def is_plain_container(module: nn.Module) -> bool:
+    """Whether calling a module is calling its children one after another, and nothing else."""
+    return isinstance(module, nn.Sequential) and calls_in_order(stock_of(module)) and is_untouched(module)
+
+
+def keeps_to_itself(module: nn.Module) -> bool:
+    """Whether calling a module changes nothing but the module, wherever it is called."""
+    return all(
+        (is_known(part) or is_plain_container(part)) and is_untouched(part) and not getattr(part, "inplace", False)
+        for part in module.modules()
+    )
+
+
+# --- Listeners --------------------------------------------------------------------------------------------------------
+
+
+def call_refusal(input: Tensor) -> str | None:
+    """Why a chain isn't computed in one whatever its layers are, or None: no kernel takes its input, or one listens."""
+    if refusal := tensor_refusal(input):
+        return refusal
+    if nn.Module.__call__ is not _CALL:
+        return "calls of modules are patched"
+    heard = any(not hasattr(hook, LOOKS_ON) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
+    return "a hook listens to all modules" if heard else None
+
+
+def layer_refusal(layer: Any, *classes: type[nn.Module]) -> str | None:
+    """Why a layer mustn't be computed with others any more, or None, also where there is a function in its place."""
+    if not isinstance(layer, nn.Module):
+        return None
+    if not is_one_of(layer, classes):
+        return "a layer is of another class than it was"
+    return None if is_untouched(layer) else "a layer has hooks, or code of its own"
+
+
+def activation_refusal(activation: Activation) -> str | None:
+    """As of `layer_refusal`; its parameters may have been changed to what only stock takes."""
+    if refusal := layer_refusal(activation, *ACTIVATIONS):
+        return refusal
+    return None if all(map(is_number, activation_of(activation)[1])) else "a parameter isn't a number"
+
+
+@contextmanager
+def observe_chains(observer: Callable[[Sequence[nn.Module]], None]) -> Iterator[None]:
+    """Call ``observer`` with the layers of each chain that is about to be computed in one, and with () after it."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def computed(function: Callable[[], Tensor], *layers: Any) -> Tensor:
+    """The result of a chain, which its observers are told of."""
+    if not _observers:
+        return function()
+    members = [layer for layer in layers if isinstance(layer, nn.Module)]
+    for observer in _observers:
+        observer(members)
+    try:
+        return function()
+    finally:
+        for observer in _observers:
+            observer(())
+
+
+def activated(y: Tensor, activation: Activation) -> Tensor:
+    """activation(y) as the code activates it, apart."""
+    if isinstance(activation, nn.Module):
+        result: Tensor = activation(y)
+        return result
+    return apply_activation(y, None, resolve_activation(activation))

@@ -1,0 +1,11 @@
+"""What can be computed in one, a file each: what it matches, what it refuses, how it is computed apart and together.
+
+They are tried in this order, as of ``docs/adding-a-pattern.md``.
+"""
+
+from . import conv, linear, maxout, norm
+from .pattern import Pattern
+
+__all__ = ["PATTERNS"]
+
+PATTERNS: tuple[Pattern, ...] = (conv.PATTERN, norm.PATTERN, linear.PATTERN, maxout.POOLING, maxout.VIEW)

@@ -1,0 +1,166 @@
+"""max_pool(activation(norm(conv(x)) + residual)), of which all but the convolution may be missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ....autograd import stock as F
+from ....autograd.conv import conv_act_pool2d, conv_size
+from ....autograd.dispatch import autocast_dtype
+from ... import conv_batch_norm
+from ... import pool as _pool  # noqa: F401 (for its twins)
+from ...conv import padded
+from ..calls import pooling_function
+from ..members import (
+    ACTIVATIONS,
+    Activation,
+    activated,
+    activation_of,
+    activation_refusal,
+    call_refusal,
+    computed,
+    is_one_of,
+    layer_refusal,
+)
+from .pattern import Finder, Match, Pattern, added, are_alike, distinct
+
+__all__ = ["PATTERN"]
+
+#: A layer, or the arguments of a function: size, stride and padding.
+Pooling = nn.Module | tuple[Any, Any, Any] | None
+
+#: Activations that never decrease, and whose gradient vanishes where they are constant: pooling may come first.
+_EXCHANGEABLE = ("hardtanh", "relu", "relu6")
+
+
+def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
+    nodes = [node]
+    norm = search.extend(nodes, lambda n: search.layer(n, nn.BatchNorm2d))
+    residual, in_place = search.sum(nodes)
+    activation = search.extend(nodes, search.activation)
+    pool = search.extend(nodes, lambda n: _pooling(search, n))
+    pools_first = activation is None and pool is not None
+    if pools_first:
+        activation = search.extend(nodes, lambda n: _exchangeable(search, n))
+    members = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
+    members |= {"in_place": in_place, "pools_first": pools_first}
+    return Match(nodes, _compute, (node.args[0], residual), members)
+
+
+def _pooling(search: Finder, node: fx.Node) -> Pooling:
+    layer = search.layer(node, nn.MaxPool2d)
+    if layer is None:
+        return pooling_function(node)
+    if _window_of(layer):
+        return layer
+    search.stops[layer] = "has options that aren't fused"
+    return None
+
+
+def _exchangeable(search: Finder, node: fx.Node) -> Activation:
+    activation = search.activation(node)
+    return activation if activation is not None and activation_of(activation)[0] in _EXCHANGEABLE else None
+
+
+PATTERN = Pattern((nn.Conv2d,), (nn.BatchNorm2d, *ACTIVATIONS, nn.MaxPool2d), _match)
+
+
+def _compute(
+    input: Tensor,
+    residual: Tensor | None,
+    *,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    activation: Activation,
+    pool: Pooling,
+    in_place: bool,
+    pools_first: bool,
+) -> Tensor:
+    """``in_place``: the code adds the residual in place.  ``pools_first``: it pools before it activates."""
+    if _refusal(input, residual, conv, norm, activation, pool) is None:
+        return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
+    y = conv(input)
+    y = y if norm is None else norm(y)
+    y = added(y, residual, in_place)
+    if pools_first:
+        return activated(_pooled(y, pool), activation)
+    return _pooled(activated(y, activation), pool)
+
+
+def _together(
+    input: Tensor,
+    residual: Tensor | None,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    activation: Activation,
+    pool: Pooling,
+) -> Tensor:
+    name, parameters = activation_of(activation)
+    window = _window_of(pool) or (None, None, 0)
+    sizes: Any = dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True))
+    residual = distinct(residual, input)
+    if norm is not None:
+        return conv_batch_norm.forward(conv, norm, input, residual, name, parameters, **sizes)
+    x, padding = padded(conv, input)
+    geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
+    options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
+    return conv_act_pool2d(x, conv.weight, conv.bias, *geometry, residual=residual, **options)
+
+
+def _refusal(
+    input: Tensor,
+    residual: Tensor | None,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    activation: Activation,
+    pool: Pooling,
+) -> str | None:
+    """Why the layers are called one by one, or None."""
+    refusal = call_refusal(input)
+    if refusal is None and input.dim() != 4 and (input.dim() != 3 or norm is not None):
+        refusal = "not a batch of images"
+    refusal = (
+        refusal
+        or layer_refusal(conv, nn.Conv2d)
+        or layer_refusal(norm, nn.BatchNorm2d)
+        or activation_refusal(activation)
+        or layer_refusal(pool, nn.MaxPool2d)
+    )
+    if refusal is None and pool is not None and _window_of(pool) is None:
+        refusal = "the pooling has options that aren't fused"
+    if refusal is None and residual is not None and not _fits(residual, input, conv):
+        refusal = "the residual is unlike the convolution's result"
+    return refusal
+
+
+def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:
+    """Size, stride and padding of a max pooling layer, or None where it has options that can't be fused."""
+    if isinstance(pool, tuple):
+        return pool
+    if (
+        not is_one_of(pool, (nn.MaxPool2d,))
+        or pool.return_indices
+        or pool.ceil_mode
+        or pool.dilation not in (1, (1, 1))
+    ):
+        return None
+    return pool.kernel_size, pool.stride, pool.padding
+
+
+def _fits(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
+    if isinstance(conv.padding, str):
+        return False
+    size = conv_size(input.shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
+    return are_alike(residual, (*input.shape[:-3], conv.out_channels, *size), dtype or input.dtype)
+
+
+def _pooled(y: Tensor, pool: Pooling) -> Tensor:
+    if isinstance(pool, nn.Module):
+        result: Tensor = pool(y)
+        return result
+    return y if pool is None else F.max_pool2d(y, *pool)

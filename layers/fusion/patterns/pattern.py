@@ -1,0 +1,74 @@
+"""What a pattern is, and what those with a residual share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..members import Activation
+
+__all__ = ["Finder", "Match", "Pattern", "added", "are_alike", "distinct"]
+
+
+_Found = TypeVar("_Found")
+
+
+class Finder(Protocol):
+    """What a pattern may ask when it is matched: the part of `fusednn.layers.fusion.search.Search` for it."""
+
+    stops: dict[nn.Module, str]  # why a layer isn't in a chain, or its chain isn't longer
+
+    def layer(self, node: fx.Node, *classes: type[nn.Module]) -> nn.Module | None:
+        """The layer that a call is of, if it is of these classes and may be fused."""
+
+    def activation(self, node: fx.Node) -> Activation:
+        """The activation that a call is: its layer, or the name of its function."""
+
+    def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
+        """What is added next, if something is, and whether in place."""
+
+    def extend(self, nodes: list[fx.Node], recognise: Callable[[fx.Node], _Found | None]) -> _Found | None:
+        """What ``recognise`` finds the only use of the last node to be; that use then belongs to the pattern, too."""
+
+
+class Match(NamedTuple):
+    """Calls that become one: their nodes, first to last, and the function that is called in their place.
+
+    It takes ``operands``, values of the graph, and by their names ``members``: layers, and constants.
+    """
+
+    nodes: list[fx.Node]
+    function: Callable[..., Tensor]
+    operands: tuple[Any, ...]
+    members: dict[str, Any]
+
+
+class Pattern(NamedTuple):
+    """A kind of neighbours: the classes of its first layer, those of the others, and how it is found."""
+
+    first: tuple[type[nn.Module], ...]
+    following: tuple[type[nn.Module], ...]
+    match: Callable[[Finder, fx.Node, Any], Match | None]
+
+
+def are_alike(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a residual has this shape and dtype."""
+    return isinstance(residual, Tensor) and residual.shape == shape and residual.dtype is dtype
+
+
+def distinct(residual: Tensor | None, input: Tensor) -> Tensor | None:
+    """The residual as a tensor of its own: torch.compile doesn't trace functions of the same tensor twice."""
+    return residual.view_as(residual) if residual is input else residual
+
+
+def added(y: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
+    """y + residual as the code adds it, apart."""
+    if residual is None:
+        return y
+    if in_place:
+        y += residual
+        return y
+    return y + residual

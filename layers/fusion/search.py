@@ -1,0 +1,183 @@
+"""Searching the graph of a module's code for patterns: calls of neighbours that can become one.
+
+A pattern (`fusednn.layers.fusion.patterns`) begins with a layer and grows by the only use of its last value, as long as
+nothing in between could change what its calls read.  A container's border is no border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from .calls import activation_function, pooling_function, summand
+from .members import ACTIVATIONS, Activation, is_one_of, is_plain_container, keeps_to_itself, know
+from .patterns import PATTERNS
+from .patterns.pattern import Match
+from .trace import IN_PLACE
+
+__all__ = ["Refusal", "Search", "begins_a_chain"]
+
+#: Why a layer, given its name in the module, must not be fused, or None.
+Refusal = Callable[[str, nn.Module], str | None]
+
+#: The layers that patterns begin with, those that follow, and all.
+_FIRST = tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.first))
+_FOLLOWING = tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.following))
+_CHAINED = (*_FIRST, *_FOLLOWING)
+know(_CHAINED)
+
+_Found = TypeVar("_Found")
+
+
+class Search:
+    """The chains of a module's graph, and for layers whose chain ends or isn't one, the reason."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, refuses: Refusal) -> None:
+        self.module = module
+        self.refuses = refuses
+        self.inlined: list[str] = []  # containers whose calls became those of their children
+        self.moved: set[str] = set()  # modules that are called before layers of a chain that they stood behind
+        self._expand(graph)
+        self.nodes = list(graph.nodes)
+        self.matches: list[Match] = []
+        self.stops: dict[nn.Module, str] = {}
+        self._taken: set[fx.Node] = set()
+        for node in self.nodes:
+            match = None if node in self._taken else self._match(node)
+            if match is not None:
+                self._taken.update(match.nodes)
+                self.matches.append(match)
+
+    def callee(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls."""
+        return self.module.get_submodule(str(node.target))
+
+    def layers(self, match: Match) -> tuple[str, ...]:
+        """The names of a match's layers."""
+        return tuple(str(node.target) for node in match.nodes if node.op == "call_module")
+
+    # A container's border is no border to a chain.
+
+    def _expand(self, graph: fx.Graph) -> None:
+        """Call the children of containers in their place where a chain would cross the container's border."""
+        waiting = [node for node in graph.nodes if node.op == "call_module"]
+        for node in waiting:
+            container = self.callee(node)
+            if len(node.args) != 1 or node.kwargs or not is_plain_container(container):
+                continue
+            if not (self._reaches_behind(node, container) or self._reaches_before(node, container)):
+                continue
+            self.inlined.append(str(node.target))
+            value: Any = node.args[0]
+            with graph.inserting_before(node):
+                for name in container._modules:
+                    value = graph.create_node("call_module", f"{node.target}.{name}", (value,))
+                    waiting.append(value)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+
+    def _reaches_behind(self, node: fx.Node, container: nn.Module) -> bool:
+        """Whether a chain may begin in a container and end behind it."""
+        if not is_one_of(_end(container, -1), _CHAINED) or len(node.users) != 1:
+            return False
+        (user,) = node.users
+        if user.op == "call_module":
+            return is_one_of(_end(self.callee(user), 0), _FOLLOWING)
+        if summand(user, node) is None:
+            return activation_function(user) is not None or pooling_function(user) is not None
+        # The last summand, and only where the other isn't the end of a chain that can take the sum.
+        others = [operand for operand in user.all_input_nodes if operand is not node and operand.op == "call_module"]
+        return not others or not (is_one_of(self.callee(others[0]), _CHAINED) or _comes_after(others[0], node))
+
+    def _reaches_before(self, node: fx.Node, container: nn.Module) -> bool:
+        """Whether a chain may begin before a container and end in it."""
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            return False
+        return is_one_of(_end(container, 0), _FOLLOWING) and is_one_of(_end(self.callee(before), -1), _CHAINED)
+
+    # A pattern grows from its first node: each step looks at the only use of the last one's value.
+
+    def _match(self, node: fx.Node) -> Match | None:
+        first = self.layer(node, *_FIRST)
+        if first is None:
+            return None
+        for pattern in PATTERNS:
+            match = pattern.match(self, node, first) if is_one_of(first, pattern.first) else None
+            if match is not None and len(match.nodes) > 1:
+                return match
+        return None
+
+    def extend(self, nodes: list[fx.Node], recognise: Callable[[fx.Node], _Found | None]) -> _Found | None:
+        """What ``recognise`` finds the only use of the last node to be; that use then belongs to the pattern, too."""
+        users = list(nodes[-1].users)
+        for user in users:
+            found = None if user in self._taken else recognise(user)
+            if found is None:
+                continue
+            if len(users) > 1:
+                self.stops[self.callee(nodes[0])] = "its output is used more than once"
+            elif not self._may_move(nodes, user):
+                self.stops[self.callee(nodes[0])] = "something else happens in between"
+            else:
+                nodes.append(user)
+                return found
+        return None
+
+    def _may_move(self, nodes: list[fx.Node], last: fx.Node) -> bool:
+        """Whether the calls may all be made where the last one is: nothing in between can change what they read."""
+        layers = {self.callee(node) for node in nodes if node.op == "call_module"}
+        between = self.nodes[self.nodes.index(nodes[0]) : self.nodes.index(last)]
+        others = [node for node in between if node not in nodes]
+        if not all(self._is_pure(node, layers) for node in others):
+            return False
+        self.moved.update(str(node.target) for node in others if node.op == "call_module")
+        return True
+
+    def _is_pure(self, node: fx.Node, layers: set[nn.Module]) -> bool:
+        """Whether a call changes neither its arguments nor one of ``layers``."""
+        if node.op == "call_module":
+            called = self.callee(node)
+            return keeps_to_itself(called) and layers.isdisjoint(called.modules())
+        in_place = node.target in IN_PLACE or str(getattr(node.target, "__name__", node.target)).endswith("_")
+        return not (in_place or node.kwargs.get("inplace") or "out" in node.kwargs)
+
+    # What a call is: a layer, or the arguments of a function, or None.
+
+    def layer(self, node: fx.Node, *classes: type[nn.Module]) -> nn.Module | None:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        layer = self.callee(node)
+        if not is_one_of(layer, classes):
+            return None
+        reason = self.refuses(str(node.target), layer)
+        if reason is None:
+            return layer
+        self.stops[layer] = reason
+        return None
+
+    def activation(self, node: fx.Node) -> Activation:
+        """The activation that a call is: its layer, or the name of its function."""
+        return self.layer(node, *ACTIVATIONS) or activation_function(node)
+
+    def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
+        """What is added next, if something is, and whether in place."""
+        return self.extend(nodes, lambda node: summand(node, nodes[-1])) or (None, False)
+
+
+def begins_a_chain(layer: nn.Module) -> bool:
+    """Whether a chain can begin with such a layer."""
+    return is_one_of(layer, _FIRST)
+
+
+def _end(module: nn.Module, place: int) -> nn.Module:
+    """The first (0) or last (-1) layer that is called in containers, or the module itself."""
+    while is_plain_container(module) and len(module._modules):
+        module = list(module._modules.values())[place]  # type: ignore[assignment]
+    return module
+
+
+def _comes_after(node: fx.Node, other: fx.Node) -> bool:
+    return other < node
