@@ -17,6 +17,7 @@ from ..kernels.functions.activation import ACTIVATIONS, IDENTITY, Activated, act
 from ..kernels.layout import is_dense
 from ..kernels.tiles import mask_bytes
 from . import stock as F
+from .anchors import anchors_of
 from .dispatch import autocast_dtype, is_number, takes_kernel
 from .operators import operator
 
@@ -113,54 +114,57 @@ def _masked_backward(
 class MaskedActivation(Function):
     """An activation whose gradient needs one bit an element: linear in the gradient of the output, piecewise.
 
-    ``activation`` are its operator's arguments.
+    ``activation`` are its operator's arguments, ``anchors`` those of ``x``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, activation: tuple[str, float, float], inplace: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        seed: Tensor | None,
+        activation: tuple[str, float, float],
+        inplace: bool,
+        anchors: tuple[Tensor, ...],
+    ) -> Tensor:
+        y: Tensor
         if inplace:
             y, mask = x, _masked_forward_inplace(x, seed, *activation)
             ctx.mark_dirty(x)
         else:
             y, mask = _masked_forward(x, seed, *activation)
-        # A second derivative with respect to x is zero, but must exist.  No tensor is saved that depends on x; so this
-        # empty output is, for the gradient's graph to hang on.
-        anchor = x.new_empty(0)
-        ctx.save_for_backward(mask, seed, anchor)
-        ctx.shape = x.shape
+        ctx.save_for_backward(mask, seed)
         ctx.arguments = (y.stride(), *activation)
-        ctx.set_materialize_grads(False)
-        return y, anchor
+        ctx.anchors = anchors
+        return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor, None, None, None]:
-        mask, seed, anchor = ctx.saved_tensors
-        if g is None:  # only the anchor was differentiated
-            dx = anchor.new_zeros(ctx.shape)
-        elif torch.is_grad_enabled():
-            dx = MaskedGradient.apply(g, anchor, mask, seed, *ctx.arguments)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        mask, seed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dx = MaskedGradient.apply(g, mask, seed, ctx.arguments, *ctx.anchors)
         else:
             dx = _masked_backward(g, mask, seed, *ctx.arguments)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 class MaskedGradient(Function):
     """The gradient of `MaskedActivation` as a differentiable function: its derivative is the same mask again."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, anchor: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(anchor, mask, seed)
+    def forward(
+        ctx: Any, g: Tensor, mask: Tensor, seed: Tensor | None, arguments: tuple[Any, ...], *anchors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(mask, seed)
         ctx.arguments = arguments
+        ctx.anchors = anchors
         result: Tensor = _masked_backward(g, mask, seed, *arguments)
         return result
 
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        anchor, mask, seed = ctx.saved_tensors
-        dg = MaskedGradient.apply(gg, anchor, mask, seed, *ctx.arguments)
-        return dg, torch.zeros_like(anchor), *(None,) * (2 + len(ctx.arguments))
+        mask, seed = ctx.saved_tensors
+        dg = MaskedGradient.apply(gg, mask, seed, ctx.arguments, *ctx.anchors)
+        return dg, None, None, None, *map(torch.zeros_like, ctx.anchors)
 
 
 class SavedActivation(Function):
@@ -292,8 +296,7 @@ def apply_masked(input: Tensor, seed: Tensor | None, activation: tuple[str, floa
     """Apply an activation that saves a mask, by its operator's arguments; with a seed RReLU, which are its bounds'."""
     if inplace and _is_copied(input):
         return input.copy_(apply_masked(input, seed, activation, False))
-    y: Tensor
-    y, _ = MaskedActivation.apply(input, seed, activation, inplace)
+    y: Tensor = MaskedActivation.apply(input, seed, activation, inplace, anchors_of(input))
     return y
 
 

@@ -13,6 +13,7 @@ from ..kernels.functions.activation import ACTIVATIONS, Activated, activated
 from ..kernels.random import with_seed
 from . import stock as F
 from .activation import resolve_activation, stock_activation
+from .anchors import anchors_of
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
@@ -89,6 +90,7 @@ class BiasActivationDropout(Function):
     """Saves one bit an element (and the seed, for LeakyReLU), or the input, the bias and the seed.
 
     Where the bias is ``added`` to the input already, without its gradient, it is an operand for its gradient alone.
+    ``anchors`` are those of the input and the bias, where bits are saved.
     """
 
     @staticmethod
@@ -102,23 +104,23 @@ class BiasActivationDropout(Function):
         p: float,
         dim: int,
         added: bool,
-    ) -> tuple[Tensor, Tensor]:
+        anchors: tuple[Tensor, ...],
+    ) -> Tensor:
+        y: Tensor
         y, mask = _forward(x, None if added else bias, residual, seed, *activation.arguments, p, dim, True)
-        anchor = x.new_empty(0)  # for a second derivative to hang on: see `MaskedActivation`
         if activation.saves == "mask":
-            ctx.save_for_backward(mask, None, None if activation.row.mask_gates else seed, anchor)
+            ctx.save_for_backward(mask, None, None if activation.row.mask_gates else seed)
         else:
-            ctx.save_for_backward(x, bias, seed, anchor)
-        ctx.shape = x.shape
+            ctx.save_for_backward(x, bias, seed)
         ctx.strides = y.stride()
         ctx.arguments = (activation, p, dim)
         ctx.added = added
-        ctx.set_materialize_grads(False)
-        return y, anchor
+        ctx.anchors = anchors
+        return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, bias, seed, anchor = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        saved, bias, seed = ctx.saved_tensors
         activation, p, dim = ctx.arguments
         arguments = (ctx.strides, *activation.arguments, p, dim)
         needs_dx, needs_db, needs_dr = ctx.needs_input_grad[:3]
@@ -126,12 +128,10 @@ class BiasActivationDropout(Function):
         db: Tensor | None = None
         if not (needs_dx or needs_db):
             pass
-        elif g is None:  # only the anchor was differentiated
-            dx, db = anchor.new_zeros(ctx.shape), anchor.new_zeros(ctx.shape[dim])
         elif not torch.is_grad_enabled():
             dx, db = _backward(g, saved, None if ctx.added else bias, seed, *arguments, needs_db)
         elif activation.saves == "mask":
-            dx = MaskedGradient.apply(g, anchor, saved, seed, *arguments)
+            dx = MaskedGradient.apply(g, saved, seed, arguments, *ctx.anchors)
             db = dx.sum([other for other in range(dx.dim()) if other != dim])
         else:
             if ctx.added and bias is not None:
@@ -141,7 +141,7 @@ class BiasActivationDropout(Function):
             dx if needs_dx else None,
             db if needs_db else None,
             g if needs_dr else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -149,18 +149,21 @@ class MaskedGradient(Function):
     """The gradient of the input where bits are saved, linear in that of the output: its derivative is itself again."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, anchor: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(anchor, mask, seed)
+    def forward(
+        ctx: Any, g: Tensor, mask: Tensor, seed: Tensor | None, arguments: tuple[Any, ...], *anchors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(mask, seed)
         ctx.arguments = arguments
+        ctx.anchors = anchors
         dx: Tensor
         dx, _ = _backward(g, mask, None, seed, *arguments, False)
         return dx
 
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        anchor, mask, seed = ctx.saved_tensors
-        dg = MaskedGradient.apply(gg, anchor, mask, seed, *ctx.arguments)
-        return dg, torch.zeros_like(anchor), *(None,) * (2 + len(ctx.arguments))
+        mask, seed = ctx.saved_tensors
+        dg = MaskedGradient.apply(gg, mask, seed, ctx.arguments, *ctx.anchors)
+        return dg, None, None, None, *map(torch.zeros_like, ctx.anchors)
 
 
 def _differentiable_gradients(
@@ -270,7 +273,8 @@ def _apply(
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            y, _ = BiasActivationDropout.apply(input, bias, residual, seed, activation, float(p), dim, added)
+            anchors = anchors_of(input, bias) if activation.saves == "mask" else ()
+            y = BiasActivationDropout.apply(input, bias, residual, seed, activation, float(p), dim, added, anchors)
         else:
             rest = (*activation.arguments, float(p), dim, False)
             y, _ = _forward(input, None if added else bias, residual, seed, *rest)

@@ -23,7 +23,7 @@ from .activation import resolve_activation
 from .batch_norm import apply_activation
 from .dispatch import in_low_precision, takes_kernel
 from .onednn import sound_convolution
-from .operators import operator
+from .operators import given, operator
 from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
 from .stock_gradients import stock_gradients
 
@@ -92,7 +92,7 @@ class ConvActPool(Function):
         y, code, raw, layout = _forward(x, weight, bias, residual, convolution, activation, window, keeps=True)
         saved = {"output": y, "input": raw}.get(kept_beside_code(activation.row, window.fixed))
         # The residual, which the first derivatives don't need, is kept for the second alone; its memory is its owner's.
-        ctx.save_for_backward(x, weight, bias, residual, code, saved)
+        ctx.save_for_backward(x, weight, bias, residual, given(code), saved)
         ctx.arguments = (convolution, activation, window)
         ctx.layout = layout
         return y
@@ -104,6 +104,7 @@ class ConvActPool(Function):
         x_needed, weight_needed, bias_needed, residual_needed, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, g), None, None, None)
+        code = x.new_empty(0, dtype=torch.uint8) if code is None else code
         dz, db = pool_backward(g, code, saved, *ctx.layout, *activation.arguments, *window, bias_needed)
         dx, dw = None, None
         if x_needed or weight_needed:

@@ -16,7 +16,7 @@ from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from . import stock as F
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated
-from .operators import operator
+from .operators import given, operator
 from .stock_gradients import stock_gradients
 
 __all__ = ["cross_entropy"]
@@ -125,7 +125,7 @@ class CrossEntropy(Function):
         dtype: torch.dtype,
     ) -> Tensor:
         loss, statistics, weight_total = _forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
-        ctx.save_for_backward(x, target, weight, statistics, weight_total)
+        ctx.save_for_backward(x, target, weight, given(statistics), given(weight_total))
         ctx.arguments = (reduction, ignore_index, smoothing)
         result: Tensor = loss
         return result
@@ -142,9 +142,8 @@ class CrossEntropy(Function):
                 loss = _stock(x, target, weight, reduction, ignore_index, smoothing).to(g.dtype)
             dx, dtarget = stock_gradients(loss, (x, target), needed, g)
         else:
-            dx, dtarget = _backward(
-                g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, *needed
-            )
+            kept = (x.new_empty(0) if tensor is None else tensor for tensor in (statistics, weight_total))
+            dx, dtarget = _backward(g, x, target, weight, *kept, reduction, ignore_index, smoothing, *needed)
         return dx if needed[0] else None, dtarget if needed[1] else None, None, None, None, None, None
 
 

@@ -132,6 +132,8 @@ def _refusal(
             return "in-place on a leaf that requires gradients"
         if any(stride == 0 and size > 1 for size, stride in zip(first.shape, first.stride(), strict=True)):
             return "in-place on memory that overlaps itself"
+        if not torch.compiler.is_compiling() and first.is_inference() and not torch.is_inference_mode_enabled():
+            return "in-place on an inference tensor outside of inference mode"
     return None
 
 

@@ -144,7 +144,8 @@ class LinearCrossEntropy(Function):
         needed = [needs and ctx.on_the_way for needs in ctx.needs_input_grad[:3]]
         operands = (x, linear_weight, linear_bias, target, weight)
         loss, *gradients = ctx.run(*operands, None, *ctx.arguments, dtype, *needed)
-        ctx.save_for_backward(*operands, *(gradients if ctx.on_the_way else ()))
+        kept = zip(gradients, needed, strict=True) if ctx.on_the_way else ()
+        ctx.save_for_backward(*operands, *(gradient if needs else None for gradient, needs in kept))
         result: Tensor = loss
         return result
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["operator"]
+__all__ = ["given", "operator"]
 
 _LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
 # Kernels take any strides, so the compiler needn't copy; but results follow them, so it mustn't change them either.
@@ -34,3 +35,11 @@ def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[...
         return overload
 
     return register
+
+
+def given(result: Tensor) -> Tensor | None:
+    """An operator's result to save for the backward pass: None for the empty tensor that stands for it.
+
+    PyTorch saves nothing there, and hooks that measure or compress what is saved don't expect anything empty.
+    """
+    return result if result.numel() else None

@@ -11,8 +11,9 @@ from ..kernels import pool as kernels
 from ..kernels.functions.activation import IDENTITY, activated
 from ..kernels.pool import Window
 from . import stock as F
+from .anchors import anchors_of
 from .dispatch import is_integer, takes_kernel
-from .operators import operator
+from .operators import given, operator
 
 __all__ = [
     "WINDOW",
@@ -158,35 +159,45 @@ def _pool(x: Tensor, window: Window, keeps: bool, emits_indices: bool) -> tuple[
     return results
 
 
+def _pool_backward(g: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, window: Window) -> Tensor:
+    """The gradient of max pooling alone."""
+    dx: Tensor
+    dx, _ = pool_backward(g, code, None, size, channels_last, *IDENTITY.arguments, *window, False)
+    return dx
+
+
+def _code(ctx: Any) -> Tensor:
+    """The code that was saved, or the empty one of windows of one position."""
+    (code,) = ctx.saved_tensors
+    return torch.empty(0, dtype=torch.uint8, device=ctx.device) if code is None else code
+
+
 class MaxPool(Function):
-    """Saves the code of each window, at most a byte."""
+    """Saves the code of each window, at most a byte.  ``anchors`` are those of ``x``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, channels_last: bool, window: Window, emits_indices: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, channels_last: bool, window: Window, emits_indices: bool, anchors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         y, code, _, indices = _pool(x, window, True, emits_indices)
-        # As in `MaskedActivation`: something for the graph of a second derivative, which is zero, to hang on.
-        anchor = x.new_empty(0)
-        ctx.save_for_backward(code, anchor)
-        ctx.shape = x.shape
-        ctx.arguments = (channels_last, window)
+        ctx.save_for_backward(given(code))
+        ctx.arguments = (x.shape[2:], channels_last, window)
+        ctx.anchors = anchors
+        ctx.device = x.device
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return y, indices, anchor
+        return y, indices
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor, None, None, None]:
-        code, anchor = ctx.saved_tensors
-        channels_last, window = ctx.arguments
-        size = ctx.shape[2:]
-        if g is None:  # only the anchor was differentiated
-            dx = anchor.new_zeros(ctx.shape)
-        elif torch.is_grad_enabled():
-            dx = MaxPoolGradient.apply(g, anchor, code, size, channels_last, window)
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None, None
+        code = _code(ctx)
+        if torch.is_grad_enabled():
+            dx = MaxPoolGradient.apply(g, code, *ctx.arguments, *ctx.anchors)
         else:
-            dx, _ = pool_backward(g, code, None, size, channels_last, *IDENTITY.arguments, *window, False)
-        return dx, None, None, None
+            dx = _pool_backward(g, code, *ctx.arguments)
+        return dx, None, None, None, None
 
 
 class MaxPoolGradient(Function):
@@ -194,22 +205,22 @@ class MaxPoolGradient(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, anchor: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, window: Window
+        ctx: Any, g: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, window: Window, *anchors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(anchor, code)
+        ctx.save_for_backward(given(code))
         ctx.arguments = (g.shape, size, channels_last, window)
-        dx: Tensor
-        dx, _ = pool_backward(g, code, None, size, channels_last, *IDENTITY.arguments, *window, False)
-        return dx
+        ctx.anchors = anchors
+        ctx.device = g.device
+        return _pool_backward(g, code, size, channels_last, window)
 
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        anchor, code = ctx.saved_tensors
+        code = _code(ctx)
         indices = kernels.winner_indices(code, *ctx.arguments)
         # Not flattened, for which batches of gradients have no rule.
         flat = (*indices.shape[:2], -1)
         dg = gg.reshape(flat).gather(2, indices.view(flat)).view(indices.shape)
-        return dg, torch.zeros_like(anchor), None, None, None, None
+        return dg, None, None, None, None, *map(torch.zeros_like, ctx.anchors)
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------
@@ -293,7 +304,7 @@ def _max_pool(
     x = input.unsqueeze(0) if unbatched else input
     x, channels_last = kernels.images(x.unsqueeze(2) if dims == 1 else x)
     if torch.is_grad_enabled() and input.requires_grad:
-        y, indices, _ = MaxPool.apply(x, channels_last, window, return_indices)
+        y, indices = MaxPool.apply(x, channels_last, window, return_indices, anchors_of(x))
     else:
         y, _, _, indices = _pool(x, window, False, return_indices)
     if dims == 1:

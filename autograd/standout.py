@@ -12,6 +12,7 @@ from ..kernels.random import draw_seed
 from ..kernels.tiles import mask_bytes
 from . import stock as F
 from .activation import MaskedGradient
+from .anchors import anchors_of
 from .dispatch import takes_kernel
 from .operators import operator
 
@@ -33,18 +34,21 @@ class Standout(Function):
     """Saves one bit an element.  The gate is ReLU's; sampling has no gradient, so neither has the belief."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, belief: Tensor, seed: Tensor, alpha: float, beta: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, belief: Tensor, seed: Tensor, alpha: float, beta: float, anchors: tuple[Tensor, ...]
+    ) -> Tensor:
         y: Tensor
         y, mask = _forward(x, belief, seed, alpha, beta)
         ctx.save_for_backward(mask)
         ctx.strides = y.stride()
+        ctx.anchors = anchors
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (mask,) = ctx.saved_tensors
-        dx = MaskedGradient.apply(g, g.new_empty(0), mask, None, ctx.strides, "relu", 0.0, 0.0)
-        return dx, None, None, None, None
+        dx = MaskedGradient.apply(g, mask, None, (ctx.strides, "relu", 0.0, 0.0), *ctx.anchors)
+        return dx, None, None, None, None, None
 
 
 def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.0, training: bool = True) -> Tensor:
@@ -67,7 +71,7 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
     seed = draw_seed(input.device)
     y: Tensor
     if torch.is_grad_enabled() and input.requires_grad:
-        y = Standout.apply(input, belief.detach(), seed, float(alpha), float(beta))
+        y = Standout.apply(input, belief.detach(), seed, float(alpha), float(beta), anchors_of(input))
     else:
         y, _ = _forward(input, belief, seed, float(alpha), float(beta))
     return y

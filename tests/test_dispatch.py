@@ -50,11 +50,8 @@ class Tagged(Tensor):
         (autograd.relu, [torch.ones(3).to_sparse()], "torch.sparse_coo tensor"),
         (autograd.relu, [torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])], "a nested tensor"),
         (autograd.relu, [torch.ones(0)], "no elements"),
-        (
-            autograd.elu,
-            [torch.ones(3), -1.0, True],
-            "the gradient can't be read off the output unless alpha is positive",
-        ),
+        (autograd.elu, [torch.ones(3), -1.0, True], "in-place with an alpha that is not positive"),
+        (autograd.celu, [torch.ones(3), 0.0], "alpha is 0"),
         (autograd.hardtanh, [torch.ones(3), 1.0, 1.0], "min_val is not below max_val"),
         (autograd.softplus, [torch.ones(3), 0.0], "beta is 0"),
         (autograd.leaky_relu, [torch.ones(3), torch.tensor(0.1)], "a parameter is not a Python number"),
