@@ -99,10 +99,13 @@ test-stock: .venv/.complete
 # Compiled kernels are kept in .cache: the first run takes minutes longer.
 test-compiled: .venv/.complete ## tests of kernels, compiled, on the virtual GPU (tests/vgpu); needs gcc
 	FUSEDNN_VGPU=80 $(call pytest,.venv,(kernels or compiled) and not thorough)
+	FUSEDNN_VGPU=90 $(call pytest,.venv,compiled and not thorough) tests/test_vgpu_checks.py tests/test_compiled.py \
+		-k "products or conv or linear"
 
 test-thorough: .venv/.complete .build/torchvision/.complete ## what `make test` leaves out for time
 	PYTHONPATH=.build/torchvision TRITON_INTERPRET=1 $(call pytest,.venv,thorough)
 	PYTHONPATH=.build/torchvision TRITON_INTERPRET=0 $(call pytest,.venv,thorough)
+	FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough)
 
 test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton
 	TRITON_INTERPRET=0 $(call pytest,.venv-oldest,compiles and not thorough)

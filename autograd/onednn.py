@@ -12,13 +12,14 @@ __all__ = ["sound_convolution", "without_onednn"]
 @contextmanager
 def without_onednn() -> Iterator[None]:
     """Within, PyTorch computes on the CPU by itself."""
-    # ``torch.backends.mkldnn.flags`` would warn of TF32 each time.
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property, of a module
+    # ``torch.backends.mkldnn.flags`` would warn of TF32 each time, and to set ``enabled`` there is an error where flags
+    # are frozen (``torch.backends.disable_global_flags``, which torch.testing calls).
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = enabled
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def sound_convolution(weight: Tensor, stride: Sequence[int]) -> AbstractContextManager[None]:

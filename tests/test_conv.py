@@ -299,7 +299,9 @@ class OneDNNInBackward(TorchDispatchMode):
 
 
 @needs_kernels
-def test_filters_that_skip_pixels_stay_off_onednn(device: str) -> None:
+def test_filters_that_skip_pixels_stay_off_onednn(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch's flags are frozen, as by torch.testing.
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", False)
     x, weight, bias = (leaf(t) for t in operands(torch.float32, device, kernel=(1, 2)))
     allowed = []
     for stride in ((1, 1), (1, 2), (2, 1), (1, 3)):

@@ -172,14 +172,9 @@ def _product(o: Operands, i: Instruction) -> str:
 
 @translates("wgmma")
 def _group_product(o: Operands, i: Instruction) -> str:
-    o.kind = Kind.WARP_GROUP
-    if i.modifiers[0] == "fence":
-        o.kind = Kind.LANES
+    if i.modifiers[0] in ("fence", "commit_group", "wait_group"):
         return ""
-    if i.modifiers[0] == "commit_group":
-        return "warp->products.open++;"
-    if i.modifiers[0] == "wait_group":
-        return f"wait_for_products(block, warp, {int(i.operands[0])});"
+    o.kind = Kind.WARP_GROUP
     shape = next(modifier for modifier in i.modifiers if modifier.startswith("m64"))
     o.only("mma_async", "sync", "aligned", shape, "f32", "f16", "bf16", "tf32")
     result, element, _ = [m for m in i.modifiers if m in ("f16", "bf16", "tf32", "f32")]
@@ -198,6 +193,4 @@ def _group_product(o: Operands, i: Instruction) -> str:
     n, k = map(int, re.findall(r"[nk](\d+)", shape))
     majors = [0] * (2 - len(major)) + [int(flag) for flag in major]
     product = f"E_{element.upper()}, {n}, {k}, {int(bool(registers))}, {majors[0]}, {majors[1]}, {int(result == 'f16')}"
-    return (
-        f"if (mask) multiply_later(block, warp, step); else group_product(block, warp, step, (Product){{{product}}});"
-    )
+    return f"group_product(block, warp, step, (Product){{{product}}});"

@@ -250,7 +250,6 @@ static __attribute__((noinline)) void run_program(Block *block, u64 index) {
     warp->at = warp->diverged = warp->waiting = warp->barrier = 0;
     warp->mask = warp->live = ~0u;
     warp->state = RUNNING;
-    warp->products.count = warp->products.open = 0;
     for (int lane = 0; warp->copies && lane < 32; lane++) warp->copies[lane].count = warp->copies[lane].open = 0;
     for (const u32 *pair = launch->specials; *pair != ~0u; pair += 2)
       for (u32 lane = 0; lane < 32; lane++) ((u32 *)(warp->registers + pair[1]))[lane] = special(block, warp, pair[0], lane);

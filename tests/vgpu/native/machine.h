@@ -64,16 +64,14 @@ typedef struct {
 } Launch;
 
 typedef struct { u64 source; u32 target, size, source_size, index, group; } Copy;
-enum { MAX_COPIES = 512, MAX_PRODUCTS = 64 };
+enum { MAX_COPIES = 512 };
 typedef struct { u32 count, open; Copy copies[MAX_COPIES]; } CopyQueue;
-typedef struct { u32 count, open; struct { const Step *step; u32 group; } products[MAX_PRODUCTS]; } ProductQueue;
 
 enum State { RUNNING, AT_BARRIER, AT_WARP_GROUP, DONE };
 struct Warp {
   u8 *registers;
   u8 *local;
   CopyQueue *copies;    /* one a lane */
-  ProductQueue products;/* of a warp group, in its first warp */
   u32 first_thread, state, barrier;
   u32 at;               /* the next step of the lanes in `mask` */
   u32 mask, live;       /* lanes that are being run; that haven't exited */

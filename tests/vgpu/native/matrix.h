@@ -103,6 +103,8 @@ SHARED_CODE void read_matrix(Block *block, Warp *warp, const Step *step, u64 des
       out[i][j] = matrix_element(block, warp->first_thread, step->index, matrix_address(descriptor, mn_major, size, i, j), element);
 }
 
+/* Runs at once, not when it is waited for: PTX may copy an accumulator's registers in between, which the assembler makes
+   one and the same. */
 typedef struct { int element, n, k, a_in_registers, a_mn_major, b_mn_major, half_sum; } Product;
 /* accumulators (n / 2, or n / 4 of pairs), A (a descriptor or 4 registers), descriptor of B, whether to add to the
    accumulators, signs of A and B */
@@ -142,21 +144,4 @@ SHARED_CODE void group_product(Block *block, Warp *warp, const Step *step, Produ
       else *place = i & 1 ? pack16(low16(*place), d2h(sum)) : pack16(d2h(sum), high16(*place));
     }
   }
-}
-/* A group's products run when they are waited for: until then their operands and accumulators must be left alone. */
-SHARED_CODE void multiply_later(Block *block, Warp *warp, const Step *step) {
-  ProductQueue *queue = &warp->products;
-  if (queue->count == MAX_PRODUCTS) fail(block, UNSUPPORTED, warp->first_thread, step->index, 0, queue->count);
-  queue->products[queue->count].step = step;
-  queue->products[queue->count++].group = queue->open;
-}
-SHARED_CODE void wait_for_products(Block *block, Warp *warp, u32 pending) {
-  ProductQueue *queue = &warp->products;
-  u32 end = queue->open > pending ? queue->open - pending : 0, kept = 0;
-  for (u32 i = 0; i < queue->count; i++) {
-    const Step *step = queue->products[i].step;
-    if (queue->products[i].group < end) step->handler(block, warp, 0, step);
-    else queue->products[kept++] = queue->products[i];
-  }
-  queue->count = kept;
 }
