@@ -6,9 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import tl
 from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .tiles import (
@@ -33,7 +33,7 @@ __all__ = [
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["numel"])
+@kernel
 def activation_forward_kernel(
     x_pointer,  # input, flat
     y_pointer,  # output, flat; may be the input
@@ -57,7 +57,7 @@ def activation_forward_kernel(
         store_bits(mask_pointer, ACTIVATION.mask(x, a, b), tile_index, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["numel"])
+@kernel
 def activation_backward_kernel(
     g_pointer,  # gradient of the output, flat
     saved_pointer,  # packed bits, or the output or input, flat

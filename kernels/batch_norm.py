@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import divide, narrow, scalar, square_root, widen
 from .tiles import MASK_BYTES, TILE, cdiv, load_bits, store_bits, threads_for, tile_shape
@@ -137,7 +137,7 @@ def normalisation(mean_pointer, variance_pointer, weight_pointer, bias_pointer, 
 # --- Statistics -----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
+@kernel
 def statistics_kernel(
     x_pointer,  # input, (outer, channels, inner)
     partial_pointer,  # (splits, 3, channels): count, mean, sum of squared deviations
@@ -194,7 +194,7 @@ def statistics_kernel(
     tl.store(target + 2 * channels, merged_deviations.to(COMPUTE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits", "channels"])
+@kernel
 def merge_kernel(
     partial_pointer,  # (splits, 3, channels): count, mean, sum of squared deviations
     mean_pointer,  # mean, (channels,)
@@ -255,7 +255,7 @@ def merge_kernel(
 # --- Normalisation and its gradient ---------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
+@kernel
 def normalise_kernel(
     x_pointer,  # input, (outer, channels, inner)
     residual_pointer,  # added before the activation, as x; or None
@@ -305,7 +305,7 @@ def normalise_kernel(
         tl.store(y_pointer + start + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
+@kernel
 def reduce_kernel(
     g_pointer,  # gradient of the output, as x
     x_pointer,  # input, (outer, channels, inner)
@@ -372,7 +372,7 @@ def reduce_kernel(
     tl.store(target + channels, products_sum * inverse_deviation, mask=mask)
 
 
-@triton.jit(do_not_specialize=["outer", "channel_blocks", "tracks", "length", "steps", "along_inner"])
+@kernel
 def gradient_kernel(
     g_pointer,  # gradient of the output, as x
     x_pointer,  # input, (outer, channels, inner)

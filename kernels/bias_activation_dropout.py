@@ -27,7 +27,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .dropout import steps_for
 from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import keep_tile, last_kept, serves_eight
@@ -94,7 +94,7 @@ def noise_tile(
     return noise
 
 
-@triton.jit(do_not_specialize=["rows", "channels", "row_blocks", "steps", "column_blocks", "flags", "last"])
+@kernel
 def bias_activation_dropout_forward_kernel(
     x_pointer,  # input, (rows, columns)
     bias_pointer,  # (channels,)
@@ -149,7 +149,7 @@ def bias_activation_dropout_forward_kernel(
                 store_bits(mask_pointer, bits, tile_index, ROWS, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["rows", "channels", "row_blocks", "steps", "column_blocks", "flags", "last"])
+@kernel
 def bias_activation_dropout_backward_kernel(
     g_pointer,  # gradient of the output, (rows, columns)
     saved_pointer,  # packed bits, or the input, (rows, columns)

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from ._triton import tl
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
-from .launch import TRITON_TYPE, Configuration, launch, ships
+from .launch import TRITON_TYPE, Configuration, kernel, launch, ships
 from .numerics import add_product, narrow, scalar, widen
 from .pool import POINT, Pooled, Window, code_bits, contend, kept_beside_code, pooled_like, store_codes, tile_place
 from .tiles import cdiv
@@ -32,13 +32,7 @@ from .tiles import cdiv
 __all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "height", "width", "conv_height", "conv_width", "pooled_height", "pooled_width", "kernel_width"),
-        *("stride_height", "stride_width", "padding_height", "padding_width"),
-        *("pool_padding_height", "pool_padding_width", "has_bias", "keeps_code", "keeps_raw"),
-    ]
-)
+@kernel
 def conv_pool_kernel(
     x_pointer,  # images, (samples, height, width, channels)
     w_pointer,  # filters, (filters, kernel_height, kernel_width, channels), or seen as (filters, depth)

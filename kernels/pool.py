@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .tiles import cdiv
@@ -229,12 +229,11 @@ def store_sums(
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
-_NOT_SPECIALIZED = ["rows", "channels", "height", "pooled_height"]
 _WINDOW = ["kernel_height", "kernel_width", "stride_height", "stride_width"]
 _WINDOW += ["padding_height", "padding_width", "dilation_height", "dilation_width"]
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, *_WINDOW, "keeps_code", "emits_indices"])
+@kernel
 def pool_forward_kernel(
     x_pointer,  # images
     residual_pointer,  # added to them, like ``x``, or None
@@ -354,7 +353,7 @@ def pool_forward_kernel(
         tl.store(index_pointer + offset, winner_line.to(tl.int64) * width + winner_place, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "padding_height", "padding_width"])
+@kernel
 def pool_backward_cells_kernel(
     g_pointer,  # gradient of the pooled images
     code_pointer,  # packed codes
@@ -368,7 +367,7 @@ def pool_backward_cells_kernel(
     cells_height: tl.int32,
     cells_width: tl.int32,
     pooled_height: tl.int32,
-    pooled_width: tl.int32,
+    pooled_width,
     padding_height: tl.int32,
     padding_width: tl.int32,
     a: tl.float64,
@@ -440,7 +439,7 @@ def pool_backward_cells_kernel(
         store_sums(partial_pointer, total, first_row, first_column, rows, columns, CHANNELS_LAST, HEIGHT, WIDTH)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "pooled_width", *_WINDOW])
+@kernel
 def pool_backward_kernel(
     g_pointer,  # gradient of the pooled images
     code_pointer,  # packed codes

@@ -299,6 +299,12 @@ def test_elementary_functions_come_from_numerics() -> None:
     assert not device_function_violations(sources)
 
 
+def test_what_is_not_specialised_is_read_off_annotations() -> None:
+    """A list beside the kernel would be a second place; the optimizers' also has pointers, which aren't annotated."""
+    listing = {path for path, text in read_sources(("kernels",)).items() if "do_not_specialize=[" in text}
+    assert listing == {"kernels/optimizer.py"}
+
+
 # --- Docstrings -------------------------------------------------------------------------------------------------------
 
 
