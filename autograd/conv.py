@@ -42,6 +42,11 @@ class Convolution(NamedTuple):
 # --- Operators --------------------------------------------------------------------------------------------------------
 
 
+def _flops(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
+    height, width = kernels.conv_size(x.shape, weight.shape, tuple(stride), tuple(padding))
+    return 2 * x.shape[0] * height * width * weight.numel()
+
+
 def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """``function`` of an operator's arguments."""
     *given, stride, padding, name, a, b, kernel_size, pool_stride, pool_padding, keeps = arguments
@@ -54,6 +59,7 @@ def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *argu
     "conv_pool(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, str name, float a, float b,"
     " int[] kernel_size, int[] pool_stride, int[] pool_padding, bool keeps) -> (Tensor, Tensor, Tensor)",
     fake=lambda x, weight, bias, *arguments: _conv_pool(kernels.conv_pooled_like, x, weight, *arguments),
+    flops=lambda x, weight, bias, stride, padding, *_: _flops(x, weight, stride, padding),
 )
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     return _conv_pool(kernels.conv_pool_forward, x, weight, bias, *arguments)
@@ -62,6 +68,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -
 @operator(
     "conv_statistics(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> (Tensor, Tensor)",
     fake=lambda x, weight, bias, stride, padding: kernels.statistics_like(x, weight, tuple(stride), tuple(padding)),
+    flops=lambda x, weight, bias, stride, padding: _flops(x, weight, stride, padding),
 )
 def _conv_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any

@@ -31,6 +31,7 @@ def _fake_linear(
     "maxout_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, float p, bool keeps_winner)"
     " -> (Tensor, Tensor)",
     fake=_fake_linear,
+    flops=lambda x, weight, *_: 2 * x.numel() // x.shape[-1] * weight.numel(),
 )
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
@@ -51,6 +52,9 @@ def _fake_linear_backward(
     "maxout_linear_backward(Tensor g, Tensor winner, Tensor? x, Tensor? weight, int pieces, float p, bool sums_bias)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_linear_backward,
+    flops=lambda g, winner, x, weight, pieces, *_: (
+        2 * g.numel() * pieces * sum(operand.shape[-1] for operand in (x, weight) if operand is not None)
+    ),
 )
 def _linear_backward(
     g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusednn
 from fusednn import autograd
+from fusednn.commands.self_test import FUNCTIONS
 from fusednn.layers.twin import TWINS
 
 every_module = pytest.mark.parametrize("stock_class", SAMPLED, ids=lambda cls: cls.__name__)
@@ -139,6 +140,35 @@ def test_harmless_modes_keep_the_kernels(device: str) -> None:
             (row,) = fusednn.explain(fusednn.layers.ReLU(), x)
             assert row.path == "kernel"
     assert watching.seen == ["fusednn.activation.default"]
+
+
+def flops_of(function: Callable[..., Any], operands: list[Tensor]) -> int:
+    """Operations of products, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        results = function(*operands)
+        y = results[0] if isinstance(results, tuple) else results
+        if y.requires_grad:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+PRODUCTS = {name: sample for samples in FUNCTIONS.values() for name, sample in samples.items()}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_operators_count_the_products_that_they_hold(name: str, layout: torch.memory_format, device: str) -> None:
+    """As many as the stock formulation, which serves under a mode."""
+    sample = PRODUCTS[name]
+    operands = []
+    for operand in sample.operands:
+        operand = operand.to(device, torch.float32 if operand.is_floating_point() else operand.dtype)
+        operand = operand.contiguous(memory_format=layout) if operand.dim() == 4 else operand.clone()
+        operands.append(operand.requires_grad_(operand.is_floating_point()))
+    ours = flops_of(sample.ours, operands)
+    with Functions():
+        assert ours == flops_of(sample.ours, operands)
 
 
 # --- Tracers ----------------------------------------------------------------------------------------------------------
