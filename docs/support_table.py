@@ -1,4 +1,4 @@
-"""Writes the support tables into README.md, from the code.  ``python docs/support_table.py [--check]``."""
+"""Writes the tables of docs/support.md, from the code.  ``python docs/support_table.py [--check]``."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from fusednn import autograd, layers, optim
 from fusednn.kernels.functions.activation import ACTIVATIONS, OVERWRITING, Activation
 from fusednn.kernels.functions.optimizer import ALGORITHMS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().with_name("support.md")
 
 # Alone, and with a residual and an activation whose gradient a bit suffices for.
 _BATCH_NORM_ACT = ("the input; with a residual 1 bit an element", "3e; 4e + 1/8", "5e; 6e + 1/8")
@@ -182,21 +182,21 @@ def _is_optimizer(exported: object) -> bool:
 TABLES = {"support table": support_table, "optimizer table": optimizer_table}
 
 
-def updated(readme: str) -> str:
-    """The README's text with the tables as they should be."""
+def updated(page: str) -> str:
+    """The page's text with the tables as they should be."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}: begin (docs/support_table.py) -->", f"<!-- {name}: end -->"
-        before, _, rest = readme.partition(begin)
+        before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{table()}\n{end}{after}"
-    return readme
+        page = f"{before}{begin}\n{table()}\n{end}{after}"
+    return page
 
 
 def main() -> int:
-    text = README.read_text()
+    text = PAGE.read_text()
     if "--check" in sys.argv[1:]:
         return int(updated(text) != text)
-    README.write_text(updated(text))
+    PAGE.write_text(updated(text))
     return 0
 
 

@@ -21,7 +21,7 @@ def support_table() -> object:
 
 
 def test_support_table_is_current(support_table: object) -> None:
-    text = support_table.README.read_text()
+    text = support_table.PAGE.read_text()
     assert support_table.updated(text) == text, "run: python docs/support_table.py"
 
 
