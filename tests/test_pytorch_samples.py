@@ -158,6 +158,22 @@ def test_op_info_samples(info: Any, dtype: torch.dtype, device: str) -> None:
                 assert_same_bits(*(outcome.outputs[0] for outcome in (mine, theirs)))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("info", OPERATORS, ids=lambda info: info.full_name)
+def test_op_info_noncontiguous_samples(info: Any, device: str) -> None:
+    for sample in operator_samples(info, device, torch.float32)[::5]:
+        if draws(info.name, sample) or (sample.kwargs.get("training") and "upper" in sample.kwargs):
+            continue  # other numbers than stock's
+        strided = sample.noncontiguous()
+        options = dict(strided.kwargs)
+        inplace = bool(options.get("inplace"))
+        operands = (strided.input, *strided.args)
+        mine, theirs = (evaluate(f, operands, options, inplace=inplace) for f in (our_function(info), info.op))
+        options.pop("options", None)  # of how a loss is computed, for one dtype
+        reference = evaluate(info.op, operands, options, torch.float64, inplace=inplace)
+        compare(mine, theirs, reference, inherent_error(info.name, torch.float32))
+
+
 def our_function(info: Any) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(fusednn.autograd, info.name.removeprefix("nn.functional."))
     return function
