@@ -102,9 +102,11 @@ def test_layouts(layout: str, dim: int, device: str) -> None:
 @every_name
 @pytest.mark.parametrize("shift", [1000.0, -1000.0, -110.0])
 def test_shifted_logits(name: str, shift: float, device: str) -> None:
+    """The gradient y (g - sum of y g) is read off the saved y: |g| = 1 bounds the derivative of it by 2."""
     for shape, dim in (((4, 30), 1), ((2, 9000), 1), ((2, 300, 3), 1)):
         x = random_tensor(shape, torch.float32, device) + shift
-        check(name, x, random_tensor(shape, torch.float32, device, seed=1), dim)
+        upstream = random_tensor(shape, torch.float32, device, seed=1).sign()
+        check_against_stock(*functions(name, dim), [x], upstream, saved_output_scale=2.0 * (name != "log_softmax"))
 
 
 @every_name
