@@ -16,7 +16,7 @@ assert len(CLASSES) <= _FIRST_MEMORY_COUNTER
 
 
 class GlobalTraffic(NamedTuple):
-    """Accesses of a warp, sectors of 32 bytes that they touch, and bytes that its lanes use."""
+    """Accesses of a warp, sectors of 32 bytes that they touch, and bytes of those that some lane uses."""
 
     requests: int
     sectors: int

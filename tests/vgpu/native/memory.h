@@ -74,23 +74,25 @@ SHARED_CODE void wait_for_copies(Block *block, Warp *warp, int lane, u32 pending
 
 enum { FIRST_MEMORY_COUNTER = 24, LOADS = FIRST_MEMORY_COUNTER, STORES = LOADS + 3, SHARED_ACCESSES = STORES + 3 };
 
-/* Requests of a warp, sectors of 32 bytes that they touch, and bytes that lanes use. */
+/* Requests of a warp, sectors of 32 bytes that they touch, and bytes of those that some lane uses.  An access is aligned,
+   and so lies in one sector. */
 SHARED_CODE void count_global(Block *block, u32 mask, const u64 *base, u64 displacement, u32 bytes, int first) {
-  u64 sectors[64], used = 0;
-  u32 count = 0;
+  u64 sectors[32];
+  u32 used[32], count = 0;
+  u64 *counters = block->launch->counters + first;
   FOR_LANES(mask) {
     u64 address = base[lane] + displacement;
-    used += bytes;
-    for (u64 sector = address / 32; sector <= (address + bytes - 1) / 32; sector++) {
-      u32 i = 0;
-      while (i < count && sectors[i] != sector) i++;
-      if (i == count && count < 64) sectors[count++] = sector;
+    u32 i = 0;
+    while (i < count && sectors[i] != address / 32) i++;
+    if (i == count) {
+      sectors[count] = address / 32;
+      used[count++] = 0;
     }
+    used[i] |= (u32)((1ull << bytes) - 1) << address % 32;
   }
-  u64 *counters = block->launch->counters + first;
   counters[0]++;
   counters[1] += count;
-  counters[2] += used;
+  for (u32 i = 0; i < count; i++) counters[2] += (u32)__builtin_popcount(used[i]);
 }
 /* Requests of a warp, the waves that the 32 banks of 4 bytes take for them, and the waves that they'd take without
    conflicts.  Lanes that access the same word share it; accesses of 8 bytes go by half warps, of 16 by quarters. */
