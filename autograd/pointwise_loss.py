@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pointwise_loss as kernels
+from ..kernels.functions.loss import LOSSES, Reduction
 from ..kernels.launch import DeviceAssertionError
 from . import stock as F
 from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, takes_kernel
@@ -53,7 +54,7 @@ def _stock_loss(
     name: str,
     a: float,
     b: float,
-    reduction: kernels.Reduction,
+    reduction: Reduction,
 ) -> Tensor:
     """The loss by stock operators, which can be differentiated again."""
     y = _STOCK[name](x, target, weight, positive_weight, a, b)
@@ -98,7 +99,7 @@ def _reduced(
     name: str,
     a: float,
     b: float,
-    reduction: kernels.Reduction,
+    reduction: Reduction,
 ) -> tuple[Tensor, Tensor]:
     try:
         return kernels.pointwise_loss_reduced(x, target, weight, positive_weight, name, a, b, reduction)
@@ -126,7 +127,7 @@ def _backward(
     name: str,
     a: float,
     b: float,
-    reduction: kernels.Reduction,
+    reduction: Reduction,
     wants_dx: bool,
     wants_dt: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +152,7 @@ class PointwiseLoss(Function):
         name: str,
         a: float,
         b: float,
-        reduction: kernels.Reduction,
+        reduction: Reduction,
     ) -> Tensor:
         loss, weight_total = _forward(x, target, weight, positive_weight, name, a, b, reduction)
         ctx.save_for_backward(x, target, weight, positive_weight, weight_total)
@@ -181,7 +182,7 @@ def _forward(
     name: str,
     a: float,
     b: float,
-    reduction: kernels.Reduction,
+    reduction: Reduction,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and the sum of the weights where it was divided by that."""
     if reduction == "none":
@@ -201,7 +202,7 @@ def _apply_kernel(
     b: float = 0.0,
 ) -> Tensor:
     """Apply a row of the table, differentiably where the input or the target requires gradients."""
-    if reduction == "mean" and weight is not None and kernels.LOSSES[name].has_weighted_mean:
+    if reduction == "mean" and weight is not None and LOSSES[name].has_weighted_mean:
         reduction = "weighted_mean"
     arguments = (input, target, weight, positive_weight, name, float(a), float(b), reduction)
     loss: Tensor

@@ -438,7 +438,7 @@ def test_bytes_and_launches(name: str, reduction: str, device: str) -> None:
     gradient = torch.ones_like(y)
     with measure_traffic() as backward:
         torch.autograd.grad(y, x, gradient)
-    ahead, back = kernels.pointwise_loss.LOSSES[name].budget(x.numel(), dtype, reduction)
+    ahead, back = kernels.functions.loss.LOSSES[name].budget(x.numel(), dtype, reduction)
     assert ahead <= forward.bytes <= ahead * SLACK
     assert back <= backward.bytes <= back * SLACK
     assert (forward.launches, backward.launches) == (1 if reduction == "none" else 2, 1)
