@@ -185,6 +185,12 @@ def nan_first(function: Callable[..., Array]) -> Callable[..., Array]:
     return lambda a, b: np.where(np.isnan(a) | np.isnan(b), np.nan, ordered(a, b)).astype(a.dtype)
 
 
+def bits16(x: Array, type_: str) -> Array:
+    """The bits of float32 numbers in a 16-bit type; NaN as NVIDIA has it."""
+    bits = torch.from_numpy(x).to(DTYPES[type_]).view(torch.int16).numpy().astype(np.uint16)
+    return np.where(np.isnan(x), 0x7FFF, bits)
+
+
 FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 SIGNS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 FORMS = [
@@ -344,6 +350,60 @@ FORMS = [
         lambda a, b, c, d: (a < c) * 1 + (b < d) * 2,
         """{ .reg .b32 %v, %w, %one; mov.b32 %v, {%a0, %a1}; mov.b32 %w, {%a2, %a3};
         INSTRUCTION %p|%q, %v, %w; selp.b32 %r0, 1, 0, %p; selp.b32 %one, 2, 0, %q; or.b32 %r0, %r0, %one; }""",
+    ),
+    *(
+        Form(
+            f"setp.{name}.{t}",
+            f"{t} {t}",
+            "u32",
+            function,
+            "INSTRUCTION %p, %a0, %a1; selp.b32 %r0, 1, 0, %p;",
+        )
+        for t in ("f16", "f32", "f64")
+        for name, function in {
+            "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+            "num": lambda a, b: ~np.isnan(a) & ~np.isnan(b),
+        }.items()
+        if (name, t) != ("nan", "f32")
+    ),
+    *(
+        Form(f"setp.{name}.b{n}", f"u{n} u{n}", "u32", f, "INSTRUCTION %p, %a0, %a1; selp.b32 %r0, 1, 0, %p;")
+        for n in (16, 32, 64)
+        for name, f in (("eq", np.equal), ("ne", np.not_equal))
+    ),
+    *(
+        Form(
+            f"{name}.pred",
+            "u32 u32",
+            "u32",
+            lambda a, b, f=f: f(a < 50, b < 50),
+            "setp.lt.u32 %p, %a0, 50; setp.lt.u32 %q, %a1, 50; INSTRUCTION %p, %p, %q; selp.b32 %r0, 1, 0, %p;",
+        )
+        for name, f in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor))
+    ),
+    Form("add.rn.f64", "f64 f64", "f64", np.add),
+    Form("sqrt.rn.f64", "f64", "f64", np.sqrt),
+    Form("fma.rn.bf16", "bf16 bf16 bf16", "bf16", lambda a, b, c: a * b + c),
+    *(
+        Form(
+            f"cvt.rn.{t}x2.f32",
+            "f32 f32",
+            "u32",
+            lambda a, b, t=t: wrapping(lambda x, y: y | x << 16, 32)(*(bits16(v, t) for v in (a, b))),
+        )
+        for t in ("f16", "bf16")
+    ),
+    Form(
+        "mul.f16x2",
+        "f16 f16 f16",
+        "f16",
+        lambda a, b, c: b * c,
+        """{ .reg .b32 %v, %w; .reg .b16 %low; mov.b32 %v, {%a0, %a1}; mov.b32 %w, {%a0, %a2};
+        INSTRUCTION %v, %v, %w; mov.b32 {%low, %r0}, %v; }""",
+    ),
+    *(
+        Form(f"cvt.{b}.{a}", a, "u" + b[1:], wrapping(lambda x: x, int(b[1:])))
+        for a, b in (("u16", "u64"), ("u64", "u16"))
     ),
     Form("mov.b64", "u32 u32", "u64", wrapping(lambda a, b: a | b << 32, 64), "INSTRUCTION %r0, {%a0, %a1};"),
 ]  # fmt: skip
