@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..kernels.random import draw_seed
+from ..kernels.random import with_seed
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
 from .dropout import DropoutGradient, apply_dropout, probability_refusal
@@ -22,10 +22,12 @@ class DropConnectLinear(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, p: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dropped: Tensor, seed: Tensor, p: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, seed)
         ctx.p = p
-        return F.linear(x, apply_dropout(weight, p, False, seed=seed), bias)
+        return F.linear(x, dropped, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -34,7 +36,7 @@ class DropConnectLinear(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 y = F.linear(x, apply_dropout(weight, ctx.p, False, seed=seed), bias)
-            return *stock_gradients(y, (x, weight, bias), needed, g), None, None
+            return *stock_gradients(y, (x, weight, bias), needed, g), None, None, None
         dx = dw = db = None
         if needed[0]:
             dx = g @ apply_dropout(weight, ctx.p, False, seed=seed)
@@ -44,7 +46,7 @@ class DropConnectLinear(Function):
             dw = DropoutGradient.apply(dw, seed, torch.empty_like(weight).stride(), ctx.p, False, 0)
         if needed[2]:
             db = rows.sum(0)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 def drop_connect_linear(
@@ -61,6 +63,10 @@ def drop_connect_linear(
     operands = [operand for operand in (weight, input, bias) if operand is not None]
     if not takes_kernel("drop_connect_linear", *operands, refusal=lambda: probability_refusal(p, training)):
         return F.linear(input, F.dropout(weight, p, training), bias)
-    seed = draw_seed(weight.device)
-    y: Tensor = DropConnectLinear.apply(input, weight, bias, seed, float(p))
+
+    def drop(seed: Tensor) -> tuple[Tensor, Tensor]:
+        return apply_dropout(weight.detach(), p, False, seed=seed), seed
+
+    # As in stock, the numbers are drawn once the weights are dropped, whatever becomes of the product.
+    y: Tensor = DropConnectLinear.apply(input, weight, bias, *with_seed(weight.device, drop), float(p))
     return y

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from ..kernels import dropout as kernels
 from ..kernels.layout import is_dense
-from ..kernels.random import draw_seed
+from ..kernels.random import with_seed
 from . import stock as F
 from .dispatch import takes_kernel
 from .operators import operator
@@ -104,7 +104,7 @@ def apply_dropout(
         # Tracers fold copies away; a view's base needs PyTorch's own bookkeeping; strided memory needs the copy.
         return input.copy_(apply_dropout(input, p, False, alpha, leading, seed))
     if seed is None:
-        seed = draw_seed(input.device)
+        return with_seed(input.device, lambda seed: apply_dropout(input, p, inplace, alpha, leading, seed))
     p = float(p)
     if inplace or (torch.is_grad_enabled() and input.requires_grad):
         y: Tensor = Dropout.apply(input, seed, p, alpha, leading, inplace)

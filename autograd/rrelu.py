@@ -5,7 +5,7 @@ from math import inf
 from torch import Tensor
 
 from ..kernels.functions.activation import Activated
-from ..kernels.random import draw_seed
+from ..kernels.random import with_seed
 from . import stock as F
 from .activation import apply_kernel, apply_masked, resolve_activation
 from .dispatch import is_number, takes_kernel
@@ -29,7 +29,8 @@ def rrelu(
     if not takes_kernel("rrelu", input, inplace=inplace, refusal=lambda: _refusal(lower, upper, training, inplace)):
         return F.rrelu(input, lower, upper, training, inplace)
     if training:
-        return apply_masked(input, draw_seed(input.device), ("rrelu", float(lower), float(upper)), inplace)
+        bounds = ("rrelu", float(lower), float(upper))
+        return with_seed(input.device, lambda seed: apply_masked(input, seed, bounds, inplace))
     return apply_kernel(input, _mean_slope(lower, upper), inplace)
 
 

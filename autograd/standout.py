@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import standout as kernels
-from ..kernels.random import draw_seed
+from ..kernels.random import with_seed
 from ..kernels.tiles import mask_bytes
 from . import stock as F
 from .activation import MaskedGradient
@@ -68,13 +68,16 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
     if not takes_kernel("standout", input, belief, refusal=lambda: _refusal(input, belief, alpha, beta, training)):
         probability = F.sigmoid(alpha * belief + beta)
         return input * (torch.bernoulli(probability.detach()) if training else probability)
-    seed = draw_seed(input.device)
-    y: Tensor
-    if torch.is_grad_enabled() and input.requires_grad:
-        y = Standout.apply(input, belief.detach(), seed, float(alpha), float(beta), anchors_of(input))
-    else:
-        y, _ = _forward(input, belief, seed, float(alpha), float(beta))
-    return y
+
+    def compute(seed: Tensor) -> Tensor:
+        y: Tensor
+        if torch.is_grad_enabled() and input.requires_grad:
+            y = Standout.apply(input, belief.detach(), seed, float(alpha), float(beta), anchors_of(input))
+        else:
+            y, _ = _forward(input, belief, seed, float(alpha), float(beta))
+        return y
+
+    return with_seed(input.device, compute)
 
 
 def _refusal(input: Tensor, belief: Tensor, alpha: object, beta: object, training: object) -> str | None:

@@ -244,8 +244,8 @@ class Spelled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(F.relu(self.first(x), True), 0.0, self.training)
-        x = F.dropout(F.leaky_relu(self.second(x), 0.01), p=0.0, training=False)
-        return F.dropout(F.leaky_relu(self.third(x), 0.2), 0.0)
+        x = F.dropout(F.leaky_relu(self.second(x), 0.2), p=0.0, training=False)
+        return F.dropout(F.softplus(self.third(x), 2), 0.0)
 
 
 def test_options_of_functions_by_position_and_by_name(device: str) -> None:

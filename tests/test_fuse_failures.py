@@ -131,6 +131,15 @@ def test_wrong_shapes(name: str, training: bool, device: str) -> None:
         assert same(before, after)
 
 
+class TiedStandout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return fusednn.autograd.standout(x, x)
+
+
+def generator_of(device: str) -> torch.Generator:
+    return torch.cuda.default_generators[torch.cuda.current_device()] if device == "cuda" else torch.default_generator
+
+
 @needs_kernels
 @pytest.mark.parametrize("event", [0, 1])
 @pytest.mark.parametrize(
@@ -138,22 +147,24 @@ def test_wrong_shapes(name: str, training: bool, device: str) -> None:
     [
         lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Dropout(0.5)),
         lambda: fusednn.layers.Maxout(6, 4, 2, dropout=0.5, dropout_on="output"),
+        lambda: nn.Dropout(0.5),
+        lambda: nn.Dropout(0.5, inplace=True),
+        lambda: nn.RReLU(),
+        TiedStandout,
     ],
 )
 def test_a_seed_that_was_of_no_use_was_not_drawn(build: Callable[[], nn.Module], event: int, device: str) -> None:
     model = make(build(), device)
     fusednn.replace_layers(model, fuse=True)
     x = batch(*ROWS, device=device)
-    generator = (
-        torch.cuda.default_generators[torch.cuda.current_device()] if device == "cuda" else torch.default_generator
-    )
+    generator = generator_of(device)
     torch.manual_seed(0)
-    expected, after = model(x), generator.get_state()
+    expected, after = model(x.clone()), generator.get_state()
     torch.manual_seed(0)
     before = generator.get_state()
     with memory_ends_at(event) as made:
         try:
-            model(x)
+            model(x.clone())
         except torch.OutOfMemoryError:
             assert torch.equal(generator.get_state(), before)
         else:
@@ -161,6 +172,43 @@ def test_a_seed_that_was_of_no_use_was_not_drawn(build: Callable[[], nn.Module],
             return
     assert torch.equal(model(x), expected)
     assert torch.equal(generator.get_state(), after)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("event", "drawn"), [(0, False), (1, True)])
+def test_weights_are_dropped_before_their_product(event: int, drawn: bool, device: str) -> None:
+    layer = make(fusednn.layers.DropConnect(6, 4), device)
+    before = generator_of(device).get_state()
+    with memory_ends_at(event), pytest.raises(torch.OutOfMemoryError):
+        layer(batch(*ROWS, device=device))
+    assert torch.equal(generator_of(device).get_state(), before) is not drawn
+
+
+#: Functions that draw, and what stock raises for: some of it after it has drawn.
+FAILING: dict[str, Callable[[Any, str], Tensor]] = {
+    "integers": lambda F, device: F.dropout(torch.ones(4, dtype=torch.int64, device=device)),
+    "a leaf in place": lambda F, device: F.dropout(torch.ones(4, device=device, requires_grad=True), inplace=True),
+    "expanded in place": lambda F, device: F.dropout(torch.ones(1, device=device).expand(4), inplace=True),
+    "no probability": lambda F, device: F.dropout(torch.ones(4, device=device), 2.0),
+    "no channels": lambda F, device: F.feature_alpha_dropout(torch.ones(4, device=device), 0.5, True),
+    "integers, alpha": lambda F, device: F.alpha_dropout(torch.ones(4, dtype=torch.int64, device=device), 0.5, True),
+    "integers, RReLU": lambda F, device: F.rrelu(-torch.ones(4, dtype=torch.int64, device=device), training=True),
+    "a leaf in place, RReLU": lambda F, device: F.rrelu(
+        torch.full((4,), -1.0, device=device, requires_grad=True), training=True, inplace=True
+    ),
+    "bounds, RReLU": lambda F, device: F.rrelu(torch.ones(4, device=device), 2.0, 1.0, training=True),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_function_that_raises_has_drawn_where_stock_has(name: str, device: str) -> None:
+    found = []
+    for functions in (stock_functions, fusednn.autograd):
+        before = generator_of(device).get_state()
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError)) as raised:
+            FAILING[name](functions, device)
+        found.append((str(raised.value), torch.equal(generator_of(device).get_state(), before)))
+    assert found[0] == found[1]
 
 
 @needs_kernels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import fx
 
 from ...autograd import stock as F
+from ...autograd.activation import resolve_activation
+from ...autograd.dispatch import is_number
 
 __all__ = ["activation_function", "pooling_function", "summand"]
 
@@ -32,20 +33,27 @@ _POOLING_DEFAULTS: dict[str, Any] = {
 }
 
 
-def activation_function(node: fx.Node) -> str | None:
-    """The name of an activation that is called with its default parameters."""
+def activation_function(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
+    """The name of an activation that is called with constants, and these: its parameters in PyTorch's order."""
     if len(node.args) != 1:
         return None
     if node.op == "call_method":
-        return None if node.kwargs else _METHODS.get(str(node.target))
+        name = None if node.kwargs else _METHODS.get(str(node.target))
+        return None if name is None else (name, ())
     name = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
-    options = {option: value for option, value in node.kwargs.items() if option != "inplace"}
+    if name is None:
+        return None
+    options = dict(node.kwargs)
+    inplace = options.pop("inplace", False)
     if name == "gelu":
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(options.get("approximate", "none")))
-    if name is None or not options:
-        return name
-    defaults = inspect.signature(getattr(F, name)).parameters
-    return name if all(defaults[option].default == value for option, value in options.items()) else None
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(options.pop("approximate", "none")))
+    if name is None:
+        return None
+    row = resolve_activation(name).row
+    parameters: Any = tuple(map(options.get, row.parameters, row.defaults))
+    if options.keys() - set(row.parameters) or type(inplace) is not bool or not all(map(is_number, parameters)):
+        return None
+    return None if resolve_activation(name, parameters).refusal(inplace) else (name, parameters)
 
 
 def pooling_function(node: fx.Node) -> tuple[Any, Any, Any] | None:

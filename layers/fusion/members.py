@@ -53,8 +53,8 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
     nn.Softsign: lambda layer: ("softsign", ()),
     nn.Tanh: lambda layer: ("tanh", ()),
 }
-#: What stands for an activation: its layer, or where the code calls a function, its name.
-Activation = nn.Module | str | None
+#: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
+Activation = nn.Module | tuple[str, tuple[float, ...]] | None
 
 #: The ``torch.nn`` class of each class whose layers patterns are made of, and the code of each when it was imported.
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {}
@@ -91,8 +91,8 @@ def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
 
 def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
     """An activation's name in the table, and its parameters; None and none where there is no activation."""
-    if activation is None or isinstance(activation, str):
-        return activation, ()
+    if not isinstance(activation, nn.Module):
+        return activation or (None, ())
     return ACTIVATIONS[_STOCK[type(activation)]](activation)
 
 
@@ -172,4 +172,4 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
     if isinstance(activation, nn.Module):
         result: Tensor = activation(y)
         return result
-    return apply_activation(y, None, resolve_activation(activation))
+    return apply_activation(y, None, resolve_activation(*activation_of(activation)))

@@ -159,7 +159,7 @@ class Search:
         return None
 
     def activation(self, node: fx.Node) -> Activation:
-        """The activation that a call is: its layer, or the name of its function."""
+        """The activation that a call is: its layer, or the name of its function and its parameters."""
         return self.layer(node, *ACTIVATIONS) or activation_function(node)
 
     def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:

@@ -121,9 +121,9 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = torch.add(self.norm(self.conv2(x)), x).relu()
+        x = F.leaky_relu(torch.add(self.norm(self.conv2(x)), x), 0.2)
         x = F.gelu(self.fc1(torch.flatten(x, 1)), approximate="tanh")
-        x = F.dropout(F.relu(self.fc2(x)), 0.0, training=self.training)
+        x = F.dropout(F.hardtanh(self.fc2(x), -0.25, max_val=0.5), 0.0, training=self.training)
         return F.log_softmax(x, 1)
 
 

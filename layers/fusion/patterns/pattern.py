@@ -25,7 +25,7 @@ class Finder(Protocol):
         """The layer that a call is of, if it is of these classes and may be fused."""
 
     def activation(self, node: fx.Node) -> Activation:
-        """The activation that a call is: its layer, or the name of its function."""
+        """The activation that a call is: its layer, or the name of its function and its parameters."""
 
     def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What is added next, if something is, and whether in place."""
