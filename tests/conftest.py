@@ -8,11 +8,13 @@ are deselected, so that a skip always means something.
 
 import pytest
 import torch
-import vgpu
-from support.compiled import ARCHITECTURE
+from support.compiled import ARCHITECTURE, MISSING
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
 
 from fusednn.kernels import AVAILABLE, INTERPRETING, WHERE
+
+#: These need Triton to be imported at all.
+collect_ignore_glob = [] if AVAILABLE else ["test_vgpu_*.py", "test_compiled*.py"]
 
 _RUNS = {
     "kernels": KERNELS_RUN,
@@ -25,9 +27,9 @@ _RUNS = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if ARCHITECTURE and vgpu.MISSING:
+    if ARCHITECTURE and MISSING:
         for item in items:
-            item.add_marker(pytest.mark.skip(reason=vgpu.MISSING))
+            item.add_marker(pytest.mark.skip(reason=MISSING))
         return
     idle = [item for item in items if any(item.get_closest_marker(name) and not runs for name, runs in _RUNS.items())]
     config.hook.pytest_deselected(items=idle)

@@ -7,14 +7,17 @@ import os
 from collections.abc import Sequence
 
 import torch
-import vgpu
 
 #: The architecture that kernels are compiled for in this mode, or 0.
 ARCHITECTURE = int(os.environ.get("FUSEDNN_VGPU", "0"))
+#: Why there is no virtual GPU here, or "".
+MISSING = ""
 
 
 def _register_tables() -> None:
     """Kernels of optimizers find their tensors through addresses: tell the virtual GPU what is behind those."""
+    from vgpu import address_book
+
     from fusednn.kernels.multi_tensor import FlatOperands
 
     find = FlatOperands.addresses
@@ -22,13 +25,17 @@ def _register_tables() -> None:
     def addresses(self: FlatOperands, operands: Sequence[torch.Tensor], *, written: bool = True):  # type: ignore[no-untyped-def]
         found = find(self, operands, written=written)
         for address, operand in zip(found.tolist(), operands, strict=True):
-            vgpu.address_book[address] = operand.numel() * operand.element_size()
+            address_book[address] = operand.numel() * operand.element_size()
         return found
 
     FlatOperands.addresses = addresses  # type: ignore[method-assign]
 
 
-if ARCHITECTURE and not vgpu.MISSING:
+if ARCHITECTURE:
+    import vgpu
+
+    MISSING = vgpu.MISSING
+if ARCHITECTURE and not MISSING:
     vgpu.install(ARCHITECTURE)
     # Stock runs on the processor, in full float32: so do kernels, where a test doesn't ask for TF32.
     torch.backends.cudnn.allow_tf32 = False
