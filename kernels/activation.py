@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._triton import tl
 from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .tiles import (
@@ -89,26 +89,18 @@ def activation_backward_kernel(
 @cache
 def _forward(row: Activation, dtype: torch.dtype, masked: bool) -> Configuration:
     rows, columns = tile_shape(dtype)
-    element = "*" + TRITON_TYPE[dtype]
-    mask = (("mask_pointer", "*u8"),) if masked else ()
-    return Configuration(
-        label=f"{row.name} forward{' + mask' if masked else ''} {TRITON_TYPE[dtype]}",
-        kernel=activation_forward_kernel,
-        signature=(
-            ("x_pointer", element),
-            ("y_pointer", element),
-            *mask,
-            ("numel", "i64"),
-            ("a", "fp64"),
-            ("b", "fp64"),
-        ),
-        constants=(
-            *(() if masked else (("mask_pointer", None),)),  # a missing pointer is a constant
-            ("ACTIVATION", row),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("ROWS", rows),
-            ("COLUMNS", columns),
-        ),
+    return configure(
+        activation_forward_kernel,
+        f"{row.name} forward{' + mask' if masked else ''} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            **({} if masked else {"mask_pointer": None}),
+            "ACTIVATION": row,
+            "COMPUTE": COMPUTE[dtype],
+            "ROWS": rows,
+            "COLUMNS": columns,
+        },
+        pointers={"mask": torch.uint8},
         threads=threads_for(dtype),
         keeps_subnormals=dtype is torch.float32,
         wide_loads=rows,
@@ -119,25 +111,13 @@ def _forward(row: Activation, dtype: torch.dtype, masked: bool) -> Configuration
 @cache
 def _backward(row: Activation, dtype: torch.dtype) -> Configuration:
     rows, columns = tile_shape(dtype)
-    element = "*" + TRITON_TYPE[dtype]
     masked = row.saves == "mask"
-    return Configuration(
-        label=f"{row.name} backward {TRITON_TYPE[dtype]}",
-        kernel=activation_backward_kernel,
-        signature=(
-            ("g_pointer", element),
-            ("saved_pointer", "*u8" if masked else element),
-            ("dx_pointer", element),
-            ("numel", "i64"),
-            ("a", "fp64"),
-            ("b", "fp64"),
-        ),
-        constants=(
-            ("ACTIVATION", row),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("ROWS", rows),
-            ("COLUMNS", columns),
-        ),
+    return configure(
+        activation_backward_kernel,
+        f"{row.name} backward {TRITON_TYPE[dtype]}",
+        dtype,
+        {"ACTIVATION": row, "COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
+        pointers={"saved": torch.uint8} if masked else None,
         threads=threads_for(dtype),
         keeps_subnormals=dtype is torch.float32,
         wide_loads=rows if masked else 2 * rows,

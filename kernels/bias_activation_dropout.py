@@ -27,7 +27,7 @@ from torch import Tensor
 from ._triton import tl, triton
 from .dropout import steps_for
 from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
 from .random import keep_tile, last_kept, serves_eight
@@ -229,53 +229,30 @@ _ROW_WIDTHS = (16, 256, TILE)
 _COLUMN_WIDTHS = (16, 64, 256)
 
 
-def _geometry(dtype: torch.dtype, by_row: bool, width: int) -> tuple[tuple[str, object], ...]:
+def _constants(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> dict[str, object]:
     tile_rows, tile_columns = tile_shape(dtype)
-    return (
-        ("BY_ROW", by_row),
-        ("COMPUTE", COMPUTE[dtype]),
-        ("SERVES_EIGHT", serves_eight(dtype)),
-        ("HEIGHT", TILE // width),
-        ("WIDTH", width),
-        ("ROWS", tile_rows),
-        ("COLUMNS", tile_columns),
-    )
-
-
-_SCALARS = (
-    ("rows", "i64"),
-    ("columns", "i32"),
-    ("channels", "i32"),
-    ("row_blocks", "i64"),
-    ("steps", "i64"),
-    ("column_blocks", "i64"),
-    ("flags", "i32"),
-    ("last", "i64"),
-    ("scale", "fp64"),
-    ("a", "fp64"),
-    ("b", "fp64"),
-)
+    return {
+        "ACTIVATION": row,
+        "BY_ROW": by_row,
+        "COMPUTE": COMPUTE[dtype],
+        "SERVES_EIGHT": serves_eight(dtype),
+        "HEIGHT": TILE // width,
+        "WIDTH": width,
+        "ROWS": tile_rows,
+        "COLUMNS": tile_columns,
+    }
 
 
 @cache
 def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
     wide = tile_shape(dtype)[0] if width > 16 else 0
-    return Configuration(
-        label=f"bias + {row.name} + dropout forward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
-        kernel=bias_activation_dropout_forward_kernel,
-        signature=(
-            *((pointer, element) for pointer in ("x_pointer", "bias_pointer", "residual_pointer", "y_pointer")),
-            ("mask_pointer", "*u8"),
-            ("seed_pointer", "*i64"),
-            *_SCALARS,
-        ),
-        constants=(
-            ("ACTIVATION", row),
-            *_geometry(dtype, by_row, width),
-        ),
+    return configure(
+        bias_activation_dropout_forward_kernel,
+        f"bias + {row.name} + dropout forward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        dtype,
+        _constants(row, dtype, by_row, width),
+        pointers={"mask": torch.uint8, "seed": torch.int64},
         threads=threads_for(dtype),
-        divisible=("columns",),
         wide_loads=2 * wide,
         wide_stores=wide,
     )
@@ -283,27 +260,19 @@ def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> C
 
 @cache
 def _backward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
-    element = "*" + TRITON_TYPE[dtype]
     masked = row.saves == "mask"
     wide = tile_shape(dtype)[0] if width > 16 else 0
-    return Configuration(
-        label=f"bias + {row.name} + dropout backward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
-        kernel=bias_activation_dropout_backward_kernel,
-        signature=(
-            ("g_pointer", element),
-            ("saved_pointer", "*u8" if masked else element),
-            ("bias_pointer", element),
-            ("dx_pointer", element),
-            ("partial_pointer", "*" + TRITON_TYPE[ACCUMULATOR[dtype]]),
-            ("seed_pointer", "*i64"),
-            *_SCALARS,
-        ),
-        constants=(
-            ("ACTIVATION", row),
-            *_geometry(dtype, by_row, width),
-        ),
+    return configure(
+        bias_activation_dropout_backward_kernel,
+        f"bias + {row.name} + dropout backward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        dtype,
+        _constants(row, dtype, by_row, width),
+        pointers={
+            **({"saved": torch.uint8} if masked else {}),
+            "partial": ACCUMULATOR[dtype],
+            "seed": torch.int64,
+        },
         threads=threads_for(dtype),
-        divisible=("columns",),
         wide_loads=wide if masked else 2 * wide,
         wide_stores=wide,
     )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._triton import tl
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
-from .launch import TRITON_TYPE, Configuration, kernel, launch, ships
+from .launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .numerics import add_product, narrow, scalar, widen
 from .pool import POINT, Pooled, Window, code_bits, contend, kept_beside_code, pooled_like, store_codes, tile_place
 from .tiles import cdiv
@@ -180,6 +180,9 @@ _STAGES = 2 if torch.version.hip else 3
 _MOST_DEPTH = {1: 416, 2: 416, 3: 96}
 _PRECISIONS = ("fp16", "bf16", "tf32")
 
+#: The type of the operands of products, by their precision.
+_OPERANDS = {**{name: dtype for dtype, name in TRITON_TYPE.items()}, "tf32": torch.float32}
+
 
 @torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
@@ -207,37 +210,26 @@ def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: i
 def _configuration(precision: str, row: Activation, fixed: tuple[int, int], statistics: bool = False) -> Configuration:
     pool, pool_stride = fixed
     tile = _tile(pool, row, precision)
-    element = "*fp32" if precision == "tf32" else f"*{precision}"
     bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), row.saves == "mask")
-    arguments = conv_pool_kernel.arg_names
     parts = (f"conv pool {pool}x{pool}", row.label, statistics and "+ statistics", precision)
-    return Configuration(
-        label=" ".join(part for part in parts if part),
-        kernel=conv_pool_kernel,
-        signature=(
-            *((name, element) for name in ("x_pointer", "w_pointer", "bias_pointer", "y_pointer")),
-            ("code_pointer", "*u8"),
-            ("raw_pointer", element),
-            *((("partial_pointer", "*fp32"),) if statistics else ()),
-            ("rows", "i64"),
-            *((name, "i32") for name in arguments[arguments.index("filters") : arguments.index("a")]),
-            ("a", "fp64"),
-            ("b", "fp64"),
-        ),
-        constants=(
-            *(() if statistics else (("partial_pointer", None),)),
-            ("ACTIVATION", row),
-            ("POOL", pool),
-            ("POOL_STRIDE", pool_stride),
-            ("BITS", bits),
-            ("HEIGHT", tile.height),
-            ("WIDTH", tile.width),
-            ("DEPTH", tile.depth // 2 if precision == "tf32" else tile.depth),
-            ("PRECISION", "tf32" if precision == "tf32" else "ieee"),
-        ),
+    return configure(
+        conv_pool_kernel,
+        " ".join(part for part in parts if part),
+        _OPERANDS[precision],
+        {
+            **({} if statistics else {"partial_pointer": None}),
+            "ACTIVATION": row,
+            "POOL": pool,
+            "POOL_STRIDE": pool_stride,
+            "BITS": bits,
+            "HEIGHT": tile.height,
+            "WIDTH": tile.width,
+            "DEPTH": tile.depth // 2 if precision == "tf32" else tile.depth,
+            "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        },
+        pointers={"code": torch.uint8, "partial": torch.float32},
         threads=_THREADS,
         num_stages=_STAGES,
-        divisible=("filters", "channels", "depth"),
         tensor_cores=True,
     )
 

@@ -114,12 +114,13 @@ class Configuration:
         }
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """A Triton kernel.  Triton compiles it anew where an integer is 1, or a multiple of 16, and gains by it: not for
-    integers of an annotated type, which are what they are at run time.
+def kernel(function: Callable[..., Any], *, unaligned: Iterable[str] = ()) -> Any:
+    """A Triton kernel.  Triton compiles it anew where an integer is 1 or a multiple of 16, or a pointer aligned to 16
+    bytes, and gains by it: not for integers of an annotated type, and ``unaligned`` pointers, which are what they are
+    at run time.
     """
     fixed = [name for name, annotation in function.__annotations__.items() if annotation in (tl.int32, tl.int64)]
-    return triton.jit(do_not_specialize=fixed)(function)
+    return triton.jit(do_not_specialize=[*unaligned, *fixed])(function)
 
 
 def configure(
@@ -136,18 +137,21 @@ def configure(
 
     Arguments without an annotation are pointers, where their name ends in ``_pointer``, to elements of ``dtype`` or of
     what ``pointers`` has for the rest of the name; or else integers that Triton specialises, and ``divisible``, unless
-    these are given.  ``promises`` are further fields of `Configuration`.
+    these are given.  What ``constants`` names is no run-time argument: a pointer that is None there is missing.
+    ``promises`` are further fields of `Configuration`.
     """
     elements = {f"{name}_pointer": element for name, element in (pointers or {}).items()}
     signature = {}
     integers = []
     for parameter in inspect.signature(kernel.fn).parameters.values():
         name = parameter.name
+        if name in constants:
+            continue
         if name.endswith("_pointer"):
             signature[name] = "*" + TRITON_TYPE[elements.get(name, dtype)]
         elif parameter.annotation in _ANNOTATED:
             signature[name] = _ANNOTATED[parameter.annotation]
-        elif name not in constants:
+        else:
             signature[name] = "i32"
             integers.append(name)
     return Configuration(

@@ -10,7 +10,7 @@ which every program of the update adds up in the same order.
 
 from collections.abc import Iterator
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .functions.optimizer import ALGORITHMS
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, launch, ships
+from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .multi_tensor import SETTINGS
 from .numerics import divide, narrow, scalar, square_root, widen
 from .tiles import TILE, threads_for
@@ -224,7 +224,8 @@ def clip_coefficient(squares_pointer, squares, scale, clip_norm):
     return tl.where(coefficient > 1, 1.0, coefficient)  # NaN stays
 
 
-@triton.jit(do_not_specialize=["scalars_pointer", "averages_pointer", "squares_pointer", "tensors", "squares"])
+# What is read one number at a time may lie anywhere, and gains nothing by lying well.
+@partial(kernel, unaligned=("scalars_pointer", "averages_pointer", "squares_pointer"))
 def optimizer_update_kernel(
     table_pointer,  # words of a `Table`: settings, addresses, extents, scalars, programs
     settings_pointer,  # `Settings`: the table's, or a copy in which some were computed on the device
@@ -344,7 +345,7 @@ def optimizer_update_kernel(
             store_weights(w * factor, addresses, place, of_weight[3], COMPUTE, ELEMENTS, MASTER, AVERAGE, False)
 
 
-@triton.jit(do_not_specialize=["tensors", "chunks"])
+@kernel
 def optimizer_squares_kernel(
     table_pointer,
     partial_pointer,  # a sum for each program
@@ -401,34 +402,24 @@ def _update(variant: Variant) -> Configuration:
     # A thread's 128-bit accesses to a tile, over the columns that it reads or writes.
     late = averaged and penalty is Penalty.GROUPS
     wide = [TILE * dtype.itemsize // 16 // threads for dtype in columns]
-    return Configuration(
-        label=" + ".join([f"{name} {types}", *options]),
-        kernel=optimizer_update_kernel,
-        signature=(
-            ("table_pointer", "*i64"),
-            ("settings_pointer", "*fp64"),
-            ("scalars_pointer", "*fp64"),
-            ("averages_pointer", "*fp64"),
-            ("squares_pointer", "*fp64"),
-            ("tensors", "i64"),
-            ("squares", "i32"),
-            ("lr", "fp64"),
-            ("step", "fp64"),
-            ("mu_product", "fp64"),
-        ),
-        constants=(
-            ("COEFFICIENTS", row.coefficients),
-            ("UPDATE", row.update),
-            ("STATES", states),
-            ("MASTER", 2 + states if master else 0),
-            ("AVERAGE", len(columns) - 1 if averaged else 0),
-            ("PENALTY", int(penalty)),
-            ("UNSCALES", unscales),
-            ("COMPUTE", COMPUTE[compute]),
-            ("ELEMENTS", tuple(_ELEMENT[dtype] for dtype in columns)),
-            ("COLUMNS", len(columns)),
-            ("TILE", TILE),
-        ),
+    return configure(
+        optimizer_update_kernel,
+        " + ".join([f"{name} {types}", *options]),
+        torch.float64,
+        {
+            "COEFFICIENTS": row.coefficients,
+            "UPDATE": row.update,
+            "STATES": states,
+            "MASTER": 2 + states if master else 0,
+            "AVERAGE": len(columns) - 1 if averaged else 0,
+            "PENALTY": int(penalty),
+            "UNSCALES": unscales,
+            "COMPUTE": COMPUTE[compute],
+            "ELEMENTS": tuple(_ELEMENT[dtype] for dtype in columns),
+            "COLUMNS": len(columns),
+            "TILE": TILE,
+        },
+        pointers={"table": torch.int64},
         threads=threads,
         # The parameter isn't read where it has a master copy; the average waits for the penalty on groups.
         wide_loads=sum(wide) - wide[0] * master - wide[-1] * late,
@@ -439,16 +430,12 @@ def _update(variant: Variant) -> Configuration:
 @cache
 def _squares(columns: int, gradient: torch.dtype) -> Configuration:
     threads = threads_for(gradient)
-    return Configuration(
-        label=f"gradient norm {TRITON_TYPE[gradient]} of {columns} columns",
-        kernel=optimizer_squares_kernel,
-        signature=(("table_pointer", "*i64"), ("partial_pointer", "*fp64"), ("tensors", "i64"), ("chunks", "i64")),
-        constants=(
-            ("COLUMNS", columns),
-            ("COMPUTE", COMPUTE[gradient]),
-            ("ELEMENT", _ELEMENT[gradient]),
-            ("TILE", TILE),
-        ),
+    return configure(
+        optimizer_squares_kernel,
+        f"gradient norm {TRITON_TYPE[gradient]} of {columns} columns",
+        torch.float64,
+        {"COLUMNS": columns, "COMPUTE": COMPUTE[gradient], "ELEMENT": _ELEMENT[gradient], "TILE": TILE},
+        pointers={"table": torch.int64},
         threads=threads,
         wide_loads=TILE * gradient.itemsize // 16 // threads,
     )
