@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..kernels import linear_maxout
 from ..kernels import maxout as kernels
 from ..kernels.random import with_seed
 from . import stock as F
@@ -36,7 +37,12 @@ def _fake_linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
 ) -> tuple[Tensor, Tensor]:
-    return kernels.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
+    pieces, units, features = weight.shape
+    if linear_maxout.takes_fused(features, pieces, x.dtype):
+        return linear_maxout.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
+    products = F.linear(x.reshape(-1, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
+    y, winner = kernels.maxout_forward(products, None, seed, pieces, 1, False, p, keeps_winner)
+    return y.view(*x.shape[:-1], units), winner.view(*x.shape[:-1], units) if keeps_winner else winner
 
 
 def _fake_linear_backward(
@@ -59,7 +65,19 @@ def _fake_linear_backward(
 def _linear_backward(
     g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels.linear_maxout_backward(g, winner, x, weight, pieces, p, sums_bias)
+    *batch, units = g.shape
+    rows = g.numel() // units
+    features = max(0 if operand is None else operand.shape[-1] for operand in (x, weight))
+    # The kernel of the weight's gradient sums the bias's.
+    summed = x is not None or not sums_bias
+    if summed and linear_maxout.takes_fused_backward(rows, units, features, pieces, g.dtype):
+        return linear_maxout.linear_maxout_backward(g, winner, x, weight, pieces, p, sums_bias)
+    g, winner = g.reshape(rows, units), winner.view(rows, units)
+    dz, db = kernels.maxout_backward(g, winner, (pieces * units, 1), pieces, 1, False, p, sums_bias)
+    nothing = g.new_empty(0)
+    dx = nothing if weight is None else (dz @ weight.flatten(0, 1)).view(*batch, features)
+    dw = nothing if x is None else (dz.t() @ x.reshape(rows, features)).view(pieces, units, features)
+    return dx, dw, db
 
 
 def _fake_maximum(

@@ -1,7 +1,7 @@
 """Triton kernels: device code, and one launcher per kernel, tensors in and tensors out.
 
-Nothing here knows of autograd or ``torch.nn``.  Each family is a module; `shipped` lists every configuration that the
-launchers can ask the compiler for.
+Nothing here knows of autograd or ``torch.nn``.  Each family is a module, or several that bear its name; `shipped` lists
+every configuration that the launchers can ask the compiler for.
 """
 
 from . import (
@@ -12,6 +12,7 @@ from . import (
     cross_entropy,
     dropout,
     linear_cross_entropy,
+    linear_maxout,
     maxout,
     nll_loss,
     optimizer,
@@ -38,6 +39,7 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "linear_cross_entropy",
+    "linear_maxout",
     "maxout",
     "nll_loss",
     "optimizer",

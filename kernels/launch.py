@@ -9,6 +9,7 @@ the code that users run.
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -164,16 +165,16 @@ def configure(
     )
 
 
-_FAMILIES: dict[str, Callable[[], Iterable[Configuration]]] = {}
+_FAMILIES: defaultdict[str, list[Callable[[], Iterable[Configuration]]]] = defaultdict(list)
 
 
 def ships(
     family: str,
 ) -> Callable[[Callable[[], Iterable[Configuration]]], Callable[[], Iterable[Configuration]]]:
-    """Register the function that lists every configuration a family can launch."""
+    """Register the function that lists every configuration a module of a family can launch."""
 
     def register(configurations: Callable[[], Iterable[Configuration]]) -> Callable[[], Iterable[Configuration]]:
-        _FAMILIES[family] = configurations
+        _FAMILIES[family].append(configurations)
         return configurations
 
     return register
@@ -181,9 +182,10 @@ def ships(
 
 def shipped(family: str | None = None) -> Iterator[Configuration]:
     """All registered configurations, or those of one family."""
-    for name, configurations in _FAMILIES.items():
+    for name, modules in _FAMILIES.items():
         if family is None or family == name:
-            yield from configurations()
+            for configurations in modules:
+                yield from configurations()
 
 
 class DeviceAssertionError(RuntimeError):

@@ -19,7 +19,7 @@ from fusednn import kernels
 from fusednn.autograd import maxout, maxout_conv2d, maxout_linear
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
-from fusednn.kernels.maxout import takes_fused, takes_fused_backward
+from fusednn.kernels.linear_maxout import takes_fused, takes_fused_backward
 
 if kernels.INTERPRETING:
     from fusednn.kernels.instruments.traffic import measure_traffic
@@ -40,8 +40,8 @@ def tf32() -> Iterator[None]:
 @pytest.fixture
 def always_fused_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows are enough for gradients to be expanded on the fly, and for a partial sum."""
-    monkeypatch.setattr(kernels.maxout, "takes_fused_backward", lambda *_: True)
-    monkeypatch.setattr(kernels.maxout, "_FEWEST_ROWS", 64)
+    monkeypatch.setattr(kernels.linear_maxout, "takes_fused_backward", lambda *_: True)
+    monkeypatch.setattr(kernels.linear_maxout, "_FEWEST_ROWS", 64)
 
 
 # --- What PyTorch makes of it -----------------------------------------------------------------------------------------
@@ -733,7 +733,8 @@ def test_every_launch_is_a_shipped_configuration(
         launched.append((configuration, arguments))
         original(configuration, programs, *arguments)
 
-    monkeypatch.setattr(kernels.maxout, "launch", record)
+    for module in (kernels.maxout, kernels.linear_maxout):
+        monkeypatch.setattr(module, "launch", record)
     for dtype in (torch.float16, torch.float32, torch.float64):
         for name in FUNCTIONS:
             operands = [leaf(t) for t in tensors(name, dtype, device)]
