@@ -2,15 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support import broken
+from support.bounds import checked_bounds
 from support.samples import random_tensor
 from support.standing import check_against_stock, poisoned_memory
-from torch import Tensor
+from torch import Tensor, nn
+
+from fusednn import optim
+from fusednn.kernels.launch import launch
+from fusednn.optim import launches
 
 
 def faulty_relu(fault: str) -> partial:
@@ -39,9 +47,27 @@ def test_standing_checks_see_a_broken_kernel(fault: str, complaint: str, device:
 @pytest.mark.kernels
 @pytest.mark.interpreter
 def test_bounds_see_a_missing_mask(device: str) -> None:
-    x, gradient = (random_tensor((257,), torch.float32, device, seed) for seed in (0, 1))
-    with pytest.raises(Exception, match=r"loads \d+ elements outside of every operand"):
-        check_against_stock(faulty_relu("a missing mask"), F.relu, [x], gradient)
+    """Also where what lies behind the operand belongs to another of the same launch."""
+    memory = random_tensor((4 * broken.BLOCK,), torch.float32, device)
+    x, y = memory[:257], memory[257:514]
+    for fault, seen in (("no fault", nullcontext()), ("a missing mask", pytest.raises(Exception, match="loads bytes"))):
+        with checked_bounds(), seen:
+            launch(broken.relu_configuration(fault), 2, x, y, x.numel())
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+def test_bounds_see_what_a_table_does_not_list(device: str) -> None:
+    """An optimizer that is told of too many elements strays into its neighbour."""
+    memory = random_tensor((2, 8), torch.float32, device)
+    for size, seen in ((3, nullcontext()), (8, pytest.raises(Exception, match="loads bytes"))):
+        parameters = [nn.Parameter(row[:3]) for row in memory]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = optim.SGD(parameters, lr=0.1)
+        extents = [np.array([value] * 2) for value in (size, launches.CHUNK, 0)]
+        with checked_bounds(), mock.patch.object(launches, "_extents", return_value=extents), seen:
+            optimizer.step()
 
 
 @pytest.mark.kernels

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from support.accuracy import assert_same_bits
 from support.bounds import checked_bounds
 from support.operations import OPERATIONS, OWN, Operation
+from support.optimizers import CALLS, parameters, set_gradients
 from support.samples import CASES, Case, random_tensor
 from support.standing import poisoned_memory
 from torch import Tensor, nn
 
+from fusednn import optim
 from fusednn.autograd import dispatch
 from fusednn.layers.twin import TWINS
+from fusednn.optim.launches import CHUNK
 
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -42,6 +46,21 @@ def test_memory_is_written_whole_and_none_besides(name: str) -> None:
         second = result_and_gradients(operation, operation.ours, operation.leaves())
     for one, other in zip(first, second, strict=True):
         assert_same_bits(one, other, "run twice over different memory")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("algorithm", "name", "arguments"), CALLS, ids=lambda value: value if type(value) is str else ""
+)
+def test_optimizers_touch_their_own_memory_alone(
+    algorithm: str, name: str, arguments: dict[str, Any], device: str
+) -> None:
+    """Of tensors that end inside of a chunk, and behind it."""
+    mine = parameters([(3, 5), (), (CHUNK + 1,)], torch.float32, device)
+    optimizer = getattr(optim, name)(mine, **arguments, clip_norm=1.0, averaging=0.5)
+    set_gradients(0, mine)
+    with checked_bounds():
+        optimizer.step()
 
 
 # --- Memory formats ---------------------------------------------------------------------------------------------------

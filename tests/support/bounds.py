@@ -1,6 +1,10 @@
-"""Accesses out of bounds, which the interpreter lets pass wherever the memory happens to belong to the process."""
+"""Accesses out of bounds, which the interpreter lets pass wherever the memory happens to belong to the process.
 
-from collections.abc import Iterator
+Addresses have 48 bits: the check writes the number of its operand into the others of a pointer, where arithmetic leaves
+it alone.  So a lane that strays from one operand into another is seen as well.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -9,32 +13,46 @@ import numpy as np
 from torch import Tensor
 
 from fusednn.kernels import INTERPRETING
+from fusednn.kernels.multi_tensor import FlatOperands
+
+_ADDRESS_BITS = 48
 
 
 class OutOfBoundsError(Exception):
-    """A kernel touched memory that none of its operands owns."""
+    """A kernel touched memory that isn't the operand's that the pointer was made of."""
 
 
 @contextmanager
 def checked_bounds() -> Iterator[None]:
-    """In the interpreter, raise `OutOfBoundsError` where a lane that isn't masked loads or stores outside the extents
-    of its launch's tensors.  Kernels that read addresses from memory are none of its business.
+    """In the interpreter, raise `OutOfBoundsError` where a lane that isn't masked loads or stores outside of the tensor
+    that its pointer belongs to.  Kernels that read addresses from a table must stay in one tensor of the table at once.
     """
     if not INTERPRETING:
         yield
         return
     from triton.runtime import interpreter
 
-    execute = interpreter.GridExecutor.__call__
+    convert, addresses = interpreter._implicit_cvt, FlatOperands.addresses
     memory = _CheckedMemory(interpreter._interpreter)
 
-    def checked_execute(executor: Any, *args: Any, **kwargs: Any) -> None:
-        memory.extents = [_extent(operand) for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
-        execute(executor, *args, **kwargs)
+    def convert_numbered(argument: Any) -> Any:
+        converted = convert(argument)
+        if isinstance(argument, Tensor):
+            converted.handle.data |= np.uint64(memory.number(argument) << _ADDRESS_BITS)
+        return converted
+
+    def addresses_registered(operands: FlatOperands, tensors: Sequence[Tensor], **options: Any) -> Any:
+        words = addresses(operands, tensors, **options)
+        memory.listed.update(
+            (int(word), int(word) + tensor.numel() * tensor.itemsize)
+            for word, tensor in zip(words, tensors, strict=True)
+        )
+        return words
 
     with (
         mock.patch.object(interpreter, "_interpreter", memory),
-        mock.patch.object(interpreter.GridExecutor, "__call__", checked_execute),
+        mock.patch.object(interpreter, "_implicit_cvt", convert_numbered),
+        mock.patch.object(FlatOperands, "addresses", addresses_registered),
     ):
         yield
 
@@ -53,32 +71,45 @@ class _CheckedMemory:
 
     def __init__(self, memory: Any) -> None:
         self._memory = memory
-        self.extents: list[tuple[int, int]] = []
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._extents: list[tuple[int, int]] = [(0, 0)]  # by number; 0 is the pointer of no operand
+        self.listed: set[tuple[int, int]] = set()  # extents of what addresses in memory point to
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._memory, name)
 
+    def number(self, operand: Tensor) -> int:
+        """That of an operand's extent, from 1."""
+        extent = _extent(operand)
+        if extent not in self._numbers:
+            self._numbers[extent] = len(self._extents)
+            self._extents.append(extent)
+        return self._numbers[extent]
+
     def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._check("loads", pointers, mask, np.dtype(dtype).itemsize)
-        return self._memory.load(pointers, mask, other, dtype)
+        return self._memory.load(self._checked("loads", pointers, mask, np.dtype(dtype).itemsize), mask, other, dtype)
 
     def store(self, pointers: Any, values: Any, mask: Any) -> Any:
-        self._check("stores", pointers, mask, values.dtype.itemsize)
-        return self._memory.store(pointers, values, mask)
+        return self._memory.store(self._checked("stores", pointers, mask, values.dtype.itemsize), values, mask)
 
     def atomic_rmw(self, operation: Any, pointers: Any, values: Any, mask: Any, semantics: Any) -> Any:
-        self._check("updates", pointers, mask, values.dtype.itemsize)
-        return self._memory.atomic_rmw(operation, pointers, values, mask, semantics)
+        addresses = self._checked("updates", pointers, mask, values.dtype.itemsize)
+        return self._memory.atomic_rmw(operation, addresses, values, mask, semantics)
 
-    def _check(self, what: str, pointers: Any, mask: Any, size: int) -> None:
-        addresses = np.asarray(pointers)[np.asarray(mask, dtype=bool)]
-        if not addresses.size:
-            return
-        first, end = int(addresses.min()), int(addresses.max()) + size
-        if any(start <= first and end <= stop for start, stop in self.extents):
-            return
-        inside = np.zeros(addresses.shape, dtype=bool)
-        for start, stop in self.extents:
-            inside |= (addresses >= np.uint64(start)) & (addresses + np.uint64(size) <= np.uint64(stop))
-        if not inside.all():
-            raise OutOfBoundsError(f"{what} {int((~inside).sum())} elements outside of every operand")
+    def atomic_cas(self, pointers: Any, expected: Any, values: Any, semantics: Any) -> Any:
+        addresses = self._checked("updates", pointers, True, values.dtype.itemsize)
+        return self._memory.atomic_cas(addresses, expected, values, semantics)
+
+    def _checked(self, what: str, pointers: Any, mask: Any, size: int) -> Any:
+        """The addresses that numbered pointers stand for."""
+        pointers = np.asarray(pointers)
+        addresses = pointers & np.uint64(2**_ADDRESS_BITS - 1)
+        unmasked = np.broadcast_to(np.asarray(mask, dtype=bool), pointers.shape)
+        numbers = (pointers >> np.uint64(_ADDRESS_BITS))[unmasked]
+        for number in np.unique(numbers).tolist():
+            touched = addresses[unmasked][numbers == number]
+            first, end = int(touched.min()), int(touched.max()) + size
+            extents = [self._extents[number]] if number else self.listed
+            if not any(start <= first and end <= stop for start, stop in extents):
+                raise OutOfBoundsError(f"{what} bytes {first} to {end}, outside of {extents}")
+        return addresses
