@@ -1,14 +1,19 @@
 """Gradients of every operation, however they are asked for: alone, with a graph, many at once, and theirs in turn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from support.operations import OPERATIONS, Operation
+import torch.nn.functional as F
+from support.device import DEVICE
+from support.layouts import ARRANGEMENTS
+from support.operations import ARGUMENTS, OPERATIONS, Operation
 from torch import Tensor, nn
 
+from fusednn import autograd
 from fusednn.autograd import dispatch
 
 #: Stock has no second derivative of it.
@@ -16,42 +21,48 @@ ONCE = ("Hardsigmoid",)
 #: There is nothing to differentiate.
 NEVER = ("channel_statistics",)
 
+#: Whose masks follow memory: in another layout they are others.
+MASKED = ("AlphaDropout", "Dropout", "bias_activation_dropout", "standout")
+#: In which gradients with a graph, and their own, must be the same.
+LAYOUTS = ("channels_last, sliced", "transposed")
+
 Gradients = Sequence[Tensor | None]
 
 
-def gradients(operation: Operation, function: Any) -> dict[str, Gradients]:
-    """By how they were asked for, the gradients of operands and parameters."""
-    generator = torch.Generator().manual_seed(1)
+class Differentiated:
+    """A call's gradients of operands and parameters, for two incoming ones."""
 
-    def seeds(tensor: Tensor) -> Tensor:
-        return torch.randn((2, *tensor.shape), generator=generator, dtype=torch.float64).to(tensor)
+    def __init__(self, operation: Operation, function: Any, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        first, *rest = operation.leaves()
+        leaves = [change(first.detach()).requires_grad_(first.requires_grad), *rest]
+        self._wanted = [operand for operand in leaves if operand.requires_grad]
+        self._wanted += function.parameters() if isinstance(function, nn.Module) else []
+        self._generator = torch.Generator().manual_seed(1)
+        self._result = operation.call(function, leaves)
+        self._upstream = self._seeds(self._result)
+        self._seconds = [] if operation.name in ONCE else [self._seeds(operand) for operand in self._wanted]
 
-    leaves = operation.leaves()
-    wanted = [operand for operand in leaves if operand.requires_grad]
-    wanted += function.parameters() if isinstance(function, nn.Module) else []
+    def _seeds(self, tensor: Tensor) -> Tensor:
+        return torch.randn((2, *tensor.shape), generator=self._generator, dtype=torch.float64).to(tensor)
 
-    def grad(outputs: Any, gradients: Any, **options: bool) -> Gradients:
-        return torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, **options)
+    def _grad(self, outputs: Any, gradients: Any, **options: bool) -> Gradients:
+        return torch.autograd.grad(outputs, self._wanted, gradients, allow_unused=True, retain_graph=True, **options)
 
-    def result() -> Tensor:
-        return operation.call(function, leaves)
+    def one(self, **options: bool) -> Gradients:
+        return self._grad(self._result, self._upstream[0], **options)
 
-    upstream = seeds(result())
-    found = {
-        "alone": grad(result(), upstream[0]),
-        "with a graph": grad(result(), upstream[0], create_graph=True),
-        "several": grad(result(), upstream, is_grads_batched=True),
-        "several with a graph": grad(result(), upstream, is_grads_batched=True, create_graph=True),
-    }
-    if operation.name in ONCE:
-        return found
-    second = [seeds(operand) for operand in wanted]
-    for name, of_both in (("second", [seed[0] for seed in second]), ("several second", second)):
-        batched = name.startswith("several")
-        first = grad(result(), upstream[0], create_graph=True)
-        reached = [(g, seed) for g, seed in zip(first, of_both, strict=True) if g is not None and g.requires_grad]
-        found[name] = grad(*zip(*reached, strict=True), is_grads_batched=batched) if reached else [None] * len(wanted)
-    return found
+    def several(self, **options: bool) -> Gradients:
+        return self._grad(self._result, self._upstream, is_grads_batched=True, **options)
+
+    def second(self, first: Gradients, *, batched: bool) -> Gradients:
+        """Of ``first``, `one` with a graph."""
+        if not self._seconds:
+            return [None] * len(self._wanted)
+        reached = [(g, seed) for g, seed in zip(first, self._seconds, strict=True) if g is not None and g.requires_grad]
+        if not reached:
+            return [None] * len(self._wanted)
+        outputs, seeds = zip(*reached, strict=True)
+        return self._grad(outputs, seeds if batched else [seed[0] for seed in seeds], is_grads_batched=batched)
 
 
 def assert_same_gradients(ours: Gradients, stock: Gradients, what: str) -> None:
@@ -62,13 +73,50 @@ def assert_same_gradients(ours: Gradients, stock: Gradients, what: str) -> None:
         assert len(given) != 1 or not given[0].any(), f"{what}: one is missing"
 
 
+def of_the_first(batched: Gradients) -> Gradients:
+    return [None if gradient is None else gradient[0] for gradient in batched]
+
+
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in NEVER])
 def test_gradients_of_every_kind(name: str) -> None:
     operation = Operation(name)
-    ours, stock = gradients(operation, operation.ours), gradients(operation, operation.stock)
-    assert_same_gradients(ours["alone"], ours["with a graph"], "with and without a graph")
-    for kind in ours:
-        assert_same_gradients(ours[kind], stock[kind], kind)
+    stock = Differentiated(operation, operation.stock)
+    several = stock.several()
+    several_second = stock.second(stock.one(create_graph=True), batched=True)
+    one, second = of_the_first(several), of_the_first(several_second)
+
+    ours = Differentiated(operation, operation.ours)
+    with_graph = ours.one(create_graph=True)
+    assert_same_gradients(ours.one(), one, "alone")
+    assert_same_gradients(with_graph, one, "with a graph")
+    assert_same_gradients(ours.several(), several, "several")
+    assert_same_gradients(ours.several(create_graph=True), several, "several with a graph")
+    assert_same_gradients(ours.second(with_graph, batched=False), second, "second")
+    assert_same_gradients(ours.second(with_graph, batched=True), several_second, "several second")
+    for layout in () if name in MASKED else LAYOUTS:
+        ours = Differentiated(operation, operation.ours, ARRANGEMENTS[layout])
+        with_graph = ours.one(create_graph=True)
+        assert_same_gradients(with_graph, one, f"with a graph, {layout}")
+        assert_same_gradients(ours.second(with_graph, batched=False), second, f"second, {layout}")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["cross_entropy", "max_pool1d", "prelu", "silu", "softmax"])
+def test_vectorised_hessians(name: str) -> None:
+    """The public call that asks for many gradients at once."""
+    options = {
+        key: value.to(DEVICE, torch.float64 if value.is_floating_point() else None)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in ARGUMENTS[name].items()
+    }
+    x = options.pop("input")
+
+    def loss(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return function(x, **options).pow(3).sum()
+
+    ours = torch.autograd.functional.hessian(partial(loss, getattr(autograd, name)), x, vectorize=True)
+    torch.testing.assert_close(ours, torch.autograd.functional.hessian(partial(loss, getattr(F, name)), x))
 
 
 #: Whose results and gradients are chosen, not computed, or computed from integers.

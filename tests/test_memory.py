@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.accuracy import assert_same_bits
 from support.bounds import checked_bounds
+from support.layouts import ARRANGEMENTS
 from support.operations import OPERATIONS, OWN, Operation
 from support.optimizers import CALLS, parameters, set_gradients
 from support.samples import CASES, Case, random_tensor
@@ -65,15 +66,6 @@ def test_optimizers_touch_their_own_memory_alone(
 
 # --- Memory formats ---------------------------------------------------------------------------------------------------
 
-#: Each takes a contiguous tensor and returns the same values, or repeated ones, in another layout.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "channels_last, sliced": lambda x: torch.cat([x, x], 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, : x.shape[1]],
-    "transposed": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
-    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
-
 #: Whose results, or their gradients, PyTorch's CPU code makes contiguous in some layouts, where ours keep the layout.
 KEEPS_FORMAT = {
     *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm_act", "batch_norm_act in evaluation"),
@@ -101,7 +93,7 @@ def test_results_have_stocks_strides(name: str) -> None:
         stock = copy.deepcopy(operation.ours)
         stock.__class__ = STOCK_CLASSES[name]
     deviates = set()
-    for layout, arrange in LAYOUTS.items():
+    for layout, arrange in ARRANGEMENTS.items():
         first, *rest = operation.leaves()
         leaves = [arrange(first.detach()).requires_grad_(), *rest]
         ours = result_and_gradients(operation, operation.ours, leaves)

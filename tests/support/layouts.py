@@ -16,3 +16,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda x: x[:, :1].expand(x.shape),
     "scalar": lambda x: x.flatten()[0].expand(x.shape),
 }
+
+#: Those that tensors of any rank above 1 may have.
+ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "channels_last, sliced": lambda x: torch.cat([x, x], 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, : x.shape[1]],
+    "transposed": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+}
