@@ -141,7 +141,8 @@ class BatchNorm(Function):
     """activation(normalised x * weight + bias + residual), with given statistics.
 
     Saves the input and the statistics.  With a residual and an activation it also saves what the activation's gradient
-    needs: the bits of a mask where that suffices, else the residual.
+    needs: the bits of a mask where that suffices, else the residual.  The bias is saved only where the activation's
+    argument is computed from it again.
     """
 
     @staticmethod
@@ -162,7 +163,9 @@ class BatchNorm(Function):
         y: Tensor
         y, mask = _forward(x, residual, mean, variance, weight, bias, eps, *activation.arguments, masked)
         kept = residual if joined and not masked else None
-        ctx.save_for_backward(x, kept, mask if masked else None, weight, bias, mean, variance)
+        again = activation.saves != "nothing" and not masked
+        ctx.save_for_backward(x, kept, mask if masked else None, weight, bias if again else None, mean, variance)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.arguments = (training, eps, activation)
         return y
 
@@ -190,7 +193,7 @@ def gradients(
     if weight_needed or bias_needed or joined or (x_needed and training):
         sums, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
         if weight_needed or bias_needed:
-            dbias, dweight = sums.to((weight if weight_needed else bias).dtype).unbind()
+            dbias, dweight = sums.to(weight.dtype if weight_needed else ctx.bias_dtype).unbind()
         if joined:
             g, activation = dz, IDENTITY
     if x_needed:
@@ -228,6 +231,8 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dx, dresidual, dweight, dbias = stock_gradients(y, (x, residual, weight, bias), ctx.needs_input_grad[:4], g)
     if residual is None and ctx.needs_input_grad[1]:
         dresidual = g
+    if bias is None and ctx.needs_input_grad[3]:
+        dbias = g.sum([dim for dim in range(g.dim()) if dim != 1], dtype=ctx.bias_dtype)
     return dx, dresidual, dweight, dbias, None, None, None, None, None
 
 

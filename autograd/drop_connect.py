@@ -10,7 +10,6 @@ from ..kernels.random import with_seed
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
 from .dropout import DropoutGradient, apply_dropout, probability_refusal
-from .stock_gradients import stock_gradients
 
 __all__ = ["drop_connect_linear"]
 
@@ -18,25 +17,22 @@ __all__ = ["drop_connect_linear"]
 class DropConnectLinear(Function):
     """Saves the input, the weight and a seed: the backward pass drops the same weights again.
 
-    The products are left to cuBLAS; dropping is a pass over the weight before them, and over its gradient after.
+    The products are left to cuBLAS; dropping is a pass over the weight before them, and over its gradient after.  The
+    backward pass consists of what can be differentiated again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dropped: Tensor, seed: Tensor, p: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, seed)
+        ctx.save_for_backward(x, weight, seed)
         ctx.p = p
         return F.linear(x, dropped, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, seed = ctx.saved_tensors
+        x, weight, seed = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            with torch.enable_grad():
-                y = F.linear(x, apply_dropout(weight, ctx.p, False, seed=seed), bias)
-            return *stock_gradients(y, (x, weight, bias), needed, g), None, None, None
         dx = dw = db = None
         if needed[0]:
             dx = g @ apply_dropout(weight, ctx.p, False, seed=seed)
