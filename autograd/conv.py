@@ -3,8 +3,8 @@
 A plain convolution is cuDNN's: no kernel here was measured faster.  With an activation or pooling behind it, it is made
 by a single kernel together with them, or the bias, the activation and the pooling are one pass over cuDNN's result,
 which is then forgotten (`fusednn.kernels.conv.takes_single` chooses).  Either way the backward pass needs the code of
-each pooling window (see `fusednn.kernels.pool`), and makes from it, in one kernel, the gradient of the convolution's
-result and that of the bias; cuDNN does the rest.
+each pooling window (see `fusednn.kernels.pool_window`), and makes from it, in one kernel, the gradient of the
+convolution's result and that of the bias; cuDNN does the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from torch.autograd import Function
 from ..kernels import conv as kernels
 from ..kernels.conv import conv_size
 from ..kernels.functions.activation import Activated, activated
-from ..kernels.pool import POINT, Pooled, Window, images, kept_beside_code
+from ..kernels.pool_window import POINT, Pooled, Window, images, kept_beside_code
 from . import stock as F
 from .activation import resolve_activation
 from .batch_norm import apply_activation
@@ -52,7 +52,7 @@ def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *argu
     *given, stride, padding, name, a, b, kernel_size, pool_stride, pool_padding, keeps = arguments
     window = operator_window(kernel_size, pool_stride, pool_padding, (1, 1), False)
     results = function(*(x, weight, *given, tuple(stride), tuple(padding), activated(name, a, b), window), keeps=keeps)
-    return results.y, results.code, results.raw
+    return results.y, results.code, results.pre_activation
 
 
 @operator(
@@ -96,8 +96,10 @@ class ConvActPool(Function):
         activation: Activated,
         window: Window,
     ) -> Tensor:
-        y, code, raw, layout = _forward(x, weight, bias, residual, convolution, activation, window, keeps=True)
-        saved = {"output": y, "input": raw}.get(kept_beside_code(activation.row, window.fixed))
+        y, code, pre_activation, layout = _forward(
+            x, weight, bias, residual, convolution, activation, window, keeps=True
+        )
+        saved = {"output": y, "input": pre_activation}.get(kept_beside_code(activation.row, window.fixed))
         # The residual, which the first derivatives don't need, is kept for the second alone; its memory is its owner's.
         ctx.save_for_backward(x, weight, bias, residual, given(code), saved)
         ctx.arguments = (convolution, activation, window)
@@ -168,15 +170,15 @@ def _forward(
     """
     stride, padding, dilation, groups = convolution
     if residual is None and kernels.takes_single(x, weight, dilation, groups, window):
-        y, code, raw = conv_pool(x, weight, bias, stride, padding, *activation.arguments, *window[:3], keeps)
-        return y, code, raw, (kernels.conv_size(x.shape, weight.shape, stride, padding), True)
+        y, code, pre_activation = conv_pool(x, weight, bias, stride, padding, *activation.arguments, *window[:3], keeps)
+        return y, code, pre_activation, (kernels.conv_size(x.shape, weight.shape, stride, padding), True)
     z, channels_last = images(F.conv2d(x, weight, None, *convolution))
     layout = (z.shape[2:], channels_last)
     if window == POINT:
-        code, raw = activate_(z, residual, bias, *activation.arguments, keeps)
-        return z, code, raw, layout
-    y, code, raw, _ = pool(z, residual, None, None, bias, *activation.arguments, *window, keeps, False)
-    return y, code, raw, layout
+        code, pre_activation = activate_(z, residual, bias, *activation.arguments, keeps)
+        return z, code, pre_activation, layout
+    y, code, pre_activation, _ = pool(z, residual, None, None, bias, *activation.arguments, *window, keeps, False)
+    return y, code, pre_activation, layout
 
 
 def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:

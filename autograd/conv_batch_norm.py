@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from ..kernels.functions.activation import IDENTITY, Activated
 from ..kernels.launch import ACCUMULATOR
-from ..kernels.pool import POINT, Window, images, kept_beside_code
+from ..kernels.pool_window import POINT, Window, images, kept_beside_code
 from . import stock as F
 from .activation import resolve_activation
 from .batch_norm import (
@@ -57,8 +57,10 @@ class BatchNormActPool(Function):
         activation: Activated,
         window: Window,
     ) -> Tensor:
-        y, code, raw = _forward(x, residual, weight, bias, mean, variance, eps, activation, window, keeps=True)
-        saved = raw if kept_beside_code(activation.row, window.fixed) == "input" else None
+        y, code, pre_activation = _forward(
+            x, residual, weight, bias, mean, variance, eps, activation, window, keeps=True
+        )
+        saved = pre_activation if kept_beside_code(activation.row, window.fixed) == "input" else None
         # The residual is kept for second derivatives alone; its memory is its owner's.
         ctx.save_for_backward(x, residual, weight, bias, mean, variance, code, saved)
         ctx.arguments = (eps, activation, window)
@@ -105,8 +107,8 @@ def _forward(
     scale, shift = _scale(weight, variance, eps), mean.new_zeros(mean.shape)
     if bias is not None:
         shift = bias.to(mean.dtype)
-    y, code, raw, _ = pool(x, residual, mean, scale, shift, *activation.arguments, *window, keeps, False)
-    return y, code, raw
+    y, code, pre_activation, _ = pool(x, residual, mean, scale, shift, *activation.arguments, *window, keeps, False)
+    return y, code, pre_activation
 
 
 def _scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:

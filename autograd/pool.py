@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from ..kernels import pool as kernels
 from ..kernels.functions.activation import IDENTITY, activated
-from ..kernels.pool import Window
+from ..kernels.pool_window import LARGEST_EXTENT, POINT, Window, images, most_positions, pooled_like, winner_indices
 from . import stock as F
 from .anchors import anchors_of
 from .dispatch import is_integer, takes_kernel
@@ -56,9 +56,9 @@ def _fake_pool(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *sizes, keeps, emits_indices = arguments
-    x, channels_last = kernels.images(x)
+    x, channels_last = images(x)
     window = operator_window(*sizes)
-    results = kernels.pooled_like(
+    results = pooled_like(
         x, x.shape, channels_last, window, activated(name, a, b), keeps=keeps, emits_indices=emits_indices
     )
     return tuple(results)
@@ -96,9 +96,9 @@ def pool(
 def _fake_activate(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, name: str, a: float, b: float, keeps: bool
 ) -> tuple[Tensor, Tensor]:
-    _, channels_last = kernels.images(x)
-    results = kernels.pooled_like(x, x.shape, channels_last, kernels.POINT, activated(name, a, b), keeps=keeps)
-    return results.code, results.raw
+    _, channels_last = images(x)
+    results = pooled_like(x, x.shape, channels_last, POINT, activated(name, a, b), keeps=keeps)
+    return results.code, results.pre_activation
 
 
 @operator(
@@ -111,9 +111,9 @@ def activate_(
 ) -> tuple[Tensor, Tensor]:
     """`pool` with windows of one position, in place: bias and activation."""
     results = kernels.pool_forward(
-        *(x, bias, kernels.POINT, activated(name, a, b)), keeps=keeps, residual=residual, inplace=True
+        *(x, bias, POINT, activated(name, a, b)), keeps=keeps, residual=residual, inplace=True
     )
-    return results.code, results.raw
+    return results.code, results.pre_activation
 
 
 def _fake_backward(
@@ -216,7 +216,7 @@ class MaxPoolGradient(Function):
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
         code = _code(ctx)
-        indices = kernels.winner_indices(code, *ctx.arguments)
+        indices = winner_indices(code, *ctx.arguments)
         # Not flattened, for which batches of gradients have no rule.
         flat = (*indices.shape[:2], -1)
         dg = gg.reshape(flat).gather(2, indices.view(flat)).view(indices.shape)
@@ -258,7 +258,7 @@ def window_refusal(window: Window, height: int, width: int, *, masked: bool = Fa
     """Why the kernels don't take these windows on images of this size, or None."""
     if min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0:
         return "a size of the window is not positive"
-    if window.positions > kernels.most_positions(masked):
+    if window.positions > most_positions(masked):
         return "the window has more positions than a byte can tell"
     for size, kernel, padding, dilation in zip(
         (height, width), window.kernel, window.padding, window.dilation, strict=True
@@ -267,7 +267,7 @@ def window_refusal(window: Window, height: int, width: int, *, masked: bool = Fa
             return "the padding is more than half of the window"
         if padding and dilation > size:
             return "a window may lie beside the image"
-        if max(size, kernel * dilation) > kernels.LARGEST_EXTENT:
+        if max(size, kernel * dilation) > LARGEST_EXTENT:
             return "the image is too large"
     if min(window.pooled(height, width)) < 1:
         return "the image is smaller than the window"
@@ -302,7 +302,7 @@ def _max_pool(
     assert window is not None
     unbatched = input.dim() == dims + 1
     x = input.unsqueeze(0) if unbatched else input
-    x, channels_last = kernels.images(x.unsqueeze(2) if dims == 1 else x)
+    x, channels_last = images(x.unsqueeze(2) if dims == 1 else x)
     if torch.is_grad_enabled() and input.requires_grad:
         y, indices = MaxPool.apply(x, channels_last, window, return_indices, anchors_of(x))
     else:

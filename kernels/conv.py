@@ -26,7 +26,17 @@ from ._triton import tl
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .numerics import add_product, narrow, scalar, widen
-from .pool import POINT, Pooled, Window, code_bits, contend, kept_beside_code, pooled_like, store_codes, tile_place
+from .pool_window import (
+    POINT,
+    Pooled,
+    Window,
+    code_bits,
+    kept_beside_code,
+    pooled_like,
+    store_codes,
+    tile_place,
+    update_maximum,
+)
 from .tiles import cdiv
 
 __all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
@@ -38,8 +48,8 @@ def conv_pool_kernel(
     w_pointer,  # filters, (filters, kernel_height, kernel_width, channels), or seen as (filters, depth)
     bias_pointer,  # one of each filter; not read unless has_bias
     y_pointer,  # pooled images, (rows, filters)
-    code_pointer,  # packed codes, see `fusednn.kernels.pool`; not written unless keeps_code
-    raw_pointer,  # the maxima before the activation, like ``y``; not written unless keeps_raw
+    code_pointer,  # packed codes, see `pool_window`; not written unless keeps_code
+    pre_activation_pointer,  # the maxima before the activation, like ``y``; not written unless keeps_pre_activation
     partial_pointer,  # (row blocks, 3, filters): count, mean, squared deviations; or None.  POOL is 1 there
     rows: tl.int64,
     filters,
@@ -60,7 +70,7 @@ def conv_pool_kernel(
     pool_padding_width: tl.int32,
     has_bias: tl.int32,
     keeps_code: tl.int32,
-    keeps_raw: tl.int32,
+    keeps_pre_activation: tl.int32,
     a: tl.float64,
     b: tl.float64,
     ACTIVATION: tl.constexpr,
@@ -113,19 +123,31 @@ def conv_pool_kernel(
     if has_bias:
         bias += widen(tl.load(bias_pointer + column, mask=column < filters, other=0), tl.float32)
     best = tl.full((HEIGHT, WIDTH), float("-inf"), tl.float32)
-    raw = best
+    pre_activation = best
     position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
     for y in tl.static_range(POOL):
         for x in tl.static_range(POOL):
             within = (line + y >= 0) & (line + y < conv_height) & (place + x >= 0) & (place + x < conv_width)
-            best, raw, position = contend(
-                products[y * POOL + x] + bias, y * POOL + x, inside & within, best, raw, position, a, b, ACTIVATION
+            best, pre_activation, position = update_maximum(
+                products[y * POOL + x] + bias,
+                y * POOL + x,
+                inside & within,
+                best,
+                pre_activation,
+                position,
+                a,
+                b,
+                ACTIVATION,
             )
 
     offset = row * filters + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
-    if keeps_raw:
-        tl.store(raw_pointer + offset, narrow(raw, raw_pointer.dtype.element_ty), mask=inside)
+    if keeps_pre_activation:
+        tl.store(
+            pre_activation_pointer + offset,
+            narrow(pre_activation, pre_activation_pointer.dtype.element_ty),
+            mask=inside,
+        )
     if partial_pointer is not None:
         # Of what was stored, and about the first row's values: a large mean doesn't swallow the differences.
         stored = tl.where(inside, widen(narrow(best, y_pointer.dtype.element_ty), tl.float32), 0.0)
@@ -143,7 +165,7 @@ def conv_pool_kernel(
         if keeps_code:
             code = position
             if ACTIVATION.saves == "mask":
-                code += ACTIVATION.mask(raw, a, b).to(tl.int32) << (BITS - 1)
+                code += ACTIVATION.mask(pre_activation, a, b).to(tl.int32) << (BITS - 1)
             store_codes(code_pointer, tl.where(inside, code, 0), row, first_filter, rows, filters, BITS, HEIGHT, WIDTH)
 
 
@@ -305,15 +327,15 @@ def conv_pool_forward(
     precision = _precision(x.dtype)
     configuration = _configuration(precision, activation.row, window.fixed, partial is not None)
     tile = _tile(window.fixed[0], activation.row, precision)
-    keeps_raw = keeps and kept_beside_code(activation.row, window.fixed) == "input"
+    keeps_pre_activation = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
         configuration,
         cdiv(rows, tile.height) * cdiv(filters, tile.width),
-        *(x, weight, bias, results.y, results.code, results.raw),
+        *(x, weight, bias, results.y, results.code, results.pre_activation),
         *(() if partial is None else (partial,)),
         *(rows, filters, channels, kernel_height * kernel_width * channels, height, width, conv_height, conv_width),
         *(pooled_height, pooled_width, kernel_width, *stride, *padding, *window.padding),
-        *(int(has_bias), int(keeps), int(keeps_raw), activation.a, activation.b),
+        *(int(has_bias), int(keeps), int(keeps_pre_activation), activation.a, activation.b),
     )
     return results
 

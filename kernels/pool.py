@@ -1,22 +1,7 @@
 """Max pooling, and in the same pass the bias and the activation of the convolution before it.
 
-Images (N, C, H, W) are read in either memory format, and a tile of the result is (rows, columns) of memory:
-
-=============  ========================  ===============
-format         row                       column
-=============  ========================  ===============
-channels last  (sample, line, place)     channel
-contiguous     (sample, channel, line)   place
-=============  ========================  ===============
-
-**The code** of a window is all that the backward pass needs besides the gradient: the position of the maximum in the
-window, counted along its lines, and above it a bit that is set where the activation passes the gradient on.  It takes
-1, 2, 4 or 8 bits, so a window has at most 256 positions, or 128 with an activation of one bit.  Codes are packed along
-the columns; each row of them begins with a byte of its own.  Of an activation whose gradient needs more, the maxima
-before the activation are kept (see `kept_beside_code`).
-
-As in PyTorch the first of equal maxima wins, the last NaN, and in a window of negative infinities the first position
-that lies inside the image.
+`pool_window` has the windows, how images lie in tiles, and the code of a window, which is all that the backward pass
+needs besides the gradient.
 
 **Backward** is a gather, so it needs no atomics: each element adds the gradients of the windows that it won.  Windows
 of a fixed size and stride cut the image into cells of stride x stride elements, and a cell sees the same few windows
@@ -29,72 +14,38 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._triton import tl, triton
-from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, kernel, launch, ships
-from .layout import dense, dense_like
+from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
+from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .layout import dense_like
 from .numerics import narrow, scalar, widen
+from .pool_window import (
+    FIXED_WINDOWS,
+    Pooled,
+    Window,
+    code_bits,
+    image_matrix,
+    images,
+    kept_beside_code,
+    load_gradient,
+    pooled_like,
+    store_codes,
+    tile_place,
+    update_maximum,
+)
 from .tiles import cdiv
 
-__all__ = [
-    "LARGEST_EXTENT",
-    "POINT",
-    "Pooled",
-    "Window",
-    "code_bits",
-    "contend",
-    "images",
-    "kept_beside_code",
-    "most_positions",
-    "pool_backward",
-    "pool_forward",
-    "pooled_like",
-    "store_codes",
-    "tile_place",
-    "winner_indices",
-]
-
-#: Elements along a line or a column of an image that 32 bits can count in, inside a tile and its windows.
-LARGEST_EXTENT = 2**30
+__all__ = ["pool_backward", "pool_forward"]
 
 _HEIGHT, _WIDTH = 32, 32
 _THREADS = 128
 
 # --- Device functions -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def tile_place(rows, columns, height, width, CHANNELS_LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """This program's first row and column, and of its elements, broadcastable: row, column, plane, line and place, and
-    which are inside.
-
-    A plane is a sample where channels are last, else a sample's channel.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    column_blocks = tl.cdiv(columns, WIDTH)
-    first_row = program // column_blocks * HEIGHT
-    first_column = (program % column_blocks).to(tl.int32) * WIDTH
-    row = first_row + tl.arange(0, HEIGHT)[:, None]
-    column = first_column + tl.arange(0, WIDTH)[None, :]
-    inside = (row < rows) & (column < columns)
-    # Only the first row needs 64 bits to be divided.
-    first = first_row
-    offset = tl.arange(0, HEIGHT)[:, None]
-    if CHANNELS_LAST:
-        offset += (first % width).to(tl.int32)
-        first = first // width
-        place = offset % width
-        offset = offset // width
-    else:
-        place = column
-    offset += (first % height).to(tl.int32)
-    plane = first // height + offset // height
-    return first_row, first_column, row, column, plane, offset % height, place, inside
 
 
 @triton.jit
@@ -123,88 +74,6 @@ def load_inputs(
 
 
 @triton.jit
-def contend(x, tap, inside, best, raw, position, a, b, ACTIVATION: tl.constexpr):
-    """Let the elements at position ``tap`` contend for the maximum: its value, what that was before the activation, and
-    its position.
-    """
-    value = ACTIVATION.forward(x, a, b)
-    wins = inside & ((value > best) | (value != value) | (position < 0))
-    return tl.where(wins, value, best), tl.where(wins, x, raw), tl.where(wins, tap, position)
-
-
-@triton.jit
-def store_codes(
-    pointer,
-    code,
-    row,
-    first_column,
-    rows,
-    columns,
-    BITS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Pack the codes (HEIGHT, WIDTH), 0 outside, and store them."""
-    per_byte: tl.constexpr = 8 // BITS
-    pitch = (columns + per_byte - 1) // per_byte
-    shifts = tl.arange(0, per_byte)[None, None, :] * BITS
-    packed = tl.sum(tl.reshape(code, (HEIGHT, WIDTH // per_byte, per_byte)) << shifts, axis=2)
-    byte = first_column // per_byte + tl.arange(0, WIDTH // per_byte)[None, :]
-    tl.store(pointer + row * pitch + byte, packed.to(tl.uint8), mask=(row < rows) & (byte < pitch))
-
-
-@triton.jit
-def load_gradient(
-    g_pointer,
-    code_pointer,
-    saved_pointer,
-    plane,
-    line,
-    place,
-    column,
-    columns,
-    height,
-    width,
-    inside,
-    a,
-    b,
-    ACTIVATION: tl.constexpr,
-    KEPT: tl.constexpr,
-    BITS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Of the windows at these lines and places of pooled images: the position of the maximum, and its gradient."""
-    inside = inside & (line >= 0) & (line < height) & (place >= 0) & (place < width)
-    row = plane * height + line
-    if CHANNELS_LAST:
-        row = row * width + place
-    else:
-        column = place
-        columns = width
-    offset = row * columns + column
-    g = widen(tl.load(g_pointer + offset, mask=inside, other=0), COMPUTE)
-    position = 0
-    if BITS:
-        per_byte: tl.constexpr = 8 // BITS
-        byte = row * ((columns + per_byte - 1) // per_byte) + column // per_byte
-        code = tl.load(code_pointer + byte, mask=inside, other=0).to(tl.int32)
-        position = (code >> (column % per_byte * BITS)) & (2**BITS - 1)
-    if ACTIVATION.saves != "nothing":
-        if KEPT == "mask":
-            dx = ACTIVATION.gradient(g, (position >> (BITS - 1)) != 0, a, b)
-            position = position & (2 ** (BITS - 1) - 1)
-        else:
-            saved = widen(tl.load(saved_pointer + offset, mask=inside, other=0), COMPUTE)
-            if KEPT == "output":
-                dx = ACTIVATION.gradient(g, saved, a, b)
-            else:
-                dx = gradient_from_input(g, saved, a, b, ACTIVATION)
-        g = tl.where(inside, dx, 0.0)
-    return position, g
-
-
-@triton.jit
 def store_sums(
     partial_pointer,
     total,
@@ -229,9 +98,6 @@ def store_sums(
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
-_WINDOW = ["kernel_height", "kernel_width", "stride_height", "stride_width"]
-_WINDOW += ["padding_height", "padding_width", "dilation_height", "dilation_width"]
-
 
 @kernel
 def pool_forward_kernel(
@@ -242,7 +108,7 @@ def pool_forward_kernel(
     bias_pointer,  # of each channel, or None
     y_pointer,  # pooled images; may be the images themselves where KERNEL is 1
     code_pointer,  # packed codes; not written unless keeps_code
-    raw_pointer,  # the maxima before the activation, like ``y``, or None
+    pre_activation_pointer,  # the maxima before the activation, like ``y``, or None
     index_pointer,  # the maxima's place in the plane, like ``y``; not written unless emits_indices
     rows: tl.int64,
     columns,
@@ -294,7 +160,7 @@ def pool_forward_kernel(
         left = place * stride_width - padding_width
     start, distance = place_images(plane, column, columns, height, width, CHANNELS_LAST)
     best = tl.full((HEIGHT, WIDTH), float("-inf"), COMPUTE)
-    raw = best
+    pre_activation = best
     position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
     if KERNEL == 2 and not CHANNELS_LAST:
         # No padding, and windows side by side: two rows of them are loaded as they lie, and split.
@@ -308,9 +174,13 @@ def pool_forward_kernel(
             )
             first, second = tl.split(tl.reshape(x, (HEIGHT, WIDTH, 2)))
             within = inside & line_inside
-            best, raw, position = contend(first, 2 * tap_line, within, best, raw, position, a, b, ACTIVATION)
+            best, pre_activation, position = update_maximum(
+                first, 2 * tap_line, within, best, pre_activation, position, a, b, ACTIVATION
+            )
             within = within & (left + 1 < width)
-            best, raw, position = contend(second, 2 * tap_line + 1, within, best, raw, position, a, b, ACTIVATION)
+            best, pre_activation, position = update_maximum(
+                second, 2 * tap_line + 1, within, best, pre_activation, position, a, b, ACTIVATION
+            )
     else:
         if KERNEL:
             taps: tl.constexpr = KERNEL * KERNEL
@@ -323,7 +193,9 @@ def pool_forward_kernel(
                     *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
                     *(mean_pointer is not None, COMPUTE),
                 )
-                best, raw, position = contend(x, tap, within, best, raw, position, a, b, ACTIVATION)
+                best, pre_activation, position = update_maximum(
+                    x, tap, within, best, pre_activation, position, a, b, ACTIVATION
+                )
         else:
             for tap in range(kernel_height * kernel_width):
                 tap_line = top + tap // kernel_width * dilation_height
@@ -334,17 +206,23 @@ def pool_forward_kernel(
                     *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
                     *(mean_pointer is not None, COMPUTE),
                 )
-                best, raw, position = contend(x, tap, within, best, raw, position, a, b, ACTIVATION)
+                best, pre_activation, position = update_maximum(
+                    x, tap, within, best, pre_activation, position, a, b, ACTIVATION
+                )
 
     offset = row * columns + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
-    if raw_pointer is not None:
-        tl.store(raw_pointer + offset, narrow(raw, raw_pointer.dtype.element_ty), mask=inside)
+    if pre_activation_pointer is not None:
+        tl.store(
+            pre_activation_pointer + offset,
+            narrow(pre_activation, pre_activation_pointer.dtype.element_ty),
+            mask=inside,
+        )
     if BITS:  # noqa: SIM102 (a constant)
         if keeps_code:
             code = position
             if ACTIVATION.saves == "mask":
-                code += ACTIVATION.mask(raw, a, b).to(tl.int32) << (BITS - 1)
+                code += ACTIVATION.mask(pre_activation, a, b).to(tl.int32) << (BITS - 1)
             code = tl.where(inside, code, 0)
             store_codes(code_pointer, code, row, first_column, rows, columns, BITS, HEIGHT, WIDTH)
     if emits_indices:
@@ -493,135 +371,6 @@ def pool_backward_kernel(
         store_sums(partial_pointer, dx, first_row, first_column, rows, columns, CHANNELS_LAST, HEIGHT, WIDTH)
 
 
-# --- Windows ----------------------------------------------------------------------------------------------------------
-
-
-class Window(NamedTuple):
-    """The windows of a pooling layer; each pair is (along the height, along the width)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    ceil_mode: bool = False
-
-    @property
-    def positions(self) -> int:
-        return self.kernel[0] * self.kernel[1]
-
-    def pooled(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the pooled images.  May be symbolic."""
-        return self._pooled(0, height), self._pooled(1, width)
-
-    def _pooled(self, axis: int, size: int) -> int:
-        stride, padding = self.stride[axis], self.padding[axis]
-        covered = size + 2 * padding - self.dilation[axis] * (self.kernel[axis] - 1) - 1
-        windows = (covered + (stride - 1 if self.ceil_mode else 0)) // stride + 1
-        # The last window must begin inside the image, or in the padding before it.
-        return windows - 1 if self.ceil_mode and (windows - 1) * stride >= size + padding else windows
-
-    @property
-    def fixed(self) -> tuple[int, int]:
-        """Kernel and stride where kernels are compiled for them, else (0, 0)."""
-        (kernel, other), (stride, _) = self.kernel, self.stride
-        square = kernel == other and self.stride == (stride, stride) and self.dilation == (1, 1)
-        # Pairs are loaded side by side, which padding would push out of line.
-        fits = square and (kernel, stride) in _FIXED and (kernel == 3 or self.padding == (0, 0))
-        return (kernel, stride) if fits else (0, 0)
-
-    @property
-    def arguments(self) -> tuple[int, ...]:
-        return (*self.kernel, *self.stride, *self.padding, *self.dilation)
-
-
-_FIXED = ((1, 1), (2, 2), (3, 2))
-
-#: What is kept for the gradient of an activation.
-Kept = Literal["nothing", "mask", "output", "input"]
-
-#: Windows of one position: no pooling.
-POINT = Window((1, 1), (1, 1))
-
-
-def most_positions(masked: bool) -> int:
-    """The largest window whose code fits into a byte; ``masked`` where a bit of it is the activation's."""
-    return 128 if masked else 256
-
-
-def code_bits(window: Window, masked: bool) -> int:
-    """Bits of a window's code."""
-    if not any(window.fixed):
-        return 8
-    needed = (window.positions - 1).bit_length() + masked
-    return next(bits for bits in (0, 1, 2, 4, 8) if bits >= needed)
-
-
-class Pooled(NamedTuple):
-    """What a forward pass leaves; what it wasn't asked for is empty."""
-
-    y: Tensor
-    code: Tensor
-    raw: Tensor
-    indices: Tensor
-
-
-def images(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` (N, C, H, W) in one of the memory formats, itself or a copy, and whether that is channels-last."""
-    x = dense(x)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    # No copy is asked for where none is made: torch 2.11's compiler takes what comes back for another tensor.
-    return (x if channels_last or x.is_contiguous() else x.contiguous()), channels_last
-
-
-def kept_beside_code(row: Activation, fixed: tuple[int, int]) -> Kept:
-    """What the activation's gradient is read off: a ``"mask"``, which is part of the code, the ``"output"``, or the
-    ``"input"``: the maxima before the activation.
-
-    Of windows of several positions never the output: users may change pooled images in place, as they may stock's.
-    """
-    return "input" if row.saves == "output" and fixed != POINT.fixed else row.saves
-
-
-def pooled_like(
-    like: Tensor,
-    shape: tuple[int, ...],
-    channels_last: bool,
-    window: Window,
-    activation: Activated,
-    *,
-    keeps: bool,
-    emits_indices: bool = False,
-    y: Tensor | None = None,
-) -> Pooled:
-    """Memory for what pooling makes of images of this ``shape``, of the type and on the device of ``like``.
-
-    ``y`` itself where it is given.  Shapes may be symbolic.
-    """
-    samples, channels, height, width = shape
-    pooled_shape = (samples, channels, *window.pooled(height, width))
-    if y is None:
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        y = torch.empty(pooled_shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-    kept = kept_beside_code(activation.row, window.fixed) if keeps else "nothing"
-    bits = code_bits(window, kept == "mask")
-    code_bytes = 0
-    if keeps and bits:
-        rows, columns = _matrix(pooled_shape, channels_last)
-        code_bytes = rows * ((columns * bits + 7) // 8)
-    return Pooled(
-        y,
-        torch.empty(code_bytes, dtype=torch.uint8, device=like.device),
-        torch.empty_like(y) if kept == "input" else like.new_empty(0),
-        torch.empty_like(y, dtype=torch.int64) if emits_indices else like.new_empty(0, dtype=torch.int64),
-    )
-
-
-def _matrix(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int]:
-    """Rows and columns of images of this shape, see above."""
-    samples, channels, height, width = shape
-    return (samples * height * width, channels) if channels_last else (samples * channels * height, width)
-
-
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
@@ -633,92 +382,68 @@ def _configuration(
     fixed: tuple[int, int],
     channels_last: bool,
     biased: bool,
-    keeps_raw: bool,
+    keeps_pre_activation: bool,
     normalises: bool = False,
     residual: bool = False,
 ) -> Configuration:
     """``biased``: a bias is added, or its gradient is summed."""
-    element, accumulator = "*" + TRITON_TYPE[dtype], "*" + TRITON_TYPE[ACCUMULATOR[dtype]]
     kept = kept_beside_code(row, fixed)
     kernel, stride = fixed
-    pointers: dict[str, str | None]
-    constants: tuple[tuple[str, Any], ...]
-    extents: tuple[str, ...]
+    statistic = ACCUMULATOR[dtype]
     # Along a line, larger windows are met in strides.
     aligned = channels_last or kernel in (1, 2)
     wide = _HEIGHT * _WIDTH * dtype.itemsize // 16 // _THREADS
+    constants: dict[str, Any] = {"ACTIVATION": row}
     if direction == "forward":
         function = pool_forward_kernel
         wide_loads, wide_stores = max(kernel * kernel, 1) if aligned else 0, 1
-        pointers = {
-            "x_pointer": element,
-            "residual_pointer": element if residual else None,
-            "mean_pointer": accumulator if normalises else None,
-            "scale_pointer": accumulator if normalises else None,
-            "bias_pointer": accumulator if normalises else element if biased else None,
-            "y_pointer": element,
-            "code_pointer": "*u8",
-            "raw_pointer": element if keeps_raw else None,
-            "index_pointer": "*i64",
-        }
-        extents = ("columns", "channels", "height", "width", "pooled_height", "pooled_width")
-        extents += (*_WINDOW, "keeps_code", "emits_indices")
-        constants = (("ACTIVATION", row), ("KERNEL", kernel))
+        constants |= {"KERNEL": kernel}
+        present = {"residual": residual, "mean": normalises, "scale": normalises, "bias": biased}
+        present |= {"pre_activation": keeps_pre_activation}
     else:
-        pointers = {
-            "g_pointer": element,
-            "code_pointer": "*u8",
-            "saved_pointer": element if kept in ("output", "input") else None,
-            "dx_pointer": element,
-            "partial_pointer": accumulator if biased else None,
-        }
-        constants = (("ACTIVATION", row), ("KEPT", kept))
+        constants |= {"KEPT": kept}
+        present = {"saved": kept in ("output", "input"), "partial": biased}
         if kernel:
             function = pool_backward_cells_kernel
             reach = cdiv(kernel, stride)
             wide_loads, wide_stores = (reach * reach, stride * stride) if aligned else (0, 0)
-            extents = ("columns", "height", "width", "cells_height", "cells_width", "pooled_height", "pooled_width")
-            extents += ("padding_height", "padding_width")
-            constants += (("KERNEL", kernel), ("STRIDE", stride))
+            constants |= {"KERNEL": kernel, "STRIDE": stride}
         else:
             function = pool_backward_kernel
             wide_loads, wide_stores = 1 if aligned else 0, 1
-            extents = ("columns", "height", "width", "pooled_height", "pooled_width", *_WINDOW)
-    divisible = ("columns",) if channels_last else ("columns", "width", "pooled_width")
-    window = f"{kernel}x{kernel}" if kernel else "any"
-    memory = "channels last" if channels_last else "contiguous"
-    return Configuration(
-        label=" ".join(
-            part
-            for part in (
-                f"pool {direction} {window} {memory}",
-                biased and "+ bias",
-                normalises and "normalised",
-                residual and "+ residual",
-                row.label,
-                TRITON_TYPE[dtype],
-            )
-            if part
-        ),
-        kernel=function,
-        signature=(
-            *((name, kind) for name, kind in pointers.items() if kind),
-            ("rows", "i64"),
-            *((name, "i32") for name in extents),
-            ("a", "fp64"),
-            ("b", "fp64"),
-        ),
-        constants=(
-            *((name, None) for name, kind in pointers.items() if not kind),
-            *constants,
-            ("BITS", _bits_of(fixed, kept == "mask")),
-            ("CHANNELS_LAST", channels_last),
-            ("COMPUTE", COMPUTE[dtype]),
-            ("HEIGHT", _HEIGHT),
-            ("WIDTH", _WIDTH),
-        ),
+    parts = (
+        f"pool {direction}",
+        f"{kernel}x{kernel}" if kernel else "any",
+        "channels last" if channels_last else "contiguous",
+        biased and "+ bias",
+        normalises and "normalised",
+        residual and "+ residual",
+        row.label,
+        TRITON_TYPE[dtype],
+    )
+    return configure(
+        function,
+        " ".join(part for part in parts if part),
+        dtype,
+        {
+            **{f"{name}_pointer": None for name, there in present.items() if not there},
+            **constants,
+            "BITS": _bits_of(fixed, kept == "mask"),
+            "CHANNELS_LAST": channels_last,
+            "COMPUTE": COMPUTE[dtype],
+            "HEIGHT": _HEIGHT,
+            "WIDTH": _WIDTH,
+        },
+        pointers={
+            "code": torch.uint8,
+            "index": torch.int64,
+            "partial": statistic,
+            "mean": statistic,
+            "scale": statistic,
+            "bias": statistic if normalises else dtype,
+        },
         threads=_THREADS,
-        divisible=tuple(name for name in divisible if name in extents),
+        divisible=("columns",) if channels_last else ("columns", "width", "pooled_width"),
         wide_loads=wide * wide_loads,
         wide_stores=wide * wide_stores,
     )
@@ -739,21 +464,21 @@ _COMMON_ACTIVATIONS = ("relu", "leaky_relu", "tanh", "gelu")
 def configurations() -> Iterator[Configuration]:
     relu, identity = ACTIVATIONS["relu"], IDENTITY.row
     for direction, channels_last in product(("forward", "backward"), (True, False)):
-        for fixed, dtype in product(_FIXED[1:], DTYPES):
+        for fixed, dtype in product(FIXED_WINDOWS[1:], DTYPES):
             pooling = _configuration(direction, dtype, identity, fixed, channels_last, False, False)
             yield replace(pooling, rare=dtype is torch.float16)
         for dtype in _COMMON_DTYPES:
             yield _configuration(direction, dtype, identity, (0, 0), channels_last, False, False)
         # Behind a convolution.
-        for fixed, dtype in zip((*_FIXED, (0, 0)), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
+        for fixed, dtype in zip((*FIXED_WINDOWS, (0, 0)), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
             yield _configuration(direction, dtype, relu, fixed, channels_last, True, False)
     for direction, row in product(("forward", "backward"), ACTIVATIONS.values()):
         if row is not relu:
-            keeps_raw = direction == "forward" and kept_beside_code(row, (2, 2)) == "input"
-            pass_ = _configuration(direction, torch.float32, row, (2, 2), True, True, keeps_raw)
+            keeps_pre_activation = direction == "forward" and kept_beside_code(row, (2, 2)) == "input"
+            pass_ = _configuration(direction, torch.float32, row, (2, 2), True, True, keeps_pre_activation)
             yield replace(pass_, rare=row.name not in _COMMON_ACTIVATIONS)
     # Behind a batch norm.
-    for (fixed, dtype), residual in product(zip(_FIXED[1:], _COMMON_DTYPES, strict=True), (False, True)):
+    for (fixed, dtype), residual in product(zip(FIXED_WINDOWS[1:], _COMMON_DTYPES, strict=True), (False, True)):
         yield _configuration("forward", dtype, relu, fixed, True, True, False, True, residual)
 
 
@@ -796,18 +521,18 @@ def pool_forward(
         y=x if inplace else None,
     )
     _, channels, height, width = x.shape
-    rows, columns = _matrix(results.y.shape, channels_last)
+    rows, columns = image_matrix(results.y.shape, channels_last)
     pooled_height, pooled_width = results.y.shape[2:]
-    keeps_raw = keeps and kept_beside_code(activation.row, window.fixed) == "input"
+    keeps_pre_activation = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
         _configuration(
-            *("forward", x.dtype, activation.row, window.fixed, channels_last, bias is not None, keeps_raw),
+            *("forward", x.dtype, activation.row, window.fixed, channels_last, bias is not None, keeps_pre_activation),
             normalises=mean is not None,
             residual=residual is not None,
         ),
         _programs(rows, columns),
         *(tensor for tensor in (x, residual, mean, scale, bias, results.y, results.code) if tensor is not None),
-        *((results.raw,) if keeps_raw else ()),
+        *((results.pre_activation,) if keeps_pre_activation else ()),
         *(results.indices, rows, columns, channels, height, width, pooled_height, pooled_width, *window.arguments),
         *(int(keeps), int(emits_indices), activation.a, activation.b),
     )
@@ -838,10 +563,10 @@ def pool_backward(
     if kernel:
         # Cells that cover the padding before the image, and all of the image.
         cells = [cdiv(extent + padding, stride) for extent, padding in zip(size, window.padding, strict=True)]
-        rows, columns = _matrix((samples, channels, *cells), channels_last)
+        rows, columns = image_matrix((samples, channels, *cells), channels_last)
         extents = (*size, *cells, pooled_height, pooled_width, *window.padding)
     else:
-        rows, columns = _matrix(shape, channels_last)
+        rows, columns = image_matrix(shape, channels_last)
         extents = (*size, pooled_height, pooled_width, *window.arguments)
     accumulator = ACCUMULATOR[g.dtype]
     sums = _partial_shape(rows, columns, channels_last) if sums_bias else (0,)
@@ -857,31 +582,6 @@ def pool_backward(
         return dx, g.new_empty(0)
     db = partial.sum(0) if channels_last else partial.view(samples, channels, -1).sum((0, 2))
     return dx, db.to(g.dtype)
-
-
-def winner_indices(
-    code: Tensor, shape: tuple[int, ...], size: tuple[int, int], channels_last: bool, window: Window
-) -> Tensor:
-    """Indices in the planes of images of this ``size``, from the codes of pooled images of this ``shape``."""
-    samples, channels, pooled_height, pooled_width = shape
-    rows, columns = _matrix(shape, channels_last)
-    if bits := code_bits(window, False):
-        shifts = torch.arange(0, 8, bits, device=code.device)
-        position = (code.view(rows, -1, 1) >> shifts & 2**bits - 1).flatten(1)[:, :columns]
-    else:
-        position = torch.zeros((rows, columns), dtype=torch.int64, device=code.device)
-    if channels_last:
-        position = position.view(samples, pooled_height, pooled_width, channels).permute(0, 3, 1, 2)
-    else:
-        position = position.reshape(shape)
-    top, left = (
-        torch.arange(pooled, device=code.device) * stride - padding
-        for pooled, stride, padding in zip(shape[2:], window.stride, window.padding, strict=True)
-    )
-    line = top[:, None] + position // window.kernel[1] * window.dilation[0]
-    place = left + position % window.kernel[1] * window.dilation[1]
-    indices: Tensor = line * size[1] + place
-    return indices
 
 
 def _partial_shape(rows: int, columns: int, channels_last: bool) -> tuple[int, int]:

@@ -365,7 +365,7 @@ def test_the_table_chooses(
 @needs_kernels
 def test_float32_is_exact_unless_tf32_is_allowed(device: str) -> None:
     x, weight, _ = operands(torch.float32, device)
-    arguments = (LAYOUTS["channels_last"](x), weight, (1, 1), 1, kernels.pool.POINT)
+    arguments = (LAYOUTS["channels_last"](x), weight, (1, 1), 1, kernels.pool_window.POINT)
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         for precision in ("tf32", "ieee"):
