@@ -423,8 +423,9 @@ def argument_refusal(
     vectors = [*running, *(tensor for tensor in (weight, bias) if tensor is not None)]
     if not isinstance(input, Tensor) or not all(isinstance(tensor, Tensor) for tensor in vectors):
         return "not a tensor"
-    if batches is not None and (
-        batches.dtype is not torch.int64 or batches.numel() != 1 or batches.device != input.device
+    if batches is not None and not (
+        isinstance(batches, Tensor)
+        and (batches.dtype, batches.numel(), batches.device) == (torch.int64, 1, input.device)
     ):
         return "the number of batches is not one int64 beside the input"
     if not is_number(momentum):

@@ -224,7 +224,7 @@ def bias_activation_dropout(
     if bias is not None and isinstance(input, Tensor) and autocast_dtype(input):
         bias = bias.to(input.dtype)
     operands = [operand for operand in (input, bias, residual) if operand is not None]
-    described = (input, bias, residual, p, resolved, dim)
+    described = (input, bias, residual, p, resolved, training, dim)
     if not takes_kernel("bias_activation_dropout", *operands, refusal=lambda: _refusal(*described)):
         y: Tensor = F.dropout(stock_activation(_biased(input, bias, dim), resolved), p, training)
         return y if residual is None else y + residual
@@ -250,7 +250,7 @@ def linear_activation_dropout(
     resolved = resolve_activation(activation, parameters)
     product = F.linear(input, weight, bias.detach())
     addend = bias.to(product.dtype) if autocast_dtype(input) else bias
-    described = (product, addend, None, p, resolved, -1)
+    described = (product, addend, None, p, resolved, training, -1)
     if not takes_kernel("bias_activation_dropout", product, addend, refusal=lambda: _refusal(*described)):
         return F.dropout(stock_activation(F.linear(input, weight, bias), resolved), p, training)
     return _apply(product, addend, None, p if training else 0.0, resolved, -1, added=True)
@@ -289,6 +289,7 @@ def _refusal(
     residual: object,
     p: object,
     activation: Activated,
+    training: object,
     dim: int,
 ) -> str | None:
     if not isinstance(input, Tensor) or not all(isinstance(t, Tensor | None) for t in (bias, residual)):
@@ -303,4 +304,6 @@ def _refusal(
         return "a parameter is not finite"
     if not isinstance(p, float | int) or not 0 <= p <= 1:
         return "p is not a probability"
+    if type(training) is not bool:
+        return "training is not a boolean"
     return activation.refusal()

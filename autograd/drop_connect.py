@@ -56,7 +56,7 @@ def drop_connect_linear(
     seed.  Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of Neural Networks using DropConnect" (ICML 2013).
     """
     input, weight, bias = in_low_precision(input, weight, bias)
-    operands = [operand for operand in (weight, input, bias) if operand is not None]
+    operands = (weight, input) if bias is None else (weight, input, bias)
     if not takes_kernel("drop_connect_linear", *operands, refusal=lambda: probability_refusal(p, training)):
         return F.linear(input, F.dropout(weight, p, training), bias)
 

@@ -13,7 +13,7 @@ from ..kernels.tiles import mask_bytes
 from . import stock as F
 from .activation import MaskedGradient
 from .anchors import anchors_of
-from .dispatch import takes_kernel
+from .dispatch import is_number, takes_kernel
 from .operators import operator
 
 __all__ = ["standout"]
@@ -85,6 +85,6 @@ def _refusal(input: Tensor, belief: Tensor, alpha: object, beta: object, trainin
         return "evaluation takes the mean"
     if input.shape != belief.shape:
         return "the belief is of another shape"
-    if not isinstance(alpha, float | int) or not isinstance(beta, float | int):
+    if not is_number(alpha) or not is_number(beta):
         return "a parameter is not a Python number"
     return None if -inf < alpha < inf and -inf < beta < inf else "a parameter is not finite"

@@ -476,7 +476,8 @@ def test_plain_convolutions_are_cudnns(device: str) -> None:
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     rows = [row for row in fusednn.explain(model, x) if "conv" in row.operation]
     assert {row.path for row in rows} == {"stock"}
-    assert {row.reason for row in rows} == {"cuDNN: no kernel of a plain convolution was measured faster"}
+    reason = "cuDNN: no kernel of a plain convolution was measured faster" if KERNELS_RUN else "CPU tensor"
+    assert {row.reason for row in rows} == {reason}
 
 
 @needs_kernels

@@ -1,5 +1,6 @@
 """What PyTorch refuses is refused here, and nothing else: found by trying operands and sizes that don't fit."""
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.operations import ARGUMENTS
-from torch import Tensor
+from support.operations import ARGUMENTS, OWN_ARGUMENTS
+from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
-from fusednn import autograd
+from fusednn import autograd, layers
 
 
 def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -40,17 +42,95 @@ def unfit(operand: Tensor) -> Iterator[Tensor]:
         yield operand.to(dtype)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_operands_that_do_not_fit(name: str, device: str) -> None:
-    arguments = {
-        key: value.to(device) if isinstance(value, Tensor) else value for key, value in ARGUMENTS[name].items()
+#: What is no option of most functions, or out of its range, or only looks like one.
+ODD = (None, "text", -1, 0, 1.5, float("nan"), True, torch.tensor(0.5), (1, 2), [1], 2**70, 1j)
+
+
+def unfit_calls(
+    function: Callable[..., Any], arguments: dict[str, Any], device: str, *, options: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments with one operand, or one option, that doesn't fit."""
+    given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    for key in inspect.signature(function).parameters:
+        operand = given.get(key)
+        if isinstance(operand, Tensor) != options:
+            for other in ODD if options else unfit(operand):
+                yield {**given, key: other}
+
+
+def words(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        for key, value in arguments.items()
     }
+
+
+operands_and_options = pytest.mark.parametrize(
+    "options", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["operands", "options"]
+)
+
+
+@operands_and_options
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_do_not_fit(name: str, options: bool, device: str) -> None:
+    ours, stock = getattr(autograd, name), getattr(F, name)
+    for changed in unfit_calls(ours, ARGUMENTS[name], device, options=options):
+        assert outcome(ours, changed) == outcome(stock, changed), words(changed)
+
+
+# --- What ``torch.nn`` lacks: its stock formulation, which serves under a mode, says what is right --------------------
+
+
+@pytest.mark.kernels
+@operands_and_options
+@pytest.mark.parametrize("name", OWN_ARGUMENTS)
+def test_own_functions_refuse_what_their_stock_formulation_does(name: str, options: bool, device: str) -> None:
+    function = getattr(autograd, name)
+    for changed in unfit_calls(function, OWN_ARGUMENTS[name], device, options=options):
+        ours = outcome(function, changed)
+        with BaseTorchFunctionMode():
+            assert ours == outcome(function, changed), words(changed)
+
+
+def test_every_function_has_arguments() -> None:
+    assert {*ARGUMENTS, *OWN_ARGUMENTS} == {*autograd.__all__} - {"sync_batch_norm"}  # of ranks: it has no stock path
+
+
+_ROWS, _IMAGES = torch.randn(3, 4), torch.randn(2, 2, 5, 4)
+OWN_LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "BatchNormAct1d": (lambda: layers.BatchNormAct1d(4), (_ROWS, _ROWS.flip(0))),
+    "BatchNormAct2d": (lambda: layers.BatchNormAct2d(2), (_IMAGES,)),
+    "BatchNormAct3d": (lambda: layers.BatchNormAct3d(2), (_IMAGES.unsqueeze(2),)),
+    "BiasActivationDropout": (lambda: layers.BiasActivationDropout(4), (_ROWS, _ROWS.flip(0))),
+    "ConvAct2d": (lambda: layers.ConvAct2d(2, 3, 2), (_IMAGES,)),
+    "ConvBatchNormAct2d": (lambda: layers.ConvBatchNormAct2d(2, 2, 3, padding=1), (_IMAGES, _IMAGES.flip(0))),
+    "ConvMaxPool2d": (lambda: layers.ConvMaxPool2d(2, 3, 2), (_IMAGES,)),
+    "DropConnect": (lambda: layers.DropConnect(4, 3), (_ROWS,)),
+    "GlobalContrastNorm": (layers.GlobalContrastNorm, (_IMAGES,)),
+    "InputNorm": (lambda: layers.InputNorm(4), (_ROWS,)),
+    "Maxout": (lambda: layers.Maxout(4, 3, 2), (_ROWS,)),
+    "MaxoutConv2d": (lambda: layers.MaxoutConv2d(2, 3, 2), (_IMAGES,)),
+    "Standout": (layers.Standout, (_ROWS, _ROWS.flip(0))),
+    "SyncBatchNormAct": (lambda: layers.SyncBatchNormAct(2), (_IMAGES,)),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", OWN_LAYERS)
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["training", "evaluation"]
+)
+def test_own_layers_refuse_what_their_stock_formulation_does(name: str, training: bool, device: str) -> None:
+    make, operands = OWN_LAYERS[name]
+    layer = make().to(device).train(training)
+    parameters = list(inspect.signature(layer.forward).parameters)[: len(operands)]
+    arguments = dict(zip(parameters, (operand.to(device) for operand in operands), strict=True))
     for key, operand in arguments.items():
-        if isinstance(operand, Tensor):
-            for other in unfit(operand):
-                changed = {**arguments, key: other}
-                ours, stock = (outcome(function, changed) for function in (getattr(autograd, name), getattr(F, name)))
-                assert ours == stock, f"{key} of shape {tuple(other.shape)} and {other.dtype}"
+        for other in unfit(operand):
+            changed = {**arguments, key: other}
+            ours = outcome(layer, changed)
+            with BaseTorchFunctionMode():
+                assert ours == outcome(layer, changed), words(changed)
 
 
 @pytest.mark.parametrize("dims", [1, 2])

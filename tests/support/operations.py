@@ -20,7 +20,7 @@ from .device import DEVICE
 from .samples import random_tensor
 from .standing import leaf
 
-__all__ = ["ARGUMENTS", "OPERATIONS", "OWN", "Operation"]
+__all__ = ["ARGUMENTS", "OPERATIONS", "OWN", "OWN_ARGUMENTS", "Operation"]
 
 # --- Functions that ``torch.nn.functional`` has too, by their arguments -----------------------------------------------
 
@@ -64,6 +64,32 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 #: By name, arguments of each function that ``torch.nn.functional`` has too.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     name: _SPECIAL.get(name, {"input": _X}) for name in autograd.__all__ if hasattr(F, name)
+}
+
+_FILTERS_2D, _THREE = random_tensor((3, 2, 2, 2), torch.float32, "cpu", seed=1), torch.ones(3)
+_RESIDUAL = random_tensor((1, 3, 3, 4), torch.float32, "cpu")
+_CONVOLUTION = {"input": _IMAGES, "weight": _FILTERS_2D, "bias": _THREE, "residual": _RESIDUAL, "pool_size": 2}
+_NORM = {
+    **dict(zip(("running_mean", "running_var"), (torch.zeros(3), _THREE), strict=True)),
+    **dict.fromkeys(("norm_weight", "norm_bias"), _THREE),
+}
+
+#: By name, arguments of each function that ``torch.nn.functional`` lacks.
+OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "batch_norm_act": {**_SPECIAL["batch_norm"], "residual": _IMAGES.flip(-1)},
+    "bias_activation_dropout": {"input": _X, "bias": torch.ones(4), "residual": _T},
+    "channel_statistics": {"input": _IMAGES},
+    "conv_act_pool2d": _CONVOLUTION,
+    "conv_batch_norm_act2d": {**_CONVOLUTION, **_NORM, "training": True},
+    "drop_connect_linear": {"input": _X, "weight": random_tensor((3, 4), torch.float32, "cpu"), "bias": _THREE},
+    "maxout": {"input": _X, "pieces": 2},
+    "maxout_conv2d": {"input": _IMAGES, "weight": torch.stack((_FILTERS_2D, -_FILTERS_2D)), "bias": torch.ones(2, 3)},
+    "maxout_linear": {
+        "input": _X,
+        "weight": random_tensor((2, 3, 4), torch.float32, "cpu", seed=1),
+        "bias": torch.ones(2, 3),
+    },
+    "standout": {"input": _X, "belief": _T},
 }
 
 # --- Calls of everything, of which stock operators can say what is right ----------------------------------------------
