@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import batch_norm as kernels
+from ..kernels import batch_norm_statistics
 from ..kernels.functions.activation import IDENTITY, Activated, activated
 from ..kernels.launch import ACCUMULATOR
 from . import stock as F
@@ -42,7 +43,9 @@ def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel."""
-    return kernels.merge_statistics(kernels.partial_statistics(x), running_mean, running_var, batches, momentum)
+    return batch_norm_statistics.merge_statistics(
+        batch_norm_statistics.partial_statistics(x), running_mean, running_var, batches, momentum
+    )
 
 
 @operator(
@@ -54,7 +57,7 @@ def merge_statistics(
     partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, from (parts, 3, channels): count, mean, sum of squared deviations."""
-    return kernels.merge_statistics(partial, running_mean, running_var, batches, momentum)
+    return batch_norm_statistics.merge_statistics(partial, running_mean, running_var, batches, momentum)
 
 
 @operator(

@@ -7,6 +7,7 @@ every configuration that the launchers can ask the compiler for.
 from . import (
     activation,
     batch_norm,
+    batch_norm_statistics,
     bias_activation_dropout,
     conv,
     cross_entropy,
@@ -34,6 +35,7 @@ __all__ = [
     "Configuration",
     "activation",
     "batch_norm",
+    "batch_norm_statistics",
     "bias_activation_dropout",
     "conv",
     "cross_entropy",

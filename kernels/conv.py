@@ -355,7 +355,7 @@ def conv_statistics(
 ) -> tuple[Tensor, Tensor]:
     """The convolution, channels last, and count, mean and sum of squared deviations of parts of its channels.
 
-    These are (parts, 3, filters), as `fusednn.kernels.batch_norm.partial_statistics` gives them.
+    These are (parts, 3, filters), as `fusednn.kernels.batch_norm_statistics.partial_statistics` gives them.
     """
     _, partial = statistics_like(x, weight, stride, padding)
     results = conv_pool_forward(*(x, weight, bias, stride, padding, IDENTITY, POINT), keeps=False, partial=partial)

@@ -150,8 +150,8 @@ def test_passes_and_what_is_saved(layout: str, device: str) -> None:
         y = ours(leaf(x))
     launches = {launch.kernel: launch for launch in traffic.kernel_launches}
     single = layout == "channels_last"
-    convolution = "conv_pool_kernel" if single else "statistics_kernel"
-    assert list(launches) == [convolution, "merge_kernel", "pool_forward_kernel"]
+    convolution = "conv_pool_kernel" if single else "batch_norm_statistics_kernel"
+    assert list(launches) == [convolution, "batch_norm_merge_kernel", "pool_forward_kernel"]
     assert launches[convolution].stored_bytes == dense * single + 4 * 3 * 5 * (16 if single else 4)  # and statistics
     code = 2 * 8 * 16 * 3 if single else 2 * 5 * 8 * 8  # four bits, in rows of 5 channels or 16 places
     assert launches["pool_forward_kernel"].stored_bytes == 4 * y.numel() + code
@@ -174,7 +174,7 @@ def test_statistics_of_the_convolution(shape: tuple[int, ...], shift: float, dev
     weight = random_tensor((5, 3, 3, 3), torch.float32, device, seed=1)
     bias = random_tensor((5,), torch.float32, device, seed=2) + shift
     z, partial = kernels.conv.conv_statistics(x, weight, bias, (1, 1), (0, 0))
-    mean, variance = kernels.batch_norm.merge_statistics(partial, None, None, None, 0.0)
+    mean, variance = kernels.batch_norm_statistics.merge_statistics(partial, None, None, None, 0.0)
     exact = torch.var_mean(z.double(), (0, 2, 3), correction=0)
     theirs = torch.var_mean(z, (0, 2, 3), correction=0)
     assert_accurate(mean, theirs[1], exact[1], "mean")

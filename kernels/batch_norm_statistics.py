@@ -1,0 +1,252 @@
+"""Batch norm's statistics: mean and variance of channels, of a tensor or of what a convolution left of it.
+
+Each lane of a tile keeps its own running mean and sum of squared deviations (Welford), so nothing is exchanged between
+threads until the end.  Programs write (count, mean, squared deviations), and one small launch merges them in a fixed
+order (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979).  Sums
+of squares, which cancel, never appear: a constant channel has a variance of exactly 0.
+
+Means and variances are float32 (float64 for float64), but lanes and programs are merged in float64: of the rounding of
+large terms that cancel, only that of single lanes is left.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._triton import tl
+from .channels import (
+    COMMON_TILINGS,
+    TILINGS,
+    Tiling,
+    channel_tile,
+    configure_channels,
+    lanes,
+    launch_over,
+    plan_of,
+    program_place,
+    tile_place,
+    tilings_of,
+)
+from .launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .layout import dense
+from .numerics import divide, scalar, widen
+from .tiles import cdiv
+
+__all__ = ["merge_statistics", "partial_statistics"]
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def batch_norm_statistics_kernel(
+    x_pointer,  # input, (outer, channels, inner)
+    partial_pointer,  # (splits, 3, channels): count, mean, sum of squared deviations
+    outer: tl.int64,
+    channels,
+    columns,
+    channel_blocks: tl.int64,
+    tracks: tl.int64,
+    tiles_per_track: tl.int64,
+    tiles_per_program: tl.int64,
+    along_inner: tl.int32,
+    AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
+    mean = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    for step in range(first, end):
+        start, offsets, present, inside = tile_place(
+            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
+        )
+        x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+        # A lane that is present now was present in all steps before: the step tells its count.
+        rate = divide(scalar(1.0, COMPUTE), (step - first + 1).to(COMPUTE))
+        difference = tl.where(present, x - mean, 0.0)
+        mean += difference * rate
+        deviations += difference * (x - mean)
+
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    target = partial_pointer + split * 3 * channels + channel
+    mask = channel < channels
+
+    # A lane that starts inside leaves at the last step, if at all.
+    lane = lanes(AXIS, HEIGHT, WIDTH)
+    _, _, starts, _ = tile_place(
+        first, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
+    )
+    _, _, stays, _ = tile_place(
+        end - 1, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
+    )
+    count = starts.to(COMPUTE) * (end - first - 1).to(COMPUTE) + stays.to(COMPUTE)
+    merged_count = tl.sum(count.to(tl.float64), axis=AXIS, keep_dims=True)
+    tl.store(target, (merged_count + tl.zeros(channel.shape, tl.float64)).to(COMPUTE), mask=mask)
+
+    # Lanes merge about the first one's mean: differences don't lose what a large mean would swallow.
+    origin = tl.sum(tl.where(lane == 0, mean, 0.0), axis=AXIS, keep_dims=True)
+    shift = tl.sum((count * (mean - origin)).to(tl.float64), axis=AXIS, keep_dims=True) / merged_count
+    tl.store(target + channels, (origin + shift).to(COMPUTE), mask=mask)
+    distance = mean - origin - shift.to(COMPUTE)
+    deviations += count * distance * distance
+    merged_deviations = tl.sum(deviations.to(tl.float64), axis=AXIS, keep_dims=True)
+    tl.store(target + 2 * channels, merged_deviations.to(COMPUTE), mask=mask)
+
+
+@kernel
+def batch_norm_merge_kernel(
+    partial_pointer,  # (splits, 3, channels): count, mean, sum of squared deviations
+    mean_pointer,  # mean, (channels,)
+    variance_pointer,  # biased variance, (channels,)
+    running_mean_pointer,  # updated, or None where nothing is tracked
+    running_variance_pointer,
+    batches_pointer,  # number of batches: the running statistics are averages over them; or None
+    splits: tl.int64,
+    channels: tl.int64,
+    momentum: tl.float64,  # weight of this batch, where there is no number of batches
+    HEIGHT: tl.constexpr,  # splits in a tile
+    WIDTH: tl.constexpr,  # channels in a tile
+):
+    channel = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    mask = channel < channels
+    partial_pointer += channel
+    origin = tl.load(partial_pointer + channels, mask=mask, other=0).to(tl.float64)
+
+    count = tl.zeros((HEIGHT, WIDTH), tl.float64)
+    weighted = tl.zeros((HEIGHT, WIDTH), tl.float64)
+    for split in range(0, splits, HEIGHT):
+        row = split + tl.arange(0, HEIGHT)[:, None]
+        inside = (row < splits) & mask
+        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
+        mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
+        count += n
+        weighted += tl.where(inside, n * (mean - origin), 0.0)
+    count = tl.where(mask, tl.sum(count, axis=0, keep_dims=True), 2.0)  # no division by 0 outside
+    shift = tl.sum(weighted, axis=0, keep_dims=True) / count
+
+    deviations = tl.zeros((HEIGHT, WIDTH), tl.float64)
+    for split in range(0, splits, HEIGHT):
+        row = split + tl.arange(0, HEIGHT)[:, None]
+        inside = (row < splits) & mask
+        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
+        mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
+        distance = mean - origin - shift
+        own = tl.load(partial_pointer + (row * 3 + 2) * channels, mask=inside, other=0)
+        deviations += tl.where(inside, own + n * distance * distance, 0.0)
+    deviations = tl.sum(deviations, axis=0, keep_dims=True)
+
+    mean = origin + shift
+    tl.store(mean_pointer + channel, mean.to(mean_pointer.dtype.element_ty), mask=mask)
+    tl.store(variance_pointer + channel, (deviations / count).to(variance_pointer.dtype.element_ty), mask=mask)
+    if running_mean_pointer is not None:
+        if batches_pointer is not None:
+            rate = 1 / tl.load(batches_pointer).to(tl.float64)
+        else:
+            rate = scalar(momentum, tl.float64)
+        running_mean = tl.load(running_mean_pointer + channel, mask=mask, other=0)
+        running_variance = tl.load(running_variance_pointer + channel, mask=mask, other=0)
+        new_mean = rate * mean + (1 - rate) * running_mean
+        new_variance = rate * (deviations / (count - 1)) + (1 - rate) * running_variance
+        tl.store(running_mean_pointer + channel, new_mean.to(running_mean.dtype), mask=mask)
+        tl.store(running_variance_pointer + channel, new_variance.to(running_variance.dtype), mask=mask)
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+# Splits and channels that a program merges at once.
+_MERGE_SPLITS, _MERGE_CHANNELS = 256, 8
+
+
+@cache
+def _statistics(dtype: torch.dtype, tiling: Tiling) -> Configuration:
+    return configure_channels(
+        batch_norm_statistics_kernel,
+        "batch norm statistics",
+        dtype,
+        tiling,
+        {},
+        pointers={"partial": ACCUMULATOR[dtype]},
+        wide_loads=1,
+        wide_stores=0,
+    )
+
+
+@cache
+def _merge(dtype: torch.dtype, tracked: bool, averaged: bool) -> Configuration:
+    absent = {"running_mean": not tracked, "running_variance": not tracked, "batches": not averaged}
+    return configure(
+        batch_norm_merge_kernel,
+        f"batch norm merge{' tracked' * tracked}{' averaged' * averaged} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            **{f"{name}_pointer": None for name, missing in absent.items() if missing},
+            "HEIGHT": _MERGE_SPLITS,
+            "WIDTH": _MERGE_CHANNELS,
+        },
+        pointers={"batches": torch.int64},
+        threads=256,
+    )
+
+
+# Whether running statistics are tracked, and whether they are averages.
+_MERGED = ((False, False), (True, False), (True, True))
+
+
+@ships("batch_norm")
+def configurations() -> Iterator[Configuration]:
+    usual = (
+        _merge(torch.float32, True, True),
+        _merge(torch.float64, False, False),
+        *(_statistics(torch.bfloat16, tiling) for tiling in TILINGS),
+        *(_statistics(dtype, tiling) for tiling in COMMON_TILINGS for dtype in (torch.float32, torch.float64)),
+        _statistics(torch.float16, COMMON_TILINGS[1]),
+    )
+    every = (
+        *(_merge(dtype, *kind) for dtype in (torch.float32, torch.float64) for kind in _MERGED),
+        *(_statistics(dtype, tiling) for dtype in DTYPES for tiling in tilings_of(dtype)),
+    )
+    yield from usual
+    yield from (replace(other, rare=True) for other in every if other not in usual)
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def partial_statistics(x: Tensor) -> Tensor:
+    """(splits, 3, channels): of each part of each channel its count, mean, and sum of squared deviations."""
+    x = dense(x)
+    if not x.numel():
+        return torch.zeros((1, 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    plan = plan_of(x)
+    partial = torch.empty((plan.splits, 3, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    launch_over(_statistics(x.dtype, plan.tiling), plan, (x, partial))
+    return partial
+
+
+def merge_statistics(
+    partial: Tensor,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, from (splits, 3, channels) of `partial_statistics`.
+
+    Updates the running statistics where there are any (the variance with the unbiased one): by ``momentum``, or with
+    ``batches``, the number of batches so far, to their average over the batches.
+    """
+    splits, _, channels = partial.shape
+    mean, variance = (torch.empty(channels, dtype=partial.dtype, device=partial.device) for _ in range(2))
+    running = (running_mean, running_variance)
+    updated = [None if statistic is None else statistic.to(partial.dtype) for statistic in running]
+    configuration = _merge(partial.dtype, running_mean is not None, batches is not None)
+    pointers = (pointer for pointer in (partial, mean, variance, *updated, batches) if pointer is not None)
+    launch(configuration, cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
+    for statistic, update in zip(running, updated, strict=True):
+        if update is not statistic and statistic is not None and update is not None:
+            statistic.copy_(update)
+    return mean, variance

@@ -1,0 +1,269 @@
+"""Tensors of channels as matrices, and their division into programs.
+
+A dense tensor is (outer, channels, inner), whatever the order of its dimensions, and its memory is a matrix:
+
+=====================  ========================  =============  ======================
+layout                 rows x columns            a channel is   reduced axis of a tile
+=====================  ========================  =============  ======================
+(N, C, spatial)        (outer channels) x inner  a run of rows  1
+channels last, (N, C)  outer x channels          a column       0
+=====================  ========================  =============  ======================
+
+**One geometry for all passes.**  The tiles that cover a block of channels form parallel tracks, and a program walks a
+chunk of one track, a tile a step.  A track is a column of tiles, or runs along ``inner`` where that is longer::
+
+    rows are (outer, channels), columns inner;      ``along_inner``: a block of channels of one outer index,
+    a block of channels, with two tiles of inner:   tile after tile of inner
+
+        track 0   track 1
+        [tile]    [tile]   outer = 0                track 0  [tile] [tile] [tile] [tile]  outer = 0
+        [tile]    [tile]   outer = 1                track 1  [tile] [tile] [tile] [tile]  outer = 1
+        [tile]    [tile]   outer = 2
+
+Reductions walk forward and leave a partial result for each program; the pass that follows has the same programs, and
+walks backward: what it reads first was read last, and is still in the L2 cache.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import tl, triton
+from .launch import COMPUTE, TRITON_TYPE, Configuration, configure, launch
+from .tiles import TILE, cdiv, threads_for, tile_shape
+
+__all__ = [
+    "COMMON_TILINGS",
+    "TILINGS",
+    "Plan",
+    "Tiling",
+    "channel_tile",
+    "configure_channels",
+    "lanes",
+    "launch_over",
+    "plan_of",
+    "program_place",
+    "tile_place",
+    "tilings_of",
+]
+
+# --- Device functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program):
+    """This program's block of channels and track, its steps (the first, and the one after the last), and its split."""
+    program = tl.program_id(0).to(tl.int64)
+    track = program % tracks
+    channel_block = program // tracks % channel_blocks
+    chunk = program // tracks // channel_blocks
+    first = chunk * tiles_per_program
+    return channel_block, track, first, tl.minimum(first + tiles_per_program, tiles_per_track), chunk * tracks + track
+
+
+@triton.jit
+def tile_place(
+    step,
+    channel_block,
+    track,
+    outer,
+    channels,
+    columns,
+    along_inner,
+    AXIS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Start of a tile, its offsets, which positions of the reduced axis are inside, and which elements are."""
+    row = tl.arange(0, HEIGHT)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    if AXIS == 1:
+        outer_index = tl.where(along_inner != 0, track, step)
+        inner_block = tl.where(along_inner != 0, step, track)
+        start = (outer_index * channels + channel_block * HEIGHT) * columns + inner_block * WIDTH
+        row_inside = row < channels - channel_block * HEIGHT
+        column_inside = column < columns - inner_block * WIDTH
+        present = column_inside
+    else:
+        start = step * HEIGHT * columns + channel_block * WIDTH
+        row_inside = row < outer - step * HEIGHT
+        column_inside = column < columns - channel_block * WIDTH
+        present = row_inside
+    return start, row * columns + column, present, row_inside & column_inside
+
+
+@triton.jit
+def channel_tile(channel_block, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The channels of a tile, broadcastable to (HEIGHT, WIDTH)."""
+    if AXIS == 1:
+        return channel_block * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    else:
+        return channel_block * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def lanes(AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The positions along the reduced axis, broadcastable to (HEIGHT, WIDTH)."""
+    if AXIS == 1:
+        return tl.arange(0, WIDTH)[None, :]
+    else:
+        return tl.arange(0, HEIGHT)[:, None]
+
+
+# --- Tiles ------------------------------------------------------------------------------------------------------------
+
+# Widths of a tile by its reduced axis.  The widest is taken that needs at most a third more lanes than the best.
+_WIDTHS = {0: (16, 64, 256), 1: (16, 64, 256, TILE)}
+
+# Programs that a pass is split into, where it has work for as many.  Four on each of an H100's multiprocessors are
+# resident at once, with up to 128 registers a thread.  A constant, so that results don't depend on the GPU.
+_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The shape of a tile, and which of its axes is reduced."""
+
+    axis: int
+    width: int
+
+    @property
+    def height(self) -> int:
+        return TILE // self.width
+
+    def __str__(self) -> str:
+        return f"{'rows' if self.axis == 1 else 'columns'} x{self.width}"
+
+
+TILINGS = tuple(Tiling(axis, width) for axis, widths in _WIDTHS.items() for width in widths)
+
+
+def tilings_of(dtype: torch.dtype) -> tuple[Tiling, ...]:
+    """Of the widest rows, float64 statistics don't fit into registers."""
+    return tuple(tiling for tiling in TILINGS if dtype is not torch.float64 or tiling.width < TILE)
+
+
+# Tiles that most variants are compiled with, one of each axis: what varies knows nothing of the tile around it, and the
+# tiles' own code is compiled, for every type, without an activation.
+COMMON_TILINGS = (Tiling(0, 64), Tiling(1, 256))
+
+
+def configure_channels(
+    kernel: Any,
+    label: str,
+    dtype: torch.dtype,
+    tiling: Tiling,
+    constants: Mapping[str, Any],
+    *,
+    pointers: Mapping[str, torch.dtype],
+    wide_loads: int,
+    wide_stores: int,
+) -> Configuration:
+    """`configure` for a kernel that walks tiles of ``tiling``: with their constants, and accesses by each of rows."""
+    rows = tile_shape(dtype)[0] if tiling.width >= 64 else 0  # narrower rows are narrower than a warp's accesses
+    return configure(
+        kernel,
+        f"{label} {tiling} {TRITON_TYPE[dtype]}",
+        dtype,
+        {
+            **constants,
+            "AXIS": tiling.axis,
+            "COMPUTE": COMPUTE[dtype],
+            "HEIGHT": tiling.height,
+            "WIDTH": tiling.width,
+        },
+        pointers=pointers,
+        divisible=("columns",),
+        threads=threads_for(dtype),
+        wide_loads=wide_loads * rows,
+        wide_stores=wide_stores * rows,
+    )
+
+
+# --- Programs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A dense tensor seen as (outer, channels, inner), and its division into programs."""
+
+    tiling: Tiling
+    outer: int
+    channels: int
+    columns: int
+    channel_blocks: int
+    tracks: int
+    tiles_per_track: int
+    tiles_per_program: int
+    along_inner: bool
+
+    @cached_property
+    def splits(self) -> int:
+        return self.tracks * cdiv(self.tiles_per_track, self.tiles_per_program)
+
+    @cached_property
+    def programs(self) -> int:
+        return self.splits * self.channel_blocks
+
+    @cached_property
+    def extents(self) -> tuple[int, ...]:
+        return (
+            self.outer,
+            self.channels,
+            self.columns,
+            self.channel_blocks,
+            self.tracks,
+            self.tiles_per_track,
+            self.tiles_per_program,
+            int(self.along_inner),
+        )
+
+
+def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> Tiling:
+    """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
+    tilings = [tiling for tiling in tilings_of(dtype) if tiling.axis == axis]
+    lanes = [
+        cdiv(columns, tiling.width) * tiling.width * cdiv(rows, tiling.height) * tiling.height for tiling in tilings
+    ]
+    fewest = min(lanes)
+    return next(
+        tiling for tiling, count in zip(reversed(tilings), reversed(lanes), strict=True) if 3 * count <= 4 * fewest
+    )
+
+
+def plan_of(x: Tensor) -> Plan:
+    """The division of the dense ``x`` into programs: a function of its shape and strides."""
+    channels = x.shape[1]
+    # Dense memory: the dimensions inside a channel span its stride, whatever their order.
+    inner = x.numel() if channels == 1 else x.stride(1)
+    outer = x.numel() // (channels * inner)
+    # In a traced function sizes may be symbolic, and can't be a key.
+    plan = _plan if type(outer) is int else _plan.__wrapped__
+    return plan(x.dtype, outer, channels, inner)
+
+
+@lru_cache(maxsize=4096)
+def _plan(dtype: torch.dtype, outer: int, channels: int, inner: int) -> Plan:
+    axis, columns = (0, channels) if inner == 1 else (1, inner)
+    tiling = _tiling_for(dtype, axis, columns, channels if axis == 1 else outer)
+    width = tiling.width
+    if axis == 0:
+        channel_blocks, tracks, tiles_per_track = cdiv(columns, width), 1, cdiv(outer, tiling.height)
+    else:
+        channel_blocks = cdiv(channels, tiling.height)
+        tracks, tiles_per_track = sorted((outer, cdiv(columns, width)))
+    tiles_per_program = cdiv(tiles_per_track, max(1, _PROGRAMS // (channel_blocks * tracks)))
+    along_inner = axis == 1 and tiles_per_track != outer
+    return Plan(
+        tiling, outer, channels, columns, channel_blocks, tracks, tiles_per_track, tiles_per_program, along_inner
+    )
+
+
+def launch_over(configuration: Configuration, plan: Plan, pointers: tuple[Tensor | None, ...], *scalars: float) -> None:
+    """Run a kernel of ``plan``'s programs, with those of its ``pointers`` that aren't None."""
+    given = (pointer for pointer in pointers if pointer is not None)
+    launch(configuration, plan.programs, *given, *plan.extents, *scalars)
