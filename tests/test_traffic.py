@@ -115,6 +115,15 @@ def test_inplace_allocates_and_moves_no_more(device: str) -> None:
     assert not traffic.operations
 
 
+def test_what_makes_nothing_counts_nothing(device: str) -> None:
+    """PyTorch launches no kernel for an empty result, whatever it would read."""
+    x = random_tensor(SHAPE, torch.float32, device)
+    with measure_traffic() as traffic:
+        torch.as_strided_copy(x, (0,), (1,))
+        torch.empty(0, device=device).copy_(x[:0].flatten())
+    assert not traffic.operations
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, "permuted"], ids=str)
 def test_dense_memory_is_never_copied(layout: object, device: str) -> None:
     x = random_tensor(SHAPE, torch.float32, device)

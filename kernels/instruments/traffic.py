@@ -175,11 +175,12 @@ class _OperatorCounter(TorchDispatchMode):
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
-        idle = func.is_view or name in _ALLOCATIONS or func.namespace in _NO_KERNELS
+        changed = _changed(func, args) if result is None else result
+        written = [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
+        empty = bool(written) and not any(tensor.numel() for tensor in written)  # nothing to do: no kernel
+        idle = func.is_view or name in _ALLOCATIONS or func.namespace in _NO_KERNELS or empty
         if not (self._paused or idle):
-            self._traffic.operations.append(
-                _count(name, args, kwargs, _changed(func, args) if result is None else result)
-            )
+            self._traffic.operations.append(_count(name, args, kwargs, written))
         return result
 
 
@@ -189,10 +190,9 @@ def _changed(func: Any, args: Any) -> list[Any]:
     return [value for argument, value in declared if argument.alias_info and argument.alias_info.is_write]
 
 
-def _count(name: str, args: Any, kwargs: Any, written: Any) -> Operation:
+def _count(name: str, args: Any, kwargs: Any, written: list[Tensor]) -> Operation:
     leaves = {id(leaf): leaf for leaf in tree_leaves((args, kwargs))}  # an operand given twice is read once
     inputs = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
-    outputs = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
     if name in _OVERWRITES | _FILLS:
         inputs = inputs[1:]
     extra = 0
@@ -202,7 +202,7 @@ def _count(name: str, args: Any, kwargs: Any, written: Any) -> Operation:
         extra = 0 if name.endswith("backward") else target.numel() * x.itemsize
     if name in _TWICE and args[_TRAINING[name]]:
         extra = sum(_touched_bytes(args[place]) for place in _TWICE[name])
-    return Operation(name, extra + sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, outputs)))
+    return Operation(name, extra + sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, written)))
 
 
 def _touched_bytes(tensor: Tensor) -> int:
