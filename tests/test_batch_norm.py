@@ -387,6 +387,8 @@ def test_fused_forms(activation: str | None, joined: bool, training: bool, devic
 def test_fused_forms_in_other_dtypes(activation: str, dtype: torch.dtype, device: str) -> None:
     shape = (3, 5, 70)
     x, gradient, residual = (random_tensor(shape, dtype, device, seed) for seed in range(3))
+    if activation == "relu":
+        residual = 64 * residual.sign()  # no rounding decides which sums are positive
     _, _, weight, bias = vectors(5, dtype, device)
     ours, stock = (partial(function, activation, True) for function in (fused, compose))
     check_against_stock(ours, stock, [x, weight, bias, residual], gradient)

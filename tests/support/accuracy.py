@@ -2,7 +2,9 @@
 
 Stock's own error is the largest over the tensor, and not less than one rounding of the largest value, which a few lucky
 elements may hide.  Nothing here scales with the size of a reduction, so a test can't be made to pass by making it
-larger.  In float64 the reference is stock's own result, whose error isn't known: there it is taken to be sixteen
+larger.  In 16 bits, of which stock computes in float32, its error is a few roundings at most: where it is more, as when
+rounding makes another element the maximum, the test allows what it is there to see, and fails; unless all that it looks
+at cancels.  In float64 the reference is stock's own result, whose error isn't known: there it is taken to be sixteen
 roundings of the largest value, or of 1.
 """
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOAT64_ROUNDINGS = 16
+SIXTEEN_BITS_ROUNDINGS = 10
 
 
 def assert_accurate(
@@ -35,7 +38,12 @@ def assert_accurate(
         return
     error = (ours64 - reference)[finite].abs()
     largest = reference[finite].abs().max()
-    stock_error = torch.maximum((stock64 - reference)[finite].abs().max(), one_rounding(largest, ours.dtype))
+    rounding = one_rounding(largest, ours.dtype)
+    stock_error = torch.maximum((stock64 - reference)[finite].abs().max(), rounding)
+    bounded = ours.dtype.itemsize == 2 and largest >= torch.finfo(ours.dtype).eps
+    assert not bounded or stock_error <= SIXTEEN_BITS_ROUNDINGS * rounding, (
+        f"{what}: stock is {stock_error / rounding:.3g} roundings off, too much to see ours; take other inputs"
+    )
     if ours.dtype == torch.float64:
         stock_error = FLOAT64_ROUNDINGS * one_rounding(largest.clamp_min(1), ours.dtype)
     allowed = 2 * stock_error + one_rounding(reference[finite], ours.dtype)
