@@ -30,7 +30,7 @@ from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_f
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
-from .random import keep_tile, last_kept, serves_eight
+from .random import keep_threshold, keep_tile, serves_eight
 from .tiles import (
     MASK_BYTES,
     TILE,
@@ -363,7 +363,7 @@ def _flags(*operands: Tensor | None) -> int:
 
 def _noise(p: float) -> tuple[int, float]:
     """The kernels' ``last`` and ``scale``."""
-    return last_kept(p), 0.0 if p == 1 else 1 / (1 - p)
+    return keep_threshold(p), 0.0 if p == 1 else 1 / (1 - p)
 
 
 def bias_activation_dropout_forward(

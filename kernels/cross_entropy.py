@@ -28,7 +28,18 @@ from torch import Tensor
 from ._triton import tl, triton
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
-from .lines import ACROSS, ALONG, fold, line_block, line_tile, lines_of, pack, reference_point, settle, start_fold
+from .lines import (
+    ACROSS,
+    ALONG,
+    line_block,
+    line_tile,
+    lines_of,
+    online_softmax_init,
+    online_softmax_reduce,
+    online_softmax_update,
+    pack,
+    reference_point,
+)
 from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
 from .nll_loss import Reduction
 from .numerics import divide, fast_exp, log, narrow, require, scalar, widen
@@ -126,7 +137,7 @@ def cross_entropy_forward_kernel(
     x_pointer += base
     smoothing = scalar(smoothing, COMPUTE)
 
-    maximum, total = start_fold(COMPUTE, AXIS, LINES, WIDTH, PACK)
+    maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, PACK)
     mass = tl.zeros_like(total)  # sum of the weights of log p
     moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
     for first in range(0, length, WIDTH):
@@ -134,7 +145,7 @@ def cross_entropy_forward_kernel(
         x = widen(tl.load(x_pointer + offsets, mask=inside, other=float("-inf")), COMPUTE)
         x = pack(x, AXIS, LINES, WIDTH, PACK)
         previous = reference_point(maximum)
-        maximum, total = fold(maximum, total, x, AXIS)
+        maximum, total = online_softmax_update(maximum, total, x, AXIS)
         if TARGETS != _INDICES:
             weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
             if TARGETS == _PROBABILITIES:
@@ -148,7 +159,7 @@ def cross_entropy_forward_kernel(
             mass += tl.sum(weight, 2 * AXIS)
 
     pieces = reference_point(maximum)
-    maximum, total = settle(maximum, total, AXIS)
+    maximum, total = online_softmax_reduce(maximum, total, AXIS)
     log_total = log(total)
     if TARGETS != _INDICES and AXIS == 1:
         moment = tl.sum(moment + (pieces - reference_point(maximum)[:, None]) * mass, 1)
@@ -266,7 +277,7 @@ def cross_entropy_backward_kernel(
     if TARGETS == _PROBABILITIES:
         q = widen(tl.load(target_pointer + base + offsets, mask=inside, other=0), COMPUTE)
         weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
-        share = weight * (q * (1 - smoothing) + smoothing / length)
+        target_weight = weight * (q * (1 - smoothing) + smoothing / length)
         scale = tl.expand_dims(scale, AXIS)
         dtarget = -scale * (1 - smoothing) * weight * log_p
         wanted = inside & (needs_target != 0)
@@ -276,13 +287,13 @@ def cross_entropy_backward_kernel(
             target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, False
         )
         scale = tl.expand_dims(tl.where(counts, scale, 0.0), AXIS)
-        share = tl.where(place == tl.expand_dims(target, AXIS), tl.expand_dims(mass, AXIS), 0.0)
+        target_weight = tl.where(place == tl.expand_dims(target, AXIS), tl.expand_dims(mass, AXIS), 0.0)
         if TARGETS != _INDICES:
             weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
-            share = (1 - smoothing) * share + smoothing / length * weight
+            target_weight = (1 - smoothing) * target_weight + smoothing / length * weight
     if TARGETS != _INDICES:
         mass = tl.load(statistics_pointer + 2 * count + line, mask=exists, other=0)
-    dx = scale * (tl.expand_dims(mass, AXIS) * fast_exp(log_p) - share)
+    dx = scale * (tl.expand_dims(mass, AXIS) * fast_exp(log_p) - target_weight)
     wanted = inside & (needs_input != 0)
     tl.store(dx_pointer + base + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=wanted)
 

@@ -25,7 +25,7 @@ from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
-from .random import channel_bits, keep_tile, last_kept, serves_eight
+from .random import channel_bits, keep_threshold, keep_tile, serves_eight
 from .tiles import (
     TILE,
     cdiv,
@@ -195,14 +195,14 @@ _SELU_SATURATION = 1.7580993408473766
 def _noise(p: float, alpha: bool, offset: bool) -> tuple[int, float, float, float]:
     """The kernels' ``last``, ``scale``, ``kept_offset`` and ``dropped_offset``."""
     if p == 1:
-        return last_kept(p), 0.0, 0.0, 0.0
+        return keep_threshold(p), 0.0, 0.0, 0.0
     if not alpha:
-        return last_kept(p), 1 / (1 - p), 0.0, 0.0
+        return keep_threshold(p), 1 / (1 - p), 0.0, 0.0
     scale = ((1 + _SELU_SATURATION**2 * p) * (1 - p)) ** -0.5
     if not offset:
-        return last_kept(p), scale, 0.0, 0.0
+        return keep_threshold(p), scale, 0.0, 0.0
     saturated = _SELU_SATURATION * scale
-    return last_kept(p), scale, -saturated * p, saturated * (1 - p)
+    return keep_threshold(p), scale, -saturated * p, saturated * (1 - p)
 
 
 def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, offset: bool) -> None:

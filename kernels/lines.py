@@ -22,7 +22,17 @@ from ._triton import tl, triton
 from .numerics import fast_exp
 from .tiles import cdiv
 
-__all__ = ["ACROSS", "ALONG", "Lines", "fold", "line_block", "line_tile", "lines_of", "settle", "start_fold"]
+__all__ = [
+    "ACROSS",
+    "ALONG",
+    "Lines",
+    "line_block",
+    "line_tile",
+    "lines_of",
+    "online_softmax_init",
+    "online_softmax_reduce",
+    "online_softmax_update",
+]
 
 #: The tile's axis along the lines, where these follow one another in memory, and where they lie side by side.
 ALONG, ACROSS = 1, 0
@@ -105,7 +115,9 @@ def reference_point(maximum):
 
 
 @triton.jit
-def start_fold(COMPUTE: tl.constexpr, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr):
+def online_softmax_init(
+    COMPUTE: tl.constexpr, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr
+):
     """Maxima and sums of nothing."""
     if AXIS == 1:
         maximum = tl.full((LINES, WIDTH // PACK), float("-inf"), COMPUTE)
@@ -123,7 +135,7 @@ def pack(tile, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PAC
 
 
 @triton.jit
-def fold(maximum, total, x, AXIS: tl.constexpr):
+def online_softmax_update(maximum, total, x, AXIS: tl.constexpr):
     """Fold a packed tile into running maxima and sums; elements that don't count are -inf."""
     largest = tl.maximum(maximum, tl.max(x, 2 * AXIS), propagate_nan=tl.PropagateNan.ALL)
     reference = reference_point(largest)
@@ -132,7 +144,7 @@ def fold(maximum, total, x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def settle(maximum, total, AXIS: tl.constexpr):
+def online_softmax_reduce(maximum, total, AXIS: tl.constexpr):
     """One maximum and one sum for each line."""
     if AXIS == 1:
         largest = tl.max(maximum, 1)

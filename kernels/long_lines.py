@@ -13,7 +13,17 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .launch import DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch
-from .lines import ALONG, Lines, fold, line_block, line_tile, pack, reference_point, settle, start_fold
+from .lines import (
+    ALONG,
+    Lines,
+    line_block,
+    line_tile,
+    online_softmax_init,
+    online_softmax_reduce,
+    online_softmax_update,
+    pack,
+    reference_point,
+)
 from .numerics import fast_exp, widen
 from .tiles import cdiv, threads_for
 
@@ -75,14 +85,14 @@ def line_parts_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     base, line, start, exists, part, begin, end = part_of_line(program, count, length, parts, part_length)
-    maximum, total = start_fold(tl.float32, 1, 1, WIDTH, PACK)
+    maximum, total = online_softmax_init(tl.float32, 1, 1, WIDTH, PACK)
     for first in range(begin, end, WIDTH):
         _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
         outside = tl.where(negated != 0, float("inf"), float("-inf"))
         x = widen(tl.load(x_pointer + base + offsets, mask=inside, other=outside), tl.float32)
         x = tl.where(negated != 0, -x, x)
-        maximum, total = fold(maximum, total, pack(x, 1, 1, WIDTH, PACK), 1)
-    maximum, total = settle(maximum, total, 1)
+        maximum, total = online_softmax_update(maximum, total, pack(x, 1, 1, WIDTH, PACK), 1)
+    maximum, total = online_softmax_reduce(maximum, total, 1)
     tl.store(partial_pointer + part * count + line, maximum)
     tl.store(partial_pointer + (parts + part) * count + line, total)
 

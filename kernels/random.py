@@ -18,8 +18,8 @@ from ._triton import tl, triton
 __all__ = [
     "channel_bits",
     "draw_seed",
+    "keep_threshold",
     "keep_tile",
-    "last_kept",
     "random_tile",
     "serves_eight",
     "uniform_tile",
@@ -60,7 +60,7 @@ def _take_back(generator: torch.Generator, device: torch.device) -> None:
     generator.set_offset(2 * after - generator.get_offset())
 
 
-def last_kept(p: float) -> int:
+def keep_threshold(p: float) -> int:
     """The largest 32-bit random number whose element dropout with probability ``p`` keeps.
 
     1 - p is met to half of 2^-32; as long as p < 1, one number in 2^32 at least is kept.
@@ -103,7 +103,9 @@ def keep_tile(seed, tile_index, last, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 
     With ``SERVES_EIGHT`` two neighbours share 32 bits, of which the second sees its halves exchanged.  So each is kept
     with exactly the right probability, decided by a half of its own, unless that half alone can't tell (one time in
-    2^16).  Only then do they see each other: their correlation is below 2^-17 / (p (1 - p)).
+    2^16).  Only then do they see each other.  With ``last`` seen as halves t and u, each a part of 2^16, the covariance
+    is 2^-15 (min(t, u) - t u), up to terms of 2^-32: at most 2^-17, where both are 1/2.  So their correlation is below
+    2^-17 / (p (1 - p)).
     """
     if SERVES_EIGHT:
         bits = random_tile(seed, tile_index, ROWS, COLUMNS // 2)

@@ -16,7 +16,18 @@ from torch import Tensor
 from ._triton import tl, triton
 from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
-from .lines import ACROSS, ALONG, Lines, fold, line_block, line_tile, lines_of, pack, settle, start_fold
+from .lines import (
+    ACROSS,
+    ALONG,
+    Lines,
+    line_block,
+    line_tile,
+    lines_of,
+    online_softmax_init,
+    online_softmax_reduce,
+    online_softmax_update,
+    pack,
+)
 from .long_lines import (
     LONG_DTYPES,
     PARTS,
@@ -65,12 +76,12 @@ def softmax_forward_kernel(
         y = normalised(shifted, total, LOGARITHM)
         tl.store(y_pointer + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
     else:
-        maximum, total = start_fold(COMPUTE, AXIS, LINES, WIDTH, PACK)
+        maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, PACK)
         for first in range(0, length, WIDTH):
             _place, offsets, inside = line_tile(start, exists, first, length, inner, AXIS, WIDTH)
             x = load_signed(x_pointer, offsets, inside, negated, COMPUTE)
-            maximum, total = fold(maximum, total, pack(x, AXIS, LINES, WIDTH, PACK), AXIS)
-        maximum, total = settle(maximum, total, AXIS)
+            maximum, total = online_softmax_update(maximum, total, pack(x, AXIS, LINES, WIDTH, PACK), AXIS)
+        maximum, total = online_softmax_reduce(maximum, total, AXIS)
         maximum = tl.expand_dims(maximum, AXIS)
         total = tl.expand_dims(total, AXIS)
         for first in range(0, length, WIDTH):
@@ -121,7 +132,7 @@ def softmax_backward_kernel(
         _place, offsets, inside = line_tile(start, exists, 0, length, inner, AXIS, WIDTH)
         g = widen(tl.load(g_pointer + offsets, mask=inside, other=0), COMPUTE)
         y = widen(tl.load(y_pointer + offsets, mask=inside, other=0), COMPUTE)
-        total = tl.expand_dims(tl.sum(share(g, y, logarithm), AXIS), AXIS)
+        total = tl.expand_dims(tl.sum(summand(g, y, logarithm), AXIS), AXIS)
         dx = input_gradient(g, y, total, logarithm, negated)
         tl.store(dx_pointer + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
     else:
@@ -134,7 +145,7 @@ def softmax_backward_kernel(
             g = widen(tl.load(g_pointer + offsets, mask=inside, other=0), COMPUTE)
             # The logarithm's share is the gradient alone.
             y = widen(tl.load(y_pointer + offsets, mask=inside & (logarithm == 0), other=0), COMPUTE)
-            shares += share(g, y, logarithm)
+            shares += summand(g, y, logarithm)
         total = tl.expand_dims(tl.sum(shares, AXIS), AXIS)
         for first in range(0, length, WIDTH):
             _place, offsets, inside = line_tile(start, exists, first, length, inner, AXIS, WIDTH)
@@ -145,7 +156,7 @@ def softmax_backward_kernel(
 
 
 @triton.jit
-def share(g, y, logarithm):
+def summand(g, y, logarithm):
     """What an element adds to its line's sum."""
     return tl.where(logarithm != 0, g, g * y)
 
@@ -209,7 +220,7 @@ def long_softmax_shares_kernel(
         _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
         g = widen(tl.load(g_pointer + base + offsets, mask=inside, other=0), tl.float32)
         y = widen(tl.load(y_pointer + base + offsets, mask=inside & (logarithm == 0), other=0), tl.float32)
-        shares += share(g, y, logarithm)
+        shares += summand(g, y, logarithm)
     tl.store(partial_pointer + part * count + line, tl.sum(shares, 1))
 
 

@@ -25,7 +25,7 @@ from fusednn.kernels._triton import tl, triton
 from fusednn.kernels.dropout import dropout_backward, dropout_forward
 from fusednn.kernels.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.numerics import scalar
-from fusednn.kernels.random import draw_seed, last_kept, random_tile
+from fusednn.kernels.random import draw_seed, keep_threshold, random_tile
 
 pytestmark = pytest.mark.kernels
 
@@ -480,9 +480,9 @@ def test_alpha_dropout_keeps_mean_and_variance(name: str, device: str) -> None:
 
 def test_probabilities_are_met_to_32_bits() -> None:
     for p in (0.1, 0.5, 1 / 3, 1e-9, 1 - 1e-9):
-        assert abs((last_kept(p) + 1) / 2**32 - (1 - p)) <= 2**-33
-    assert last_kept(1e-12) == 2**32 - 1
-    assert last_kept(1 - 1e-12) == 0
+        assert abs((keep_threshold(p) + 1) / 2**32 - (1 - p)) <= 2**-33
+    assert keep_threshold(1e-12) == 2**32 - 1
+    assert keep_threshold(1 - 1e-12) == 0
 
 
 @pytest.mark.parametrize("p", [0.3, 2**-16, 0.25 + 2**-20])
@@ -493,7 +493,7 @@ def test_sixteen_bits_decide_with_thirty_two(p: float, device: str) -> None:
     bits = torch.empty((2, 512), dtype=torch.int64, device=device)
     random_bits_kernel[(1,)](bits, seed, 0, ROWS=2, COLUMNS=512)
     pairs = torch.stack((bits, (bits >> 16) | ((bits & 0xFFFF) << 16)), dim=2)
-    assert torch.equal(keep, (pairs <= last_kept(p)).flatten())
+    assert torch.equal(keep, (pairs <= keep_threshold(p)).flatten())
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

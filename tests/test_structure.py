@@ -177,6 +177,21 @@ def test_accepts_good_imports() -> None:
     assert not outside_violations(outside)
 
 
+# --- Length -----------------------------------------------------------------------------------------------------------
+
+#: Lines of a file, at most.
+LONGEST = 600
+
+
+def long_files(sources: Sources) -> list[str]:
+    return [path for path, text in sources.items() if len(text.splitlines()) > LONGEST]
+
+
+def test_no_file_is_too_long() -> None:
+    assert not long_files(read_sources((*FLOORS, "bench")))
+    assert long_files({"kernels/x.py": "\n" * (LONGEST + 1), "kernels/y.py": "\n" * LONGEST}) == ["kernels/x.py"]
+
+
 # --- Circles ----------------------------------------------------------------------------------------------------------
 
 
