@@ -22,7 +22,7 @@ from .dispatch import is_number, takes_kernel
 from .operators import operator
 from .stock_gradients import stock_gradients
 
-__all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "channel_statistics"]
+__all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "begin_batch_norm", "channel_statistics"]
 
 # --- Operators ------------------------------------------------------------------------------------------------------
 #
@@ -306,6 +306,42 @@ def batch_norm_act(
         momentum = 1.0 / float(batches)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return apply_activation(y, residual, resolved)
+
+
+def begin_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    *,
+    batches: Tensor | None,
+    partial: Tensor | None,
+) -> Callable[[Tensor | None, Activated], Tensor]:
+    """`batch_norm_act` in training up to where it needs the residual: all that it changes, and all but the last pass.
+
+    The rest is the function that it returns, of a residual of the input's shape and dtype, and the activation.
+    ``partial`` are statistics of parts of the input, where there are some already.
+    """
+    vectors = (running_mean, running_var, weight, bias)
+    arguments = (input, *vectors, True, momentum, eps, None, batches)
+    if not takes_kernel("batch_norm", input, parameters=_given(*vectors), refusal=lambda: _refusal(*arguments)):
+        momentum = momentum if batches is None else 1.0 / float(batches)
+        y = F.batch_norm(input, *vectors, True, momentum, eps)
+        return lambda residual, activation: apply_activation(y, residual, activation)
+    running = (running_mean, running_var, batches, float(momentum))
+    mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
+    mark_updated(running_mean, running_var)
+
+    def finish(residual: Tensor | None, activation: Activated) -> Tensor:
+        rest = (weight, bias, mean, variance, True, eps)
+        if takes_kernel("batch_norm_act", *_given(input, residual), refusal=activation.refusal):
+            return normalise(BatchNorm, input, residual, *rest, activation)
+        return apply_activation(normalise(BatchNorm, input, None, *rest, IDENTITY), residual, activation)
+
+    return finish
 
 
 def apply_activation(y: Tensor, residual: Tensor | None, activation: Activated) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.activation import resolve_activation
-from ..autograd.batch_norm import apply_activation, batch_norm_act
+from ..autograd.batch_norm import apply_activation, batch_norm_act, begin_batch_norm
 from .compound import Compound
 from .twin import Twin, is_untouched
 
@@ -75,6 +75,15 @@ def forward(
         activation=activation,
         activation_parameters=activation_parameters,
     )
+
+
+def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Callable[..., Tensor]:
+    """What `forward` does with the batch's statistics, as of `begin_batch_norm`."""
+    layer._check_input_dim(input)
+    count_batch(layer)
+    momentum, batches = weight_of_batch(layer)
+    vectors = (*running_statistics(layer), layer.weight, layer.bias)
+    return begin_batch_norm(input, *vectors, momentum, layer.eps, batches=batches, partial=partial)
 
 
 class BatchNorm1d(Twin, nn.BatchNorm1d):

@@ -1,6 +1,6 @@
 """Convolution, batch norm, activation and max pooling as one layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..autograd.activation import resolve_activation
 from ..autograd.conv import conv_statistics2d
 from ..autograd.conv_batch_norm import batch_norm_act_pool2d, conv_batch_norm_act2d
+from . import batch_norm
 from .batch_norm import BatchNorm2d, count_batch, normalised, running_statistics, uses_batch_statistics, weight_of_batch
 from .conv import Conv2d, is_plain, padded, pooled
 from .twin import Layer, is_untouched
@@ -42,6 +43,13 @@ def forward(
     count_batch(norm)
     momentum, batches = weight_of_batch(norm)
     return batch_norm_act_pool2d(z, partial, *vectors, momentum, norm.eps, batches=batches, **rest)
+
+
+def begin(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor) -> Callable[..., Tensor]:
+    """What `forward` does with the batch's statistics, up to where it needs the residual, as of `begin_batch_norm`."""
+    input, padding = padded(conv, input)
+    z, partial = conv_statistics2d(input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+    return batch_norm.begin(norm, z, partial)
 
 
 class ConvBatchNormAct2d(Layer):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.device import KERNELS_RUN
-from support.fusion import IMAGES, PATTERNS, ROWS, batch, make
+from support.fusion import IMAGES, PATTERNS, ROWS, Beside, batch, fused_groups, make, outcome
 from torch import Tensor, nn
 
 import fusednn
@@ -71,12 +71,11 @@ def states_on_the_way(model: nn.Module, x: Tensor) -> list[list[Tensor]]:
     return [*found, state(model)]
 
 
-LONG = ("functions", "branches", "nested", "conv, norm", "norm without statistics", "maximum over pieces", "conv, act")
-#: Where what comes between the layers of a chain is called before all of them.
-MOVED = ("residual of a convolution",)
-NAMES = [
-    pytest.param(name, marks=pytest.mark.thorough) if name in LONG else name for name in PATTERNS if name not in MOVED
-]
+LONG = (
+    *("functions", "branches", "nested", "conv, norm", "norm without statistics", "maximum over pieces", "conv, act"),
+    "residual of a convolution",
+)
+NAMES = [pytest.param(name, marks=pytest.mark.thorough) if name in LONG else name for name in PATTERNS]
 
 
 @needs_kernels
@@ -106,6 +105,25 @@ def test_out_of_memory(name: str, device: str) -> None:
             assert same(reached, allowed[0])
         event += 1
     assert event > 2 or "norm" not in name
+
+
+@needs_kernels
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("build", [lambda: nn.Conv2d(4, 4, 1), lambda: nn.BatchNorm2d(4)])
+def test_a_first_layer_that_has_no_statistics_to_begin_with(
+    build: Callable[[], nn.Module], frozen: bool, device: str
+) -> None:
+    stock = make(Beside(build(), nn.BatchNorm2d(4)), device)
+    stock.first.train(not frozen)
+    model = copy.deepcopy(stock)
+    assert fused_groups(fusednn.replace_layers(model, fuse=True)) == {"first": "act"}
+    x = batch(*IMAGES, device=device)
+    wrong = batch(2, 3, 6, 6, device=device)
+    for one in (stock, model):
+        with pytest.raises(RuntimeError):
+            one(wrong)
+    assert same(state(model), state(stock))
+    torch.testing.assert_close(outcome(model, x), outcome(stock, x))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -204,7 +204,29 @@ class ChangesItsInput(UsedTwice):
         return self.act(y)
 
 
+class CountsBetween(UsedTwice):
+    """A batch norm counts before the activation: the chain may run neither before it nor after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = self.norm(x)
+        return self.act(y) * z
+
+
+class DrawsBetween(UsedTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = nn.functional.dropout(x, 0.0)
+        return self.act(y) + z
+
+
 APART = {
+    CountsBetween: "something else happens in between",
+    DrawsBetween: "something else happens in between",
     UsedTwice: "its output is used more than once",
     Returned: "its output is used more than once",
     ChangedBetween: "something else happens in between",

@@ -12,7 +12,7 @@ from ...autograd import stock as F
 from ...autograd.activation import resolve_activation
 from ...autograd.dispatch import is_number
 
-__all__ = ["activation_function", "pooling_function", "summand"]
+__all__ = ["activation_function", "changes_more", "pooling_function", "summand"]
 
 _FUNCTIONS: dict[Any, str] = {
     **{
@@ -22,6 +22,12 @@ _FUNCTIONS: dict[Any, str] = {
     **{getattr(torch, name): name.rstrip("_") for name in ("relu", "relu_", "selu", "sigmoid", "tanh")},
 }
 _METHODS = {name: name.rstrip("_") for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")}
+
+#: Parts of the names of functions that draw random numbers, or change statistics.
+_CHANGING = (
+    *("attention", "batch_norm", "bernoulli", "dropout", "embedding", "fractional", "gumbel", "instance_norm"),
+    *("multinomial", "poisson", "rand", "rrelu"),
+)
 
 _POOLING_DEFAULTS: dict[str, Any] = {
     "kernel_size": None,
@@ -67,6 +73,12 @@ def pooling_function(node: fx.Node) -> tuple[Any, Any, Any] | None:
     if not plain or any(value != _POOLING_DEFAULTS[name] for name, value in options.items()):
         return None
     return sizes[0], sizes[1], sizes[2]
+
+
+def changes_more(node: fx.Node) -> bool:
+    """Whether a function may change what isn't its arguments' alone: statistics, or the random generator."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return any(part in name for part in _CHANGING) and node.kwargs.get("training") is not False
 
 
 def summand(node: fx.Node, value: fx.Node) -> tuple[fx.Node, bool] | None:

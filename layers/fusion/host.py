@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from ..derived import beneath, rebased
 from ..twin import is_untouched
-from .members import is_known, is_plain_container, keeps_to_itself
+from .members import is_known, is_plain_container, is_steady, keeps_to_itself
+from .patterns.pattern import complete
 from .search import Refusal, Search, begins_a_chain
 from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 
@@ -35,6 +36,7 @@ class Variant(NamedTuple):
     assumptions: Assumptions
     inlined: tuple[str, ...]  # containers whose children are called in their place
     moved: tuple[str, ...]  # layers that are called before those that they stood behind
+    steady: tuple[str, ...]  # those of them that mustn't change anything
     run: Callable[..., Any]
 
     def fits(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
@@ -48,8 +50,10 @@ class Variant(NamedTuple):
             return False
         if not (self.inlined or self.moved):
             return True
-        return all(is_plain_container(module.get_submodule(path)) for path in self.inlined) and all(
-            keeps_to_itself(module.get_submodule(path)) for path in self.moved
+        return (
+            all(is_plain_container(module.get_submodule(path)) for path in self.inlined)
+            and all(keeps_to_itself(module.get_submodule(path)) for path in self.moved)
+            and all(is_steady(module.get_submodule(path)) for path in self.steady)
         )
 
 
@@ -157,7 +161,8 @@ def _search(module: nn.Module, stock: type[nn.Module], refuses: Refusal) -> tupl
         stops |= search.stops
         assumptions = found.assumptions.and_containers(module, search.inlined)
         run = _function(found.graph, search)
-        variants.append(Variant(mode, found.kinds, assumptions, tuple(search.inlined), tuple(search.moved), run))
+        paths = (tuple(search.inlined), tuple(search.moved), tuple(search.steady))
+        variants.append(Variant(mode, found.kinds, assumptions, *paths, run))
     return Plan(tuple(chains), tuple(variants)), stops
 
 
@@ -198,14 +203,22 @@ def _function(graph: fx.Graph, search: Search) -> Callable[..., Any]:
     made: dict[Any, fx.Node] = {}
     for match in search.matches:
         last = match.nodes[-1]
+        between = search.between(match)
         names = {search.callee(node): node.target for node in match.nodes if node.op == "call_module"}
-        with graph.inserting_before(last):
-            operands = tuple(made.get(one, one) if isinstance(one, fx.Node) else one for one in match.operands)
-            members = {
+        operands = tuple(made.get(one, one) if isinstance(one, fx.Node) else one for one in match.operands)
+        with graph.inserting_before(match.nodes[match.begun - 1] if between else last):
+            members: dict[str, Any] = {
                 name: graph.create_node("get_attr", names[one]) if isinstance(one, nn.Module) else one
                 for name, one in match.members.items()
             }
-            made[last] = graph.call_function(match.function, operands, members)
+            if match.begin is not None and between:
+                members["between"] = tuple(graph.create_node("get_attr", path) for path in between)
+                begun = graph.call_function(match.begin, operands[:-1], members)
+        with graph.inserting_before(last):
+            if between:
+                made[last] = graph.call_function(complete, (begun, operands[-1]))
+            else:
+                made[last] = graph.call_function(match.function, operands, members)
         last.replace_all_uses_with(made[last])
         for node in reversed(match.nodes):
             graph.erase_node(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module
@@ -19,6 +19,7 @@ from .trace import calls_in_order, stock_of
 __all__ = [
     "ACTIVATIONS",
     "LOOKS_ON",
+    "STEADY",
     "Activation",
     "activated",
     "activation_of",
@@ -28,6 +29,7 @@ __all__ = [
     "is_known",
     "is_one_of",
     "is_plain_container",
+    "is_steady",
     "keeps_to_itself",
     "know",
     "layer_refusal",
@@ -60,6 +62,15 @@ Activation = nn.Module | tuple[str, tuple[float, ...]] | None
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {}
 _FORWARD: dict[type[nn.Module], Any] = {}
 
+#: Layers that change nothing, in training neither: no statistics, no random numbers.
+STEADY: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.Flatten, nn.ZeroPad2d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
+    *ACTIVATIONS,
+)
+#: Those that change nothing in evaluation.
+_STEADY_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
 #: Hooks of all modules at once, which hear of each layer: of those that it takes to be computed apart.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     *(module._global_forward_hooks, module._global_forward_pre_hooks),
@@ -68,6 +79,8 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 _CALL = nn.Module.__call__
 #: Whoever looks on by a hook of all modules, and takes neighbours that are computed in one for what they are.
 LOOKS_ON = "_fusednn_looks_on"
+
+_Result = TypeVar("_Result")
 
 _observers: list[Callable[[Sequence[nn.Module]], None]] = []
 
@@ -114,6 +127,16 @@ def keeps_to_itself(module: nn.Module) -> bool:
     )
 
 
+def is_steady(module: nn.Module, *, ever: bool = True) -> bool:
+    """Whether a call of a module that keeps to itself changes nothing at all: in no mode, or not in that it is in."""
+    return all(
+        is_plain_container(part)
+        or is_one_of(part, STEADY)
+        or (not (ever or part.training) and isinstance(part, _STEADY_IN_EVALUATION))
+        for part in module.modules()
+    )
+
+
 # --- Listeners --------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +176,7 @@ def observe_chains(observer: Callable[[Sequence[nn.Module]], None]) -> Iterator[
         _observers.remove(observer)
 
 
-def computed(function: Callable[[], Tensor], *layers: Any) -> Tensor:
+def computed(function: Callable[[], _Result], *layers: Any) -> _Result:
     """The result of a chain, which its observers are told of."""
     if not _observers:
         return function()

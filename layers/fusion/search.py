@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from .calls import activation_function, pooling_function, summand
-from .members import ACTIVATIONS, Activation, is_one_of, is_plain_container, keeps_to_itself, know
+from .calls import activation_function, changes_more, pooling_function, summand
+from .members import ACTIVATIONS, STEADY, Activation, is_one_of, is_plain_container, is_steady, keeps_to_itself, know
 from .patterns import PATTERNS
 from .patterns.pattern import Match
 from .trace import IN_PLACE
@@ -26,7 +26,7 @@ Refusal = Callable[[str, nn.Module], str | None]
 _FIRST = tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.first))
 _FOLLOWING = tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.following))
 _CHAINED = (*_FIRST, *_FOLLOWING)
-know(_CHAINED)
+know((*_CHAINED, *STEADY))
 
 _Found = TypeVar("_Found")
 
@@ -38,7 +38,9 @@ class Search:
         self.module = module
         self.refuses = refuses
         self.inlined: list[str] = []  # containers whose calls became those of their children
-        self.moved: set[str] = set()  # modules that are called before layers of a chain that they stood behind
+        # Modules that are called before layers of a chain that they stood behind; those of them that stay steady.
+        self.moved: set[str] = set()
+        self.steady: set[str] = set()
         self._expand(graph)
         self.nodes = list(graph.nodes)
         self.matches: list[Match] = []
@@ -57,6 +59,14 @@ class Search:
     def layers(self, match: Match) -> tuple[str, ...]:
         """The names of a match's layers."""
         return tuple(str(node.target) for node in match.nodes if node.op == "call_module")
+
+    def between(self, match: Match) -> list[str]:
+        """The names of the layers that are called between what a match begins with and its residual."""
+        if match.begin is None or match.operands[-1] is None:
+            return []
+        first, last = match.nodes[match.begun - 1], match.nodes[match.begun]
+        between = self.nodes[self.nodes.index(first) : self.nodes.index(last)]
+        return [str(node.target) for node in between if node.op == "call_module" and node not in match.nodes]
 
     # A container's border is no border to a chain.
 
@@ -110,8 +120,13 @@ class Search:
                 return match
         return None
 
-    def extend(self, nodes: list[fx.Node], recognise: Callable[[fx.Node], _Found | None]) -> _Found | None:
-        """What ``recognise`` finds the only use of the last node to be; that use then belongs to the pattern, too."""
+    def extend(
+        self, nodes: list[fx.Node], recognise: Callable[[fx.Node], _Found | None], *, waits: bool = False
+    ) -> _Found | None:
+        """What ``recognise`` finds the only use of the last node to be; that use then belongs to the pattern, too.
+
+        ``waits``: the pattern begins before the layers between, which may then change what is theirs.
+        """
         users = list(nodes[-1].users)
         for user in users:
             found = None if user in self._taken else recognise(user)
@@ -119,21 +134,26 @@ class Search:
                 continue
             if len(users) > 1:
                 self.stops[self.callee(nodes[0])] = "its output is used more than once"
-            elif not self._may_move(nodes, user):
+            elif not self._may_move(nodes, user, waits):
                 self.stops[self.callee(nodes[0])] = "something else happens in between"
             else:
                 nodes.append(user)
                 return found
         return None
 
-    def _may_move(self, nodes: list[fx.Node], last: fx.Node) -> bool:
+    def _may_move(self, nodes: list[fx.Node], last: fx.Node, waits: bool) -> bool:
         """Whether the calls may all be made where the last one is: nothing in between can change what they read."""
         layers = {self.callee(node) for node in nodes if node.op == "call_module"}
         between = self.nodes[self.nodes.index(nodes[0]) : self.nodes.index(last)]
         others = [node for node in between if node not in nodes]
         if not all(self._is_pure(node, layers) for node in others):
             return False
+        since = () if waits else self.nodes[self.nodes.index(nodes[-1]) + 1 : self.nodes.index(last)]
+        steady = [node for node in since if node.op == "call_module"]
+        if not all(is_steady(self.callee(node)) for node in steady):
+            return False
         self.moved.update(str(node.target) for node in others if node.op == "call_module")
+        self.steady.update(str(node.target) for node in steady)
         return True
 
     def _is_pure(self, node: fx.Node, layers: set[nn.Module]) -> bool:
@@ -141,6 +161,8 @@ class Search:
         if node.op == "call_module":
             called = self.callee(node)
             return keeps_to_itself(called) and layers.isdisjoint(called.modules())
+        if changes_more(node):
+            return False
         in_place = node.target in IN_PLACE or str(getattr(node.target, "__name__", node.target)).endswith("_")
         return not (in_place or node.kwargs.get("inplace") or "out" in node.kwargs)
 
@@ -164,7 +186,7 @@ class Search:
 
     def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What is added next, if something is, and whether in place."""
-        return self.extend(nodes, lambda node: summand(node, nodes[-1])) or (None, False)
+        return self.extend(nodes, lambda node: summand(node, nodes[-1]), waits=True) or (None, False)
 
 
 def begins_a_chain(layer: nn.Module) -> bool:

@@ -108,6 +108,19 @@ class Residual(nn.Module):
         return self.relu(out)
 
 
+class Beside(nn.Module):
+    """A first layer, and another one beside it that is called before their sum."""
+
+    def __init__(self, first: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.first, self.other, self.act = first, other, nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.other(x)
+        return self.act(y + z)
+
+
 class Functional(nn.Module):
     """Functions instead of layers, as in PyTorch's examples; and mode read by the code."""
 
@@ -218,6 +231,11 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         lambda: Residual(Block(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))),
         IMAGES,
         {"conv1": "bn1, relu", "conv2": "bn2, relu", "downsample.0": "downsample.1"},
+    ),
+    "residual of a norm": (
+        lambda: Beside(nn.BatchNorm1d(6), nn.BatchNorm1d(6)),
+        ROWS,
+        {"first": "act"},
     ),
     "functions": (
         Functional,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from ....autograd.conv import conv_act_pool2d, conv_size
 from ....autograd.dispatch import autocast_dtype
 from ... import conv_batch_norm
 from ... import pool as _pool  # noqa: F401 (for its twins)
+from ...batch_norm import uses_batch_statistics
 from ...conv import padded
 from ..calls import pooling_function
 from ..members import (
@@ -23,9 +26,10 @@ from ..members import (
     call_refusal,
     computed,
     is_one_of,
+    is_steady,
     layer_refusal,
 )
-from .pattern import Finder, Match, Pattern, added, are_alike, distinct
+from .pattern import Finder, Match, Pattern, added, are_alike, distinct, finished
 
 __all__ = ["PATTERN"]
 
@@ -39,6 +43,7 @@ _EXCHANGEABLE = ("hardtanh", "relu", "relu6")
 def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
     nodes = [node]
     norm = search.extend(nodes, lambda n: search.layer(n, nn.BatchNorm2d))
+    begun = len(nodes)
     residual, in_place = search.sum(nodes)
     activation = search.extend(nodes, search.activation)
     pool = search.extend(nodes, lambda n: _pooling(search, n))
@@ -47,7 +52,7 @@ def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
         activation = search.extend(nodes, lambda n: _exchangeable(search, n))
     members = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
     members |= {"in_place": in_place, "pools_first": pools_first}
-    return Match(nodes, _compute, (node.args[0], residual), members)
+    return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)
 
 
 def _pooling(search: Finder, node: fx.Node) -> Pooling:
@@ -84,10 +89,41 @@ def _compute(
         return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
     y = conv(input)
     y = y if norm is None else norm(y)
-    y = added(y, residual, in_place)
+    return _rest(added(y, residual, in_place), activation, pool, pools_first)
+
+
+def _rest(y: Tensor, activation: Activation, pool: Pooling, pools_first: bool) -> Tensor:
     if pools_first:
         return activated(_pooled(y, pool), activation)
     return _pooled(activated(y, activation), pool)
+
+
+def _begin(
+    input: Tensor,
+    *,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    activation: Activation,
+    pool: Pooling,
+    in_place: bool,
+    pools_first: bool,
+    between: tuple[nn.Module, ...],
+) -> Callable[[Tensor], Tensor]:
+    """`_compute` up to where it needs the residual: what its layers change comes before what layers ``between`` do."""
+    if all(is_steady(layer, ever=False) for layer in between):
+        members: Any = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
+        return partial(_compute, input, in_place=in_place, pools_first=pools_first, **members)
+    plain = _refusal(input, None, conv, norm, None, None) is None
+    if norm is None or not plain or not uses_batch_statistics(norm):
+        y = conv(input)
+        y = y if norm is None else norm(y)
+        return lambda residual: _rest(added(y, residual, in_place), activation, pool, pools_first)
+    finish = computed(lambda: conv_batch_norm.begin(conv, norm, input), conv, norm)
+
+    def rest(residual: Tensor) -> Tensor:
+        return _pooled(finished(finish, residual, norm, activation, in_place, _fits(residual, input, conv)), pool)
+
+    return rest
 
 
 def _together(

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from ..members import Activation
+from ....autograd.activation import resolve_activation
+from ..members import Activation, activated, activation_of, activation_refusal, computed
 
-__all__ = ["Finder", "Match", "Pattern", "added", "are_alike", "distinct"]
+__all__ = ["Finder", "Match", "Pattern", "added", "are_alike", "complete", "distinct", "finished"]
 
 
 _Found = TypeVar("_Found")
@@ -38,12 +39,18 @@ class Match(NamedTuple):
     """Calls that become one: their nodes, first to last, and the function that is called in their place.
 
     It takes ``operands``, values of the graph, and by their names ``members``: layers, and constants.
+
+    Where layers are called before the residual is there, the last operand, ``begin`` is called at the place of the
+    first ``begun`` nodes, with all but the residual, and with those layers as ``between``: it does what they may not
+    come before.  What it returns is called with the residual.
     """
 
     nodes: list[fx.Node]
     function: Callable[..., Tensor]
     operands: tuple[Any, ...]
     members: dict[str, Any]
+    begin: Callable[..., Callable[[Tensor], Tensor]] | None = None
+    begun: int = 0
 
 
 class Pattern(NamedTuple):
@@ -62,6 +69,26 @@ def are_alike(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
 def distinct(residual: Tensor | None, input: Tensor) -> Tensor | None:
     """The residual as a tensor of its own: torch.compile doesn't trace functions of the same tensor twice."""
     return residual.view_as(residual) if residual is input else residual
+
+
+def complete(begun: Callable[[Tensor], Tensor], residual: Tensor) -> Tensor:
+    """The result of a match that began before its residual was there."""
+    return begun(residual)
+
+
+def finished(
+    finish: Callable[..., Tensor],
+    residual: Tensor,
+    norm: nn.Module,
+    activation: Activation,
+    in_place: bool,
+    alike: bool,
+) -> Tensor:
+    """activation(norm(x) + residual) from what `begin_batch_norm` returned; ``alike``: the sum is of their shape."""
+    if alike and activation_refusal(activation) is None:
+        resolved = resolve_activation(*activation_of(activation))
+        return computed(lambda: finish(residual, resolved), norm, activation)
+    return activated(added(finish(None, resolve_activation(None)), residual, in_place), activation)
 
 
 def added(y: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
