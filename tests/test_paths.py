@@ -9,6 +9,7 @@ import torch
 from support.samples import random_tensor
 from torch import Tensor, nn
 
+import fusednn
 from fusednn import autograd, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 
@@ -103,3 +104,33 @@ def test_path_of_frozen_layers(training: bool, keeps_graph: bool, device: str) -
     with nullcontext() if keeps_graph else torch.no_grad():
         assert_path(layer, (IMAGES.clone().requires_grad_(),), KERNEL, device)
         assert_path(layer, (IMAGES.half(),), KERNEL, device)
+
+
+CONVOLUTION = "cuDNN: no kernel of a plain convolution was measured faster"
+IDENTITY = "the identity in evaluation"
+
+
+@pytest.mark.parametrize(
+    ("fuse", "evaluated", "expected"),
+    [
+        (True, (), {"conv2d": CONVOLUTION, "batch_norm_act": KERNEL, "bias_activation_dropout": KERNEL}),
+        (True, (0, 2, 4, 5), {"conv2d": CONVOLUTION, "batch_norm_act": KERNEL, "bias_activation_dropout": KERNEL}),
+        (True, (1,), {"conv_act_pool2d": KERNEL, "bias_activation_dropout": KERNEL}),
+        (True, (6,), {"conv2d": CONVOLUTION, "batch_norm_act": KERNEL, "bias_activation_dropout": KERNEL}),
+        (True, (1, 6), {"conv_act_pool2d": KERNEL, "bias_activation_dropout": KERNEL}),
+        (False, (1,), {"conv2d": CONVOLUTION, "batch_norm": KERNEL, "relu": KERNEL, "dropout": KERNEL}),
+        (False, (6,), {"conv2d": CONVOLUTION, "batch_norm": KERNEL, "relu": KERNEL, "dropout": IDENTITY}),
+    ],
+)
+def test_path_of_mixed_modes(fuse: bool, evaluated: tuple[int, ...], expected: dict[str, str], device: str) -> None:
+    """Some layers in training, some in evaluation: each layer's own mode decides, not the model's."""
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Dropout()
+    model = nn.Sequential(*layers).to(device)
+    fusednn.replace_layers(model, fuse=fuse)
+    for index in evaluated:
+        model[index].eval()
+    choices: list[Choice] = []
+    with observe_choices(choices.append):
+        model(IMAGES.to(device))
+    found = {choice.operation: choice.path if choice.kernel else choice.reason for choice in choices}
+    assert found == expected
