@@ -25,7 +25,10 @@ every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
 def result_and_gradients(
-    operation: Operation, function: Callable[..., Tensor], leaves: Sequence[Tensor]
+    operation: Operation,
+    function: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    incoming: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> list[Tensor]:
     """Of operands and parameters."""
     y = operation.call(function, leaves)
@@ -33,7 +36,7 @@ def result_and_gradients(
         return [y]
     wanted = [operand for operand in leaves if operand.requires_grad]
     wanted += function.parameters() if isinstance(function, nn.Module) else []
-    found = torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
+    found = torch.autograd.grad(y, wanted, incoming(y), allow_unused=True)
     return [y.detach(), *(gradient for gradient in found if gradient is not None)]
 
 
@@ -106,6 +109,28 @@ def test_results_have_stocks_strides(name: str) -> None:
                 allowed = kept or (name in CONTIGUOUS_GRADIENTS and mine.is_contiguous())
                 assert allowed, f"{layout}: {mine.stride()}, stock {other.stride()}"
     assert deviates == {name} & (KEEPS_FORMAT | CONTIGUOUS_GRADIENTS)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", [*STOCK_CLASSES, *OWN])
+def test_gradients_of_a_repeated_one_have_stocks_strides_or_the_inputs(name: str) -> None:
+    """A sum's gradient is one number: in stock it may lose the input's layout, which ours keep."""
+    operation = Operation(name, torch.float32)
+    stock = operation.ours
+    if name in STOCK_CLASSES:
+        stock = copy.deepcopy(operation.ours)
+        stock.__class__ = STOCK_CLASSES[name]
+    for layout in ("channels_last", "transposed"):
+        first, *rest = operation.leaves()
+        leaves = [ARRANGEMENTS[layout](first.detach()).requires_grad_(), *rest]
+        arguments = (leaves, lambda y: y.new_ones(()).expand(y.shape))
+        ours = result_and_gradients(operation, operation.ours, *arguments)
+        with mock.patch.object(dispatch, "AVAILABLE", False):
+            theirs = result_and_gradients(operation, stock, *arguments)
+        for mine, other in zip(ours, theirs, strict=True):
+            allowed = {strides(other), strides(torch.empty_like(leaves[0]))}
+            contiguous = name in CONTIGUOUS_GRADIENTS and mine.is_contiguous()
+            assert contiguous or strides(mine) in allowed, f"{layout}: {mine.stride()}, not one of {allowed}"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.inplace], ids=str)

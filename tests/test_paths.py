@@ -124,8 +124,8 @@ IDENTITY = "the identity in evaluation"
 )
 def test_path_of_mixed_modes(fuse: bool, evaluated: tuple[int, ...], expected: dict[str, str], device: str) -> None:
     """Some layers in training, some in evaluation: each layer's own mode decides, not the model's."""
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Dropout()
-    model = nn.Sequential(*layers).to(device)
+    members = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Dropout()
+    model = nn.Sequential(*members).to(device)
     fusednn.replace_layers(model, fuse=fuse)
     for index in evaluated:
         model[index].eval()
