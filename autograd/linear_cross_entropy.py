@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..kernels import linear_cross_entropy as kernels
 from ..kernels.cross_entropy import Reduction
 from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
-from ..kernels.linear_cross_entropy import Options
 from . import stock as F
+from .chunked_cross_entropy import Options, chunked_cross_entropy
 from .cross_entropy import refusal_of
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, in_low_precision, takes_kernel, transform_refusal
 from .operators import operator
@@ -76,8 +75,8 @@ def _by_kernels(
     options = Options(weight, reduction, ignore_index, smoothing)
     needed = (needs_input, needs_weight, needs_bias)
     try:
-        loss, *gradients = kernels.linear_cross_entropy(
-            x, linear_weight, linear_bias, target, g, options, dtype, needed
+        loss, *gradients = chunked_cross_entropy(
+            x, linear_weight, linear_bias, target, g, options, dtype, needed, by_kernels=True
         )
     except DeviceAssertionError:
         logits = _logits(x, linear_weight, linear_bias)
@@ -102,24 +101,7 @@ def _by_stock(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The same chunks, each by PyTorch's own operators."""
     options = Options(weight, reduction, ignore_index, smoothing)
-    return kernels.linear_cross_entropy(
-        x, linear_weight, linear_bias, target, g, options, dtype, needed, losses=_stock_losses
-    )
-
-
-def _stock_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
-    weight, reduction, ignore_index, smoothing = options
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_(g is not None)
-        loss = F.cross_entropy(
-            logits.to(ACCUMULATOR[logits.dtype]),
-            target if not target.is_floating_point() else target.to(ACCUMULATOR[logits.dtype]),
-            None if weight is None else weight.to(ACCUMULATOR[logits.dtype]),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=smoothing,
-        )
-    return loss.detach(), None if g is None else torch.autograd.grad(loss, logits, g)[0]
+    return chunked_cross_entropy(x, linear_weight, linear_bias, target, g, options, dtype, needed, by_kernels=False)
 
 
 class LinearCrossEntropy(Function):
@@ -141,11 +123,11 @@ class LinearCrossEntropy(Function):
     ) -> Tensor:
         ctx.run = _by_kernels if kernel else _by_stock
         ctx.arguments = (reduction, ignore_index, smoothing)
-        ctx.on_the_way = reduction != "none" and x.dtype is not torch.float16
-        needed = [needs and ctx.on_the_way for needs in ctx.needs_input_grad[:3]]
+        ctx.gradients_in_forward = reduction != "none" and x.dtype is not torch.float16
+        needed = [needs and ctx.gradients_in_forward for needs in ctx.needs_input_grad[:3]]
         operands = (x, linear_weight, linear_bias, target, weight)
         loss, *gradients = ctx.run(*operands, None, *ctx.arguments, dtype, *needed)
-        kept = zip(gradients, needed, strict=True) if ctx.on_the_way else ()
+        kept = zip(gradients, needed, strict=True) if ctx.gradients_in_forward else ()
         ctx.save_for_backward(*operands, *(gradient if needs else None for gradient, needs in kept))
         result: Tensor = loss
         return result
@@ -156,7 +138,7 @@ class LinearCrossEntropy(Function):
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, g)
-        elif ctx.on_the_way:
+        elif ctx.gradients_in_forward:
             gradients = [gradient * g if needs else None for gradient, needs in zip(gradients, needed, strict=True)]
         else:
             _, *gradients = ctx.run(x, linear_weight, linear_bias, target, weight, g, *ctx.arguments, g.dtype, *needed)

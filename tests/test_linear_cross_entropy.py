@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import fusednn
 from fusednn import autograd, layers
+from fusednn.autograd.chunked_cross_entropy import chunk_rows
 from fusednn.autograd.linear_cross_entropy import composed
-from fusednn.kernels.linear_cross_entropy import chunk_rows
 from fusednn.layers.twin import stock_class
 
 ROWS, FEATURES, CLASSES = 13, 4, 9

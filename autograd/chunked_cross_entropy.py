@@ -1,21 +1,21 @@
 """The output layer and its cross-entropy in one, which never holds all logits.
 
 The batch is worked through in chunks: logits by a matrix product, their losses and gradient by the kernels of
-`cross_entropy` (the gradient overwrites the logits), and from it the gradients of the layer's input, weight and bias.
+`cross_entropy` (whose gradient overwrites the logits), and from it the gradients of the layer's input, weight and bias.
 Beside these, memory holds the logits of one chunk, which are no more than the larger of the layer's operands.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from .cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
-from .launch import ACCUMULATOR
+from ..kernels.cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
+from ..kernels.launch import ACCUMULATOR
+from . import stock as F
 
-__all__ = ["LinearCrossEntropy", "Options", "chunk_rows", "kernel_losses", "linear_cross_entropy"]
+__all__ = ["LossAndGradients", "Options", "chunk_rows", "chunked_cross_entropy"]
 
 # Rows that keep a matrix product busy.
 _ENOUGH_ROWS = 1024
@@ -30,7 +30,7 @@ class Options(NamedTuple):
     smoothing: float
 
 
-class LinearCrossEntropy(NamedTuple):
+class LossAndGradients(NamedTuple):
     """The loss; and the gradients of input, weight and bias, None where they weren't asked for."""
 
     loss: Tensor
@@ -39,13 +39,11 @@ class LinearCrossEntropy(NamedTuple):
     bias_gradient: Tensor | None
 
 
-#: From logits, target, gradients of the losses (or of their sum, or None for no gradient) and options: the losses, or
-#: their sum, in the accumulator's dtype; and the gradient of the logits, which may overwrite them.
-Losses = Callable[[Tensor, Tensor, Tensor | None, Options], tuple[Tensor, Tensor | None]]
+# Of a chunk: the losses, or their sum, in the accumulator's dtype; and for ``g``, their gradient, or that of their sum,
+# the gradient of the logits, which may overwrite them.
 
 
-def kernel_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
-    """`Losses` by kernels."""
+def _kernel_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
     weight, reduction, ignore_index, smoothing = options
     accumulator = ACCUMULATOR[logits.dtype]
     loss, statistics, total = cross_entropy_forward(
@@ -61,6 +59,21 @@ def kernel_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Opt
     return loss, dlogits
 
 
+def _stock_losses(logits: Tensor, target: Tensor, g: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
+    weight, reduction, ignore_index, smoothing = options
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_(g is not None)
+        loss = F.cross_entropy(
+            logits.to(ACCUMULATOR[logits.dtype]),
+            target if not target.is_floating_point() else target.to(ACCUMULATOR[logits.dtype]),
+            None if weight is None else weight.to(ACCUMULATOR[logits.dtype]),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+    return loss.detach(), None if g is None else torch.autograd.grad(loss, logits, g)[0]
+
+
 def chunk_rows(rows: int, features: int, outputs: int) -> int:
     """Rows of a chunk: as many as have logits the size of the input; at least a good matrix product's, or ``features``.
 
@@ -69,7 +82,7 @@ def chunk_rows(rows: int, features: int, outputs: int) -> int:
     return min(rows, max(rows * features // outputs, min(features, _ENOUGH_ROWS), 1))
 
 
-def linear_cross_entropy(
+def chunked_cross_entropy(
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -78,8 +91,9 @@ def linear_cross_entropy(
     options: Options,
     dtype: torch.dtype,
     needed: Sequence[bool],
-    losses: Losses = kernel_losses,
-) -> LinearCrossEntropy:
+    *,
+    by_kernels: bool,
+) -> LossAndGradients:
     """Cross-entropy of ``linear(x, linear_weight, linear_bias)`` in ``dtype``, and its gradients.
 
     Args:
@@ -91,7 +105,7 @@ def linear_cross_entropy(
         options: of the loss.
         dtype: of the loss.
         needed: whether input, weight and bias want gradients.
-        losses: does a chunk.
+        by_kernels: losses by our kernels, or by PyTorch's operators.
     """
     features = x.shape[1]
     matrix = linear_weight.reshape(-1, features)
@@ -111,11 +125,12 @@ def linear_cross_entropy(
     else:
         g = None
 
+    losses = _kernel_losses if by_kernels else _stock_losses
     results = []
     rows = chunk_rows(x.shape[0], features, matrix.shape[0])
     for first in range(0, x.shape[0], rows):
         chunk = slice(first, first + rows)
-        logits = linear(x[chunk], matrix, vector).view(-1, *linear_weight.shape[:-1])
+        logits = F.linear(x[chunk], matrix, vector).view(-1, *linear_weight.shape[:-1])
         g_chunk = g[chunk] if g is not None and g.dim() else g
         loss, dlogits = losses(logits, target[chunk], g_chunk, options)
         results.append(loss)
@@ -134,7 +149,7 @@ def linear_cross_entropy(
     else:
         loss = torch.stack(results).sum()
         loss = loss if divisor is None else loss / divisor
-    return LinearCrossEntropy(
+    return LossAndGradients(
         loss.to(dtype),
         dx,
         None if dmatrix is None else dmatrix.to(x.dtype).view(linear_weight.shape),
