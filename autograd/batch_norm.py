@@ -190,7 +190,9 @@ def gradients(
     x, residual, mask, weight, bias, mean, variance = ctx.saved_tensors
     training, eps, activation = ctx.arguments
     x_needed, residual_needed, weight_needed, bias_needed, *_ = ctx.needs_input_grad
-    vectors = (mean, variance, weight, bias, eps)
+    # Where the activation's argument isn't computed again, the bias isn't read: the weight in its place spares zeros.
+    unread = mask is not None or activation.saves == "nothing"
+    vectors = (mean, variance, weight, weight if unread else bias, eps)
     dx, dweight, dbias, sums, share = None, None, None, None, 0.0
     joined = residual is not None or mask is not None
     if weight_needed or bias_needed or joined or (x_needed and training):
