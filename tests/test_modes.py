@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from support.pytorch_samples import OPERATORS, SAMPLED, module_samples
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusednn
@@ -116,6 +119,39 @@ def test_modes_decide_in_fused_code(which: int, device: str) -> None:
     assert functions_of_ours == functions_of_stock
     assert operators_of_ours == operators_of_stock
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["conv", "linear", "norm"])
+def test_policies_of_selective_checkpointing_see_stock(which: int, device: str) -> None:
+    model, x = chains(device)[which]
+    outcomes = []
+    for _ in range(2):
+        asked: list[str] = []
+
+        def policy(context: Any, operator: Any, *_: Any, asked: Any = asked, **__: Any) -> CheckpointPolicy:
+            asked.append(str(operator))
+            return CheckpointPolicy.MUST_SAVE if "relu" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        outcomes.append((asked, torch.autograd.grad(y.square().sum(), list(model.parameters()))))
+        fusednn.replace_layers(model, fuse=True)
+    (asked_of_stock, expected), (asked_of_ours, gradients) = outcomes
+    assert asked_of_ours == asked_of_stock
+    assert asked_of_ours
+    torch.testing.assert_close(gradients, expected)
+
+
+@every_module
+def test_fake_tensors_are_stocks(stock_class: type[nn.Module], device: str) -> None:
+    stock, ours, arguments, _ = both(stock_class, device)
+    described = []
+    for module in (stock, ours):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            y = module(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+        described.append((type(y), y.shape, y.stride(), y.dtype, y.device))
+    assert described[0] == described[1]
+    assert described[0][0] is FakeTensor
 
 
 @pytest.mark.kernels
