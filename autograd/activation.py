@@ -190,7 +190,7 @@ class SavedActivation(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (saved,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dx = _differentiable_gradient(g, saved, ctx.activation)
+            dx = differentiable_gradient(g, saved, ctx.activation, ctx.activation.saves)
         else:
             dx = _backward(g, saved, *ctx.activation.arguments)
         return (None, dx, None, None) if ctx.from_copy else (dx, None, None, None)
@@ -233,10 +233,13 @@ def stock_activation(x: Tensor, activation: Activated) -> Tensor:
     return x if activation.saves == "nothing" else STOCK[row.name](x, a, b)
 
 
-def _differentiable_gradient(g: Tensor, saved: Tensor, activation: Activated) -> Tensor:
-    """The gradient of the input, from stock operators that can be differentiated again."""
+def differentiable_gradient(g: Tensor, saved: Tensor, activation: Activated, kept: str) -> Tensor:
+    """The gradient of the input, from stock operators that can be differentiated again.
+
+    ``saved`` is what ``kept`` says, the ``"input"`` or the ``"output"``.
+    """
     row, a, b = activation
-    if activation.saves == "output":
+    if kept == "output":
         return _STOCK_GRADIENT[row.name](g, saved, a, b)
     with torch.enable_grad():
         y = stock_activation(saved, activation)

@@ -20,12 +20,23 @@ from ..kernels.functions.activation import Activated, activated
 from ..kernels.pool_window import POINT, Pooled, Window, images, kept_beside_code
 from . import stock as F
 from .activation import resolve_activation
+from .anchors import anchors_of
 from .batch_norm import apply_activation
 from .dispatch import in_low_precision, takes_kernel
 from .onednn import sound_convolution
 from .operators import given, operator
-from .pool import Pair, activate_, operator_window, pairs, pool, pool_backward, window_of, window_refusal
-from .stock_gradients import stock_gradients
+from .pool import (
+    Pair,
+    activate_,
+    activated_pool_gradient,
+    code_or_empty,
+    operator_window,
+    pairs,
+    pool,
+    pool_backward,
+    window_of,
+    window_refusal,
+)
 
 __all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_size", "conv_statistics2d"]
 
@@ -79,10 +90,16 @@ def _conv_statistics(
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
+#: What is kept beside a code where gradients are linear, and don't depend on what they are of.
+_LINEAR = ("nothing", "mask")
+
+
 class ConvActPool(Function):
     """Saves the operands of the convolution and the code of each window.
 
-    Beside these the maxima before the activation, or without pooling the result, where its gradient needs them.
+    Beside these the maxima before the activation, or without pooling the result, where its gradient needs them.  The
+    maxima are a result, too, so that second derivatives reach all operands by way of them, and neither the bias nor the
+    residual is saved; where bits suffice ``anchors`` are those of the two.
     """
 
     @staticmethod
@@ -95,35 +112,41 @@ class ConvActPool(Function):
         convolution: Convolution,
         activation: Activated,
         window: Window,
-    ) -> Tensor:
+        anchors: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
         y, code, pre_activation, layout = _forward(
             x, weight, bias, residual, convolution, activation, window, keeps=True
         )
         saved = {"output": y, "input": pre_activation}.get(kept_beside_code(activation.row, window.fixed))
-        # The residual, which the first derivatives don't need, is kept for the second alone; its memory is its owner's.
-        ctx.save_for_backward(x, weight, bias, residual, given(code), saved)
+        ctx.save_for_backward(x, weight, given(code), saved)
         ctx.arguments = (convolution, activation, window)
         ctx.layout = layout
-        return y
+        ctx.anchors = anchors
+        ctx.set_materialize_grads(False)
+        return y, pre_activation
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _, _, code, saved = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor | None, g_pre_activation: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, code, saved = ctx.saved_tensors
         convolution, activation, window = ctx.arguments
         x_needed, weight_needed, bias_needed, residual_needed, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return (*_differentiable_gradients(ctx, g), None, None, None)
-        code = x.new_empty(0, dtype=torch.uint8) if code is None else code
-        dz, db = pool_backward(g, code, saved, *ctx.layout, *activation.arguments, *window, bias_needed)
-        dx, dw = None, None
-        if x_needed or weight_needed:
+        dx, dw, db = None, None, None
+        once = torch.compiler.is_compiling() or (g_pre_activation is None and not torch.is_grad_enabled())
+        if g is not None and once:  # compiled code has no second derivatives
+            rest = (*ctx.layout, *activation.arguments, *window, bias_needed)
+            dz, db = pool_backward(g, code_or_empty(code, g), saved, *rest)
+        else:
+            anchors = (*ctx.anchors, *(() if saved is not None else anchors_of(x, weight)))
+            dz = activated_pool_gradient(g, g_pre_activation, code, saved, ctx.layout, activation, window, anchors)
+            db = dz.sum((0, 2, 3)) if bias_needed and dz is not None else None
+        if dz is not None and (x_needed or weight_needed):
             stride, padding, dilation, groups = convolution
             with sound_convolution(weight, stride):
                 dx, dw, _ = torch.ops.aten.convolution_backward(
                     *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
                     (x_needed, weight_needed, False),
                 )
-        return dx, dw, db if bias_needed else None, dz if residual_needed else None, None, None, None
+        return dx, dw, db if bias_needed else None, dz if residual_needed else None, None, None, None, None
 
 
 class ConvStatistics(Function):
@@ -179,16 +202,6 @@ def _forward(
         return z, code, pre_activation, layout
     y, code, pre_activation, _ = pool(z, residual, None, None, bias, *activation.arguments, *window, keeps, False)
     return y, code, pre_activation, layout
-
-
-def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and residual, from stock operators that can be differentiated again."""
-    x, weight, bias, residual, *_ = ctx.saved_tensors
-    convolution, activation, window = ctx.arguments
-    with torch.enable_grad():
-        y = apply_activation(F.conv2d(x, weight, bias, *convolution), residual, activation)
-        y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-    return stock_gradients(y, (x, weight, bias, residual), ctx.needs_input_grad[:4], g)
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------
@@ -278,7 +291,8 @@ def conv_act_pool2d(
         residual = residual.unsqueeze(0)
     y: Tensor
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in given):
-        y = ConvActPool.apply(x, weight, bias, residual, convolution, resolved, window)
+        anchors = anchors_of(bias, residual) if kept_beside_code(resolved.row, window.fixed) in _LINEAR else ()
+        y, _ = ConvActPool.apply(x, weight, bias, residual, convolution, resolved, window, anchors)
     else:
         y, *_ = _forward(x, weight, bias, residual, convolution, resolved, window, keeps=False)
     return y if input.dim() == 4 else y.squeeze(0)

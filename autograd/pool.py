@@ -8,9 +8,20 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pool as kernels
-from ..kernels.functions.activation import IDENTITY, activated
-from ..kernels.pool_window import LARGEST_EXTENT, POINT, Window, images, most_positions, pooled_like, winner_indices
+from ..kernels.functions.activation import IDENTITY, Activated, activated
+from ..kernels.pool_window import (
+    LARGEST_EXTENT,
+    POINT,
+    Window,
+    images,
+    kept_beside_code,
+    most_positions,
+    point_codes,
+    pooled_like,
+    winner_indices,
+)
 from . import stock as F
+from .activation import differentiable_gradient
 from .anchors import anchors_of
 from .dispatch import is_integer, takes_kernel
 from .operators import given, operator
@@ -19,6 +30,8 @@ __all__ = [
     "WINDOW",
     "Pair",
     "activate_",
+    "activated_pool_gradient",
+    "code_or_empty",
     "max_pool1d",
     "max_pool2d",
     "operator_window",
@@ -159,17 +172,18 @@ def _pool(x: Tensor, window: Window, keeps: bool, emits_indices: bool) -> tuple[
     return results
 
 
-def _pool_backward(g: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, window: Window) -> Tensor:
-    """The gradient of max pooling alone."""
+def _pool_backward(
+    g: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, activation: Activated, window: Window
+) -> Tensor:
+    """The gradient of max pooling, and of an activation of one bit, from the code."""
     dx: Tensor
-    dx, _ = pool_backward(g, code, None, size, channels_last, *IDENTITY.arguments, *window, False)
+    dx, _ = pool_backward(g, code, None, size, channels_last, *activation.arguments, *window, False)
     return dx
 
 
-def _code(ctx: Any) -> Tensor:
-    """The code that was saved, or the empty one of windows of one position."""
-    (code,) = ctx.saved_tensors
-    return torch.empty(0, dtype=torch.uint8, device=ctx.device) if code is None else code
+def code_or_empty(code: Tensor | None, like: Tensor) -> Tensor:
+    """A code that was saved, or the empty one of windows of one position."""
+    return like.new_empty(0, dtype=torch.uint8) if code is None else code
 
 
 class MaxPool(Function):
@@ -181,9 +195,8 @@ class MaxPool(Function):
     ) -> tuple[Tensor, Tensor]:
         y, code, _, indices = _pool(x, window, True, emits_indices)
         ctx.save_for_backward(given(code))
-        ctx.arguments = (x.shape[2:], channels_last, window)
+        ctx.arguments = (x.shape[2:], channels_last, IDENTITY, window)
         ctx.anchors = anchors
-        ctx.device = x.device
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return y, indices
@@ -192,35 +205,80 @@ class MaxPool(Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return None, None, None, None, None
-        code = _code(ctx)
+        (code,) = ctx.saved_tensors
+        code = code_or_empty(code, g)
         if torch.is_grad_enabled():
-            dx = MaxPoolGradient.apply(g, code, *ctx.arguments, *ctx.anchors)
+            dx = PoolGradient.apply(g, code, *ctx.arguments, *ctx.anchors)
         else:
             dx = _pool_backward(g, code, *ctx.arguments)
         return dx, None, None, None, None
 
 
-class MaxPoolGradient(Function):
-    """The gradient of `MaxPool` as a differentiable function: its derivative takes what lies at the maxima."""
+class PoolGradient(Function):
+    """The gradient of max pooling and an activation of one bit, or none, as a differentiable function.
+
+    It is linear: its derivative takes what lies at the maxima, where the activation's bit lets it pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, code: Tensor, size: Sequence[int], channels_last: bool, window: Window, *anchors: Tensor
+        ctx: Any,
+        g: Tensor,
+        code: Tensor,
+        size: Sequence[int],
+        channels_last: bool,
+        activation: Activated,
+        window: Window,
+        *anchors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(given(code))
-        ctx.arguments = (g.shape, size, channels_last, window)
+        ctx.arguments = (g.shape, size, channels_last, activation, window)
         ctx.anchors = anchors
-        ctx.device = g.device
-        return _pool_backward(g, code, size, channels_last, window)
+        return _pool_backward(g, code, size, channels_last, activation, window)
 
     @staticmethod
     def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        code = _code(ctx)
-        indices = winner_indices(code, *ctx.arguments)
+        (code,) = ctx.saved_tensors
+        code = code_or_empty(code, gg)
+        shape, size, channels_last, activation, window = ctx.arguments
+        masked = activation.saves == "mask"
+        indices = winner_indices(code, shape, size, channels_last, window, masked=masked)
         # Not flattened, for which batches of gradients have no rule.
         flat = (*indices.shape[:2], -1)
         dg = gg.reshape(flat).gather(2, indices.view(flat)).view(indices.shape)
-        return dg, None, None, None, None, *map(torch.zeros_like, ctx.anchors)
+        if masked:
+            bits = point_codes(code, shape, channels_last, window)
+            dg = PoolGradient.apply(dg, bits, shape[2:], channels_last, activation, POINT)
+        return dg, None, None, None, None, None, *map(torch.zeros_like, ctx.anchors)
+
+
+def activated_pool_gradient(
+    g: Tensor | None,
+    g_pre_activation: Tensor | None,
+    code: Tensor | None,
+    saved: Tensor | None,
+    layout: tuple[Sequence[int], bool],
+    activation: Activated,
+    window: Window,
+    anchors: tuple[Tensor, ...],
+) -> Tensor | None:
+    """`pool_backward` of the gradient of the result, and of that of the maxima before the activation, differentiably.
+
+    ``saved`` is a result of the function whose gradient this is: what it was made of has its gradient by way of it.
+    """
+    dx: Tensor | None = None
+    if g is not None:
+        code_of_g = code_or_empty(code, g)
+        if saved is not None:
+            g = differentiable_gradient(g, saved, activation, kept_beside_code(activation.row, window.fixed))
+            activation = IDENTITY
+        dx = PoolGradient.apply(g, code_of_g, *layout, activation, window, *anchors)
+    if g_pre_activation is not None:
+        through_it: Tensor = PoolGradient.apply(
+            g_pre_activation, code_or_empty(code, g_pre_activation), *layout, IDENTITY, window
+        )
+        dx = through_it if dx is None else dx + through_it
+    return dx
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------

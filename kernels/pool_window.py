@@ -42,6 +42,7 @@ __all__ = [
     "kept_beside_code",
     "load_gradient",
     "most_positions",
+    "point_codes",
     "pooled_like",
     "store_codes",
     "tile_place",
@@ -296,15 +297,26 @@ def image_matrix(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int]
     return (samples * height * width, channels) if channels_last else (samples * channels * height, width)
 
 
+def point_codes(code: Tensor, shape: tuple[int, ...], channels_last: bool, window: Window) -> Tensor:
+    """The activation's bits in the codes of pooled images of this ``shape``, as codes of windows of one position."""
+    if (bits := code_bits(window, True)) == 1:
+        return code
+    rows, columns = image_matrix(shape, channels_last)
+    shifts = torch.arange(0, 8, bits, device=code.device)
+    passes = (code.view(rows, -1, 1) >> shifts + (bits - 1) & 1).flatten(1)[:, :columns]
+    passes = torch.constant_pad_nd(passes, (0, -columns % 8)).view(rows, -1, 8)
+    return (passes << torch.arange(8, device=code.device)).sum(2).to(torch.uint8).flatten()
+
+
 def winner_indices(
-    code: Tensor, shape: tuple[int, ...], size: tuple[int, int], channels_last: bool, window: Window
+    code: Tensor, shape: tuple[int, ...], size: tuple[int, int], channels_last: bool, window: Window, *, masked: bool
 ) -> Tensor:
     """Indices in the planes of images of this ``size``, from the codes of pooled images of this ``shape``."""
     samples, channels, pooled_height, pooled_width = shape
     rows, columns = image_matrix(shape, channels_last)
-    if bits := code_bits(window, False):
+    if bits := code_bits(window, masked):
         shifts = torch.arange(0, 8, bits, device=code.device)
-        position = (code.view(rows, -1, 1) >> shifts & 2**bits - 1).flatten(1)[:, :columns]
+        position = (code.view(rows, -1, 1) >> shifts & 2 ** (bits - masked) - 1).flatten(1)[:, :columns]
     else:
         position = torch.zeros((rows, columns), dtype=torch.int64, device=code.device)
     if channels_last:

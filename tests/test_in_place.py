@@ -64,8 +64,6 @@ KEEPS_MORE: dict[str, set[int]] = {
     "CrossEntropyLoss": {0},
     "L1Loss": {0, 1},
     "batch_norm_act in evaluation": {1, 4},
-    "conv_act_pool2d": {2},
-    "conv_act_pool2d without pooling": {2, 3},
     "cross_entropy of probabilities": {0},
     "cross_entropy of some": {0},
     "cross_entropy of weights": {0},

@@ -156,6 +156,17 @@ def _conv_act(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tens
     return F.silu(F.conv2d(x, weight, bias) + residual)
 
 
+def _conv_act_pool(activation: str, size: int | None, stride: int | None, padding: int) -> Sample:
+    """With windows that overlap, that don't, or none."""
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = getattr(F, activation)(F.conv2d(x, weight, bias))
+        return y if size is None else F.max_pool2d(y, size, stride, padding)
+
+    pooling = {"pool_size": size, "pool_stride": stride, "pool_padding": padding}
+    return Sample(partial(autograd.conv_act_pool2d, activation=activation, **pooling), stock, (_IMAGE, _FILTERS, _BIAS))
+
+
 def _norm_act(x: Tensor, residual: Tensor, mean: Tensor, weight: Tensor, bias: Tensor, *, function: Any) -> Tensor:
     """In evaluation."""
     mean = mean.detach()
@@ -180,6 +191,10 @@ _VARIANTS: dict[str, Callable[[], Sample]] = {
     "binary_cross_entropy_with_logits of weights": lambda: _function(
         "binary_cross_entropy_with_logits", _LOGITS, _LOGITS.sigmoid(), pos_weight=_WEIGHTS, reduction="none"
     ),
+    **{
+        f"conv_act_pool2d of {activation}": partial(_conv_act_pool, activation, *window)
+        for activation, window in (("leaky_relu", (3, 1, 1)), ("sigmoid", (2, 2, 0)), ("tanh", (None, None, 0)))
+    },
     "conv_act_pool2d without pooling": lambda: Sample(
         lambda x, w, b, residual: autograd.conv_act_pool2d(
             x, w, b, activation="silu", residual=residual, pool_size=None
