@@ -16,7 +16,7 @@ from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.layouts import LAYOUTS
 from support.losses import LOSSES, REDUCTIONS, Loss
 from support.samples import random_tensor
-from support.standing import leaf
+from support.standing import leaf, value_and_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -134,6 +134,30 @@ def test_extremes(loss: Loss, dtype: torch.dtype, device: str) -> None:
     x, t = torch.cartesian_prod(torch.tensor(values), torch.tensor(others)).to(device, dtype).unbind(1)
     x, t = (operand.repeat_interleave(5).view(-1, 5) for operand in (x, t))
     loss.check(x, t, torch.ones_like(x), reduction="none")
+
+
+@needs_kernels
+@pytest.mark.interpreter  # compiled, the device library flushes subnormals
+# With pos_weight, stock's gradient of the target cancels to 0.
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.weights], ids=str)
+@every_dtype
+def test_zeros_and_subnormals(loss: Loss, dtype: torch.dtype, device: str) -> None:
+    """To a hundredth of stock's, or of float64: beside 1, the accuracy rule doesn't see them."""
+    tiny = torch.finfo(dtype).smallest_normal
+    values = torch.tensor([0.0, -0.0, tiny / 2, -tiny / 2, tiny / 8], dtype=torch.float64)
+    if loss.name == "binary_cross_entropy":  # of probabilities
+        values = values.abs()
+    x, t = (side.contiguous().to(device, dtype) for side in torch.meshgrid(values, values, indexing="ij"))
+    results = []
+    for function, kind in ((loss.ours, dtype), (loss.stock, dtype), (loss.stock, torch.float64)):
+        operands = [x.to(kind), t.to(kind)]
+        y, gradients = value_and_gradients(function(reduction="none"), operands, torch.ones_like(x, dtype=kind))
+        results.append([y, *gradients])
+    for ours, stock, exact in zip(*results, strict=True):
+        near = [torch.isclose(ours, to.to(dtype), rtol=0.01, atol=tiny / 64, equal_nan=True) for to in (stock, exact)]
+        assert (near[0] | near[1]).all()
+    y, y_stock = results[0][0], results[1][0]
+    assert torch.equal(y[y == 0].signbit(), y_stock[y == 0].signbit()), "signs of zeros"
 
 
 @needs_kernels
