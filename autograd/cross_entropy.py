@@ -142,8 +142,13 @@ class CrossEntropy(Function):
                 loss = _stock(x, target, weight, reduction, ignore_index, smoothing).to(g.dtype)
             dx, dtarget = stock_gradients(loss, (x, target), needed, g)
         else:
-            kept = (x.new_empty(0) if tensor is None else tensor for tensor in (statistics, weight_total))
-            dx, dtarget = _backward(g, x, target, weight, *kept, reduction, ignore_index, smoothing, *needed)
+            if statistics is None:
+                statistics = x.new_empty(0, dtype=ACCUMULATOR[x.dtype])
+            if weight_total is None:
+                weight_total = x.new_empty(0, dtype=torch.float64)
+            dx, dtarget = _backward(
+                g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, *needed
+            )
         return dx if needed[0] else None, dtarget if needed[1] else None, None, None, None, None, None
 
 
