@@ -88,7 +88,7 @@ class NLLLoss(Function):
         x, target, weight, weight_total = ctx.saved_tensors
         if torch.is_grad_enabled():
             with torch.enable_grad():
-                # Contiguous: stock's own gradient has no other layout of more than one place.
+                # Contiguous: in four dimensions stock's own gradient refuses every other layout.
                 loss = _stock(x.contiguous(), target, weight, *ctx.arguments)
             (dx,) = torch.autograd.grad(loss, x, g, create_graph=True)
         else:

@@ -77,6 +77,16 @@ def test_layouts(layout: str, device: str) -> None:
 
 
 @needs_kernels
+def test_differentiable_gradients_of_channels_last(device: str) -> None:
+    """Stock's own operator refuses the layout there: its gradient must be contiguous."""
+    ours, _ = functions(targets((2, 3, 4, 5), device))
+    x = leaf(LAYOUTS["channels_last"](random_tensor((2, 3, 4, 5), torch.float32, device)))
+    (dx,) = torch.autograd.grad(ours(x), x)
+    (differentiable,) = torch.autograd.grad(ours(x), x, create_graph=True)
+    torch.testing.assert_close(differentiable, dx)
+
+
+@needs_kernels
 def test_places_at_irregular_distances(device: str) -> None:
     x = random_tensor((4, 3, 5, 2), torch.float32, device).permute(3, 1, 0, 2)[:, :, :, :3]
     check(x, targets((2, 3, 4, 3), device), reduction="mean")
