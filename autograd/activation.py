@@ -300,7 +300,7 @@ def apply_masked(input: Tensor, seed: Tensor | None, activation: tuple[str, floa
     if inplace and _is_copied(input):
         return input.copy_(apply_masked(input, seed, activation, False))
     y: Tensor = MaskedActivation.apply(input, seed, activation, inplace, anchors_of(input))
-    return y
+    return input if inplace else y  # without gradients a function returns another tensor
 
 
 def apply_kernel(input: Tensor, activation: Activated, inplace: bool) -> Tensor:

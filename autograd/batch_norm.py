@@ -335,7 +335,6 @@ def begin_batch_norm(
         return lambda residual, activation: apply_activation(y, residual, activation)
     running = (running_mean, running_var, batches, float(momentum))
     mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
-    mark_updated(running_mean, running_var)
 
     def finish(residual: Tensor | None, activation: Activated) -> Tensor:
         rest = (weight, bias, mean, variance, True, eps)
@@ -385,7 +384,6 @@ def _apply(
 ) -> Tensor:
     if training:
         mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))
-        mark_updated(running_mean, running_var)
     else:
         assert running_mean is not None
         assert running_var is not None
@@ -416,12 +414,6 @@ def normalise(
     else:
         y, _ = _forward(input, residual, mean, variance, weight, bias, float(eps), *activation.arguments, False)
     return y
-
-
-def mark_updated(*statistics: Tensor | None) -> None:
-    """Tell autograd that a kernel wrote these tensors."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([s for s in _given(*statistics) if not s.is_inference()])
 
 
 def _refusal(

@@ -22,7 +22,6 @@ from .batch_norm import (
     apply_activation,
     argument_refusal,
     batch_norm_act,
-    mark_updated,
     merge_statistics,
     normalise,
     statistics,
@@ -206,7 +205,6 @@ def batch_norm_act_pool2d(
     assert window is not None
     running = (running_mean, running_var, batches, float(momentum))
     mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
-    mark_updated(running_mean, running_var)
     if window == POINT:
         return normalise(BatchNorm, input, residual, weight, bias, mean, variance, True, eps, resolved)
     y: Tensor

@@ -110,7 +110,7 @@ def apply_dropout(
         y: Tensor = Dropout.apply(input, seed, p, alpha, leading, inplace)
     else:
         y = _forward(input, seed, p, alpha, leading)
-    return y
+    return input if inplace else y  # without gradients a function returns another tensor
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -211,6 +211,9 @@ def linear_cross_entropy(
     batched = x.dim() == 2
     if not batched:
         x, target = x[None], target[None]
+    if not torch.is_grad_enabled():
+        # Else a function takes it that the parameters' gradients are needed, and computes them with the loss.
+        x, matrix, vector = (None if operand is None else operand.detach() for operand in (x, matrix, vector))
     loss: Tensor = LinearCrossEntropy.apply(
         *(x, matrix, vector, target, weight),
         *(reduction, ignored, float(label_smoothing), dtype, kernel),

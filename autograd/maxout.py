@@ -42,7 +42,9 @@ def _linear(
         return linear_maxout.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
     products = F.linear(x.reshape(-1, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
     y, winner = kernels.maxout_forward(products, None, seed, pieces, 1, False, p, keeps_winner)
-    return y.view(*x.shape[:-1], units), winner.view(*x.shape[:-1], units) if keeps_winner else winner
+    # In place: nobody could change a view that a function returns.
+    y.resize_(*x.shape[:-1], units)
+    return y, winner.view(y.shape) if keeps_winner else winner
 
 
 def _fake_linear_backward(
@@ -314,9 +316,11 @@ def maxout_conv2d(
     added = None if fused or bias is None else _as_channels(bias, groups)
     products = F.conv2d(input, _as_channels(weight, groups), added, stride, padding, dilation, groups)
     dim = products.dim() - 3
+    if fused:
+        return _apply_maximum(products, bias, pieces, dim, adjacent=False)
     products = products.unflatten(dim, (groups, products.shape[dim] // groups))
     if takes:
-        maxima = _apply_maximum(products, bias if fused else None, pieces, dim + 1, adjacent=False)
+        maxima = _apply_maximum(products, None, pieces, dim + 1, adjacent=False)
     else:
         maxima = _first_maximum(products.unflatten(dim + 1, (pieces, -1)), dim + 1)
     return maxima.flatten(dim, dim + 1)

@@ -361,14 +361,17 @@ def _max_pool(
     unbatched = input.dim() == dims + 1
     x = input.unsqueeze(0) if unbatched else input
     x, channels_last = images(x.unsqueeze(2) if dims == 1 else x)
+    # A view that was made without gradients couldn't be changed with them.
+    squeeze = Tensor.squeeze_
     if torch.is_grad_enabled() and input.requires_grad:
+        squeeze = Tensor.squeeze
         y, indices = MaxPool.apply(x, channels_last, window, return_indices, anchors_of(x))
     else:
         y, _, _, indices = _pool(x, window, False, return_indices)
     if dims == 1:
-        y, indices = y.squeeze(2), indices.squeeze(2) if return_indices else indices
+        y, indices = squeeze(y, 2), indices.squeeze(2) if return_indices else indices
     if unbatched:
-        y, indices = y.squeeze(0), indices.squeeze(0) if return_indices else indices
+        y, indices = squeeze(y, 0), indices.squeeze(0) if return_indices else indices
     return y, indices
 
 

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..kernels.functions.activation import IDENTITY, Activated
-from .batch_norm import BatchNorm, argument_refusal, gradients, mark_updated, merge_statistics, normalise, statistics
+from .batch_norm import BatchNorm, argument_refusal, gradients, merge_statistics, normalise, statistics
 from .dispatch import takes_kernel
 
 __all__ = ["sync_batch_norm", "sync_takes_kernel"]
@@ -88,7 +88,6 @@ def sync_batch_norm(
     gathered = local.new_empty((dist.get_world_size(group), *local.shape))
     dist.all_gather(list(gathered.unbind()), local, group)
     mean, variance = merge_statistics(gathered, running_mean, running_var, batches, float(momentum))
-    mark_updated(running_mean, running_var)
     total = gathered[:, 0, 0].sum()
     vectors = (weight, bias, mean, variance)
     return normalise(SyncBatchNorm, input, residual, *vectors, True, eps, activation, total, group)

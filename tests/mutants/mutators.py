@@ -54,7 +54,7 @@ _KEYWORDS = {"mask": "a mask is missing", "propagate_nan": "NaN isn't propagated
 #: Methods, and functions of one argument, without which memory is another, or a graph.
 _COPIES = {"clone", "contiguous", "dense", "detach"}
 #: Calls that tell autograd something.
-_MARKS = {"increment_version", "mark_dirty", "mark_non_differentiable", "mark_updated", "set_materialize_grads"}
+_MARKS = {"increment_version", "mark_dirty", "mark_non_differentiable", "set_materialize_grads"}
 
 
 def mutants_of(path: str, source: str) -> list[Mutant]:
