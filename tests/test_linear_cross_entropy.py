@@ -17,6 +17,7 @@ from support.standing import leaf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusednn
 from fusednn import autograd, layers
@@ -207,6 +208,15 @@ def test_gradients_only_where_required(needed: tuple[bool, bool, bool], device: 
         if any(needed):
             loss.sum().backward()
         assert tuple(operand.grad is not None for operand in operands) == needed
+
+
+def test_no_gradients_are_computed_where_none_are_wanted(device: str) -> None:
+    """One product, that of the logits."""
+    x, linear_weight, _ = (leaf(operand) for operand in operands_of(torch.float32, device))
+    target = torch.arange(ROWS, device=device) % CLASSES
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        autograd.linear_cross_entropy(x, linear_weight, target)
+    assert counter.get_total_flops() == 2 * ROWS * FEATURES * CLASSES
 
 
 def test_accumulation_and_repeated_backward(device: str) -> None:
