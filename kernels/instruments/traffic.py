@@ -178,7 +178,8 @@ class _OperatorCounter(TorchDispatchMode):
         changed = _changed(func, args) if result is None else result
         written = [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
         empty = bool(written) and not any(tensor.numel() for tensor in written)  # nothing to do: no kernel
-        idle = func.is_view or name in _ALLOCATIONS or func.namespace in _NO_KERNELS or empty
+        view = func.is_view or torch.Tag.inplace_view in func.tags
+        idle = view or name in _ALLOCATIONS or func.namespace in _NO_KERNELS or empty
         if not (self._paused or idle):
             self._traffic.operations.append(_count(name, args, kwargs, written))
         return result
