@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.device import KERNELS_RUN
 from support.fusion import (
     IMAGES,
     PATTERNS,
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 import fusednn
 
-needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="only kernels are fused")
+needs_kernels = pytest.mark.kernels
 
 
 @pytest.mark.parametrize("name", SHORT_AND_LONG)

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.device import KERNELS_RUN
 from support.fusion import IMAGES, PATTERNS, ROWS, Beside, batch, fused_groups, make, outcome
 from torch import Tensor, nn
 
 import fusednn
 from fusednn.autograd import stock as stock_functions
 
-needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="only kernels are fused")
+needs_kernels = pytest.mark.kernels
 
 
 def state(model: nn.Module) -> list[Tensor]:

@@ -5,14 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.device import KERNELS_RUN
 from support.fusion import ROWS, batch, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusednn
 
-needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="only kernels are fused")
+needs_kernels = pytest.mark.kernels
 HEADS = {
     "relu": lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU()),
     "gelu": lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU()),

@@ -94,7 +94,7 @@ def test_operands_may_be_changed(name: str) -> None:
 
 
 @every_operation
-@pytest.mark.skipif(not KERNELS_RUN, reason="what stock saves is stock's")
+@pytest.mark.kernels
 def test_hooks_of_saved_tensors(name: str) -> None:
     """Hooks that measure or compress what is saved: they meet no tensor that PyTorch wouldn't give them."""
     operation = Operation(name)
