@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .dropout import steps_for
-from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input
+from .functions.activation import ACTIVATIONS, Activated, Activation
 from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .layout import dense, dense_like
 from .numerics import narrow, scalar, widen
@@ -196,16 +196,15 @@ def bias_activation_dropout_backward_kernel(
                 saved += bias_tile(
                     bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
                 )
+            if ACTIVATION.saves == "output":  # which is made again, before the noise takes registers
+                saved = ACTIVATION.forward(saved, a, b)
         g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
         if ACTIVATION.mask_gates:
             g = g * scale
         else:
             noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
             g = g * tl.reshape(noise, (HEIGHT, WIDTH))
-        if ACTIVATION.saves == "mask":
-            dx = ACTIVATION.gradient(g, saved, a, b)
-        else:
-            dx = gradient_from_input(g, saved, a, b, ACTIVATION)
+        dx = ACTIVATION.gradient(g, saved, a, b)
         store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
 
         if flags & 2:
