@@ -13,9 +13,9 @@ from torch.autograd import Function
 
 from ..kernels import activation as kernels
 from ..kernels import rrelu as rrelu_kernels
+from ..kernels.base.layout import is_dense
+from ..kernels.base.tiles import mask_bytes
 from ..kernels.functions.activation import ACTIVATIONS, IDENTITY, Activated, activated
-from ..kernels.layout import is_dense
-from ..kernels.tiles import mask_bytes
 from . import stock as F
 from .anchors import anchors_of
 from .dispatch import autocast_dtype, is_number, takes_kernel

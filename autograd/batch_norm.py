@@ -14,8 +14,8 @@ from torch.autograd import Function
 
 from ..kernels import batch_norm as kernels
 from ..kernels import batch_norm_statistics
+from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated, activated
-from ..kernels.launch import ACCUMULATOR
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .dispatch import is_number, takes_kernel

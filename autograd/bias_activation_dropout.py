@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import bias_activation_dropout as kernels
+from ..kernels.base.random import with_seed
 from ..kernels.functions.activation import ACTIVATIONS, Activated, activated
-from ..kernels.random import with_seed
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .anchors import anchors_of

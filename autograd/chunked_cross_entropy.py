@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.cross_entropy import Reduction, cross_entropy_backward, cross_entropy_forward
-from ..kernels.launch import ACCUMULATOR
 from . import stock as F
 
 __all__ = ["LossAndGradients", "Options", "chunk_rows", "chunked_cross_entropy"]

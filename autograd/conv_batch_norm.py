@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated
-from ..kernels.launch import ACCUMULATOR
 from ..kernels.pool_window import POINT, Window, images, kept_beside_code
 from . import stock as F
 from .activation import resolve_activation

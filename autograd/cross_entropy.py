@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import cross_entropy as kernels
+from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.cross_entropy import Reduction
-from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from . import stock as F
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import AVAILABLE, WHERE
-from ..kernels.launch import memory_refusal
+from ..kernels.base.launch import memory_refusal
 
 __all__ = [
     "AUTOCAST_TYPES",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..kernels.random import with_seed
+from ..kernels.base.random import with_seed
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
 from .dropout import DropoutGradient, apply_dropout, probability_refusal

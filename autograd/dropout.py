@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import dropout as kernels
-from ..kernels.layout import is_dense
-from ..kernels.random import with_seed
+from ..kernels.base.layout import is_dense
+from ..kernels.base.random import with_seed
 from . import stock as F
 from .dispatch import takes_kernel
 from .operators import operator

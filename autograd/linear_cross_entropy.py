@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.cross_entropy import Reduction
-from ..kernels.launch import ACCUMULATOR, DeviceAssertionError
 from . import stock as F
 from .chunked_cross_entropy import Options, chunked_cross_entropy
 from .cross_entropy import refusal_of

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from ..kernels import linear_maxout
 from ..kernels import maxout as kernels
-from ..kernels.random import with_seed
+from ..kernels.base.random import with_seed
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
 from .operators import operator

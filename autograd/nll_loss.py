@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import nll_loss as kernels
-from ..kernels.launch import DeviceAssertionError
+from ..kernels.base.launch import DeviceAssertionError
 from . import stock as F
 from .dispatch import in_single_precision, is_integer, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated

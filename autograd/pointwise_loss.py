@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pointwise_loss as kernels
+from ..kernels.base.launch import DeviceAssertionError
 from ..kernels.functions.loss import LOSSES, Reduction
-from ..kernels.launch import DeviceAssertionError
 from . import stock as F
 from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, takes_kernel
 from .loss_arguments import reduction_name, warn_of_deprecated

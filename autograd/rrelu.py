@@ -4,8 +4,8 @@ from math import inf
 
 from torch import Tensor
 
+from ..kernels.base.random import with_seed
 from ..kernels.functions.activation import Activated
-from ..kernels.random import with_seed
 from . import stock as F
 from .activation import apply_kernel, apply_masked, resolve_activation
 from .dispatch import is_number, takes_kernel

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]  # it has no type
 
 from ..kernels import softmax as kernels
-from ..kernels.launch import DTYPES
+from ..kernels.base.launch import DTYPES
 from . import stock as F
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import standout as kernels
-from ..kernels.random import with_seed
-from ..kernels.tiles import mask_bytes
+from ..kernels.base.random import with_seed
+from ..kernels.base.tiles import mask_bytes
 from . import stock as F
 from .activation import MaskedGradient
 from .anchors import anchors_of

@@ -102,7 +102,7 @@ def _counted() -> Entries:
 
 def _compiled() -> Entries:
     from fusednn import kernels
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     entries: Entries = {}
     configurations = [configuration for configuration in kernels.shipped() if not configuration.rare]

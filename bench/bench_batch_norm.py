@@ -18,7 +18,7 @@ from fusednn_bench.validity import LIMIT
 from torch import Tensor
 
 from fusednn import autograd
-from fusednn.kernels.channels import plan_of
+from fusednn.kernels.base.channels import plan_of
 
 # Channels, and height and width, of the batch norms of ResNet-50; those after which a block adds its input.
 LAYERS = (

@@ -55,8 +55,8 @@ def _is_bfloat16(configuration: kernels.Configuration) -> bool:
 
 
 def records() -> Iterator[dict[str, Any]]:
-    from fusednn.kernels.instruments.compile_check import TARGETS
-    from fusednn.kernels.instruments.resources import resources_for
+    from fusednn.instruments.compile_check import TARGETS
+    from fusednn.instruments.resources import resources_for
 
     for name, configuration in sorted(representatives().items()):
         for target in TARGETS:

@@ -23,8 +23,8 @@ from . import (
     softmax,
     standout,
 )
-from ._triton import AVAILABLE, INTERPRETING, ON_CPU, WHERE
-from .launch import Configuration, shipped
+from .base._triton import AVAILABLE, INTERPRETING, ON_CPU, WHERE
+from .base.launch import Configuration, shipped
 
 __all__ = [
     "AVAILABLE",

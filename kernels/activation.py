@@ -6,12 +6,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl
-from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, scalar, widen
-from .tiles import (
+from .base._triton import tl
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, scalar, widen
+from .base.tiles import (
     flat_tile,
     load_bits,
     load_tile,
@@ -22,6 +21,7 @@ from .tiles import (
     threads_for,
     tile_shape,
 )
+from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation
 
 __all__ = [
     "activation_backward",

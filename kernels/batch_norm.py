@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .channels import (
+from .base._triton import tl, triton
+from .base.channels import (
     COMMON_TILINGS,
     TILINGS,
     Tiling,
@@ -25,11 +25,11 @@ from .channels import (
     tile_place,
     tilings_of,
 )
+from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
+from .base.layout import dense, dense_like
+from .base.numerics import divide, narrow, scalar, square_root, widen
+from .base.tiles import MASK_BYTES, TILE, load_bits, store_bits
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
-from .launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
-from .layout import dense, dense_like
-from .numerics import divide, narrow, scalar, square_root, widen
-from .tiles import MASK_BYTES, TILE, load_bits, store_bits
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_norm_reduce", "mask_bytes"]
 

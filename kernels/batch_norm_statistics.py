@@ -16,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl
-from .channels import (
+from .base._triton import tl
+from .base.channels import (
     COMMON_TILINGS,
     TILINGS,
     Tiling,
@@ -30,10 +30,10 @@ from .channels import (
     tile_place,
     tilings_of,
 )
-from .launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense
-from .numerics import divide, scalar, widen
-from .tiles import cdiv
+from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense
+from .base.numerics import divide, scalar, widen
+from .base.tiles import cdiv
 
 __all__ = ["merge_statistics", "partial_statistics"]
 

@@ -24,14 +24,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .dropout import steps_for
-from .functions.activation import ACTIVATIONS, Activated, Activation
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, scalar, widen
-from .random import keep_threshold, keep_tile, serves_eight
-from .tiles import (
+from .base._triton import tl, triton
+from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, scalar, widen
+from .base.random import keep_threshold, keep_tile, serves_eight
+from .base.tiles import (
     MASK_BYTES,
     TILE,
     cdiv,
@@ -44,6 +42,8 @@ from .tiles import (
     tile_shape,
     width_for,
 )
+from .dropout import steps_for
+from .functions.activation import ACTIVATIONS, Activated, Activation
 
 __all__ = [
     "bias_activation_dropout_backward",

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl
+from .base._triton import tl
+from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.numerics import add_product, narrow, scalar, widen
+from .base.tiles import cdiv
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
-from .launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .numerics import add_product, narrow, scalar, widen
 from .pool_window import (
     POINT,
     Pooled,
@@ -37,7 +38,6 @@ from .pool_window import (
     tile_place,
     update_maximum,
 )
-from .tiles import cdiv
 
 __all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
 

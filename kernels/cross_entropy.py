@@ -25,10 +25,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .lines import (
+from .base._triton import tl, triton
+from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.lines import (
     ACROSS,
     ALONG,
     line_block,
@@ -40,11 +40,11 @@ from .lines import (
     pack,
     reference_point,
 )
-from .long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
+from .base.long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
+from .base.numerics import divide, fast_exp, log, narrow, require, scalar, widen
+from .base.partial_sums import SUM_PROGRAMS, combine, finish_sum
+from .base.tiles import cdiv, threads_for
 from .nll_loss import Reduction
-from .numerics import divide, fast_exp, log, narrow, require, scalar, widen
-from .partial_sums import SUM_PROGRAMS, combine, finish_sum
-from .tiles import cdiv, threads_for
 
 __all__ = [
     "Reduction",

@@ -21,12 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, scalar, widen
-from .random import channel_bits, keep_threshold, keep_tile, serves_eight
-from .tiles import (
+from .base._triton import tl, triton
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, scalar, widen
+from .base.random import channel_bits, keep_threshold, keep_tile, serves_eight
+from .base.tiles import (
     TILE,
     cdiv,
     flat_tile,

@@ -16,11 +16,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base._triton import tl, triton
+from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.numerics import add_product, narrow, scalar, widen
+from .base.tiles import cdiv
 from .maxout import beats, drop, dropout_scale, nothing
-from .numerics import add_product, narrow, scalar, widen
-from .tiles import cdiv
 
 __all__ = ["linear_maxout_backward", "linear_maxout_forward", "takes_fused", "takes_fused_backward"]
 

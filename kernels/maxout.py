@@ -34,12 +34,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, scalar, widen
-from .random import uniform_tile
-from .tiles import TILE, cdiv, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
+from .base._triton import tl, triton
+from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, scalar, widen
+from .base.random import uniform_tile
+from .base.tiles import TILE, cdiv, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
 
 __all__ = [
     "MOST_PIECES",

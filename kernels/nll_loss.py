@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .numerics import divide, narrow, require, scalar, widen
-from .partial_sums import combine, finish_sum, sum_programs
-from .tiles import cdiv
+from .base._triton import tl, triton
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.numerics import divide, narrow, require, scalar, widen
+from .base.partial_sums import combine, finish_sum, sum_programs
+from .base.tiles import cdiv
 
 __all__ = ["LARGEST_PLACES", "Reduction", "nll_loss", "nll_loss_backward", "nll_loss_reduced", "zero_gradient"]
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from .base._triton import tl, triton
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.multi_tensor import SETTINGS
+from .base.numerics import divide, narrow, scalar, square_root, widen
+from .base.tiles import TILE, threads_for
 from .functions.optimizer import ALGORITHMS
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .multi_tensor import SETTINGS
-from .numerics import divide, narrow, scalar, square_root, widen
-from .tiles import TILE, threads_for
 
 __all__ = ["Penalty", "Settings", "Variant", "launch_squares", "launch_update"]
 

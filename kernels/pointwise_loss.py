@@ -11,13 +11,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from .base._triton import tl, triton
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import divide, narrow, require, scalar, widen
+from .base.partial_sums import combination, combine, finish_sum, sum_programs
+from .base.tiles import TILE, flat_tile, load_tile, place_tile, programs_for, store_tile, threads_for, tile_shape
 from .functions.loss import LOSSES, Reduction
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import divide, narrow, require, scalar, widen
-from .partial_sums import combination, combine, finish_sum, sum_programs
-from .tiles import TILE, flat_tile, load_tile, place_tile, programs_for, store_tile, threads_for, tile_shape
 
 __all__ = ["divisor", "pointwise_loss", "pointwise_loss_backward", "pointwise_loss_reduced"]
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from .base._triton import tl, triton
+from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense_like
+from .base.numerics import narrow, scalar, widen
+from .base.tiles import cdiv
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense_like
-from .numerics import narrow, scalar, widen
 from .pool_window import (
     FIXED_WINDOWS,
     Pooled,
@@ -38,7 +39,6 @@ from .pool_window import (
     tile_place,
     update_maximum,
 )
-from .tiles import cdiv
 
 __all__ = ["pool_backward", "pool_forward"]
 

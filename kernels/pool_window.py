@@ -24,10 +24,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from .base._triton import tl, triton
+from .base.layout import dense
+from .base.numerics import widen
 from .functions.activation import Activated, Activation, gradient_from_input
-from .layout import dense
-from .numerics import widen
 
 __all__ = [
     "FIXED_WINDOWS",

@@ -22,12 +22,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
+from .base._triton import tl, triton
+from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, widen
+from .base.tiles import TILE, cdiv, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
 from .functions.activation import leaky_relu_forward, leaky_relu_gradient, leaky_relu_mask
-from .launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, widen
-from .tiles import TILE, cdiv, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
 
 __all__ = ["prelu_backward", "prelu_forward"]
 

@@ -9,13 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .functions.activation import leaky_relu_gradient
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, scalar, widen
-from .random import uniform_tile
-from .tiles import (
+from .base._triton import tl, triton
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, scalar, widen
+from .base.random import uniform_tile
+from .base.tiles import (
     flat_tile,
     load_bits,
     load_tile,
@@ -26,6 +25,7 @@ from .tiles import (
     threads_for,
     tile_shape,
 )
+from .functions.activation import leaky_relu_gradient
 
 __all__ = ["rrelu_backward", "rrelu_forward"]
 

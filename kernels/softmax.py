@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .lines import (
+from .base._triton import tl, triton
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.lines import (
     ACROSS,
     ALONG,
     Lines,
@@ -28,7 +28,7 @@ from .lines import (
     online_softmax_update,
     pack,
 )
-from .long_lines import (
+from .base.long_lines import (
     LONG_DTYPES,
     PARTS,
     PIECE,
@@ -39,8 +39,8 @@ from .long_lines import (
     parts_configuration,
     parts_of,
 )
-from .numerics import fast_exp, log, narrow, widen
-from .tiles import cdiv, threads_for
+from .base.numerics import fast_exp, log, narrow, widen
+from .base.tiles import cdiv, threads_for
 
 __all__ = ["KINDS", "softmax_backward", "softmax_forward"]
 

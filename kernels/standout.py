@@ -9,12 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._triton import tl
-from .launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .layout import dense, dense_like
-from .numerics import narrow, scalar, sigmoid, widen
-from .random import uniform_tile
-from .tiles import (
+from .base._triton import tl
+from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, scalar, sigmoid, widen
+from .base.random import uniform_tile
+from .base.tiles import (
     flat_tile,
     load_tile,
     mask_bytes,

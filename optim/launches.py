@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.multi_tensor import CHUNK, SETTINGS, FlatOperands, Table
+from ..kernels.base.multi_tensor import CHUNK, SETTINGS, FlatOperands, Table
 from ..kernels.optimizer import Penalty, Settings, Variant, launch_squares, launch_update
 from .counters import Counters, advance, one_step, relative
 from .options import has_master, wants

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..kernels import AVAILABLE, WHERE
-from ..kernels.multi_tensor import Table
+from ..kernels.base.multi_tensor import Table
 from .launches import Launch, batches, clipped_squares
 from .options import OPTIONS, check_options, clip_norm_squares, has_master, plain_options, prepare_options, wants
 from .recipe import Group, Recipe, gradient_dtype, with_gradients

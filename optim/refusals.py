@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.launch import memory_refusal
+from ..kernels.base.launch import memory_refusal
 from .options import has_master, wants
 from .recipe import Group, Recipe, gradient_dtype
 from .sharding import PLAIN_TYPES, has_whole_rows, is_distributed, layout, local

@@ -366,8 +366,8 @@ def test_predictions_are_bounds_of_memory_and_products() -> None:
 
 @pytest.mark.compiles
 def test_resources_of_a_kernel_on_every_target() -> None:
-    from fusednn.kernels.instruments.compile_check import TARGETS
-    from fusednn.kernels.instruments.resources import resources_for
+    from fusednn.instruments.compile_check import TARGETS
+    from fusednn.instruments.resources import resources_for
 
     (configuration,) = (one for one in kernels.shipped("activation") if one.label == "relu forward + mask bf16")
     for target in TARGETS:
@@ -396,7 +396,7 @@ def test_resources_of_a_kernel_on_every_target() -> None:
     ],
 )
 def test_occupancy(target: str, threads: int, registers: int, shared: int, share: float) -> None:
-    from fusednn.kernels.instruments.resources import occupancy
+    from fusednn.instruments.resources import occupancy
 
     assert occupancy(target, threads, registers, shared) == share
 

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 import fusednn
 from fusednn import kernels
 from fusednn.autograd import bias_activation_dropout
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import ACTIVATIONS
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
 from fusednn.layers import BiasActivationDropout
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
-from fusednn.kernels.random import draw_seed
+from fusednn.kernels.base.random import draw_seed
 
 pytestmark = pytest.mark.kernels
 _ops = torch.ops.fusednn

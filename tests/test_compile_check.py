@@ -17,7 +17,7 @@ THOROUGH = {c.label for c in CONFIGURATIONS if c.rare or c.label.endswith(("fp16
 
 
 def check(configuration: kernels.Configuration, target: str) -> Any:
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     result = compile_configuration(configuration, target)
     assert not result.problems, f"{configuration.label} on {target}: {'; '.join(result.problems)}"
@@ -50,7 +50,7 @@ OF_EACH_KERNEL = {c.kernel: c for c in (*reversed(CONFIGURATIONS), *(c for c in 
 @pytest.mark.parametrize("configuration", OF_EACH_KERNEL.values(), ids=lambda c: c.label)
 def test_any_arguments_fit(configuration: kernels.Configuration) -> None:
     """Integers of 1, of more than 32 bits, and what isn't aligned: Triton makes a kernel of its own for each."""
-    from fusednn.kernels.instruments.compile_check import arguments_of, translate
+    from fusednn.instruments.compile_check import arguments_of, translate
 
     for arguments in arguments_of(configuration):
         try:
@@ -62,7 +62,7 @@ def test_any_arguments_fit(configuration: kernels.Configuration) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("configuration", OF_EACH_KERNEL.values(), ids=lambda c: c.label)
 def test_any_arguments_compile(configuration: kernels.Configuration) -> None:
-    from fusednn.kernels.instruments.compile_check import arguments_of, compile_for
+    from fusednn.instruments.compile_check import arguments_of, compile_for
 
     for arguments in arguments_of(configuration):
         compile_for(configuration, "sm_90", arguments)
@@ -76,7 +76,7 @@ def test_labels_are_unique() -> None:
 @pytest.mark.parametrize("label", ["relu forward + mask bf16", "relu backward fp32", "hardsigmoid backward fp16"])
 def test_masks_are_packed_in_registers(label: str) -> None:
     """No shuffles and no shared memory: the layout that `tiles` relies on is the compiler's choice."""
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     (configuration,) = (candidate for candidate in CONFIGURATIONS if candidate.label == label)
     code = compile_configuration(configuration, "sm_90").machine_code

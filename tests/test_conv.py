@@ -22,10 +22,10 @@ import fusednn
 from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.autograd.onednn import sound_convolution
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
+from fusednn.instruments.saved_tensors import saved_tensors
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
 counts_bytes = pytest.mark.interpreter

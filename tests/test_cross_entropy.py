@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd, kernels, layers
-from fusednn.kernels import long_lines
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
+from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels.base import long_lines
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 pytestmark = pytest.mark.kernels
 

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 import fusednn
 from fusednn import kernels
 from fusednn.autograd import drop_connect_linear
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers import DropConnect
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
 P = 0.3

@@ -21,16 +21,16 @@ from torch.utils.checkpoint import checkpoint
 import fusednn
 from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
-from fusednn.kernels._triton import tl, triton
+from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels.base._triton import tl, triton
+from fusednn.kernels.base.numerics import scalar
+from fusednn.kernels.base.random import draw_seed, keep_threshold, random_tile
 from fusednn.kernels.dropout import dropout_backward, dropout_forward
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
-from fusednn.kernels.numerics import scalar
-from fusednn.kernels.random import draw_seed, keep_threshold, random_tile
 
 pytestmark = pytest.mark.kernels
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 SHAPES = {

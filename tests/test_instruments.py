@@ -17,7 +17,7 @@ from support.standing import check_against_stock, poisoned_memory
 from torch import Tensor, nn
 
 from fusednn import optim
-from fusednn.kernels.launch import launch
+from fusednn.kernels.base.launch import launch
 from fusednn.optim import launches
 
 
@@ -80,7 +80,7 @@ def test_poisoned_memory_reaches_every_allocation(allocate: Callable[[Tensor], T
 @pytest.mark.kernels
 @pytest.mark.interpreter
 def test_traffic_meter_sees_an_extra_pass(device: str) -> None:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     x = random_tensor((1024,), torch.float32, device)
     budget = 2 * x.numel() * x.itemsize
@@ -96,7 +96,7 @@ def test_traffic_meter_sees_an_extra_pass(device: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.interpreter
 def test_traffic_meter_sees_an_extra_launch(device: str) -> None:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     x = random_tensor((1000,), torch.float32, device)
     with measure_traffic() as traffic:
@@ -111,7 +111,7 @@ def test_traffic_meter_sees_an_extra_launch(device: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.interpreter
 def test_traffic_meter_sees_what_operators_change_in_place() -> None:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     x, y = torch.ones(2, 1000)
     with measure_traffic() as traffic:
@@ -122,7 +122,7 @@ def test_traffic_meter_sees_what_operators_change_in_place() -> None:
 
 def test_traffic_meter_counts_what_operators_touch() -> None:
     """Not all that they are given: a shape is nothing to read, and a loss picks an element of each row."""
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     x, target = torch.zeros(10, 100, requires_grad=True), torch.zeros(10, dtype=torch.int64)
     with measure_traffic() as traffic:
@@ -137,7 +137,7 @@ def test_traffic_meter_counts_what_operators_touch() -> None:
 
 @pytest.mark.compiles
 def test_compile_check_sees_a_spilling_tile() -> None:
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     result = compile_configuration(broken.spilling_configuration(), "sm_90")
     assert any(problem.startswith("spills") for problem in result.problems)
@@ -145,7 +145,7 @@ def test_compile_check_sees_a_spilling_tile() -> None:
 
 @pytest.mark.compiles
 def test_compile_check_sees_narrow_accesses() -> None:
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     result = compile_configuration(broken.scalar_access_configuration(), "sm_90")
     assert result.problems == ["0 loads of 128 bits, 1 promised", "0 stores of 128 bits, 1 promised"]
@@ -153,7 +153,7 @@ def test_compile_check_sees_narrow_accesses() -> None:
 
 @pytest.mark.compiles
 def test_compile_check_sees_missing_tensor_cores_and_compiler_errors() -> None:
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     sound = broken.relu_configuration("no fault")
     assert not compile_configuration(sound, "sm_90").problems
@@ -167,7 +167,7 @@ def test_compile_check_sees_missing_tensor_cores_and_compiler_errors() -> None:
 @pytest.mark.kernels
 @pytest.mark.interpreter
 def test_compile_check_refuses_interpreted_functions() -> None:
-    from fusednn.kernels.instruments.compile_check import compile_configuration
+    from fusednn.instruments.compile_check import compile_configuration
 
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_configuration(broken.relu_configuration("no fault"), "sm_90")

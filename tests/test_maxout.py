@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from fusednn import kernels
 from fusednn.autograd import maxout, maxout_conv2d, maxout_linear
 from fusednn.autograd.dispatch import Choice, observe_choices
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.linear_maxout import takes_fused, takes_fused_backward
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 counts_bytes = pytest.mark.interpreter
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

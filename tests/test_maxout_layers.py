@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fusednn
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers import LeakyReLU, Maxout, MaxoutConv2d, init
 
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -65,7 +65,7 @@ def test_samples() -> None:
 
 def test_tests_of_a_family() -> None:
     assert own_tests("kernels/dropout.py")[:2] == ["tests/test_dropout.py", "tests/test_dropout_layers.py"]
-    assert "tests/test_gradients.py" in own_tests("kernels/tiles.py")
+    assert "tests/test_gradients.py" in own_tests("kernels/base/tiles.py")
 
 
 @pytest.mark.thorough

@@ -4,8 +4,9 @@ import pytest
 import torch
 from support.device import KERNELS_RUN
 
-from fusednn.kernels import INTERPRETING, numerics
-from fusednn.kernels._triton import tl, triton
+from fusednn.kernels import INTERPRETING
+from fusednn.kernels.base import numerics
+from fusednn.kernels.base._triton import tl, triton
 
 
 @triton.jit

@@ -337,7 +337,7 @@ def test_gradients_of_another_dtype(
 @pytest.mark.kernels
 @interpreted
 def test_three_hundred_tensors_take_one_launch(device: str) -> None:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     mine = parameters([(3,)] * 297 + [(2,)] * 3, torch.float32, device)
     mine[-1] = nn.Parameter(mine[-1].detach().bfloat16())
@@ -356,7 +356,7 @@ def test_three_hundred_tensors_take_one_launch(device: str) -> None:
 @pytest.mark.kernels
 @interpreted
 def test_rows_are_uploaded_when_they_change(device: str) -> None:
-    from fusednn.kernels.multi_tensor import Table
+    from fusednn.kernels.base.multi_tensor import Table
 
     mine = parameters([(3,), (4,)], torch.float32, device)
     ours = optim.Adam(mine, clip_norm=1.0)
@@ -391,7 +391,7 @@ def test_rows_are_uploaded_when_they_change(device: str) -> None:
     ("algorithm", "name", "arguments"), CALLS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_bytes(algorithm: str, name: str, arguments: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     mine = parameters([(16, 1024)], dtype, device)
     ours = getattr(optim, name)(mine, **arguments)
@@ -413,7 +413,7 @@ def test_budgets_are_those_of_the_design() -> None:
 @pytest.mark.kernels
 @interpreted
 def test_the_norm_is_one_more_launch(device: str) -> None:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     mine = parameters([(5000,), (3,)], torch.float32, device)
     ours = optim.SGD(mine, lr=0.1, clip_norm=1.0)

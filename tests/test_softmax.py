@@ -13,12 +13,12 @@ from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 
 from fusednn import autograd, kernels, layers
-from fusednn.kernels import long_lines
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
-from fusednn.kernels.lines import Lines, lines_of
+from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels.base import long_lines
+from fusednn.kernels.base.lines import Lines, lines_of
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 pytestmark = pytest.mark.kernels
 

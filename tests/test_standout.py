@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 import fusednn
 from fusednn import kernels
 from fusednn.autograd import standout
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers import Standout
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
 needs_kernels = pytest.mark.kernels
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

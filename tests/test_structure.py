@@ -30,11 +30,11 @@ FLOORS = {
     "autograd": floor("autograd kernels", "torch"),
     "layers": floor("layers autograd", "torch"),
     "optim": floor("optim kernels", "numpy torch"),
-    FACE: floor("fusednn kernels autograd layers optim", "matplotlib numpy sklearn torch tqdm"),
+    FACE: floor("fusednn kernels autograd layers optim", "matplotlib numpy sklearn torch tqdm triton"),
 }
 OUTSIDE = ("bench", "examples", "tests")
 #: Private, but for all who write kernels, which tests do too: Triton, or stand-ins for it where it isn't installed.
-SHARED = "fusednn.kernels._triton"
+SHARED = "fusednn.kernels.base._triton"
 #: The functions that each module of ``fusednn.commands`` has; that package's docstring describes them.
 OF_EACH_COMMAND = {"add_arguments", "run"}
 
@@ -128,7 +128,7 @@ def test_outside_uses_public_names() -> None:
     [
         ("kernels/prelu.py", "from ..autograd.prelu import prelu", "kernels imports autograd"),
         ("kernels/prelu.py", "def f():\n    from .. import layers", "kernels imports layers"),
-        ("kernels/instruments/meter.py", "from ...optim import RMSprop", "kernels imports optim"),
+        ("kernels/base/tiles.py", "from ...optim import RMSprop", "kernels imports optim"),
         ("kernels/prelu.py", "from .. import __version__", "kernels imports fusednn"),
         ("kernels/prelu.py", "import scipy.special", "kernels imports scipy"),
         ("autograd/prelu.py", "from ..layers import PReLU", "autograd imports layers"),
@@ -161,8 +161,9 @@ def test_notices_bad_imports_outside(path: str, text: str, violation: str) -> No
 
 def test_accepts_good_imports() -> None:
     good = {
-        "kernels/prelu.py": "import math, torch\nfrom . import tiles\nfrom ._triton import tl, triton",
-        "kernels/instruments/meter.py": "from .. import INTERPRETING\nfrom ..launch import launch\nimport numpy as np",
+        "kernels/prelu.py": "import math, torch\nfrom .base import tiles\nfrom .base._triton import tl, triton",
+        "kernels/base/tiles.py": "from .. import functions\nfrom .launch import launch\nimport numpy as np",
+        "fusednn/instruments/meter.py": "from ..kernels import INTERPRETING\nimport triton",
         "autograd/prelu.py": "from ..kernels import prelu as kernels\nfrom .dispatch import takes_kernel",
         "layers/prelu.py": "from torch import nn\nfrom ..autograd.prelu import prelu\nfrom .twin import Twin",
         "fusednn/__init__.py": "from . import autograd, kernels, layers\nfrom ._version import __version__",
@@ -296,7 +297,7 @@ OF_NUMERICS = {
 
 
 def device_function_violations(sources: Sources) -> list[str]:
-    """Uses of Triton's elementary functions and of the device library outside ``kernels/numerics.py``."""
+    """Uses of Triton's elementary functions and of the device library outside ``kernels/base/numerics.py``."""
     violations = []
     for path, text in sources.items():
         for node in ast.walk(ast.parse(text)):
@@ -309,7 +310,7 @@ def device_function_violations(sources: Sources) -> list[str]:
 
 def test_elementary_functions_come_from_numerics() -> None:
     sources = read_sources(("kernels",))
-    own = sources.pop("kernels/numerics.py")
+    own = sources.pop("kernels/base/numerics.py")
     assert {"tl.exp", "libdevice.exp"} <= {one.split()[-1] for one in device_function_violations({"": own})}
     assert not device_function_violations(sources)
 
@@ -317,7 +318,7 @@ def test_elementary_functions_come_from_numerics() -> None:
 def test_what_is_not_specialised_is_read_off_annotations() -> None:
     """A list beside the kernel would be a second place."""
     listing = {path for path, text in read_sources(("kernels",)).items() if "do_not_specialize=[" in text}
-    assert listing == {"kernels/launch.py"}
+    assert listing == {"kernels/base/launch.py"}
 
 
 # --- Docstrings -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from support.standing import leaf
 from torch import Tensor
 
 from fusednn import autograd, kernels
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import ACTIVATIONS
-from fusednn.kernels.instruments.saved_tensors import saved_tensors
 
 pytestmark = [
     pytest.mark.kernels,
@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 if kernels.INTERPRETING:
-    from fusednn.kernels.instruments.traffic import Traffic, measure_traffic
+    from fusednn.instruments.traffic import Traffic, measure_traffic
 
 SLACK = 1.05
 SHAPE = (8, 16, 64, 16)  # 64 whole tiles

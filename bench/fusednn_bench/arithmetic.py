@@ -34,7 +34,7 @@ class Work(NamedTuple):
 @cache
 def eager_work(case: Case) -> dict[Direction, Work]:
     """Of a call in each direction."""
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     with FakeTensorMode(), operators_of_cuda():
         inputs = make_inputs(case, torch.device("cpu"), seed=0)
@@ -49,7 +49,7 @@ def eager_work(case: Case) -> dict[Direction, Work]:
 
 def eager_step_work(case: StepCase) -> Work:
     """Of a step that isn't the first."""
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     with FakeTensorMode():
         step = case.operation.contestants()["eager"](case.parameters(torch.device("cpu")), 1e-3)

@@ -255,8 +255,8 @@ def _count(case: NetworkCase, contestant: str) -> dict[str, Any]:
 
     Activations are what autograd saves, parameters and images apart.
     """
-    from fusednn.kernels.instruments.saved_tensors import saved_tensors
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.saved_tensors import saved_tensors
+    from fusednn.instruments.traffic import measure_traffic
 
     trainer = Trainer(case, contestant, torch.device("cpu"))
     for parameter in trainer.model.parameters():

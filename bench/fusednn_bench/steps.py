@@ -219,7 +219,7 @@ def count_step_case(case: StepCase, *, checked: bool = True) -> list[dict[str, A
 
     Eager's ATen operators count as one launch each.
     """
-    from fusednn.kernels.instruments.traffic import measure_traffic
+    from fusednn.instruments.traffic import measure_traffic
 
     device = torch.device("cpu")
     makers = case.operation.contestants()

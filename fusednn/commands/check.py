@@ -95,7 +95,7 @@ def _refusal(arguments: argparse.Namespace) -> str | None:
 
 
 def _targets() -> list[str]:
-    from ..kernels.instruments.compile_check import TARGETS
+    from ..instruments.compile_check import TARGETS
 
     return list(TARGETS)
 
@@ -112,7 +112,7 @@ def _compile_all(family: str | None, count: int, targets: list[str], jobs: int) 
 
 def _compile_one(family: str | None, index: int, target: str) -> Outcome:
     # Kernels can't be sent to another process; their place in the list can.
-    from ..kernels.instruments.compile_check import compile_configuration
+    from ..instruments.compile_check import compile_configuration
 
     result = compile_configuration(list(kernels.shipped(family))[index], target)
     code = result.machine_code

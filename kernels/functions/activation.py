@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .._triton import tl, triton
-from ..numerics import erf, exp, expm1, log1p, sigmoid, tanh
+from ..base._triton import tl, triton
+from ..base.numerics import erf, exp, expm1, log1p, sigmoid, tanh
 
 __all__ = ["ACTIVATIONS", "IDENTITY", "OVERWRITING", "Activated", "Activation", "activated"]
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from .._triton import tl, triton
-from ..numerics import divide, exp, log, log1p, sigmoid
+from ..base._triton import tl, triton
+from ..base.numerics import divide, exp, log, log1p, sigmoid
 
 __all__ = ["LOSSES", "PointwiseLoss", "Reduction"]
 

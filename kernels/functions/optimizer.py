@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .._triton import tl, triton
-from ..numerics import divide, exp, expm1, log, square_root
+from ..base._triton import tl, triton
+from ..base.numerics import divide, exp, expm1, log, square_root
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fusednn.kernels import INTERPRETING
-from fusednn.kernels.multi_tensor import FlatOperands
+from fusednn.kernels.base.multi_tensor import FlatOperands
 
 _ADDRESS_BITS = 48
 

@@ -6,8 +6,8 @@
 import torch
 from torch import Tensor
 
-from fusednn.kernels._triton import tl, triton
-from fusednn.kernels.launch import Configuration, launch
+from fusednn.kernels.base._triton import tl, triton
+from fusednn.kernels.base.launch import Configuration, launch
 
 BLOCK = 256
 

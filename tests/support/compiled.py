@@ -18,7 +18,7 @@ def _register_tables() -> None:
     """Kernels of optimizers find their tensors through addresses: tell the virtual GPU what is behind those."""
     from vgpu import address_book
 
-    from fusednn.kernels.multi_tensor import FlatOperands
+    from fusednn.kernels.base.multi_tensor import FlatOperands
 
     find = FlatOperands.addresses
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..launch import Configuration
+from ..kernels.base.launch import Configuration
 from .compile_check import TARGETS, MachineCode, compile_for, read_machine_code
 
 __all__ = ["Resources", "occupancy", "resources_for"]

@@ -21,8 +21,8 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from .. import INTERPRETING
-from ..launch import Configuration
+from ..kernels import INTERPRETING
+from ..kernels.base.launch import Configuration
 
 __all__ = [
     "TARGETS",
