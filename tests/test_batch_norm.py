@@ -502,7 +502,7 @@ class Counted:
         self.forward, self.backward = forward.bytes / unit, backward.bytes / unit
         self.bit = x.numel() / 8 / unit
         # Statistics, partial sums and parameters are vectors of the channels, for each program: apart from the budget.
-        plan = kernels.channels.plan_of(x)
+        plan = kernels.base.channels.plan_of(x)
         channels = plan.tiling.width if plan.tiling.axis == 0 else plan.tiling.height
         self.apart = 16 * plan.programs * channels * 4 / unit
         self.kept = saved.bytes_beside(x, weight, bias) / unit
@@ -578,7 +578,7 @@ def test_evaluation_moves_each_operand_once(device: str) -> None:
 def test_programs_fill_a_gpu(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     x = torch.empty(1, dtype=torch.bfloat16).expand(shape)
     strides = torch.empty(shape, device="meta").contiguous(memory_format=memory_format).stride()
-    plan = kernels.channels.plan_of(torch.empty_strided(shape, strides, device="meta"))
+    plan = kernels.base.channels.plan_of(torch.empty_strided(shape, strides, device="meta"))
     assert x.numel() >= 10**6
     assert 148 <= plan.programs <= 1024  # multiprocessors of a B200, the most that there are
 

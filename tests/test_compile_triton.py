@@ -26,7 +26,7 @@ def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import JITFunction
 
     torch._dynamo.reset()
-    monkeypatch.setattr(kernels.launch, "ON_CPU", True)
+    monkeypatch.setattr(kernels.base.launch, "ON_CPU", True)
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)  # there is no driver
     monkeypatch.setattr(JITFunction, "__getitem__", lambda *_: lambda **_: None)
 

@@ -378,7 +378,7 @@ def test_launches_are_shipped_configurations(device: str, monkeypatch: pytest.Mo
 
     def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
         launched.append((configuration, arguments))
-        kernels.launch.launch(configuration, programs, *arguments)
+        kernels.base.launch.launch(configuration, programs, *arguments)
 
     for module in (kernels.cross_entropy, kernels.softmax):
         monkeypatch.setattr(module, "launch", record)
@@ -393,7 +393,7 @@ def test_launches_are_shipped_configurations(device: str, monkeypatch: pytest.Mo
     for configuration, arguments in launched:
         assert configuration in shipped
         for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
             assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
 
 

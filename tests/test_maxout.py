@@ -764,7 +764,7 @@ def test_every_launch_is_a_shipped_configuration(
     for configuration, arguments in launched:
         assert configuration in shipped
         for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
             assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
 
 

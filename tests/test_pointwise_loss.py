@@ -512,13 +512,13 @@ def test_bytes_of_both_gradients_and_of_a_small_loss(device: str) -> None:
 @needs_kernels
 def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    original = kernels.launch.launch
+    original = kernels.base.launch.launch
 
     def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
         launched.append((configuration, arguments))
         original(configuration, programs, *arguments)
 
-    for module in (kernels.pointwise_loss, kernels.nll_loss, kernels.partial_sums):
+    for module in (kernels.pointwise_loss, kernels.nll_loss, kernels.base.partial_sums):
         monkeypatch.setattr(module, "launch", record)
     for dtype in FLOAT_DTYPES:
         for loss in LOSSES:
@@ -534,7 +534,7 @@ def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytes
     for configuration, arguments in launched:
         assert configuration in shipped
         for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
             assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
 
 

@@ -136,7 +136,7 @@ def test_dense_memory_is_never_copied(layout: object, device: str) -> None:
 def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tests and users launch is what the compile check compiles."""
     launched = []
-    original = kernels.launch.launch
+    original = kernels.base.launch.launch
 
     def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
         launched.append((configuration, arguments))
@@ -154,7 +154,7 @@ def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytes
     for configuration, arguments in launched:
         assert configuration in shipped
         for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
             assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
 
 
