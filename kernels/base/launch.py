@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -98,6 +98,11 @@ class Configuration:
 
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
+
+    @cached_property
+    def launcher(self) -> Callable[..., None]:
+        """A function of (programs, *run-time arguments) that launches."""
+        return remembering(self) if REMEMBERS else partial(_launch, self)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -198,13 +203,17 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
     ``arguments`` are the run-time arguments, in the order of the configuration's signature.  Raises
     `DeviceAssertionError` on the CPU where an operand fails the kernel's checks.
     """
-    if programs == 0:
-        return
+    if programs:
+        configuration.launcher(programs, *arguments)
+
+
+def _launch(configuration: Configuration, programs: int, *arguments: Any) -> Any:
+    """Launch as Triton does, which returns the kernel that it compiled for arguments like these."""
     tensor = arguments[0]
     elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
     with torch.cuda.device(tensor.device) if elsewhere else nullcontext():
         try:
-            configuration.kernel[(programs,)](
+            return configuration.kernel[(programs,)](
                 **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords
             )
         except Exception as error:
@@ -212,6 +221,78 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
             if checked and isinstance(cause := _root_cause(error), AssertionError):
                 raise DeviceAssertionError(str(cause)) from None
             raise
+
+
+#: Whether launches are remembered.  Drivers whose device is the CPU want tensors, not addresses; AMD's compiler looks
+#: at the size of a tensor's memory besides.
+REMEMBERS = not ON_CPU and torch.version.hip is None
+
+#: The most launches that one configuration remembers: about as many as its specialised integers have values.
+_MOST_REMEMBERED = 4096
+
+_LAUNCHER = """
+def launcher(_programs, {names}):
+    _device = {first}.get_device()
+    if _device != _current_device() or _settings or _modes or _entering.calls or _leaving.calls or _before:
+        _launch(_programs, {names})
+        return
+    {addresses}
+    _key = (_device, {key})
+    _found = _remembered.get(_key)
+    if _found is None:
+        _remember(_key, _launch(_programs, {names}))
+    else:
+        _run, _function, _metadata = _found
+        _run(_programs, 1, 1, _stream(_device), _function, _metadata, None, None, None, {arguments})
+"""
+
+
+def remembering(configuration: Configuration) -> Callable[..., None]:
+    """`Configuration.launcher` that spares Triton from asking what it knows already, which takes it ten times as long.
+
+    Triton's choice of a compiled kernel depends on the device, on which pointers are aligned to 16 bytes, and on
+    integers that it specialises.  Launches that agree in these get what the first of them was given, in the call with
+    which Triton itself ends.  Where Triton has hooks, or was told something that it asks for in each launch, it is left
+    to it.  The code is written for each configuration, as Triton writes its own: a loop would double the time.
+    """
+    signature = dict(configuration.signature)
+    pointers = [name for name, kind in signature.items() if kind[0] == "*"]
+    # Triton looks at the values of all integers but those whose type is declared and which aren't to be specialised.
+    fixed = {each.name for each in configuration.kernel.params if each.do_not_specialize and each.annotation_type}
+    integers = [name for name, kind in signature.items() if kind[0] in "iu" and name not in fixed]
+    source = _LAUNCHER.format(
+        names=", ".join(signature),
+        first=configuration.names[0],
+        addresses="; ".join(f"_{name} = {name}.data_ptr()" for name in pointers),
+        key=", ".join([*integers, *(f"_{name} & 15 == 0" for name in pointers)]),
+        arguments=", ".join(
+            f"_{each.name}" if each.name in pointers else each.name for each in configuration.kernel.params
+        ),
+    )
+    remembered: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+
+    def remember(key: tuple[Any, ...], compiled: Any) -> None:
+        if len(remembered) >= _MOST_REMEMBERED:
+            remembered.clear()
+        remembered[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+    runtime = triton.knobs.runtime
+    scope: dict[str, Any] = {
+        **dict(configuration.constants),
+        "_launch": partial(_launch, configuration),
+        "_remembered": remembered,
+        "_remember": remember,
+        "_current_device": torch._C._cuda_getDevice,
+        "_stream": torch._C._cuda_getCurrentRawStream,
+        "_settings": vars(runtime),  # what the program has set, hooks included
+        "_modes": vars(triton.knobs.compilation),
+        "_entering": type(runtime).launch_enter_hook,
+        "_leaving": type(runtime).launch_exit_hook,
+        "_before": configuration.kernel.pre_run_hooks,
+    }
+    exec(source, scope)
+    launcher: Callable[..., None] = scope["launcher"]
+    return launcher
 
 
 def memory_refusal(tensor: torch.Tensor) -> str | None:
