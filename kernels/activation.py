@@ -9,15 +9,15 @@ from torch import Tensor
 from .base._triton import tl
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, scalar, widen
+from .base.numerics import scalar
 from .base.tiles import (
     flat_tile,
+    load,
     load_bits,
-    load_tile,
     mask_bytes,
     programs_for,
+    store,
     store_bits,
-    store_tile,
     threads_for,
     tile_shape,
 )
@@ -46,13 +46,13 @@ def activation_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 
-    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    x = load(x_pointer, tile, COMPUTE)
     y = ACTIVATION.forward(x, a, b)
-    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, y)
     if mask_pointer is not None:
         store_bits(mask_pointer, ACTIVATION.mask(x, a, b), tile_index, ROWS, COLUMNS)
 
@@ -70,17 +70,17 @@ def activation_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 
-    g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
+    g = load(g_pointer, tile, COMPUTE)
     if ACTIVATION.saves == "mask":
         saved = load_bits(saved_pointer, tile_index, ROWS, COLUMNS)
     else:
-        saved = widen(load_tile(saved_pointer + start, offsets, inside, whole), COMPUTE)
+        saved = load(saved_pointer, tile, COMPUTE)
     dx = ACTIVATION.gradient(g, saved, a, b)
-    store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+    store(dx_pointer, tile, dx)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------

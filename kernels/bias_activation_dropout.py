@@ -27,17 +27,17 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, scalar, widen
+from .base.numerics import scalar, widen
 from .base.random import keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     MASK_BYTES,
     TILE,
     cdiv,
+    load,
     load_bits,
-    load_tile,
     matrix_tile,
+    store,
     store_bits,
-    store_tile,
     threads_for,
     tile_shape,
     width_for,
@@ -129,18 +129,18 @@ def bias_activation_dropout_forward_kernel(
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
     for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         tile_index = block_row * column_blocks + block_column
 
-        h = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+        h = load(x_pointer, tile, COMPUTE)
         if flags & 1:
             h += bias_tile(bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH)
         y = ACTIVATION.forward(h, a, b)
         noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
         y = y * tl.reshape(noise, (HEIGHT, WIDTH))
         if flags & 2:
-            y += widen(load_tile(residual_pointer + start, offsets, inside, whole), COMPUTE)
-        store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+            y += load(residual_pointer, tile, COMPUTE)
+        store(y_pointer, tile, y)
         if ACTIVATION.saves == "mask":  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
             if flags & 8:
                 bits = tl.reshape(ACTIVATION.mask(h, a, b), (ROWS, COLUMNS))
@@ -185,30 +185,30 @@ def bias_activation_dropout_backward_kernel(
     b = scalar(b, COMPUTE)
     totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         tile_index = block_row * column_blocks + block_column
 
         if ACTIVATION.saves == "mask":
             saved = tl.reshape(load_bits(saved_pointer, tile_index, ROWS, COLUMNS), (HEIGHT, WIDTH))
         else:
-            saved = widen(load_tile(saved_pointer + start, offsets, inside, whole), COMPUTE)
+            saved = load(saved_pointer, tile, COMPUTE)
             if flags & 1:
                 saved += bias_tile(
                     bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
                 )
             if ACTIVATION.saves == "output":  # which is made again, before the noise takes registers
                 saved = ACTIVATION.forward(saved, a, b)
-        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
+        g = load(g_pointer, tile, COMPUTE)
         if ACTIVATION.mask_gates:
             g = g * scale
         else:
             noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
             g = g * tl.reshape(noise, (HEIGHT, WIDTH))
         dx = ACTIVATION.gradient(g, saved, a, b)
-        store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+        store(dx_pointer, tile, dx)
 
         if flags & 2:
-            addend = tl.where(inside, dx, 0.0)  # an infinite bias gives NaN outside, too
+            addend = tl.where(tile.inside, dx, 0.0)  # an infinite bias gives NaN outside, too
             if BY_ROW:
                 row = block_row * HEIGHT + tl.arange(0, HEIGHT)
                 tl.store(partial_pointer + row * column_blocks + block_column, tl.sum(addend, axis=1), mask=row < rows)

@@ -24,16 +24,16 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, scalar, widen
+from .base.numerics import scalar
 from .base.random import channel_bits, keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     TILE,
     cdiv,
     flat_tile,
-    load_tile,
+    load,
     matrix_tile,
     programs_for,
-    store_tile,
+    store,
     threads_for,
     tile_shape,
     width_for,
@@ -63,12 +63,12 @@ def dropout_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
 
-    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    x = load(x_pointer, tile, COMPUTE)
     keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
     y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
-    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, y)
 
 
 @kernel
@@ -89,13 +89,13 @@ def row_dropout_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     block_row = program // column_blocks
-    start, offsets, inside, whole = matrix_tile(block_row, program % column_blocks, rows, columns, HEIGHT, WIDTH)
+    tile = matrix_tile(block_row, program % column_blocks, rows, columns, HEIGHT, WIDTH)
 
-    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    x = load(x_pointer, tile, COMPUTE)
     bits = channel_bits(tl.load(seed_pointer), block_row * HEIGHT + tl.arange(0, HEIGHT))
     keep = (bits <= scalar(last, tl.uint32))[:, None]
     y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
-    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, y)
 
 
 @kernel
@@ -124,12 +124,13 @@ def column_dropout_kernel(
 
     channel = sample * columns + block_column * WIDTH + tl.arange(0, WIDTH)
     keep = (channel_bits(tl.load(seed_pointer), channel) <= scalar(last, tl.uint32))[None, :]
+    x_pointer += sample * rows * columns
+    y_pointer += sample * rows * columns
     for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
-        start += sample * rows * columns
-        x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+        x = load(x_pointer, tile, COMPUTE)
         y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
-        store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+        store(y_pointer, tile, y)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------

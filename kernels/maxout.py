@@ -37,9 +37,9 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, scalar, widen
+from .base.numerics import scalar, widen
 from .base.random import uniform_tile
-from .base.tiles import TILE, cdiv, flat_tile, load_tile, programs_for, store_tile, threads_for, tile_shape, width_for
+from .base.tiles import TILE, Tile, cdiv, flat_tile, load, programs_for, store, threads_for, tile_shape, width_for
 
 __all__ = [
     "MOST_PIECES",
@@ -132,12 +132,12 @@ def maxout_forward_kernel(
     _, _, row, column, inside, whole = tile_place(rows, columns, column_blocks, HEIGHT, WIDTH)
     source = first_piece(row, units, pieces)[:, None] * columns + column[None, :]
 
-    best = widen(load_tile(x_pointer, source, inside, whole), COMPUTE)
+    best = load(x_pointer, Tile(0, source, inside, whole), COMPUTE)
     if has_bias:
         best += bias_tile(b_pointer, 0, row, column, columns, units, BY_COLUMN, COMPUTE)
     winner = tl.zeros((HEIGHT, WIDTH), tl.int32)
     for piece in range(1, pieces):
-        value = widen(load_tile(x_pointer + piece * units * columns, source, inside, whole), COMPUTE)
+        value = load(x_pointer, Tile(piece * units * columns, source, inside, whole), COMPUTE)
         if has_bias:
             value += bias_tile(b_pointer, piece, row, column, columns, units, BY_COLUMN, COMPUTE)
         wins = beats(value, best)
@@ -146,10 +146,10 @@ def maxout_forward_kernel(
     if drops:
         best, winner = drop(best, winner, seed_pointer, p, scale, HEIGHT, WIDTH, COMPUTE)
 
-    target = row[:, None] * columns + column[None, :]
-    store_tile(y_pointer, target, narrow(best, y_pointer.dtype.element_ty), inside, whole)
+    maxima = Tile(0, row[:, None] * columns + column[None, :], inside, whole)
+    store(y_pointer, maxima, best)
     if keeps_winner:
-        store_tile(winner_pointer, target, winner.to(tl.uint8), inside, whole)
+        store(winner_pointer, maxima, winner)
 
 
 @kernel
@@ -172,15 +172,14 @@ def maxout_backward_kernel(
 ):
     block_row, block_column, row, column, inside, whole = tile_place(rows, columns, column_blocks, HEIGHT, WIDTH)
     first = first_piece(row, units, pieces)
-    source = row[:, None] * columns + column[None, :]
+    maxima = Tile(0, row[:, None] * columns + column[None, :], inside, whole)
     target = first[:, None] * columns + column[None, :]
 
-    g = widen(load_tile(g_pointer, source, inside, whole), COMPUTE) * scalar(scale, COMPUTE)
-    winner = load_tile(winner_pointer, source, inside, whole)
+    g = load(g_pointer, maxima, COMPUTE) * scalar(scale, COMPUTE)
+    winner = load(winner_pointer, maxima, tl.uint8)
     for piece in range(pieces):
         dx = tl.where(winner == piece, g, 0.0)
-        dx_piece = dx_pointer + piece * units * columns
-        store_tile(dx_piece, target, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+        store(dx_pointer, Tile(piece * units * columns, target, inside, whole), dx)
         if sums_bias:
             if BY_COLUMN:
                 # By eights first: short sums round less.
@@ -210,11 +209,17 @@ def split_pieces(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.conste
 
 
 @triton.jit
-def features_tile(inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
-    """Offsets (ROWS, COLUMNS PIECES) of the pieces of a flat tile of maxima, and which are inside."""
+def features_tile(maxima, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+    """All pieces of a flat tile of maxima, (ROWS, COLUMNS PIECES)."""
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS * PIECES + tl.arange(0, COLUMNS * PIECES)[None, :]
-    each = tl.broadcast_to(inside[:, :, None], (ROWS, COLUMNS, PIECES))
-    return offsets, tl.reshape(each, (ROWS, COLUMNS * PIECES))
+    inside = tl.broadcast_to(maxima.inside[:, :, None], (ROWS, COLUMNS, PIECES))
+    return Tile(maxima.start * PIECES, offsets, tl.reshape(inside, (ROWS, COLUMNS * PIECES)), maxima.whole)
+
+
+@triton.jit
+def piece_tile(maxima, piece, pieces):
+    """One piece of each of a flat tile's maxima."""
+    return Tile(maxima.start * pieces + piece, maxima.offsets * pieces, maxima.inside, maxima.whole)
 
 
 @kernel
@@ -230,12 +235,11 @@ def maxout_adjacent_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    _, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    _, tile = flat_tile(numel, ROWS, COLUMNS)
 
     winner = tl.zeros((ROWS, COLUMNS), tl.int32)
     if PIECES:
-        source, within = features_tile(inside, ROWS, COLUMNS, PIECES)
-        x = widen(load_tile(x_pointer + start * PIECES, source, within, whole), COMPUTE)
+        x = load(x_pointer, features_tile(tile, ROWS, COLUMNS, PIECES), COMPUTE)
         values = split_pieces(x, ROWS, COLUMNS, PIECES)
         best = values[0]
         for piece in tl.static_range(1, PIECES):
@@ -243,17 +247,16 @@ def maxout_adjacent_forward_kernel(
             best = tl.where(wins, values[piece], best)
             winner = tl.where(wins, piece, winner)
     else:
-        source = offsets * pieces
-        best = widen(load_tile(x_pointer + start * pieces, source, inside, whole), COMPUTE)
+        best = load(x_pointer, piece_tile(tile, 0, pieces), COMPUTE)
         for piece in range(1, pieces):
-            value = widen(load_tile(x_pointer + start * pieces + piece, source, inside, whole), COMPUTE)
+            value = load(x_pointer, piece_tile(tile, piece, pieces), COMPUTE)
             wins = beats(value, best)
             best = tl.where(wins, value, best)
             winner = tl.where(wins, piece, winner)
 
-    store_tile(y_pointer + start, offsets, narrow(best, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, best)
     if keeps_winner:
-        store_tile(winner_pointer + start, offsets, winner.to(tl.uint8), inside, whole)
+        store(winner_pointer, tile, winner)
 
 
 @kernel
@@ -268,19 +271,17 @@ def maxout_adjacent_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    _, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    _, tile = flat_tile(numel, ROWS, COLUMNS)
 
-    g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
-    winner = load_tile(winner_pointer + start, offsets, inside, whole)
+    g = load(g_pointer, tile, COMPUTE)
+    winner = load(winner_pointer, tile, tl.uint8)
     if PIECES:
         dx = tl.where(winner[:, :, None] == tl.arange(0, PIECES)[None, None, :], g[:, :, None], 0.0)
-        dx = narrow(tl.reshape(dx, (ROWS, COLUMNS * PIECES)), dx_pointer.dtype.element_ty)
-        target, within = features_tile(inside, ROWS, COLUMNS, PIECES)
-        store_tile(dx_pointer + start * PIECES, target, dx, within, whole)
+        dx = tl.reshape(dx, (ROWS, COLUMNS * PIECES))
+        store(dx_pointer, features_tile(tile, ROWS, COLUMNS, PIECES), dx)
     else:
         for piece in range(pieces):
-            dx = narrow(tl.where(winner == piece, g, 0.0), dx_pointer.dtype.element_ty)
-            store_tile(dx_pointer + start * pieces + piece, offsets * pieces, dx, inside, whole)
+            store(dx_pointer, piece_tile(tile, piece, pieces), tl.where(winner == piece, g, 0.0))
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import divide, narrow, require, scalar, widen
+from .base.numerics import divide, require, scalar, widen
 from .base.partial_sums import combination, combine, finish_sum, sum_programs
-from .base.tiles import TILE, flat_tile, load_tile, place_tile, programs_for, store_tile, threads_for, tile_shape
+from .base.tiles import TILE, flat_tile, load, place_tile, programs_for, store, threads_for, tile_shape
 from .functions.loss import LOSSES, Reduction
 
 __all__ = ["divisor", "pointwise_loss", "pointwise_loss_backward", "pointwise_loss_reduced"]
@@ -29,10 +29,7 @@ def load_weights(
     pointer,
     inner,
     period,
-    start,
-    offsets,
-    inside,
-    whole,
+    tile,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -41,10 +38,10 @@ def load_weights(
     if period == 0:
         weights = tl.full((ROWS, COLUMNS), 1.0, COMPUTE)
     elif inner == 0:
-        weights = widen(load_tile(pointer + start, offsets, inside, whole), COMPUTE)
+        weights = load(pointer, tile, COMPUTE)
     else:
-        first = (start % (inner.to(tl.int64) * period)).to(tl.int32)
-        weights = widen(tl.load(pointer + (first + offsets) // inner % period), COMPUTE)
+        first = (tile.start % (inner.to(tl.int64) * period)).to(tl.int32)
+        weights = widen(tl.load(pointer + (first + tile.offsets) // inner % period), COMPUTE)
     return weights
 
 
@@ -58,24 +55,20 @@ def load_operands(
     positive_pointer,
     positive_inner,
     positive_period,
-    start,
-    offsets,
-    inside,
-    whole,
+    tile,
     POSITIVE: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Input, target, weights, and weights of positive targets (where ``POSITIVE``), of a tile."""
-    x = load_tile(x_pointer + start, offsets, inside, whole)
-    t = load_tile(t_pointer + start, offsets, inside, whole)
-    w = load_weights(weight_pointer, weight_inner, weight_period, start, offsets, inside, whole, COMPUTE, ROWS, COLUMNS)
+    # Widened only when the weights are there: until then they take half the registers.
+    x = load(x_pointer, tile, x_pointer.dtype.element_ty)
+    t = load(t_pointer, tile, t_pointer.dtype.element_ty)
+    w = load_weights(weight_pointer, weight_inner, weight_period, tile, COMPUTE, ROWS, COLUMNS)
     p = w
     if POSITIVE:
-        p = load_weights(
-            positive_pointer, positive_inner, positive_period, start, offsets, inside, whole, COMPUTE, ROWS, COLUMNS
-        )
+        p = load_weights(positive_pointer, positive_inner, positive_period, tile, COMPUTE, ROWS, COLUMNS)
     return widen(x, COMPUTE), widen(t, COMPUTE), w, p
 
 
@@ -101,7 +94,7 @@ def pointwise_loss_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    _, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    _, tile = flat_tile(numel, ROWS, COLUMNS)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 
@@ -114,10 +107,7 @@ def pointwise_loss_kernel(
         positive_pointer,
         positive_inner,
         positive_period,
-        start,
-        offsets,
-        inside,
-        whole,
+        tile,
         POSITIVE,
         COMPUTE,
         ROWS,
@@ -126,7 +116,7 @@ def pointwise_loss_kernel(
     if VALID is not None:
         require(VALID(x, t), COMPLAINT)
     y = w * VALUE(x, t, p, a, b)
-    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, y)
 
 
 @kernel
@@ -162,7 +152,7 @@ def pointwise_loss_sum_kernel(
     tiles = tl.cdiv(numel, ROWS * COLUMNS)
     # Hoisted out of the loop, the addresses of the masked branches would take twice the registers.
     for tile_index in tl.range(first, tiles, tl.num_programs(0).to(tl.int64), disable_licm=True):
-        start, offsets, inside, whole = place_tile(tile_index, numel, ROWS, COLUMNS)
+        tile = place_tile(tile_index, numel, ROWS, COLUMNS)
         x, t, w, p = load_operands(
             x_pointer,
             t_pointer,
@@ -172,10 +162,7 @@ def pointwise_loss_sum_kernel(
             positive_pointer,
             positive_inner,
             positive_period,
-            start,
-            offsets,
-            inside,
-            whole,
+            tile,
             POSITIVE,
             COMPUTE,
             ROWS,
@@ -183,8 +170,8 @@ def pointwise_loss_sum_kernel(
         )
         if VALID is not None:
             require(VALID(x, t), COMPLAINT)
-        totals += tl.sum(tl.where(inside, w * VALUE(x, t, p, a, b), 0.0), axis=0)
-        weight_totals += tl.sum(tl.where(inside, w, 0.0), axis=0)
+        totals += tl.sum(tl.where(tile.inside, w * VALUE(x, t, p, a, b), 0.0), axis=0)
+        weight_totals += tl.sum(tl.where(tile.inside, w, 0.0), axis=0)
     finish_sum(partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE)
 
 
@@ -216,7 +203,7 @@ def pointwise_loss_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    _, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    _, tile = flat_tile(numel, ROWS, COLUMNS)
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
     divisor = scalar(divisor, COMPUTE)
@@ -232,10 +219,7 @@ def pointwise_loss_backward_kernel(
         positive_pointer,
         positive_inner,
         positive_period,
-        start,
-        offsets,
-        inside,
-        whole,
+        tile,
         POSITIVE,
         COMPUTE,
         ROWS,
@@ -244,13 +228,13 @@ def pointwise_loss_backward_kernel(
     if g_repeats:
         g = divide(widen(tl.load(g_pointer), COMPUTE), divisor) * w
     else:
-        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE) * w
+        g = load(g_pointer, tile, COMPUTE) * w
     if wants_dx:
         dx = g * GRADIENT(x, t, p, a, b)
-        store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+        store(dx_pointer, tile, dx)
     if wants_dt:
         dt = g * TARGET_GRADIENT(x, t, p, a, b)
-        store_tile(dt_pointer + start, offsets, narrow(dt, dt_pointer.dtype.element_ty), inside, whole)
+        store(dt_pointer, tile, dt)
 
 
 # --- Configurations -------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, widen
-from .base.tiles import TILE, cdiv, load_tile, matrix_tile, store_tile, threads_for, tile_shape, width_for
+from .base.numerics import widen
+from .base.tiles import TILE, Tile, cdiv, load, matrix_tile, store, threads_for, tile_shape, width_for
 from .functions.activation import leaky_relu_forward, leaky_relu_gradient, leaky_relu_mask
 
 __all__ = ["prelu_backward", "prelu_forward"]
@@ -70,15 +70,13 @@ def slope_tile(
 
 @triton.jit
 def tile_place(block_row, block_column, rows, columns, SLOPES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Start of a tile, its offsets, which of them are inside, and whether all are."""
+    """A tile of the matrix; of a single slope, which is walked flat, of a row as long as it."""
     if SLOPES == _SINGLE:
         start = block_column * WIDTH
         offsets = tl.arange(0, WIDTH)[None, :]
-        inside = offsets < rows * columns - start
-        whole = start + WIDTH <= rows * columns
+        return Tile(start, offsets, offsets < rows * columns - start, start + WIDTH <= rows * columns)
     else:
-        start, offsets, inside, whole = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
-    return start, offsets, inside, whole
+        return matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
 
 
 @kernel
@@ -100,13 +98,13 @@ def prelu_forward_kernel(
     block_column = program % column_blocks
     for step in range(STEPS):
         block_row = program // column_blocks * STEPS + step
-        start, offsets, inside, whole = tile_place(block_row, block_column, rows, columns, SLOPES, HEIGHT, WIDTH)
+        tile = tile_place(block_row, block_column, rows, columns, SLOPES, HEIGHT, WIDTH)
         slope = slope_tile(
             w_pointer, block_row * HEIGHT, block_column * WIDTH, columns, channels, SLOPES, COMPUTE, HEIGHT, WIDTH
         )
-        x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+        x = load(x_pointer, tile, COMPUTE)
         y = leaky_relu_forward(x, slope, slope)
-        store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+        store(y_pointer, tile, y)
 
 
 @kernel
@@ -131,15 +129,15 @@ def prelu_backward_kernel(
     by_column = tl.zeros((WIDTH,), COMPUTE)
     for step in range(STEPS):
         block_row = program // column_blocks * STEPS + step
-        start, offsets, inside, whole = tile_place(block_row, block_column, rows, columns, SLOPES, HEIGHT, WIDTH)
+        tile = tile_place(block_row, block_column, rows, columns, SLOPES, HEIGHT, WIDTH)
         slope = slope_tile(
             w_pointer, block_row * HEIGHT, block_column * WIDTH, columns, channels, SLOPES, COMPUTE, HEIGHT, WIDTH
         )
-        g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
-        x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+        g = load(g_pointer, tile, COMPUTE)
+        x = load(x_pointer, tile, COMPUTE)
         kept = leaky_relu_mask(x, slope, slope)
         dx = leaky_relu_gradient(g, kept, slope, slope)
-        store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+        store(dx_pointer, tile, dx)
 
         dw = tl.where(kept, 0.0, g * x)
         if SLOPES == _SINGLE:

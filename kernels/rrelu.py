@@ -12,16 +12,16 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, scalar, widen
+from .base.numerics import scalar
 from .base.random import uniform_tile
 from .base.tiles import (
     flat_tile,
+    load,
     load_bits,
-    load_tile,
     mask_bytes,
     programs_for,
+    store,
     store_bits,
-    store_tile,
     threads_for,
     tile_shape,
 )
@@ -53,13 +53,13 @@ def rrelu_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
 
-    x = widen(load_tile(x_pointer + start, offsets, inside, whole), COMPUTE)
+    x = load(x_pointer, tile, COMPUTE)
     slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
     keeps = (x > 0) | (x != x)  # PyTorch draws a slope where x <= 0, unlike leaky ReLU not for NaN
     y = tl.where(keeps, x, x * slope)
-    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, y)
     store_bits(mask_pointer, keeps, tile_index, ROWS, COLUMNS)
 
 
@@ -76,12 +76,12 @@ def rrelu_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
 
-    g = widen(load_tile(g_pointer + start, offsets, inside, whole), COMPUTE)
+    g = load(g_pointer, tile, COMPUTE)
     slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
     dx = leaky_relu_gradient(g, load_bits(mask_pointer, tile_index, ROWS, COLUMNS), slope, slope)
-    store_tile(dx_pointer + start, offsets, narrow(dx, dx_pointer.dtype.element_ty), inside, whole)
+    store(dx_pointer, tile, dx)
 
 
 @cache

@@ -12,15 +12,15 @@ from torch import Tensor
 from .base._triton import tl
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, scalar, sigmoid, widen
+from .base.numerics import scalar, sigmoid, widen
 from .base.random import uniform_tile
 from .base.tiles import (
     flat_tile,
-    load_tile,
+    load,
     mask_bytes,
     programs_for,
+    store,
     store_bits,
-    store_tile,
     threads_for,
     tile_shape,
 )
@@ -42,14 +42,13 @@ def standout_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    tile_index, start, offsets, inside, whole = flat_tile(numel, ROWS, COLUMNS)
+    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
 
-    x = load_tile(x_pointer + start, offsets, inside, whole)
-    belief = widen(load_tile(belief_pointer + start, offsets, inside, whole), COMPUTE)
+    x = load(x_pointer, tile, x_pointer.dtype.element_ty)  # widened late: the random numbers take registers
+    belief = load(belief_pointer, tile, COMPUTE)
     probability = sigmoid(scalar(alpha, COMPUTE) * belief + scalar(beta, COMPUTE))
     keep = uniform_tile(tl.load(seed_pointer), tile_index, ROWS, COLUMNS).to(COMPUTE) < probability
-    y = widen(x, COMPUTE) * keep.to(COMPUTE)
-    store_tile(y_pointer + start, offsets, narrow(y, y_pointer.dtype.element_ty), inside, whole)
+    store(y_pointer, tile, widen(x, COMPUTE) * keep.to(COMPUTE))
     store_bits(mask_pointer, keep, tile_index, ROWS, COLUMNS)
 
 

@@ -10,24 +10,27 @@ unpacking are then shifts in registers: no shuffles, no shared memory.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ._triton import tl, triton
+from .numerics import narrow, widen
 
 __all__ = [
     "MASK_BYTES",
     "TILE",
+    "Tile",
     "cdiv",
     "flat_tile",
+    "load",
     "load_bits",
-    "load_tile",
     "mask_bytes",
     "matrix_tile",
     "place_tile",
     "programs_for",
+    "store",
     "store_bits",
-    "store_tile",
     "threads_for",
     "tile_shape",
     "width_for",
@@ -64,20 +67,32 @@ def mask_bytes(numel: int) -> int:
     return programs_for(numel) * MASK_BYTES
 
 
+class Tile(NamedTuple):
+    """Elements that a program works on together, as device functions see them.
+
+    ``offsets`` are counted from ``start``; ``inside`` tells which elements there are, and ``whole`` whether all are:
+    then no mask is needed.
+    """
+
+    start: Any
+    offsets: Any
+    inside: Any
+    whole: Any = False
+
+
 @triton.jit
 def flat_tile(numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's tile: its index, start, offsets from there (ROWS, COLUMNS), which are inside, and whether all."""
+    """This program's index, and the tile (ROWS, COLUMNS) that has it."""
     tile_index = tl.program_id(0).to(tl.int64)
-    start, offsets, inside, whole = place_tile(tile_index, numel, ROWS, COLUMNS)
-    return tile_index, start, offsets, inside, whole
+    return tile_index, place_tile(tile_index, numel, ROWS, COLUMNS)
 
 
 @triton.jit
 def place_tile(tile_index, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tile ``tile_index``: its start, offsets from there (ROWS, COLUMNS), which are inside, and whether all."""
+    """Tile ``tile_index``, (ROWS, COLUMNS)."""
     start = tile_index * ROWS * COLUMNS
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel
+    return Tile(start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel)
 
 
 def width_for(columns: int, widths: Sequence[int]) -> int:
@@ -88,32 +103,35 @@ def width_for(columns: int, widths: Sequence[int]) -> int:
 
 @triton.jit
 def matrix_tile(block_row, block_column, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """A tile (HEIGHT, WIDTH) of a matrix: its start, offsets from there, which are inside, and whether all are."""
+    """A tile (HEIGHT, WIDTH) of a matrix."""
     row = block_row * HEIGHT
     column = block_column * WIDTH
     start = row * columns + column
     offsets = tl.arange(0, HEIGHT)[:, None] * columns + tl.arange(0, WIDTH)[None, :]
     inside = (tl.arange(0, HEIGHT)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < columns - column)
-    return start, offsets, inside, (row + HEIGHT <= rows) & (column + WIDTH <= columns)
+    return Tile(start, offsets, inside, (row + HEIGHT <= rows) & (column + WIDTH <= columns))
 
 
 @triton.jit
-def load_tile(pointer, offsets, inside, whole):
-    """Load a tile; where it isn't ``whole``, only the elements that are ``inside``, and 0 for the rest."""
-    if whole:
-        tile = tl.load(pointer + offsets)
+def load(pointer, tile, COMPUTE: tl.constexpr):
+    """The elements of a tile, in the type of the arithmetic; 0 for those outside."""
+    pointer += tile.start
+    if tile.whole:
+        x = tl.load(pointer + tile.offsets)
     else:
-        tile = tl.load(pointer + offsets, mask=inside, other=0)
-    return tile
+        x = tl.load(pointer + tile.offsets, mask=tile.inside, other=0)
+    return widen(x, COMPUTE)
 
 
 @triton.jit
-def store_tile(pointer, offsets, tile, inside, whole):
-    """Store a tile; where it isn't ``whole``, only the elements that are ``inside``."""
-    if whole:
-        tl.store(pointer + offsets, tile)
+def store(pointer, tile, x):
+    """Store the elements of a tile, rounded to the type of the memory; none outside."""
+    pointer += tile.start
+    x = narrow(x, pointer.dtype.element_ty)
+    if tile.whole:
+        tl.store(pointer + tile.offsets, x)
     else:
-        tl.store(pointer + offsets, tile, mask=inside)
+        tl.store(pointer + tile.offsets, x, mask=tile.inside)
 
 
 @triton.jit
