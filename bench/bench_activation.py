@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from fusednn_bench.cases import Case, Inputs, Operation
 from fusednn_bench.peers import activation_peers
-from fusednn_bench.protocol import DIRECTIONS, Direction, WrongResultError
-from fusednn_bench.replay import device_clock, replay
+from fusednn_bench.protocol import WrongResultError
+from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from fusednn_bench.validity import LIMIT
 from torch import Tensor
 
@@ -132,16 +131,6 @@ def counted_cases() -> list[Case]:
         for operation in OPERATIONS.values()
         for dtype in (torch.bfloat16, torch.float32)
     ]
-
-
-@pytest.mark.benchmark(timer=device_clock)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_device_time(
-    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
-) -> None:
-    benchmark.group = f"{case.id} {direction}"
-    benchmark.extra_info["budget_bytes"] = case.budget(direction)
-    replay(benchmark, device_samples[direction])
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from fusednn_bench.cases import Case, Operation
-from fusednn_bench.protocol import DIRECTIONS, Direction
-from fusednn_bench.replay import device_clock, replay
+from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
 from fusednn import autograd
@@ -94,16 +92,6 @@ def timed_cases(full: bool) -> list[Case]:
 
 def counted_cases() -> list[Case]:
     return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
-
-
-@pytest.mark.benchmark(timer=device_clock)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_device_time(
-    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
-) -> None:
-    benchmark.group = f"{case.id} {direction}"
-    benchmark.extra_info["budget_bytes"] = case.budget(direction)
-    replay(benchmark, device_samples[direction])
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

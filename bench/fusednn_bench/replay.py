@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["device_clock", "replay"]
+import pytest
+
+from .cases import Case
+from .protocol import DIRECTIONS, Direction
+
+__all__ = ["device_clock", "replay", "test_device_time"]
 
 _now = 0.0
 
@@ -28,3 +33,14 @@ def replay(benchmark: Any, samples_us: Sequence[float]) -> None:
         _now += next(remaining, 0.0) / 1e6
 
     benchmark.pedantic(advance, rounds=len(samples_us))
+
+
+@pytest.mark.benchmark(timer=device_clock)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_device_time(
+    case: Case, direction: Direction, contestant: str, device_samples: dict[str, list[float]], benchmark: Any
+) -> None:
+    """The test that every family of operations has."""
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info["budget_bytes"] = case.budget(direction)
+    replay(benchmark, device_samples[direction])
