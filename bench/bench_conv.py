@@ -114,7 +114,7 @@ def _check(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -
     return error
 
 
-def _operation(
+def staged(
     name: str, stage: Stage, memory_format: torch.memory_format = torch.channels_last, tf32: bool | None = True
 ) -> Operation:
     return Operation(
@@ -201,15 +201,15 @@ COUNTED: dict[str, Stage] = {
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        *(_operation(name, stage) for name, stage in FUSED.items()),
-        *(_operation(f"{name}_nchw", stage, torch.contiguous_format) for name, stage in FUSED.items()),
-        *(_operation(f"{name}_no_tf32", stage, tf32=False) for name, stage in FUSED.items()),
+        *(staged(name, stage) for name, stage in FUSED.items()),
+        *(staged(f"{name}_nchw", stage, torch.contiguous_format) for name, stage in FUSED.items()),
+        *(staged(f"{name}_no_tf32", stage, tf32=False) for name, stage in FUSED.items()),
         *(_plain_operation(function, PLAIN) for function in ("conv2d", "conv1d")),
     )
 }
 
 
-def _shape(stage: Stage, batch: int) -> tuple[int, ...]:
+def batch_of(stage: Stage, batch: int) -> tuple[int, ...]:
     return batch, stage.channels, stage.size, stage.size
 
 
@@ -218,14 +218,14 @@ def timed_cases(full: bool) -> list[Case]:
     stages = {**FUSED, "conv2d": PLAIN, "conv1d": PLAIN}
     quick = {f"conv_act_pool2d_{name}" for name in QUICK}
     usual = [
-        Case(OPERATIONS[name], dtype, size, _shape(stage, batch))
+        Case(OPERATIONS[name], dtype, size, batch_of(stage, batch))
         for dtype in DTYPES
         for size, batch in SIZES.items()
         for name, stage in stages.items()
         if full or (name in quick and batch == 32 and dtype is torch.bfloat16)
     ]
     others = [
-        Case(OPERATIONS[name + suffix], dtype, size, _shape(stage, batch))
+        Case(OPERATIONS[name + suffix], dtype, size, batch_of(stage, batch))
         for suffix, dtypes in (("_nchw", DTYPES), ("_no_tf32", (torch.float32,)))
         for dtype in dtypes
         for size, batch in SIZES.items()
@@ -235,9 +235,7 @@ def timed_cases(full: bool) -> list[Case]:
 
 
 def counted_cases() -> list[Case]:
-    return [
-        Case(_operation(name, stage), torch.float32, "counted", _shape(stage, 1)) for name, stage in COUNTED.items()
-    ]
+    return [Case(staged(name, stage), torch.float32, "counted", batch_of(stage, 1)) for name, stage in COUNTED.items()]
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-# Triton decides for its interpreter when it is imported, so this comes before anything that imports it.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fusednn_bench.where import TIMED
+
+# isort: split
 from fusednn_bench.protocol import Measured
 from fusednn_bench.results import InvalidResultError
 from fusednn_bench.run import ResumeError, Run
@@ -53,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _begin(config: pytest.Config) -> Run:
     from fusednn.kernels import INTERPRETING
 
-    timed, full = torch.cuda.is_available() and not INTERPRETING, config.getoption("full")
+    timed, full = TIMED and not INTERPRETING, config.getoption("full")
     limit = config.getoption("time_limit")
     try:
         return Run(

@@ -29,7 +29,6 @@ sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not in
 
 import bench_activation
 import bench_optimizer
-import gpu_run
 import parameter_lists
 from fusednn_bench import ceilings, contest, protocol, replay, steps, timing, validity
 from fusednn_bench.cases import Case, make_inputs
@@ -406,52 +405,3 @@ def test_counting_run_end_to_end(tmp_path: Path) -> None:
     counted = json.loads(file.read_text())
     assert [case["bytes"] / case["elements"] for case in counted["cases"]] == [4.125, 4.125, 4.0, 6.0]
     assert [case["launches"] for case in counted["cases"]] == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "names", "selection"),
-    [
-        ({}, ["install", "tests", "bench"], "--quick"),
-        ({"tests": False}, ["install", "bench"], "--quick"),
-        ({"rest": True}, ["install", "bench"], "--full"),
-    ],
-)
-def test_gpu_run_stays_within_eight_minutes(
-    arguments: dict[str, bool], names: list[str], selection: str, tmp_path: Path
-) -> None:
-    steps = gpu_run.steps(tmp_path, **arguments)
-    assert [step.name for step in steps] == names
-    assert 400 < sum(step.limit + gpu_run.GRACE_SECONDS for step in steps) < 470
-    assert selection in steps[-1].command
-    assert f"--resume={tmp_path / gpu_run.RESULT}" in steps[-1].command
-    limits = [float(part.partition("=")[2]) for part in steps[-1].command if part.startswith("--time-limit=")]
-    assert limits[0] + 30 < steps[-1].limit  # the last case that is begun ends in time
-
-
-@pytest.mark.parametrize(
-    ("code", "limit", "expected"), [("print('done')", 20, 0), ("raise SystemExit(3)", 20, 3), ("input()", 0.5, None)]
-)
-def test_gpu_run_step(code: str, limit: float, expected: int | None, tmp_path: Path) -> None:
-    if expected is None:
-        code = "import time; time.sleep(60)"
-    outcome = gpu_run.run_step(gpu_run.Step("step", (sys.executable, "-c", code), limit), tmp_path, {})
-    assert outcome.code == expected
-    assert outcome.passed == (expected == 0)
-    assert outcome.seconds < 15
-    assert "done" in (tmp_path / "step.log").read_text() or expected != 0
-
-
-def test_gpu_run_goes_on_after_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    python = (sys.executable, "-c")
-    first = gpu_run.Step("tests", (*python, "raise SystemExit(1)"), 20)
-    second = gpu_run.Step("bench", (*python, "print('measured')"), 20)
-    monkeypatch.setattr(gpu_run, "steps", lambda folder, **_: [first, second])
-    monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: True)
-    assert gpu_run.main([str(tmp_path / "run")]) == 1
-    assert "measured" in capsys.readouterr().out
-    outcomes = json.loads((tmp_path / "run" / "steps.json").read_text())
-    assert [outcome["code"] for outcome in outcomes] == [1, 0]
-    monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: False)
-    assert gpu_run.main([str(tmp_path)]) == 2

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .goals import OUTCOMES, Goal, judge
+from .gpu_tables import counters_table, next_steps, predictions_table, thresholds_table
 from .tables import compiled_table, counted_tables, markdown_table, network_table, predicted_table, slower, timed_tables
 
 __all__ = ["render", "summary"]
 
 Results = Mapping[str, Mapping[str, Any]]  # by the name of the file
 
-_ORDER = ("timed", "counted", "predicted", "compiled")
+_ORDER = ("timed", "thresholds", "counters", "counted", "predicted", "compiled")
 
 
 def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
@@ -29,6 +30,10 @@ def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) 
         if result["left_out"]:
             rows = [(item["case"], item["contestant"] or "all", item["reason"]) for item in result["left_out"]]
             parts += ["### Left out", markdown_table(("case", "contestant", "reason"), rows)]
+    if against := predictions_table(results):
+        parts += ["## Measured over predicted device time: median (lowest to highest)", against]
+    if steps := next_steps(results, goals):
+        parts += ["## What to do next, the worst first", "\n".join(f"1. {step}" for step in steps)]
     parts += ["## Goals", _goals(results, goals)]
     return "\n\n".join(parts) + "\n"
 
@@ -126,7 +131,36 @@ def _compiled(result: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
-_SECTIONS = {"timed": _timed, "counted": _counted, "predicted": _predicted, "compiled": _compiled}
+def _thresholds(result: Mapping[str, Any], name: str) -> str:
+    parts = [
+        "## Thresholds",
+        "Two ways to compute the same, on both sides of the size at which the library takes one for the other. Device "
+        "time, and for small tensors host time beside it. A ratio below 1: the second way is faster.",
+        _origin(result, name),
+        thresholds_table(result["cases"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _counters(result: Mapping[str, Any], name: str) -> str:
+    parts = [
+        "## What the GPU counts",
+        "By Nsight Compute, of one call forward and backward, with cold caches. A ratio above 1: the kernels move more "
+        "than they must.",
+        _origin(result, name),
+        counters_table(result["cases"]),
+    ]
+    return "\n\n".join(parts)
+
+
+_SECTIONS = {
+    "thresholds": _thresholds,
+    "counters": _counters,
+    "timed": _timed,
+    "counted": _counted,
+    "predicted": _predicted,
+    "compiled": _compiled,
+}
 
 
 def _count(results: Results, goals: Sequence[Goal]) -> str:

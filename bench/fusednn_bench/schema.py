@@ -15,8 +15,9 @@ __all__ = ["FEWEST_SAMPLES", "KINDS", "SAMPLED", "SCHEMA_VERSION", "case_key", "
 SCHEMA_VERSION = 2
 
 #: ``timed`` on a GPU; ``counted`` in Triton's interpreter; ``predicted`` from counts and a machine's rates;
-#: ``compiled``: what the compiler says of each kernel.
-KINDS = ("timed", "counted", "predicted", "compiled")
+#: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
+#: one for the other; ``counters``: what the GPU itself counts of each launch.
+KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters")
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.
 SAMPLED = ("device", "host", "wall")
@@ -31,6 +32,8 @@ _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "timed": (("calls_per_sample", "sets"), ("budget_bytes", "peak_bytes", "kept_bytes", "error_epsilons")),
     "counted": (("bytes", "launches", "elements"), ("kernel_launches", "aten_operations")),
     "predicted": (("bytes", "predicted_us"), ("operations",)),
+    "thresholds": (("device_us",), ("host_us",)),
+    "counters": (("dram_bytes", "duration_us"), ("issue_percent", "bank_conflicts")),
     "compiled": (("registers", "threads"), ("occupancy", "spills", "shared_bytes", "access_bits")),
 }
 

@@ -1,0 +1,133 @@
+"""Where one of our two ways becomes the faster one: ``python bench/thresholds.py QUESTION -o FILE``.
+
+Both ways are timed on each side of the place where the library changes over, by giving its answer for it.  ``small``
+asks from which size on a kernel of ours is faster than stock's, on the host and on the device together.  ``FILE`` holds
+all questions; the one that is asked again is replaced.  Without a GPU bytes are counted in the place of times.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+BENCH = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCH))
+
+from fusednn_bench.where import TIMED
+
+# isort: split
+from fusednn_bench.cases import Case
+from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
+from fusednn_bench.measure import count, hold
+from fusednn_bench.protocol import Effort
+from fusednn_bench.quantiles import median
+from fusednn_bench.results import load_result, new_result, save_result
+from fusednn_bench.timing import DeviceTimer
+
+_EFFORT = Effort(warmup_rounds=1, large_rounds=6, small_rounds=10, host_rounds=10)
+
+
+@dataclass(frozen=True)
+class Question:
+    """``predicate`` is the function of the library that answers; None where the contestants are ours and stock's."""
+
+    predicate: str | None
+    cases: tuple[Case, ...]
+
+
+def questions() -> dict[str, Question]:
+    conv, maxout = import_module("bench_conv"), import_module("bench_maxout")
+    return {
+        "conv": Question("fusednn.kernels.conv.takes_single", tuple(_convolutions(conv))),
+        "maxout": Question("fusednn.kernels.linear_maxout.takes_fused", tuple(_maxouts(maxout))),
+        "maxout_backward": Question("fusednn.kernels.linear_maxout.takes_fused_backward", tuple(_maxouts(maxout))),
+        "small": Question(None, tuple(_small())),
+    }
+
+
+def _convolutions(bench: Any) -> Iterator[Case]:
+    """Depths of 27 to 576, on both sides of what was predicted; windows side by side, and overlapping."""
+    for pool, padding in (((2, 2, 0), "plain"), ((3, 2, 1), "overlapping")):
+        for channels in (3, 8, 16, 32, 64):
+            stage = bench.Stage(channels, 112 if TIMED else 12, 64 if TIMED else 16, 3, padding=1, pool=pool)
+            operation = bench.staged(f"conv_depth_{9 * channels}_{padding}", stage)
+            yield Case(operation, torch.bfloat16, "threshold", bench.batch_of(stage, 32 if TIMED else 1))
+
+
+def _maxouts(bench: Any) -> Iterator[Case]:
+    for pieces in bench.PIECES:
+        for features in (256, 512, 1024, 2048, 4096) if TIMED else (32,):
+            operation = bench.OPERATIONS[f"maxout_linear_{pieces}"]
+            shape = (8192 if TIMED else 64, features)
+            yield Case(operation, torch.bfloat16, f"threshold_{features}", shape)
+
+
+def _small() -> Iterator[Case]:
+    names = {"bench_activation": ("relu", "gelu"), "bench_softmax": ("softmax",), "bench_batch_norm": ("batch_norm",)}
+    for module, wanted in names.items():
+        operations = import_module(module).OPERATIONS
+        for name in [name for name in operations if name in wanted]:
+            for rows in (2, 16, 128, 1024, 8192) if TIMED else (2,):
+                yield Case(operations[name], torch.bfloat16, f"threshold_{rows}", (rows, 1024))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Where one of our two ways becomes the faster one.")
+    parser.add_argument("question", choices=["conv", "maxout", "maxout_backward", "small"])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parsed = parser.parse_args(arguments)
+    result = _result(parsed.output)
+    result["cases"] = [record for record in result["cases"] if record["question"] != parsed.question]
+    question = questions()[parsed.question]
+    for case in question.cases:
+        for record in contest(case, question.predicate):
+            result["cases"].append({"question": parsed.question, **record})
+        save_result(result, parsed.output)
+    return 0
+
+
+def contest(case: Case, predicate: str | None) -> Iterator[dict[str, Any]]:
+    if predicate is None:
+        yield from _records(case, ("fusednn", "eager"))
+        return
+    for answer, name in ((True, "one kernel"), (False, "apart")):
+        with mock.patch(predicate, return_value=answer):
+            for record in _records(case, ("fusednn",)):
+                yield {**record, "contestant": name}
+
+
+def _records(case: Case, contestants: tuple[str, ...]) -> list[dict[str, Any]]:
+    if not TIMED:
+        return [record for record in count(case) if record["contestant"] in contestants]
+    timer = _timer()
+    records = []
+    for record in hold(case, timer, contestants, _EFFORT).records:
+        figures = {f"{name}_us": median(record[f"{name}_us"]) for name in ("device", "host") if record[f"{name}_us"]}
+        records.append({**record, "wall_us": 0.0, "host_us": 0.0, **figures})
+    return records
+
+
+@cache
+def _timer() -> DeviceTimer:
+    return DeviceTimer()
+
+
+def _result(output: Path) -> dict[str, Any]:
+    if output.exists():
+        return load_result(output)
+    kind = "thresholds" if TIMED else "counted"
+    return new_result(kind, describe_environment(), describe_sources(), describe_settings())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

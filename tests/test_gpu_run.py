@@ -1,0 +1,192 @@
+"""What is done in a quarter of an hour on a GPU: parts keep their time, whatever happens in one of them."""
+
+# ruff: noqa: E402
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import counters
+import gpu_run
+import thresholds
+from fusednn_bench.parts import QUESTIONS, Command, Machine, Part, parts
+from fusednn_bench.schedule import GRACE_SECONDS, Outcome, run_part, run_parts
+
+FAULTS = {
+    "hangs": "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)",
+    "crashes": "import os; os.abort()",
+    "fails": "print('E   one failed'); raise SystemExit(1)",
+}
+FAMILIES = ("activation", "pool")
+
+
+def command(name: str, code: str = "print('done')") -> Command:
+    return Command(name, (sys.executable, "-c", code))
+
+
+def run(part: Part, folder: Path, seconds: float = 30.0) -> list[Outcome]:
+    return run_part(part, part.commands, folder, {}, seconds)
+
+
+def test_the_first_call_reaches_the_benchmarks_and_two_reach_the_end() -> None:
+    planned = parts(Path("folder"), Machine(16), FAMILIES)
+    assert [part.name for part in planned[:3]] == ["smoke", "gpu-tests", "headline"]
+    assert sum(part.seconds for part in planned[:3]) < gpu_run.SECONDS - 60
+    assert sum(part.seconds for part in planned) < 2.5 * gpu_run.SECONDS
+    assert all(part.seconds > GRACE_SECONDS and part.commands for part in planned)
+    names = [one.name for part in planned for one in part.commands]
+    assert len(names) == len(set(names))  # logs are called after them
+
+
+def test_every_test_file_is_run_and_marked_ones_for_the_gpu_first() -> None:
+    planned = {part.name: part for part in parts(Path("folder"), Machine(16), FAMILIES)}
+    files = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    assert {Path(one.line[3]).name for one in planned["tests"].commands} == files
+    of_gpu = [one for one in planned["gpu-tests"].commands if one.line[2] == "pytest"]
+    assert {Path(one.line[3]).name for one in of_gpu} >= {"test_gpu.py", "test_batch_norm.py"}
+    assert all(one.line[4:6] == ("-m", "gpu") for one in of_gpu)
+
+
+@pytest.mark.parametrize(("code", "words"), [("print(1)", "passed"), ("raise SystemExit(5)", "passed")])
+def test_outcomes(code: str, words: str, tmp_path: Path) -> None:
+    (outcome,) = run(Part("part", "", (command("one", code),), 30), tmp_path)
+    assert outcome.words == words
+    assert outcome.passed
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("hangs", "out of time"), ("crashes", "killed by signal 6"), ("fails", "exit 1")]
+)
+def test_a_fault_leaves_its_neighbours_alone(fault: str, words: str, tmp_path: Path) -> None:
+    commands = (command("faulty", FAULTS[fault]), *(command(f"right-{i}") for i in range(3)))
+    started = time.monotonic()
+    outcomes = run(replace(Part("part", "", commands, 30, jobs=1), limit=3.0), tmp_path)
+    assert time.monotonic() - started < 20
+    assert {outcome.command: outcome.words for outcome in outcomes} == {
+        "faulty": words,
+        **{f"right-{i}": "passed" for i in range(3)},
+    }
+
+
+def test_a_part_ends_in_time_and_what_its_commands_began_with_it(tmp_path: Path) -> None:
+    child = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {FAULTS['hangs']!r}]); time.sleep(9)"
+    )
+    begun = (command("parent", child.replace("time.sleep(9)", "time.sleep(60)")), command("waits"))
+    started = time.monotonic()
+    outcomes = run(Part("part", "", begun, 30), tmp_path, GRACE_SECONDS + 2)
+    assert time.monotonic() - started < GRACE_SECONDS + 8
+    assert [(outcome.command, outcome.code) for outcome in outcomes] == [("parent", None)]  # the other wasn't begun
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
+    assert FAULTS["hangs"] not in [line.rpartition("-c ")[2] for line in listing.splitlines()]
+
+
+def test_a_missing_tool_is_an_outcome(tmp_path: Path) -> None:
+    (outcome,) = run(Part("part", "", (Command("tool", ("/nowhere/ncu",)),), 30), tmp_path)
+    assert (outcome.code, outcome.passed) == (127, False)
+    assert "nowhere" in (tmp_path / "tool.log").read_text()
+
+
+def test_a_second_call_goes_on_with_what_is_new_before_what_was_late(tmp_path: Path) -> None:
+    done = [Outcome("part", "passed", 0, 1.0), Outcome("part", "failed", 1, 1.0), Outcome("part", "late", None, 9.0)]
+    ran = tmp_path / "ran"
+    note = f"print(file=open({str(ran)!r}, 'a'), *__import__('sys').argv[1:])"
+    commands = tuple(
+        Command(name, (sys.executable, "-c", note, name)) for name in ("late", "passed", "failed", "new", "newer")
+    )
+    outcomes = run_parts([Part("part", "", commands, 60)], tmp_path, {}, 60, done)
+    assert ran.read_text().split() == ["new", "newer", "late"]
+    assert {one.command: one.code for one in outcomes} == {"passed": 0, "failed": 1, "late": 0, "new": 0, "newer": 0}
+
+
+PARTS = [part.name for part in parts(Path("folder"), Machine(2), FAMILIES)]
+
+
+@pytest.mark.parametrize("fault", [pytest.param("hangs", marks=pytest.mark.thorough), "crashes", "fails"])
+def test_a_fault_in_each_part_leaves_all_other_results(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Planted before every part's own commands, which are replaced by one that takes no time."""
+    folder = tmp_path / fault
+    planned = []
+    for part in parts(folder, Machine(2), FAMILIES):
+        right = command(f"{part.name}-right", f"open({str(folder / part.name)!r}, 'w').write('kept')")
+        planned.append(
+            replace(part, commands=(command(f"{part.name}-faulty", FAULTS[fault]), right), jobs=1, limit=3.0)
+        )
+    code = gpu_run.call(planned, folder, None, Machine(2), {}, 120)
+    assert code == 1
+    summary = json.loads((folder / gpu_run.SUMMARY).read_text())
+    codes = {one["command"]: one["code"] for one in summary["outcomes"]}
+    expected = {"hangs": None, "crashes": -6, "fails": 1}[fault]
+    assert codes == {**{f"{name}-right": 0 for name in PARTS}, **{f"{name}-faulty": expected for name in PARTS}}
+    assert all((folder / name).read_text() == "kept" for name in PARTS)
+    assert set(summary["failed"]) == {f"{name}-faulty" for name in PARTS}
+    assert "smoke-faulty" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "_has_gpu", lambda environment: False)
+    assert gpu_run.main([str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_counters_are_read_from_nsight_computes_lines() -> None:
+    listing = """==PROF== Connected
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","relu","dram__bytes_read.sum","Mbyte","1.5"
+"0","relu","dram__bytes_write.sum","Kbyte","500"
+"0","relu","gpu__time_duration.sum","ns","2,500"
+"0","relu","smsp__issue_active.avg.pct_of_peak_sustained_active","%","41.5"
+"1","pool","l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum","","7"
+"""
+    (relu, first), (pool, second) = counters.parse(listing)
+    assert (relu, pool) == ("relu", "pool")
+    assert first == {"dram_bytes": 2e6, "duration_us": 2.5, "issue_percent": 41.5, "bank_conflicts": 0.0}
+    assert second["bank_conflicts"] == 7
+
+
+@pytest.mark.interpreter
+def test_thresholds_give_both_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = thresholds.questions()
+    assert set(asked) == set(QUESTIONS)
+    question = asked["maxout"]
+    records = list(thresholds.contest(question.cases[0], question.predicate))
+    launches = {
+        name: sum(record["kernel_launches"] for record in records if record["contestant"] == name)
+        for name in ("one kernel", "apart")
+    }
+    operations = {
+        name: sum(record["aten_operations"] for record in records if record["contestant"] == name)
+        for name in ("one kernel", "apart")
+    }
+    assert launches != operations
+    assert operations["one kernel"] < operations["apart"]  # whose product is PyTorch's
+
+
+@pytest.mark.thorough
+@pytest.mark.stock
+def test_rehearsal(tmp_path: Path) -> None:
+    """The first command of every part, as on a GPU; twice, the second time from a copy of what came back."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    line = [sys.executable, str(BENCH / "gpu_run.py"), "--rehearse", "--scale=0.1", "--most=1"]
+    for folder, more in ((first, []), (second, ["--after", str(first)])):
+        started = time.monotonic()
+        done = subprocess.run([*line, str(folder), *more], capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr
+        assert time.monotonic() - started < 8 * 25 + 60
+        assert len(list(folder.iterdir())) <= 8
+    summaries = [json.loads((folder / gpu_run.SUMMARY).read_text()) for folder in (first, second)]
+    codes = [{one["command"]: one["code"] for one in summary["outcomes"]} for summary in summaries]
+    assert all(summary["rehearsal"] for summary in summaries)
+    assert {one["part"] for one in summaries[0]["outcomes"]} == set(PARTS)
+    # Out of time, on a busy machine, but never wrong; and nothing that ended is run again.
+    assert all(code in (None, 0, 5) for code in codes[1].values()), summaries[1]["failed"]
+    assert all(codes[1][name] == code for name, code in codes[0].items() if code is not None)
