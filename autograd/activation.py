@@ -19,6 +19,7 @@ from ..kernels.functions.activation import ACTIVATIONS, IDENTITY, Activated, act
 from . import stock as F
 from .anchors import anchors_of
 from .dispatch import autocast_dtype, is_number, takes_kernel
+from .gradients import LinearGradient, stock_gradients
 from .operators import operator
 
 __all__ = [
@@ -100,7 +101,7 @@ def _backward(g: Tensor, saved: Tensor, name: str, a: float, b: float) -> Tensor
     " -> Tensor",
     fake=lambda g, mask, seed, strides, name, a, b: g.new_empty_strided(g.shape, strides),
 )
-def _masked_backward(
+def masked_backward(
     g: Tensor, mask: Tensor, seed: Tensor | None, strides: Sequence[int], name: str, a: float, b: float
 ) -> Tensor:
     if seed is not None:
@@ -141,30 +142,10 @@ class MaskedActivation(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         mask, seed = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dx = MaskedGradient.apply(g, mask, seed, ctx.arguments, *ctx.anchors)
+            dx = LinearGradient.apply(g, mask, seed, masked_backward, ctx.arguments, *ctx.anchors)
         else:
-            dx = _masked_backward(g, mask, seed, *ctx.arguments)
+            dx = masked_backward(g, mask, seed, *ctx.arguments)
         return dx, None, None, None, None
-
-
-class MaskedGradient(Function):
-    """The gradient of `MaskedActivation` as a differentiable function: its derivative is the same mask again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, mask: Tensor, seed: Tensor | None, arguments: tuple[Any, ...], *anchors: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(mask, seed)
-        ctx.arguments = arguments
-        ctx.anchors = anchors
-        result: Tensor = _masked_backward(g, mask, seed, *arguments)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        mask, seed = ctx.saved_tensors
-        dg = MaskedGradient.apply(gg, mask, seed, ctx.arguments, *ctx.anchors)
-        return dg, None, None, None, *map(torch.zeros_like, ctx.anchors)
 
 
 class SavedActivation(Function):
@@ -241,9 +222,8 @@ def differentiable_gradient(g: Tensor, saved: Tensor, activation: Activated, kep
     row, a, b = activation
     if kept == "output":
         return _STOCK_GRADIENT[row.name](g, saved, a, b)
-    with torch.enable_grad():
-        y = stock_activation(saved, activation)
-    (dx,) = torch.autograd.grad(y, saved, g, create_graph=True)
+    dx: Tensor
+    (dx,) = stock_gradients(lambda x: stock_activation(x, activation), (saved,), (True,), g)
     return dx
 
 

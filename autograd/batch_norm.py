@@ -19,8 +19,8 @@ from ..kernels.functions.activation import IDENTITY, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .dispatch import is_number, takes_kernel
+from .gradients import stock_gradients
 from .operators import operator
-from .stock_gradients import stock_gradients
 
 __all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "begin_batch_norm", "channel_statistics"]
 
@@ -48,16 +48,11 @@ def statistics(
     )
 
 
-@operator(
+merge_statistics = operator(
     "batch_norm_merge(Tensor partial, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
     " float momentum) -> (Tensor, Tensor)",
     fake=lambda partial, *_: (torch.empty_like(partial[0, 0]), torch.empty_like(partial[0, 0])),
-)
-def merge_statistics(
-    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, from (parts, 3, channels): count, mean, sum of squared deviations."""
-    return batch_norm_statistics.merge_statistics(partial, running_mean, running_var, batches, momentum)
+)(batch_norm_statistics.merge_statistics)
 
 
 @operator(
@@ -226,14 +221,15 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             vectors = (mean, variance, weight, bias, eps)
             _, slopes = reduce(torch.ones_like(g), x, None, mask, *vectors, *activation.arguments)
         g, activation = g * slopes, IDENTITY
-    with torch.enable_grad():
-        if training:
-            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-        else:
-            dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
-            y = F.batch_norm(x, mean.to(dtype), variance.to(dtype), weight, bias, False, 0.0, eps)
-        y = apply_activation(y, residual, activation)
-    dx, dresidual, dweight, dbias = stock_gradients(y, (x, residual, weight, bias), ctx.needs_input_grad[:4], g)
+    dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
+    mean, variance = (None if training else vector.to(dtype) for vector in (mean, variance))
+
+    def norm_act(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = F.batch_norm(x, mean, variance, weight, bias, training, 0.0, eps)
+        return apply_activation(y, residual, activation)
+
+    operands = (x, residual, weight, bias)
+    dx, dresidual, dweight, dbias = stock_gradients(norm_act, operands, ctx.needs_input_grad[:4], g)
     if residual is None and ctx.needs_input_grad[1]:
         dresidual = g
     if bias is None and ctx.needs_input_grad[3]:

@@ -15,8 +15,8 @@ from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .anchors import anchors_of
 from .dispatch import autocast_dtype, takes_kernel
+from .gradients import LinearGradient, stock_gradients
 from .operators import operator
-from .stock_gradients import stock_gradients
 
 __all__ = ["bias_activation_dropout", "linear_activation_dropout"]
 
@@ -131,7 +131,7 @@ class BiasActivationDropout(Function):
         elif not torch.is_grad_enabled():
             dx, db = _backward(g, saved, None if ctx.added else bias, seed, *arguments, needs_db)
         elif activation.saves == "mask":
-            dx = MaskedGradient.apply(g, saved, seed, arguments, *ctx.anchors)
+            dx = LinearGradient.apply(g, saved, seed, _masked_gradient, arguments, *ctx.anchors)
             db = dx.sum([other for other in range(dx.dim()) if other != dim])
         else:
             if ctx.added and bias is not None:
@@ -145,25 +145,11 @@ class BiasActivationDropout(Function):
         )
 
 
-class MaskedGradient(Function):
-    """The gradient of the input where bits are saved, linear in that of the output: its derivative is itself again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, mask: Tensor, seed: Tensor | None, arguments: tuple[Any, ...], *anchors: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(mask, seed)
-        ctx.arguments = arguments
-        ctx.anchors = anchors
-        dx: Tensor
-        dx, _ = _backward(g, mask, None, seed, *arguments, False)
-        return dx
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-        mask, seed = ctx.saved_tensors
-        dg = MaskedGradient.apply(gg, mask, seed, ctx.arguments, *ctx.anchors)
-        return dg, None, None, None, *map(torch.zeros_like, ctx.anchors)
+def _masked_gradient(g: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
+    """The gradient of the input where bits are saved, linear in that of the output."""
+    dx: Tensor
+    dx, _ = _backward(g, mask, None, seed, *arguments, False)
+    return dx
 
 
 def _differentiable_gradients(
@@ -177,9 +163,10 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the input and the bias, from stock operators that can be differentiated again."""
     noise, _ = _forward(torch.ones_like(x), None, None, seed, "relu", 0.0, 0.0, p, dim, False)
-    with torch.enable_grad():
-        y = stock_activation(_biased(x, bias, dim), activation) * noise
-    dx, db = stock_gradients(y, (x, bias), [t is not None and t.requires_grad for t in (x, bias)], g)
+    needed = [t is not None and t.requires_grad for t in (x, bias)]
+    dx, db = stock_gradients(
+        lambda x, bias: stock_activation(_biased(x, bias, dim), activation) * noise, (x, bias), needed, g
+    )
     return dx, db
 
 

@@ -30,8 +30,8 @@ from .batch_norm import backward as norm_backward
 from .batch_norm import reduce as norm_reduce
 from .conv import conv_act_pool2d, conv_statistics2d
 from .dispatch import takes_kernel
+from .gradients import stock_gradients
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
-from .stock_gradients import stock_gradients
 
 __all__ = ["batch_norm_act_pool2d", "conv_batch_norm_act2d"]
 
@@ -71,11 +71,13 @@ class BatchNormActPool(Function):
         eps, activation, window = ctx.arguments
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            with torch.enable_grad():
+
+            def chained(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
                 y = apply_activation(y, residual, activation)
-                y = F.max_pool2d(y, window.kernel, window.stride, window.padding)
-            return *stock_gradients(y, (x, residual, weight, bias), needed, g), None, None, None, None, None
+                return F.max_pool2d(y, window.kernel, window.stride, window.padding)
+
+            return *stock_gradients(chained, (x, residual, weight, bias), needed, g), None, None, None, None, None
         _, channels_last = images(x)
         dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, *activation.arguments, *window, False)
         dx, dweight, dbias = None, None, None

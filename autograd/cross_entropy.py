@@ -15,9 +15,9 @@ from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.cross_entropy import Reduction
 from . import stock as F
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, takes_kernel
+from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import given, operator
-from .stock_gradients import stock_gradients
 
 __all__ = ["cross_entropy"]
 
@@ -138,9 +138,9 @@ class CrossEntropy(Function):
         dx: Tensor | None
         dtarget: Tensor | None
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                loss = _stock(x, target, weight, reduction, ignore_index, smoothing).to(g.dtype)
-            dx, dtarget = stock_gradients(loss, (x, target), needed, g)
+            dx, dtarget = stock_gradients(
+                lambda x, target: _stock(x, target, weight, *ctx.arguments).to(g.dtype), (x, target), needed, g
+            )
         else:
             if statistics is None:
                 statistics = x.new_empty(0, dtype=ACCUMULATOR[x.dtype])

@@ -9,7 +9,7 @@ from torch.autograd import Function
 from ..kernels.base.random import with_seed
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
-from .dropout import DropoutGradient, apply_dropout, probability_refusal
+from .dropout import apply_dropout, dropout_gradient, probability_refusal
 
 __all__ = ["drop_connect_linear"]
 
@@ -39,7 +39,7 @@ class DropConnectLinear(Function):
         rows = g.reshape(-1, g.shape[-1])
         if needed[1]:
             dw = rows.t() @ x.reshape(-1, x.shape[-1])
-            dw = DropoutGradient.apply(dw, seed, torch.empty_like(weight).stride(), ctx.p, False, 0)
+            dw = dropout_gradient(dw, seed, torch.empty_like(weight).stride(), ctx.p, False, 0)
         if needed[2]:
             db = rows.sum(0)
         return dx, dw, db, None, None, None

@@ -4,7 +4,6 @@ Nothing is saved but a seed of 8 bytes: the backward pass draws the same mask ag
 ``torch.manual_seed``, but are others than stock draws.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..kernels.base.layout import is_dense
 from ..kernels.base.random import with_seed
 from . import stock as F
 from .dispatch import takes_kernel
+from .gradients import LinearGradient
 from .operators import operator
 
 __all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
@@ -23,12 +23,10 @@ __all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "f
 # ``leading`` dimensions have one random number for all the elements that share their indices; 0: each has its own.
 
 
-@operator(
+_forward = operator(
     "dropout(Tensor x, Tensor seed, float p, bool alpha, int leading) -> Tensor",
-    fake=lambda x, seed, p, alpha, leading: torch.empty_like(x),
-)
-def _forward(x: Tensor, seed: Tensor, p: float, alpha: bool, leading: int) -> Tensor:
-    return kernels.dropout_forward(x, seed, p, alpha, leading)
+    fake=lambda x, *_: torch.empty_like(x),
+)(kernels.dropout_forward)
 
 
 @operator(
@@ -39,12 +37,20 @@ def _forward_inplace(x: Tensor, seed: Tensor, p: float, alpha: bool, leading: in
     kernels.dropout_forward(x, seed, p, alpha, leading, inplace=True)
 
 
-@operator(
+_backward = operator(
     "dropout_backward(Tensor g, Tensor seed, SymInt[] strides, float p, bool alpha, int leading) -> Tensor",
-    fake=lambda g, seed, strides, p, alpha, leading: g.new_empty_strided(g.shape, strides),
-)
-def _backward(g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool, leading: int) -> Tensor:
-    return kernels.dropout_backward(g, seed, strides, p, alpha, leading)
+    fake=lambda g, seed, strides, *_: g.new_empty_strided(g.shape, strides),
+)(kernels.dropout_backward)
+
+
+def dropout_gradient(g: Tensor, seed: Tensor, *arguments: Any) -> Tensor:
+    """``arguments``: strides, p, alpha and leading."""
+    dx: Tensor
+    if torch.is_grad_enabled():
+        dx = LinearGradient.apply(g, None, seed, lambda g, _, *rest: _backward(g, *rest), arguments)
+    else:
+        dx = _backward(g, seed, *arguments)
+    return dx
 
 
 class Dropout(Function):
@@ -65,26 +71,7 @@ class Dropout(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (seed,) = ctx.saved_tensors
-        dx = DropoutGradient.apply(g, seed, *ctx.arguments)
-        return dx, None, None, None, None, None
-
-
-class DropoutGradient(Function):
-    """The gradient of `Dropout`, linear in that of the output: its derivative is the same mask again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool, leading: int
-    ) -> Tensor:
-        ctx.save_for_backward(seed)
-        ctx.arguments = (strides, p, alpha, leading)
-        dx: Tensor = _backward(g, seed, strides, p, alpha, leading)
-        return dx
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (seed,) = ctx.saved_tensors
-        return DropoutGradient.apply(gg, seed, *ctx.arguments), None, None, None, None, None
+        return dropout_gradient(g, seed, *ctx.arguments), None, None, None, None, None
 
 
 def probability_refusal(p: object, training: object) -> str | None:

@@ -17,11 +17,11 @@ from . import stock as F
 from .chunked_cross_entropy import Options, chunked_cross_entropy
 from .cross_entropy import refusal_of
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, in_low_precision, takes_kernel, transform_refusal
+from .gradients import stock_gradients
 from .operators import operator
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
-from .stock_gradients import stock_gradients
 
 __all__ = ["linear_cross_entropy"]
 
@@ -150,16 +150,11 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     """Gradients of input, weight and bias from stock operators, with all logits at once."""
     *operands, target, weight = ctx.saved_tensors[:5]
     reduction, ignore_index, smoothing = ctx.arguments
-    with torch.enable_grad():
-        logits = _logits(*operands)
-        loss = F.cross_entropy(
-            logits,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=smoothing,
-        ).to(g.dtype)
+    options: Any = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+
+    def loss(*operands: Any) -> Tensor:
+        return F.cross_entropy(_logits(*operands), target, weight, **options).to(g.dtype)
+
     return stock_gradients(loss, operands, ctx.needs_input_grad[:3], g)
 
 

@@ -11,6 +11,7 @@ from ..kernels import nll_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
 from . import stock as F
 from .dispatch import in_single_precision, is_integer, takes_kernel
+from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
 
@@ -49,21 +50,11 @@ def _reduced(
         return loss, loss.new_empty((), dtype=torch.float64)
 
 
-@operator(
+_backward = operator(
     "nll_loss_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor? weight_total, int ignore_index,"
     " str reduction) -> Tensor",
-    fake=lambda g, x, target, weight, weight_total, ignore_index, reduction: kernels.zero_gradient(x),
-)
-def _backward(
-    g: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    weight_total: Tensor | None,
-    ignore_index: int,
-    reduction: kernels.Reduction,
-) -> Tensor:
-    return kernels.nll_loss_backward(g, x, target, weight, weight_total, ignore_index, reduction)
+    fake=lambda g, x, *_: kernels.zero_gradient(x),
+)(kernels.nll_loss_backward)
 
 
 class NLLLoss(Function):
@@ -87,10 +78,8 @@ class NLLLoss(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, target, weight, weight_total = ctx.saved_tensors
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                # Contiguous: in four dimensions stock's own gradient refuses every other layout.
-                loss = _stock(x.contiguous(), target, weight, *ctx.arguments)
-            (dx,) = torch.autograd.grad(loss, x, g, create_graph=True)
+            # Contiguous: in four dimensions stock's own gradient refuses every other layout.
+            (dx,) = stock_gradients(lambda x: _stock(x.contiguous(), target, weight, *ctx.arguments), (x,), (True,), g)
         else:
             dx = _backward(g, x, target, weight, weight_total, *ctx.arguments)
         return dx, None, None, None, None

@@ -17,9 +17,9 @@ from ..kernels.base.launch import DeviceAssertionError
 from ..kernels.functions.loss import LOSSES, Reduction
 from . import stock as F
 from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, takes_kernel
+from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
-from .stock_gradients import stock_gradients
 
 __all__ = [
     "binary_cross_entropy",
@@ -108,32 +108,12 @@ def _reduced(
         return loss, loss.new_empty((), dtype=torch.float64)
 
 
-@operator(
+_backward = operator(
     "pointwise_loss_backward(Tensor g, Tensor x, Tensor target, Tensor? weight, Tensor? positive_weight,"
     " Tensor? weight_total, str name, float a, float b, str reduction, bool wants_dx, bool wants_dt)"
     " -> (Tensor, Tensor)",
-    fake=lambda g, x, target, weight, positive_weight, weight_total, name, a, b, reduction, wants_dx, wants_dt: (
-        torch.empty_like(x) if wants_dx else x.new_empty(0),
-        torch.empty_like(x) if wants_dt else x.new_empty(0),
-    ),
-)
-def _backward(
-    g: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    positive_weight: Tensor | None,
-    weight_total: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    reduction: Reduction,
-    wants_dx: bool,
-    wants_dt: bool,
-) -> tuple[Tensor, Tensor]:
-    return kernels.pointwise_loss_backward(
-        g, x, target, weight, positive_weight, weight_total, name, a, b, reduction, wants_dx, wants_dt
-    )
+    fake=lambda g, x, *rest: tuple(torch.empty_like(x) if wants else x.new_empty(0) for wants in rest[-2:]),
+)(kernels.pointwise_loss_backward)
 
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
@@ -166,9 +146,12 @@ class PointwiseLoss(Function):
         dx: Tensor | None
         dt: Tensor | None
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                loss = _stock_loss(x, target, weight, positive_weight, *ctx.arguments)
-            dx, dt = stock_gradients(loss, (x, target), (wants_dx, wants_dt), g)
+            dx, dt = stock_gradients(
+                lambda x, target: _stock_loss(x, target, weight, positive_weight, *ctx.arguments),
+                (x, target),
+                (wants_dx, wants_dt),
+                g,
+            )
         else:
             dx, dt = _backward(g, x, target, weight, positive_weight, weight_total, *ctx.arguments, wants_dx, wants_dt)
         return dx if wants_dx else None, dt if wants_dt else None, None, None, None, None, None, None

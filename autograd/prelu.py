@@ -9,23 +9,19 @@ from torch.autograd import Function
 from ..kernels import prelu as kernels
 from . import stock as F
 from .dispatch import in_low_precision, takes_kernel
+from .gradients import stock_gradients
 from .operators import operator
-from .stock_gradients import stock_gradients
 
 __all__ = ["prelu"]
 
 
-@operator("prelu(Tensor x, Tensor weight) -> Tensor", fake=lambda x, weight: torch.empty_like(x))
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    return kernels.prelu_forward(x, weight)
-
-
-@operator(
+_forward = operator("prelu(Tensor x, Tensor weight) -> Tensor", fake=lambda x, weight: torch.empty_like(x))(
+    kernels.prelu_forward
+)
+_backward = operator(
     "prelu_backward(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)",
     fake=lambda g, x, weight: (torch.empty_like(x), torch.empty_like(weight)),
-)
-def _backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels.prelu_backward(g, x, weight)
+)(kernels.prelu_backward)
 
 
 class PReLU(Function):
@@ -41,9 +37,7 @@ class PReLU(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                y = F.prelu(x, weight)
-            dx, dw = stock_gradients(y, (x, weight), ctx.needs_input_grad, g)
+            dx, dw = stock_gradients(F.prelu, (x, weight), ctx.needs_input_grad, g)
         else:
             dx, dw = _backward(g, x, weight)
         return dx if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None

@@ -20,17 +20,13 @@ from .operators import operator
 __all__ = ["log_softmax", "softmax", "softmin"]
 
 
-@operator("softmax(Tensor x, int dim, str kind) -> Tensor", fake=lambda x, dim, kind: torch.empty_like(x))
-def _forward(x: Tensor, dim: int, kind: str) -> Tensor:
-    return kernels.softmax_forward(x, dim, kind)
-
-
-@operator(
+_forward = operator("softmax(Tensor x, int dim, str kind) -> Tensor", fake=lambda x, dim, kind: torch.empty_like(x))(
+    kernels.softmax_forward
+)
+_backward = operator(
     "softmax_backward(Tensor g, Tensor y, int dim, str kind) -> Tensor",
     fake=lambda g, y, dim, kind: torch.empty_like(y),
-)
-def _backward(g: Tensor, y: Tensor, dim: int, kind: str) -> Tensor:
-    return kernels.softmax_backward(g, y, dim, kind)
+)(kernels.softmax_backward)
 
 
 class Softmax(Function):

@@ -11,23 +11,19 @@ from ..kernels import standout as kernels
 from ..kernels.base.random import with_seed
 from ..kernels.base.tiles import mask_bytes
 from . import stock as F
-from .activation import MaskedGradient
+from .activation import masked_backward
 from .anchors import anchors_of
 from .dispatch import is_number, takes_kernel
+from .gradients import LinearGradient
 from .operators import operator
 
 __all__ = ["standout"]
 
 
-@operator(
+_forward = operator(
     "standout(Tensor x, Tensor belief, Tensor seed, float alpha, float beta) -> (Tensor, Tensor)",
-    fake=lambda x, belief, seed, alpha, beta: (
-        torch.empty_like(x),
-        x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8),
-    ),
-)
-def _forward(x: Tensor, belief: Tensor, seed: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    return kernels.standout_forward(x, belief, seed, alpha, beta)
+    fake=lambda x, *_: (torch.empty_like(x), x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)),
+)(kernels.standout_forward)
 
 
 class Standout(Function):
@@ -47,7 +43,8 @@ class Standout(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (mask,) = ctx.saved_tensors
-        dx = MaskedGradient.apply(g, mask, None, (ctx.strides, "relu", 0.0, 0.0), *ctx.anchors)
+        arguments = (ctx.strides, "relu", 0.0, 0.0)
+        dx = LinearGradient.apply(g, mask, None, masked_backward, arguments, *ctx.anchors)
         return dx, None, None, None, None, None
 
 
