@@ -18,8 +18,8 @@ def scalar(value, dtype: tl.constexpr):
 
 @triton.jit
 def widen(x, dtype: tl.constexpr):
-    """``x`` in the type that arithmetic is done in: float32, or float64 for float64."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
+    """``x`` in the type that arithmetic is done in: float32, or float64 for float64.  Or in its own: ``x`` itself."""
+    if INTERPRETED and x.dtype == tl.bfloat16 and dtype != tl.bfloat16:
         # The interpreter holds bfloat16 as 16-bit integers and converts subnormals wrongly; their bits are a float32's
         # upper half.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(dtype)
