@@ -38,11 +38,11 @@ help: ## list the targets
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo,models]'
 	touch $@
 
-# torchvision's wheels are built for CUDA: beside a CPU build of torch their import fails, and with it transformers'.  So
-# they stay out of the environment; tests of torchvision's networks find them here, and declare what is missing.
-.build/torchvision/.complete: .venv/.complete
-	rm -rf .build/torchvision
-	.venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --target .build/torchvision torchvision
+# torchvision's wheels are built for CUDA: beside a CPU build of torch their import fails, and with it transformers' and
+# timm's.  So they stay out of the environment; tests of their networks find them here, and declare what is missing.
+.build/models/.complete: .venv/.complete
+	rm -rf .build/models
+	.venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --target .build/models timm torchvision
 	touch $@
 
 .venv-oldest/.complete: pyproject.toml constraints-oldest.txt
@@ -102,9 +102,9 @@ test-compiled: .venv/.complete ## tests of kernels, compiled, on the virtual GPU
 	FUSEDNN_VGPU=90 $(call pytest,.venv,compiled and not thorough) tests/test_vgpu_checks.py tests/test_compiled.py \
 		-k "products or conv or linear"
 
-test-thorough: .venv/.complete .build/torchvision/.complete ## what `make test` leaves out for time
-	PYTHONPATH=.build/torchvision TRITON_INTERPRET=1 $(call pytest,.venv,thorough)
-	PYTHONPATH=.build/torchvision TRITON_INTERPRET=0 $(call pytest,.venv,thorough)
+test-thorough: .venv/.complete .build/models/.complete ## what `make test` leaves out for time
+	PYTHONPATH=.build/models TRITON_INTERPRET=1 $(call pytest,.venv,thorough)
+	PYTHONPATH=.build/models TRITON_INTERPRET=0 $(call pytest,.venv,thorough)
 	FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough)
 
 test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton

@@ -245,7 +245,7 @@ def resolve_activation(name: str | None, parameters: Sequence[float] = ()) -> Ac
     return Activated(row, float(a), float(b))
 
 
-def _taken(
+def taken(
     name: str, input: Tensor, *parameters: float, inplace: bool = False, out: Tensor | None = None
 ) -> Activated | None:
     """The activation, if its kernel takes the input; None where the stock operator has to."""
@@ -308,49 +308,49 @@ def apply_kernel(input: Tensor, activation: Activated, inplace: bool) -> Tensor:
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(0, x).  As `torch.nn.functional.relu`; saves one bit an element."""
-    if (activation := _taken("relu", input, inplace=inplace)) is None:
+    if (activation := taken("relu", input, inplace=inplace)) is None:
         return F.relu(input, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(0, x), 6).  As `torch.nn.functional.relu6`; saves one bit an element."""
-    if (activation := _taken("relu6", input, inplace=inplace)) is None:
+    if (activation := taken("relu6", input, inplace=inplace)) is None:
         return F.relu6(input, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """max(0, x) + negative_slope min(0, x).  As `torch.nn.functional.leaky_relu`; saves one bit an element."""
-    if (activation := _taken("leaky_relu", input, negative_slope, inplace=inplace)) is None:
+    if (activation := taken("leaky_relu", input, negative_slope, inplace=inplace)) is None:
         return F.leaky_relu(input, negative_slope, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """x where x > threshold, else value.  As `torch.nn.functional.threshold`; saves one bit an element."""
-    if (activation := _taken("threshold", input, threshold, value, inplace=inplace)) is None:
+    if (activation := taken("threshold", input, threshold, value, inplace=inplace)) is None:
         return F.threshold(input, threshold, value, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """min(max(min_val, x), max_val).  As `torch.nn.functional.hardtanh`; saves one bit an element."""
-    if (activation := _taken("hardtanh", input, min_val, max_val, inplace=inplace)) is None:
+    if (activation := taken("hardtanh", input, min_val, max_val, inplace=inplace)) is None:
         return F.hardtanh(input, min_val, max_val, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(0, x + 3), 6) / 6.  As `torch.nn.functional.hardsigmoid`; saves one bit an element."""
-    if (activation := _taken("hardsigmoid", input, inplace=inplace)) is None:
+    if (activation := taken("hardsigmoid", input, inplace=inplace)) is None:
         return F.hardsigmoid(input, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """x min(max(0, x + 3), 6) / 6.  As `torch.nn.functional.hardswish`; saves the input."""
-    if (activation := _taken("hardswish", input, inplace=inplace)) is None:
+    if (activation := taken("hardswish", input, inplace=inplace)) is None:
         return F.hardswish(input, inplace)
     return apply_kernel(input, activation, inplace)
 
@@ -360,7 +360,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
     Saves the input; in place the output, in 16 bits a copy of the input.
     """
-    if (activation := _taken("elu", input, alpha, inplace=inplace)) is None:
+    if (activation := taken("elu", input, alpha, inplace=inplace)) is None:
         return F.elu(input, alpha, inplace)
     return apply_kernel(input, activation, inplace)
 
@@ -370,7 +370,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Saves the input; in place the output, in 16 bits a copy of the input.
     """
-    if (activation := _taken("selu", input, inplace=inplace)) is None:
+    if (activation := taken("selu", input, inplace=inplace)) is None:
         return F.selu(input, inplace)
     return apply_kernel(input, activation, inplace)
 
@@ -380,7 +380,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
     Saves the input; in place the output, in 16 bits a copy of the input.
     """
-    if (activation := _taken("celu", input, alpha, inplace=inplace)) is None:
+    if (activation := taken("celu", input, alpha, inplace=inplace)) is None:
         return F.celu(input, alpha, inplace)
     return apply_kernel(input, activation, inplace)
 
@@ -396,14 +396,14 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x sigmoid(x).  As `torch.nn.functional.silu`; saves the input."""
-    if (activation := _taken("silu", input, inplace=inplace)) is None:
+    if (activation := taken("silu", input, inplace=inplace)) is None:
         return F.silu(input, inplace)
     return apply_kernel(input, activation, inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """x tanh(softplus(x)).  As `torch.nn.functional.mish`; saves the input."""
-    if (activation := _taken("mish", input, inplace=inplace)) is None:
+    if (activation := taken("mish", input, inplace=inplace)) is None:
         return F.mish(input, inplace)
     return apply_kernel(input, activation, inplace)
 
@@ -413,7 +413,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: 
 
     Saves the input.  CUDA's autocast computes it in float32, and so does this.
     """
-    if (activation := _taken("softplus", input, beta, threshold, out=out)) is None:
+    if (activation := taken("softplus", input, beta, threshold, out=out)) is None:
         return F.softplus(input, beta, threshold, **_given_out(out))
     if input.device.type == "cuda" and autocast_dtype(input) and input.dtype is not torch.float64:
         input = input.float()
@@ -422,27 +422,27 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: 
 
 def softsign(input: Tensor) -> Tensor:
     """x / (1 + |x|).  As `torch.nn.functional.softsign`; saves the input."""
-    if (activation := _taken("softsign", input)) is None:
+    if (activation := taken("softsign", input)) is None:
         return F.softsign(input)
     return apply_kernel(input, activation, False)
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + exp(-x)).  As `torch.nn.functional.sigmoid`; saves the output."""
-    if (activation := _taken("sigmoid", input)) is None:
+    if (activation := taken("sigmoid", input)) is None:
         return F.sigmoid(input)
     return apply_kernel(input, activation, False)
 
 
 def logsigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """log(sigmoid(x)).  As `torch.nn.functional.logsigmoid`; saves the input."""
-    if (activation := _taken("logsigmoid", input, out=out)) is None:
+    if (activation := taken("logsigmoid", input, out=out)) is None:
         return F.logsigmoid(input, **_given_out(out))
     return apply_kernel(input, activation, False)
 
 
 def tanh(input: Tensor) -> Tensor:
     """tanh(x).  As `torch.nn.functional.tanh`; saves the output."""
-    if (activation := _taken("tanh", input)) is None:
+    if (activation := taken("tanh", input)) is None:
         return F.tanh(input)
     return apply_kernel(input, activation, False)

@@ -1,6 +1,6 @@
 """Writes the table of docs/fusing.md, from torchvision's networks.
 
-``PYTHONPATH=.build/torchvision:tests python docs/fusing_table.py``; their layers hold no memory, so it takes a minute.
+``PYTHONPATH=.build/models:tests python docs/fusing_table.py``; their layers hold no memory, so it takes a minute.
 """
 
 import re

@@ -11,7 +11,15 @@ environment, the kernels in Triton's interpreter.
 from . import autograd, kernels, layers, optim
 from ._version import __version__
 from .autograd.dispatch import record_kernels
-from .layers import explain, replace_functions, replace_layers, restore_functions, restore_layers
+from .layers import (
+    explain,
+    register_activation,
+    register_twin,
+    replace_functions,
+    replace_layers,
+    restore_functions,
+    restore_layers,
+)
 
 __all__ = [
     "__version__",
@@ -21,6 +29,8 @@ __all__ = [
     "layers",
     "optim",
     "record_kernels",
+    "register_activation",
+    "register_twin",
     "replace_functions",
     "replace_layers",
     "restore_functions",

@@ -1,6 +1,6 @@
 """Drop-in layers: subclasses of ``torch.nn``'s, and the tools that put them into existing models."""
 
-from . import init
+from . import init, libraries
 from .activation import (
     CELU,
     ELU,
@@ -39,6 +39,7 @@ from .prelu import PReLU
 from .replacement.explain import Explanation, ExplanationRow, explain
 from .replacement.fold import fold_batch_norm
 from .replacement.functions import FunctionReport, FunctionRow, replace_functions, restore_functions
+from .replacement.register import fingerprint, register_activation, register_twin
 from .replacement.replace import replace_layers
 from .replacement.report import ReplacementReport, ReplacementRow
 from .replacement.restore import restore_layers, restored
@@ -118,8 +119,12 @@ __all__ = [
     "Tanh",
     "Threshold",
     "explain",
+    "fingerprint",
     "fold_batch_norm",
     "init",
+    "libraries",
+    "register_activation",
+    "register_twin",
     "replace_functions",
     "replace_layers",
     "restore_functions",

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import ChainMap
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["TWINS", "Layer", "Twin", "is_untouched", "stock_class", "twin_class"]
+__all__ = ["ALL_TWINS", "OTHER_TWINS", "TWINS", "Layer", "Twin", "is_untouched", "stock_class", "twin_class"]
 
 #: The twin of each ``torch.nn`` class that has one.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {}
+#: The twins of other libraries' classes, and of users': made when such a layer is first replaced.
+OTHER_TWINS: dict[type[nn.Module], type[nn.Module]] = {}
+#: Both.
+ALL_TWINS: ChainMap[type[nn.Module], type[nn.Module]] = ChainMap(TWINS, OTHER_TWINS)
 
 
 # Marks a forward method that `torch.fx` records.
@@ -59,7 +64,7 @@ class Twin(Layer):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__bases__[0] is Twin:
+        if cls.__bases__[0] is Twin and len(cls.__bases__) > 1:
             TWINS[cls.__bases__[1]] = cls
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -85,15 +90,15 @@ class Twin(Layer):
 def twin_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The twin that a class is, or is derived from.  Raises TypeError where there is none."""
     for base in cls.__mro__:
-        if base in TWINS.values():
+        if base in ALL_TWINS.values():
             return base
-    raise TypeError(f"{cls.__name__} is no twin of a torch.nn class")
+    raise TypeError(f"{cls.__name__} is no twin of another class")
 
 
 def stock_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The ``torch.nn`` class that a twin, or a class derived from one, replaces.  Raises TypeError as `twin_class`."""
+    """The class that a twin, or a class derived from one, replaces.  Raises TypeError as `twin_class`."""
     twin = twin_class(cls)
-    return next(stock for stock, ours in TWINS.items() if ours is twin)
+    return next(stock for stock, ours in ALL_TWINS.items() if ours is twin)
 
 
 def is_untouched(layer: nn.Module) -> bool:

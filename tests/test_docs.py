@@ -2,12 +2,14 @@
 
 import importlib.util
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import fusednn
+from fusednn.layers.replacement import register
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,9 +58,11 @@ def test_links_point_to_files(document: str) -> None:
     assert all((path.parent / target).exists() for target in local), local
 
 
-def test_the_examples_on_exact_classes() -> None:
-    text = (ROOT / "docs" / "exact-classes.md").read_text()
+@pytest.mark.parametrize(("page", "number"), [("exact-classes", 3), ("libraries", 3)])
+def test_the_examples_of_a_page(page: str, number: int) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     examples = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(examples) == 3
-    for example in examples:
-        exec(example, {"nn": nn, "torch": torch, "fusednn": fusednn})
+    assert len(examples) == number
+    with mock.patch.dict(register._registered):
+        for example in examples:
+            exec(example, {"nn": nn, "torch": torch, "fusednn": fusednn})

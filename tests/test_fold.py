@@ -165,3 +165,18 @@ def test_frozen_parameters_stay_frozen() -> None:
     model = trained(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), 5, 3).requires_grad_(False)
     layers.fold_batch_norm(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Activating(nn.BatchNorm2d):
+    """As libraries derive it: batch norm, and more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_batch_norms_that_do_more_are_left(device: str) -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), Activating(4)), 2, 3, 8, 8).to(device)
+    x = random_tensor((2, 3, 8, 8), torch.float32, device)
+    expected = model(x)
+    assert layers.fold_batch_norm(model).rows[0].reason == "has a forward of its own"
+    torch.testing.assert_close(model(x), expected)

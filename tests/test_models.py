@@ -170,4 +170,4 @@ def test_the_table_of_fused_networks() -> None:
     rows = [fusing_table.row(network) for network in fusing_table.NETWORKS]
     assert sum(row.fused for row in rows) >= 0.95 * sum(row.fusable for row in rows)
     page = fusing_table.PAGE.read_text()
-    assert fusing_table.updated(page, rows) == page, "run: PYTHONPATH=.build/torchvision python docs/fusing_table.py"
+    assert fusing_table.updated(page, rows) == page, "run: PYTHONPATH=.build/models python docs/fusing_table.py"

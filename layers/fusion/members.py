@@ -13,7 +13,7 @@ from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
 from ...autograd.dispatch import is_number, tensor_refusal
 from .. import activation as _activation  # noqa: F401 (for its twins)
-from ..twin import TWINS, Layer, is_untouched
+from ..twin import ALL_TWINS, Layer, is_untouched
 from .trace import calls_in_order, stock_of
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "observe_chains",
 ]
 
-#: The name of each activation layer that can be fused, and its parameters in PyTorch's order.
+#: The name of each activation layer that can be fused, and its parameters in PyTorch's order.  Registered ones join.
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]]] = {
     nn.CELU: lambda layer: ("celu", (layer.alpha,)),
     nn.ELU: lambda layer: ("elu", (layer.alpha,)),
@@ -58,7 +58,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
 #: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
 Activation = nn.Module | tuple[str, tuple[float, ...]] | None
 
-#: The ``torch.nn`` class of each class whose layers patterns are made of, and the code of each when it was imported.
+#: The stock class of each class whose layers patterns are made of, and the code of each when it was imported.
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {}
 _FORWARD: dict[type[nn.Module], Any] = {}
 
@@ -89,14 +89,14 @@ _observers: list[Callable[[Sequence[nn.Module]], None]] = []
 
 
 def know(classes: Iterable[type[nn.Module]]) -> None:
-    """Let `is_one_of` tell layers of these ``torch.nn`` classes and their twins."""
+    """Let `is_one_of` tell layers of these classes and their twins."""
     for stock in classes:
-        for cls in (stock, TWINS.get(stock, stock)):
+        for cls in (stock, ALL_TWINS.get(stock, stock)):
             _STOCK[cls], _FORWARD[cls] = stock, cls.forward
 
 
 def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
-    """Whether a layer is exactly of one of these ``torch.nn`` classes, or its twin, with the code that these had."""
+    """Whether a layer is exactly of one of these stock classes, or its twin, with the code that these had."""
     cls = type(layer)
     stock = _STOCK.get(cls)
     return stock is not None and stock in classes and cls.forward is _FORWARD[cls]

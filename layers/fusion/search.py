@@ -94,7 +94,7 @@ class Search:
             return False
         (user,) = node.users
         if user.op == "call_module":
-            return is_one_of(_end(self.callee(user), 0), _FOLLOWING)
+            return _follows(_end(self.callee(user), 0))
         if summand(user, node) is None:
             return activation_function(user) is not None or pooling_function(user) is not None
         # The last summand, and only where the other isn't the end of a chain that can take the sum.
@@ -106,7 +106,7 @@ class Search:
         before = node.args[0]
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             return False
-        return is_one_of(_end(container, 0), _FOLLOWING) and is_one_of(_end(self.callee(before), -1), _CHAINED)
+        return _follows(_end(container, 0)) and is_one_of(_end(self.callee(before), -1), _CHAINED)
 
     # A pattern grows from its first node: each step looks at the only use of the last one's value.
 
@@ -192,6 +192,11 @@ class Search:
 def begins_a_chain(layer: nn.Module) -> bool:
     """Whether a chain can begin with such a layer."""
     return is_one_of(layer, _FIRST)
+
+
+def _follows(layer: nn.Module) -> bool:
+    """Whether such a layer can be in a chain, behind its first."""
+    return is_one_of(layer, _FOLLOWING) or is_one_of(layer, ACTIVATIONS)
 
 
 def _end(module: nn.Module, place: int) -> nn.Module:

@@ -13,7 +13,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from ...autograd.dispatch import Choice, observe_choices
 from ..fusion.members import LOOKS_ON, observe_chains
 from ..table import format_table
-from ..twin import TWINS, Layer
+from ..twin import Layer
+from .register import twin_of
 
 __all__ = ["Explanation", "ExplanationRow", "explain"]
 
@@ -119,8 +120,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 
 def _why_stock(module: nn.Module) -> str:
-    if type(module) in TWINS:
-        return "has a twin: call fusednn.replace_layers"
     if isinstance(module, Layer):
         return "called no operation"
+    if twin_of(type(module)) is not None:
+        return "has a twin: call fusednn.replace_layers"
     return "no fusednn twin"

@@ -127,6 +127,8 @@ def _reason_to_leave(norm: nn.Module, layer: nn.Module | None, uses: Counter[nn.
     modules, norm = {norm, _alone(norm), layer}, _alone(norm)
     if not isinstance(norm, _BatchNorm):
         return "another layer has taken its batch norm's place"
+    if not _is_plain(norm):
+        return "has a forward of its own"
     if norm.training or layer.training:
         return "in training"
     if norm.running_mean is None or norm.running_var is None:
@@ -139,6 +141,14 @@ def _reason_to_leave(norm: nn.Module, layer: nn.Module | None, uses: Counter[nn.
         return "parametrized"
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return None if channels == norm.num_features else "another number of channels"
+
+
+def _is_plain(norm: _BatchNorm) -> bool:
+    """Whether a batch norm computes what its ``torch.nn`` class does: libraries derive classes that also activate."""
+    stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return "forward" not in norm.__dict__ and any(
+        type(norm).forward is cls.forward for base in stock for cls in (base, TWINS[base])
+    )
 
 
 def _fold(layer: Any, norm: Any) -> None:

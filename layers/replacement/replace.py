@@ -11,7 +11,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..derived import beneath
 from ..fusion.host import fuse_neighbours, is_searched
-from ..twin import TWINS, Layer, is_untouched
+from ..twin import ALL_TWINS, TWINS, Layer, is_untouched
+from .register import is_registered, refusal_of, twin_of
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, all_or_nothing, exchange, unique_modules
 
@@ -24,7 +25,7 @@ Selection = Iterable[str | type[nn.Module]] | str | type[nn.Module] | Callable[[
 def replace_layers(
     model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None, fuse: bool = False
 ) -> ReplacementReport:
-    """Swap every ``torch.nn`` layer of ``model`` that has a fusednn twin for it, in place.
+    """Swap every layer of ``model`` that has a fusednn twin for it, in place: ``torch.nn``'s, and registered ones.
 
     Args:
         model: any module; itself swapped if it is such a layer.
@@ -62,7 +63,7 @@ def replace_layers(
             stock = beneath(type(module))
             reason = _reason_to_leave(names, module, include, exclude)
             if reason is None:
-                exchange(module, stock, TWINS[stock])
+                exchange(module, stock, ALL_TWINS[stock])
                 module.__dict__[REPLACED] = True
                 rows[module] = ReplacementRow(names, stock.__name__, True, "swapped for its twin")
             elif _is_layer(module):
@@ -114,7 +115,9 @@ def _fuse(
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a report should speak of the module: it computes by itself, or derives from a layer that has a twin."""
-    return not any(True for _ in module.children()) or isinstance(module, tuple(TWINS))
+    if not any(True for _ in module.children()) or isinstance(module, tuple(TWINS)):
+        return True
+    return is_registered(beneath(type(module)))
 
 
 def _reason_to_leave(
@@ -125,8 +128,10 @@ def _reason_to_leave(
         return "already a fusednn layer"
     if issubclass(cls, LazyModuleMixin) and cls.cls_to_become in TWINS:
         return "not initialised: replace it after its first batch"
-    if cls not in TWINS:
-        base = next((stock for stock in cls.__mro__ if stock in TWINS), None)
+    if refusal := refusal_of(module, cls):
+        return refusal
+    if twin_of(cls) is None:
+        base = next((stock for stock in cls.__mro__ if stock in TWINS or is_registered(stock)), None)
         return f"subclass of {base.__name__}, may override it" if base else "no fusednn twin"
     if "forward" in module.__dict__:
         return "forward is overridden on the instance"

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..derived import beneath
 from ..fusion.host import unfuse
-from ..twin import TWINS, Layer, stock_class
+from ..twin import ALL_TWINS, Layer, stock_class
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, Modules, Noted, all_or_nothing, exchange, unique_modules
 
@@ -66,7 +66,7 @@ def _check(modules: Modules) -> None:
     changed = [
         f"{names[0] or '(model)'} ({type(module).__name__})"
         for names, module in modules
-        if REPLACED in module.__dict__ and isinstance(module, Layer) and beneath(type(module)) not in TWINS.values()
+        if REPLACED in module.__dict__ and isinstance(module, Layer) and beneath(type(module)) not in ALL_TWINS.values()
     ]
     if changed:
         raise TypeError(

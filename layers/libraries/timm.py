@@ -1,0 +1,102 @@
+"""timm: batch norm with an activation, also frozen, and the activations that it defines itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...autograd.dispatch import tensor_refusal
+from ...autograd.prelu import prelu
+from .. import batch_norm
+from ..fusion.members import (
+    ACTIVATIONS,
+    Activation,
+    activation_of,
+    activation_refusal,
+    call_refusal,
+    computed,
+    is_one_of,
+)
+from ..replacement.register import register_activation, register_twin
+from ..twin import is_untouched, stock_class
+from .torchvision import frozen, takes_frozen
+
+__all__: list[str] = []
+
+# --- Norms ------------------------------------------------------------------------------------------------------------
+
+
+def _is_identity(layer: Any) -> bool:
+    return type(layer) is nn.Identity and is_untouched(layer)
+
+
+def _is_fused(layer: Any, input: Tensor) -> bool:
+    """Whether what a norm does besides can be computed with it: nothing is dropped, and its activation has a row."""
+    if call_refusal(input) or not _is_identity(layer.drop):
+        return False
+    if _is_identity(layer.act):
+        return True
+    return is_one_of(layer.act, ACTIVATIONS) and activation_refusal(layer.act) is None
+
+
+def _activation(layer: Any) -> Activation:
+    act: nn.Module = layer.act
+    return None if _is_identity(act) else act
+
+
+def _batch_norm_act(layer: Any, x: Tensor) -> Tensor:
+    """act(drop(batch_norm(x))), in one where nothing is dropped."""
+    result: Tensor
+    if x.dim() != 4 or tensor_refusal(x):
+        result = stock_class(type(layer)).forward(layer, x)
+    elif _is_fused(layer, x):
+        activation = _activation(layer)
+        result = computed(lambda: batch_norm.forward(layer, x, None, *activation_of(activation)), layer, activation)
+    else:
+        result = layer.act(layer.drop(batch_norm.forward(layer, x)))
+    return result
+
+
+def _frozen_batch_norm_act(layer: Any, x: Tensor) -> Tensor:
+    """act(drop((x - running_mean) / sqrt(running_var + eps) * weight + bias)), in one where nothing is dropped."""
+    result: Tensor
+    if not takes_frozen(layer, x):
+        result = stock_class(type(layer)).forward(layer, x)
+    elif _is_fused(layer, x):
+        activation = _activation(layer)
+        result = computed(lambda: frozen(layer, x, activation), layer, activation)
+    else:
+        result = layer.act(layer.drop(frozen(layer, x)))
+    return result
+
+
+_NORMS = "timm.layers.norm_act."
+register_twin(_NORMS + "BatchNormAct2d", _batch_norm_act, fingerprints="a8c4bd1b74dc")
+register_twin(_NORMS + "FrozenBatchNormAct2d", _frozen_batch_norm_act, fingerprints="4dcff3a8b7b8")
+
+# --- Activations ------------------------------------------------------------------------------------------------------
+#
+# The memory-efficient hard sigmoid and hard swish of `activations_me` have another gradient at -3 and 3.
+
+_ACTIVATIONS = "timm.layers.activations."
+for _name, _activation_name, _inplace, _fingerprint in (
+    ("GELU", "gelu", None, "813bee56035c"),
+    ("GELUTanh", "gelu_tanh", None, "bc91fc1a51ec"),
+    ("HardSigmoid", "hardsigmoid", "inplace", "7424682cc827"),
+    ("HardSwish", "hardswish", "inplace", "77783226d9d7"),
+    ("Mish", "mish", None, "72fad20217da"),
+    ("Sigmoid", "sigmoid", "inplace", "84c0c7a699fe"),
+    ("Swish", "silu", "inplace", "7d71b546de1a"),
+    ("Tanh", "tanh", "inplace", "5ead6686d3c1"),
+):
+    register_activation(_ACTIVATIONS + _name, _activation_name, inplace=_inplace, fingerprints=_fingerprint)
+register_activation("timm.layers.activations_me.MishMe", "mish", fingerprints="c04854f10f71")
+register_activation("timm.layers.activations_me.SwishMe", "silu", fingerprints="7f9b1dd27461")
+
+
+def _prelu(layer: Any, input: Tensor) -> Tensor:
+    return prelu(input, layer.weight)
+
+
+register_twin(_ACTIVATIONS + "PReLU", _prelu, fingerprints="9e5c902152ab")

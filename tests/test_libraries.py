@@ -1,0 +1,167 @@
+"""Layers of timm, torchvision and transformers: the twins that replacing gives them, and models built of them.
+
+Where one of the libraries isn't installed its tests are skipped.  Their makers' classes are what results are held
+against.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from support.device import KERNELS_RUN
+from support.samples import random_tensor
+from support.standing import check_against_stock
+from support.torchvision import mend_torchvision
+from torch import Tensor, nn
+
+import fusednn
+from fusednn.layers.replacement import register
+from fusednn.layers.twin import OTHER_TWINS
+
+pytestmark = pytest.mark.thorough
+
+#: Every class that has a twin, by its qualified name, with options that it is tried with.
+ACTIVATIONS: dict[str, list[dict[str, Any]]] = {
+    **{f"timm.layers.activations.{name}": [{}] for name in ("GELU", "GELUTanh", "HardSigmoid", "Mish", "PReLU")},
+    **{
+        f"timm.layers.activations.{name}": [{}, {"inplace": True}] for name in ("HardSwish", "Sigmoid", "Swish", "Tanh")
+    },
+    **{f"timm.layers.activations_me.{name}": [{}] for name in ("MishMe", "SwishMe")},
+    **{
+        f"transformers.activations.{name}": [{}]
+        for name in (
+            *("AccurateGELUActivation", "FastGELUActivation", "GELUActivation", "GELUTanh", "MishActivation"),
+            *("NewGELUActivation", "SiLUActivation"),
+        )
+    },
+    "transformers.models.bloom.modeling_bloom.BloomGelu": [{}],
+}
+NORMS: dict[str, list[dict[str, Any]]] = {
+    "timm.layers.norm_act.BatchNormAct2d": [
+        {"num_features": 6},
+        {"num_features": 6, "act_layer": "gelu", "momentum": None},
+        {"num_features": 6, "apply_act": False, "affine": False},
+        {"num_features": 6, "act_layer": "prelu"},
+        {"num_features": 6, "drop_layer": partial(nn.Dropout, 0.0)},
+    ],
+    "timm.layers.norm_act.FrozenBatchNormAct2d": [
+        {"num_features": 6, "act_layer": "silu"},
+        {"num_features": 6, "drop_layer": partial(nn.Dropout, 0.0)},
+    ],
+    "torchvision.ops.misc.FrozenBatchNorm2d": [{"num_features": 6}],
+}
+EVERY = [
+    pytest.param(name, options, id=f"{name.rpartition('.')[2]}{index or ''}")
+    for name, several in (ACTIVATIONS | NORMS).items()
+    for index, options in enumerate(several)
+]
+#: Activations compute the same in both modes.
+IN_EACH_MODE = [
+    pytest.param(*one.values, training, id=f"{one.id}-{'training' if training else 'evaluation'}")
+    for one in EVERY
+    for training in ((True, False) if one.values[0] in NORMS else (True,))
+]
+
+
+def their_class(name: str) -> Any:
+    mend_torchvision()
+    pytest.importorskip(name.partition(".")[0])
+    module, _, cls = name.rpartition(".")
+    return getattr(import_module(module), cls)
+
+
+def build(name: str, options: dict[str, Any], device: str) -> nn.Module:
+    """A layer with parameters and statistics unlike those of a new one."""
+    layer: nn.Module = their_class(name)(**options)
+    for key, tensor in layer.state_dict().items():
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 2) if "var" in key else nn.init.normal_(tensor)
+    return layer.to(device)
+
+
+def of_fresh(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A call of a copy of the layer, in the input's dtype: statistics start anew, and inputs aren't written over."""
+    return lambda x: copy.deepcopy(layer).to(x.dtype)(x * 1)
+
+
+def test_every_class_with_a_twin_is_tried() -> None:
+    assert {name for name in register._registered if isinstance(name, str)} == {*ACTIVATIONS, *NORMS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options", "training"), IN_EACH_MODE)
+def test_values_and_gradients(
+    name: str, options: dict[str, Any], training: bool, dtype: torch.dtype, device: str
+) -> None:
+    stock = build(name, options, device).train(training)
+    layer = nn.Sequential(copy.deepcopy(stock))
+    report = fusednn.replace_layers(layer)
+    assert report.rows[0].replaced, report
+    x, gradient = (random_tensor((3, 6, 5, 4), dtype, device, seed) for seed in (0, 1))
+    if KERNELS_RUN:
+        path = [row.path for row in fusednn.explain(copy.deepcopy(layer).to(dtype), x * 1) if row.name == "0"]
+        assert path == ["kernel"]
+    check_against_stock(of_fresh(layer, dtype), of_fresh(stock, dtype), [x], gradient)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_copied_pickled_restored(name: str, options: dict[str, Any], device: str) -> None:
+    stock = build(name, options, device)
+    model = nn.Sequential(copy.deepcopy(stock))
+    fusednn.replace_layers(model)
+    twin = OTHER_TWINS[type(stock)]
+    assert type(model[0]) is twin
+    assert repr(model[0]) == repr(stock)
+    assert list(model[0].state_dict()) == list(stock.state_dict())
+    model[0].load_state_dict(build(name, options, device).state_dict())
+    stock.load_state_dict(model[0].state_dict())
+    x = random_tensor((3, 6, 5, 4), torch.float32, device)
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(one[0]) is twin
+        torch.testing.assert_close(one(x * 1), copy.deepcopy(stock)(x * 1))
+        fusednn.restore_layers(one)
+        assert type(one[0]) is type(stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_what_they_raise_and_promote(name: str, options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """Of types that their parameters don't have, of other numbers of dimensions, and of none of these."""
+    stock = build(name, options, device)
+    model = nn.Sequential(copy.deepcopy(stock))
+    fusednn.replace_layers(model)
+    for shape in ((2, 6, 3, 3), (2, 6), ()):
+        x = (4 * random_tensor(shape, torch.float64, device)).to(dtype)
+        outcomes = []
+        for one in (model[0], stock):
+            try:
+                y = copy.deepcopy(one)(x * 1)
+                outcomes.append((y.dtype, y.double()))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+        assert outcomes[0][0] is outcomes[1][0], outcomes
+        if isinstance(outcomes[1][1], Tensor):
+            torch.testing.assert_close(outcomes[0][1], outcomes[1][1], rtol=1e-6, atol=1e-6)
+        else:
+            assert outcomes[0][1] == outcomes[1][1]
+
+
+def test_options_that_have_no_kernel_are_left() -> None:
+    cls = their_class("transformers.activations.GELUActivation")
+    report = fusednn.replace_layers(nn.Sequential(cls(use_gelu_python=True)))
+    assert report.rows[0].reason == "doesn't call torch.nn.functional.gelu"
+
+
+def test_norm_act_is_heard_apart(device: str) -> None:
+    """A hook on its activation hears it."""
+    model = nn.Sequential(build("timm.layers.norm_act.BatchNormAct2d", {"num_features": 6}, device))
+    fusednn.replace_layers(model)
+    heard: list[Tensor] = []
+    model[0].act.register_forward_hook(lambda _, args, y: heard.append(y.detach().clone()))
+    y = model(random_tensor((3, 6, 5, 4), torch.float32, device))
+    torch.testing.assert_close(heard, [y.detach()])
