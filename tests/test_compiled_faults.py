@@ -1,0 +1,246 @@
+"""Faults planted in our own kernels: compiled code shows each of them.  Without the fault, the same call passes."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import vgpu.driver
+from support.accuracy import assert_accurate
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from vgpu import VirtualGpuError, machine_options
+from vgpu.program import LoadedKernel
+
+from fusednn import autograd, optim
+from fusednn.kernels import linear_maxout
+from fusednn.kernels.base import lines, numerics, tiles
+from fusednn.kernels.functions import optimizer as optimizer_functions
+
+pytestmark = pytest.mark.compiled
+
+
+def device_functions() -> Iterator[JITFunction[Any]]:
+    """All of ours."""
+    return (each for each in triton.runtime.jit._triton_jit_function_registry.values() if "fusednn" in each.module)
+
+
+def forget_compiled() -> None:
+    """Have kernels compiled anew, from the sources that their functions have now."""
+    for function in device_functions():
+        function.hash = None
+        function.device_caches.clear()
+
+
+@contextmanager
+def planted(function: Any, right: str, wrong: str) -> Iterator[None]:
+    """With ``wrong`` in place of ``right`` in a device function's source."""
+    source = function.src
+    assert source.count(right) == 1, source
+    function._unsafe_update_src(source.replace(right, wrong))
+    forget_compiled()
+    try:
+        yield
+    finally:
+        function._unsafe_update_src(source)
+        forget_compiled()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def holds(ours: Callable[..., Tensor], stock: Callable[..., Tensor], *operands: Tensor) -> None:
+    """Hold value and gradients to the accuracy rule."""
+
+    def results(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [operand.detach().requires_grad_() for operand in operands]
+        y = function(*leaves)
+        upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    reference = results(stock, [operand.double() for operand in operands])
+    for each in zip(results(ours, operands), results(stock, operands), reference, strict=True):
+        assert_accurate(*each, "value or gradient")
+
+
+def relu(*shape: int) -> None:
+    holds(autograd.relu, F.relu, normal(*shape))
+
+
+def relu_of_unaligned() -> None:
+    holds(autograd.relu, F.relu, normal(5001)[1:])
+
+
+def gelu_in_bfloat16() -> None:
+    """Rounded to nearest, once."""
+    x = normal(3000, dtype=torch.bfloat16)
+    assert torch.equal(autograd.gelu(x), autograd.gelu(x.float()).bfloat16())
+
+
+def softmax(dim: int, *shape: int) -> None:
+    holds(lambda x: autograd.softmax(x, dim), lambda x: F.softmax(x, dim), normal(*shape))
+
+
+def adamax_of_nan() -> None:
+    """Its infinity norm is a maximum of the last one and the gradient."""
+    norms = []
+    for optimizer_class in (torch.optim.Adamax, optim.Adamax):
+        weight = torch.zeros(100, requires_grad=True)
+        weight.grad = torch.where(torch.arange(100) == 7, torch.nan, 1.0)
+        optimizer = optimizer_class([weight])
+        optimizer.step()
+        norms.append(optimizer.state[weight]["exp_inf"].isnan())
+    assert torch.equal(*norms)
+
+
+def maxout_of_one_unit() -> None:
+    weight = normal(2, 1, 48)
+    holds(autograd.maxout_linear, lambda x, w: (x @ w.mT).amax(0), normal(20, 48), weight)
+
+
+class Fault(NamedTuple):
+    function: Any
+    right: str
+    wrong: str
+    call: Callable[[], None]
+    error: type[BaseException]
+    match: str | None = None
+
+
+OUTSIDE, MISALIGNED = "outside every tensor", "misaligned address"
+FAULTS = {
+    "a flat tile's mask on the tail": Fault(
+        tiles.place_tile,
+        "offsets < numel - start",
+        "offsets <= numel - start",
+        lambda: relu(5000),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "a line's mask on the tail": Fault(
+        lines.line_tile, "place < length", "place <= length", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
+    ),
+    "a mask of the lines": Fault(
+        lines.line_block, "line < count", "line <= count", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
+    ),
+    "lines across: a mask of the lines": Fault(
+        lines.line_block,
+        "first + start < inner",
+        "first + start <= inner",
+        lambda: softmax(0, 7, 50),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "a product's mask": Fault(
+        linear_maxout.linear_maxout_forward_kernel,
+        "(row < rows)[:, None] & within,",
+        "within,",
+        maxout_of_one_unit,
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "an element before the tensor": Fault(
+        tiles.load_tile,
+        "pointer + offsets, mask=inside",
+        "pointer + offsets - 1, mask=inside",
+        lambda: relu(100),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "a vector access that isn't aligned": Fault(
+        tiles.load_tile,
+        "tl.load(pointer + offsets)",
+        "tl.load(tl.multiple_of(pointer + offsets, (1, 16)))",
+        relu_of_unaligned,
+        VirtualGpuError,
+        MISALIGNED,
+    ),
+    "a maximum that drops NaN": Fault(
+        optimizer_functions.maximum, ", propagate_nan=tl.PropagateNan.ALL", "", adamax_of_nan, AssertionError
+    ),
+    "a conversion that truncates": Fault(
+        numerics.narrow,
+        "return x.to(dtype)",
+        'return x.to(dtype, fp_downcast_rounding="rtz")',
+        gelu_in_bfloat16,
+        AssertionError,
+    ),
+    "an argument of 1 that has to be a tensor": Fault(
+        linear_maxout.linear_maxout_forward_kernel,
+        "tl.cast(units, tl.int64)",
+        "units.to(tl.int64)",
+        maxout_of_one_unit,
+        triton.CompilationError,
+        "to",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_shows(name: str) -> None:
+    fault = FAULTS[name]
+    fault.call()
+    with planted(fault.function, fault.right, fault.wrong), pytest.raises(fault.error, match=fault.match):
+        fault.call()
+    fault.call()
+
+
+# --- Barriers ---------------------------------------------------------------------------------------------------------
+
+SHARED_ACCESS = re.compile(r"\b(ld|st|cp\.async|ldmatrix)\.\S*shared")
+BARRIER = re.compile(r"bar\.sync[^;]*;")
+
+#: Kernel and number of those that needn't be there.  The largest of some of a line's elements is as good to subtract.
+HARMLESS = [("softmax_forward_kernel", 0)]
+
+
+BARRIERS: dict[str, Callable[[], None]] = {
+    "sums over rows": lambda: softmax(0, 64, 40),
+    "sums over columns": lambda: softmax(1, 3, 1000),
+}
+
+
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the barriers that Triton puts between accesses to shared memory, one at a time is left out."""
+    call, load = BARRIERS[name], vgpu.driver._load
+    needed: set[tuple[str, int]] = set()
+
+    def load_without(which: tuple[str, int] | None) -> Callable[[bytes], LoadedKernel]:
+        def loaded(ptx: bytes) -> LoadedKernel:
+            text, kernel = ptx.decode(), load(ptx).program.name
+            for n, barrier in enumerate(BARRIER.finditer(text)):
+                if SHARED_ACCESS.search(text[: barrier.start()]):
+                    needed.add((kernel, n))
+                if which == (kernel, n):
+                    return LoadedKernel(text[: barrier.start()] + text[barrier.end() :])
+            return load(ptx)
+
+        return loaded
+
+    def is_wrong() -> bool:
+        for order in ("forward", "reversed", "shuffled"):
+            with machine_options(order=order):
+                try:
+                    call()
+                except AssertionError:
+                    return True
+        return False
+
+    def is_wrong_without(which: tuple[str, int] | None) -> bool:
+        monkeypatch.setattr(vgpu.driver, "_load", load_without(which))
+        forget_compiled()
+        return is_wrong()
+
+    try:
+        assert not is_wrong_without(None)
+        silent = [which for which in list(needed) if not is_wrong_without(which)]
+    finally:
+        forget_compiled()
+    assert len(needed) > len(silent)
+    assert [which for which in silent if which not in HARMLESS] == []
