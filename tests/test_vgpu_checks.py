@@ -1,6 +1,7 @@
 """What the virtual GPU notices: each check is set off by a kernel with one fault."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -105,9 +106,30 @@ def reversal(barrier: bool) -> list[Tensor]:
 @pytest.mark.parametrize("order", ["forward", "reversed", "shuffled"])
 def test_a_missing_barrier(order: str) -> None:
     with machine_options(order=order):
-        (exchanged,), (raced,) = reversal(True), reversal(False)
-    assert torch.equal(exchanged, torch.arange(128.0).flip(0))
-    assert raced.isnan().any()  # a warp read what another hadn't written yet
+        (exchanged,) = reversal(True)
+        assert torch.equal(exchanged, torch.arange(128.0).flip(0))
+        with pytest.raises(VirtualGpuError, match=r"without a barrier[^$]*which warp \d used"):
+            reversal(False)
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_a_missing_barrier_before_memory_is_used_again(barrier: bool) -> None:
+    """All read the first word, and then the last warp writes it."""
+    body = f"""
+        setp.eq.s32 %p, %i, 0; @%p st.shared.b32 [0], %a0; bar.sync 0; ld.shared.b32 %r0, [0];
+        {"bar.sync 0;" if barrier else ""} setp.eq.s32 %p, %i, 127; @%p st.shared.b32 [0], %a0;
+    """
+    with nullcontext() if barrier else pytest.raises(VirtualGpuError, match=r"st.shared[^$]*which several warps used"):
+        (first,) = execute(body, torch.arange(128.0), results=[torch.float32], threads=128, shared_bytes=4)
+        assert not first.any()
+
+
+def test_warps_may_write_the_same_and_read_their_own() -> None:
+    same = "st.shared.b32 [0], 7; mov.b32 %r0, 0;"
+    execute(same, torch.arange(64), results=[torch.int32], threads=64, shared_bytes=4)
+    body = "{ .reg .b32 %mine; shl.b32 %mine, %i, 2; st.shared.b32 [%mine], %a0; ld.shared.b32 %r0, [%mine]; }"
+    (own,) = execute(body, torch.arange(64.0), results=[torch.float32], threads=64, shared_bytes=256)
+    assert torch.equal(own, torch.arange(64.0))
 
 
 def test_a_barrier_that_some_warps_miss() -> None:

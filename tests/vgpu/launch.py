@@ -40,7 +40,10 @@ _ERRORS = (
     "deadlock at a barrier",
     "an endless loop",
     "more than the virtual GPU can do",
+    "warps use the same shared memory without a barrier in between",
 )
+#: `SEVERAL` in memory.h.
+_SEVERAL = 63
 _ORDERS = ("forward", "reversed", "shuffled")
 
 
@@ -220,6 +223,9 @@ def _error(loaded: LoadedKernel, record: _Launch, arguments: Sequence[Argument])
     if kind in _ERRORS[1:5]:
         lines.append(f"  address {record.address:#x}, {record.detail} bytes")
         lines += [line for argument in arguments if (line := _distance(argument, record.address))]
+    if kind == _ERRORS[-1]:
+        other = "several warps" if record.detail == _SEVERAL else f"warp {record.detail}"
+        lines.append(f"  byte {record.address}, which {other} used, too")
     return VirtualGpuError("\n".join(lines))
 
 

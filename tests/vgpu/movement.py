@@ -58,7 +58,7 @@ def _space(o: Operands) -> str:
     return space.partition("::")[0]
 
 
-def _pointer(o: Operands, space: str, operand: str, size: int, *, counted_as: str = "") -> str:
+def _pointer(o: Operands, space: str, operand: str, size: int, access: str, *, counted_as: str = "") -> str:
     """C for a checked pointer; the access is counted before the lanes' loop where the launch asks for it."""
     base, displacement = o.address(operand)
     o.pure = False
@@ -69,6 +69,8 @@ def _pointer(o: Operands, space: str, operand: str, size: int, *, counted_as: st
     address = f"{base} + {displacement}, {size}, step->index"
     if space == "local":
         return f"local_memory(block, warp, lane, {address})"
+    if space == "shared":
+        address += f", {access}"
     return f"{space}_memory(block, THREAD, {address})"
 
 
@@ -94,7 +96,7 @@ def _load(o: Operands, i: Instruction) -> str:
             for n, target in enumerate(targets)
             for place in [o.constant(start + n * size, "u32")]
         )
-    pointer = _pointer(o, space, i.operands[1], size * len(targets), counted_as=", LOADS")
+    pointer = _pointer(o, space, i.operands[1], size * len(targets), "READS", counted_as=", LOADS")
     return f"const u8 *p = {pointer}; " + " ".join(
         f"{o.result(target)} = {_loaded(o.type, f'p + {n * size}')};"
         for n, target in enumerate(targets)
@@ -109,7 +111,7 @@ def _store(o: Operands, i: Instruction) -> str:
     if space == "param":
         o.layout.call_arguments[i.operands[0].strip("[]").split("+")[0].strip()] = sources[0]
         return ""
-    pointer = _pointer(o, space, i.operands[0], size * len(sources), counted_as=", STORES")
+    pointer = _pointer(o, space, i.operands[0], size * len(sources), "WRITES", counted_as=", STORES")
     return f"u8 *p = {pointer}; " + " ".join(
         f"store{BITS[o.type]}(p + {n * size}, {o.value(source, o.type)});" for n, source in enumerate(sources)
     )
@@ -157,7 +159,7 @@ def _atomic(o: Operands, i: Instruction) -> str:
     values = split_operands(rest[0])
     targets = ["_"] * len(values) if results == "_" else split_operands(results)
     size, unsigned = SIZES[o.type], UNSIGNED[o.type]
-    text = f"u8 *p = {_pointer(o, _space(o), place, size * len(values))}; "
+    text = f"u8 *p = {_pointer(o, _space(o), place, size * len(values), 'UPDATES')}; "
     for n, (target, value) in enumerate(zip(targets, values, strict=True)):
         x = f"({unsigned}){o.value(value, o.type)}"
         y = o.value(rest[1], o.type) if operation == "cas" else ""

@@ -87,7 +87,7 @@ SHARED_CODE void load_matrices(Block *block, Warp *warp, u32 mask, const Step *s
   FOR_LANES(~0u) address[lane] = ROW32(n)[lane];
   if (block->launch->counters) count_shared(block, n == 4 ? ~0u : (1u << 8 * n) - 1, address, ROW64(n + 1)[0], 16);
   for (int lane = 0; lane < 8 * n; lane++)
-    memcpy(matrix[lane / 8][lane % 8], shared_memory(block, THREAD, address[lane] + (u32)ROW64(n + 1)[lane], 16, step->index), 16);
+    memcpy(matrix[lane / 8][lane % 8], shared_memory(block, THREAD, address[lane] + (u32)ROW64(n + 1)[lane], 16, step->index, READS), 16);
   FOR_LANES(~0u) for (int i = 0; i < n; i++) {
     int a = lane / 4, b = lane % 4 * 2;
     ROW32(i)[lane] = transposed ? pack16(matrix[i][b][a], matrix[i][b + 1][a]) : pack16(matrix[i][a][b], matrix[i][a][b + 1]);
@@ -105,5 +105,5 @@ SHARED_CODE void store_matrices(Block *block, Warp *warp, u32 mask, const Step *
     *(transposed ? &matrix[i][b + 1][a] : &matrix[i][a][b + 1]) = high16(v);
   }
   for (int lane = 0; lane < 8 * n; lane++)
-    memcpy(shared_memory(block, THREAD, ROW32(n)[lane] + (u32)ROW64(n + 1)[lane], 16, step->index), matrix[lane / 8][lane % 8], 16);
+    memcpy(shared_memory(block, THREAD, ROW32(n)[lane] + (u32)ROW64(n + 1)[lane], 16, step->index, WRITES), matrix[lane / 8][lane % 8], 16);
 }

@@ -198,6 +198,7 @@ static int pass_barriers(Block *block) {
     for (u32 k = 0; k < block->n_warps; k++)
       if (block->warps[k].state == AT_BARRIER && block->warps[k].barrier == barrier) block->warps[k].state = RUNNING;
     passed = 1;
+    block->epoch++;
   }
   return passed;
 }
@@ -245,6 +246,7 @@ static __attribute__((noinline)) void run_program(Block *block, u64 index) {
   block->id[1] = (u32)(index / launch->grid[0] % launch->grid[1]);
   block->id[2] = (u32)(index / launch->grid[0] / launch->grid[1]);
   memset(block->shared, 0xff, launch->shared_bytes); /* what nobody wrote is NaN, or -1 */
+  block->epoch++;
   for (u32 k = 0; k < block->n_warps; k++) {
     Warp *warp = &block->warps[k];
     warp->at = warp->diverged = warp->waiting = warp->barrier = 0;
@@ -264,6 +266,9 @@ static void *allocate(u64 bytes) { return aligned_alloc(1024, (bytes + 1024) / 1
 int run_launch(Launch *launch) {
   Block block = {.launch = launch, .low = 1, .n_warps = launch->threads / 32};
   block.shared = allocate(launch->shared_bytes);
+  block.written = allocate(2 * sizeof(u32) * launch->shared_bytes);
+  block.read = block.written + launch->shared_bytes;
+  memset(block.written, 0, 2 * sizeof(u32) * launch->shared_bytes);
   block.warps = allocate(sizeof(Warp) * block.n_warps);
   u8 *local = launch->local_bytes ? allocate((u64)launch->local_bytes * launch->threads) : 0;
   CopyQueue *copies = launch->copies ? allocate(sizeof(CopyQueue) * launch->threads) : 0;
@@ -283,6 +288,7 @@ int run_launch(Launch *launch) {
     }
   }
   free(block.shared);
+  free(block.written);
   free(block.warps);
   free(local);
   free(copies);

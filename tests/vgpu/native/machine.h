@@ -21,10 +21,10 @@ void *memcpy(void *, const void *, unsigned long);
 
 /* Numbered as in steps.py. */
 enum Kind { K_LANES, K_LABEL, K_BRANCH, K_EXIT, K_BARRIER, K_WARP, K_WARP_GROUP, K_BRANCH_TABLE };
-/* Numbered as in driver.py. */
+/* Numbered as in launch.py. */
 enum Error {
   NO_ERROR, OUT_OF_BOUNDS, MISALIGNED, SHARED_OUT_OF_BOUNDS, LOCAL_OUT_OF_BOUNDS, TRAP, ASSERTION, DIVERGED, DEADLOCK,
-  ENDLESS, UNSUPPORTED
+  ENDLESS, UNSUPPORTED, RACE
 };
 
 typedef struct Block Block;
@@ -83,6 +83,8 @@ struct Block {
   Launch *launch;
   u64 low, high;        /* the range that was accessed last */
   u8 *shared;
+  u32 *written, *read;  /* of each byte of shared memory, who did so last: see memory.h */
+  u32 epoch;            /* barriers passed, of all programs */
   Warp *warps;
   u32 n_warps, id[3];
   void *escape[8];

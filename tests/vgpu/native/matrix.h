@@ -91,8 +91,8 @@ INLINE u32 matrix_address(u64 descriptor, int mn_major, u32 size, u32 mn, u32 k)
   return address ^ (swizzle ? address >> 3 & (width - 16) : 0);
 }
 INLINE float matrix_element(Block *block, u32 thread, u32 index, u32 address, int element) {
-  if (element == E_TF32) return tf32(load32(shared_memory(block, thread, address, 4, index)));
-  return element16(element, load16(shared_memory(block, thread, address, 2, index)));
+  if (element == E_TF32) return tf32(load32(shared_memory(block, thread, address, 4, index, READS)));
+  return element16(element, load16(shared_memory(block, thread, address, 2, index, READS)));
 }
 SHARED_CODE void read_matrix(Block *block, Warp *warp, const Step *step, u64 descriptor, int element, int mn_major, int n, int k,
                              float (*out)[16]) {

@@ -23,10 +23,23 @@ INLINE void *global_memory(Block *block, u32 thread, u64 address, u32 bytes, u32
 
 /* --- Shared and local memory -------------------------------------------------------------------------------------- */
 
-INLINE void *shared_memory(Block *block, u32 thread, u32 address, u32 bytes, u32 index) {
+/* Between two barriers no warp may read what another writes, nor write what another reads; several may write the same
+   (layouts have copies of values).  A note says when, `epoch`, and which warp, or that several did. */
+enum Access { READS, WRITES, UPDATES };
+enum { NOTE_BITS = 6, SEVERAL = 63 };
+/* Whether a note is of this epoch, and of another warp: the upper bits are the same, the lower aren't. */
+INLINE int of_another(u32 note, u32 own) { return (note ^ own) - 1 < SEVERAL; }
+INLINE void *shared_memory(Block *block, u32 thread, u32 address, u32 bytes, u32 index, enum Access access) {
   if (UNLIKELY(address & (bytes - 1))) fail(block, MISALIGNED, thread, index, address, bytes);
   if (UNLIKELY((u64)address + bytes > block->launch->shared_bytes))
     fail(block, SHARED_OUT_OF_BOUNDS, thread, index, address, bytes);
+  u32 own = block->epoch << NOTE_BITS | thread / 32, *written = block->written + address, *read = block->read + address;
+  for (u32 i = 0; i < bytes && access != UPDATES; i++) {
+    u32 note = access == READS ? written[i] : read[i];
+    if (UNLIKELY(of_another(note, own))) fail(block, RACE, thread, index, address + i, note & SEVERAL);
+    if (access == WRITES) written[i] = own;
+    else read[i] = of_another(read[i], own) ? own | SEVERAL : own;
+  }
   return block->shared + address;
 }
 INLINE void *local_memory(Block *block, Warp *warp, int lane, u64 address, u32 bytes, u32 index) {
@@ -43,7 +56,7 @@ ACCESS(8) ACCESS(16) ACCESS(32) ACCESS(64)
 /* --- Asynchronous copies: queued, and done when they are waited for ----------------------------------------------- */
 
 SHARED_CODE void copy_now(Block *block, u32 thread, const Copy *copy) {
-  u8 *target = shared_memory(block, thread, copy->target, copy->size, copy->index);
+  u8 *target = shared_memory(block, thread, copy->target, copy->size, copy->index, WRITES);
   if (copy->source_size) {
     if (copy->source & (copy->size - 1)) fail(block, MISALIGNED, thread, copy->index, copy->source, copy->size);
     if (copy->source < block->low || copy->source + copy->source_size > block->high)
@@ -54,7 +67,7 @@ SHARED_CODE void copy_now(Block *block, u32 thread, const Copy *copy) {
 }
 SHARED_CODE void copy_later(Block *block, Warp *warp, int lane, u32 target, u64 source, u32 size, u32 source_size, u32 index) {
   CopyQueue *queue = &warp->copies[lane];
-  shared_memory(block, THREAD, target, size, index);
+  shared_memory(block, THREAD, target, size, index, WRITES);
   if (queue->count == MAX_COPIES) fail(block, UNSUPPORTED, THREAD, index, 0, queue->count);
   Copy copy = {source, target, size, source_size < size ? source_size : size, index, queue->open};
   queue->copies[queue->count++] = copy;
