@@ -21,6 +21,7 @@ from .anchors import anchors_of
 from .dispatch import autocast_dtype, is_number, takes_kernel
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
+from .recompute import needs
 
 __all__ = [
     "celu",
@@ -133,10 +134,22 @@ class MaskedActivation(Function):
             ctx.mark_dirty(x)
         else:
             y, mask = _masked_forward(x, seed, *activation)
+            needs(ctx, x)
         ctx.save_for_backward(mask, seed)
         ctx.arguments = (y.stride(), *activation)
         ctx.anchors = anchors
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        _, *activation = ctx.arguments
+
+        def again(mask: Tensor, seed: Tensor | None, x: Tensor) -> Tensor:
+            y: Tensor
+            y = _forward(x, *activation) if seed is None else _masked_forward(x, seed, *activation)[0]
+            return y
+
+        return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -166,6 +179,11 @@ class SavedActivation(Function):
         ctx.from_copy = original is not None
         ctx.activation = activation
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor] | None:
+        activation = ctx.activation
+        return None if activation.saves == "output" else lambda x: _forward(x, *activation.arguments)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

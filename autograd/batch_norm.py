@@ -21,6 +21,7 @@ from .activation import resolve_activation, stock_activation
 from .dispatch import is_number, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
+from .recompute import needs
 
 __all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "begin_batch_norm", "channel_statistics"]
 
@@ -163,9 +164,31 @@ class BatchNorm(Function):
         kept = residual if joined and not masked else None
         again = activation.saves != "nothing" and not masked
         ctx.save_for_backward(x, kept, mask if masked else None, weight, bias if again else None, mean, variance)
+        needs(ctx, residual if kept is None else None, bias)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.arguments = (training, eps, activation)
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        _, eps, activation = ctx.arguments
+
+        def again(
+            x: Tensor,
+            kept: Tensor | None,
+            mask: Tensor | None,
+            weight: Tensor | None,
+            _: Tensor | None,
+            mean: Tensor,
+            variance: Tensor,
+            residual: Tensor | None,
+            bias: Tensor | None,
+        ) -> Tensor:
+            joined = residual if kept is None else kept
+            y: Tensor = _forward(x, joined, mean, variance, weight, bias, eps, *activation.arguments, False)[0]
+            return y
+
+        return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

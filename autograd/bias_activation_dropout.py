@@ -1,6 +1,6 @@
 """Bias, activation, dropout and a residual as one operation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
@@ -17,6 +17,7 @@ from .anchors import anchors_of
 from .dispatch import autocast_dtype, takes_kernel
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
+from .recompute import needs
 
 __all__ = ["bias_activation_dropout", "linear_activation_dropout"]
 
@@ -112,11 +113,25 @@ class BiasActivationDropout(Function):
             ctx.save_for_backward(mask, None, None if activation.row.mask_gates else seed)
         else:
             ctx.save_for_backward(x, bias, seed)
+            needs(ctx, residual)
         ctx.strides = y.stride()
         ctx.arguments = (activation, p, dim)
         ctx.added = added
         ctx.anchors = anchors
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor] | None:
+        activation, p, dim = ctx.arguments
+        if activation.saves == "mask":
+            return None
+        added = ctx.added
+
+        def again(x: Tensor, bias: Tensor | None, seed: Tensor | None, residual: Tensor | None) -> Tensor:
+            y: Tensor = _forward(x, None if added else bias, residual, seed, *activation.arguments, p, dim, False)[0]
+            return y
+
+        return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

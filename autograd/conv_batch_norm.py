@@ -5,7 +5,7 @@ have to be complete before it can be applied.  The single kernel of a shallow co
 cuDNN's a pass over the result takes them; then one pass normalises, adds the residual, activates and pools.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,23 @@ class BatchNormActPool(Function):
         ctx.save_for_backward(x, residual, weight, bias, mean, variance, code, saved)
         ctx.arguments = (eps, activation, window)
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        arguments = ctx.arguments
+
+        def again(
+            x: Tensor,
+            residual: Tensor | None,
+            weight: Tensor | None,
+            bias: Tensor | None,
+            mean: Tensor,
+            variance: Tensor,
+            *_: Tensor | None,
+        ) -> Tensor:
+            return _forward(x, residual, weight, bias, mean, variance, *arguments, keeps=False)[0]
+
+        return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

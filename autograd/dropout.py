@@ -4,6 +4,7 @@ Nothing is saved but a seed of 8 bytes: the backward pass draws the same mask ag
 ``torch.manual_seed``, but are others than stock draws.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from . import stock as F
 from .dispatch import takes_kernel
 from .gradients import LinearGradient
 from .operators import operator
+from .recompute import needs
 
 __all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
 
@@ -64,9 +66,15 @@ class Dropout(Function):
             y = x
         else:
             y = _forward(x, seed, p, alpha, leading)
+            needs(ctx, x)
         ctx.save_for_backward(seed)
         ctx.arguments = (y.stride(), p, alpha, leading)
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        _, *options = ctx.arguments
+        return lambda seed, x: _forward(x, seed, *options)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:

@@ -1,6 +1,6 @@
 """Max pooling with the signatures of ``torch.nn.functional``, and its gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .activation import differentiable_gradient
 from .anchors import anchors_of
 from .dispatch import is_integer, takes_kernel
 from .operators import given, operator
+from .recompute import needs
 
 __all__ = [
     "WINDOW",
@@ -199,7 +200,13 @@ class MaxPool(Function):
         ctx.anchors = anchors
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
+        needs(ctx, x)
         return y, indices
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        *_, window = ctx.arguments
+        return lambda code, x: _pool(x, window, False, False)[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

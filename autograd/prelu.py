@@ -1,5 +1,6 @@
 """PReLU with the signature of ``torch.nn.functional.prelu``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class PReLU(Function):
         ctx.save_for_backward(x, weight)
         y: Tensor = _forward(x, weight)
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        return _forward
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:

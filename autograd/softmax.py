@@ -16,6 +16,7 @@ from ..kernels.base.launch import DTYPES
 from . import stock as F
 from .dispatch import autocast_dtype, takes_kernel
 from .operators import operator
+from .recompute import needs
 
 __all__ = ["log_softmax", "softmax", "softmin"]
 
@@ -37,7 +38,13 @@ class Softmax(Function):
         y: Tensor = _forward(x, dim, kind)
         ctx.save_for_backward(y)
         ctx.arguments = (dim, kind)
+        needs(ctx, x)
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        arguments = ctx.arguments
+        return lambda x: _forward(x, *arguments)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:

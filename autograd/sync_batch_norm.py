@@ -28,6 +28,8 @@ class SyncBatchNorm(Function):
         *common, ctx.total, ctx.group = arguments
         return BatchNorm.forward(ctx, *common)
 
+    recipe = staticmethod(BatchNorm.recipe)
+
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

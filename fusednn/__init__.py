@@ -11,6 +11,7 @@ environment, the kernels in Triton's interpreter.
 from . import autograd, kernels, layers, optim
 from ._version import __version__
 from .autograd.dispatch import record_kernels
+from .autograd.recompute import recompute
 from .layers import (
     explain,
     register_activation,
@@ -28,6 +29,7 @@ __all__ = [
     "kernels",
     "layers",
     "optim",
+    "recompute",
     "record_kernels",
     "register_activation",
     "register_twin",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..autograd.recompute import only_watches
+
 __all__ = ["SavedTensors", "saved_tensors"]
 
 
@@ -32,9 +34,10 @@ class SavedTensors:
 
 @contextmanager
 def saved_tensors() -> Iterator[SavedTensors]:
-    """Record every tensor that autograd saves inside the ``with`` block."""
+    """Record every tensor that autograd saves inside the ``with`` block: under `fusednn.recompute`, that it keeps."""
     census = SavedTensors()
 
+    @only_watches
     def pack(tensor: Tensor) -> Tensor:
         census.tensors.append(tensor.detach())
         return tensor

@@ -16,16 +16,19 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import fx, nn
 
+from ...autograd.recompute import recompute
 from ..derived import beneath, rebased
-from ..twin import is_untouched
+from ..twin import Layer, is_untouched
 from .members import is_known, is_plain_container, is_steady, keeps_to_itself
 from .patterns.pattern import complete
 from .search import Refusal, Search, begins_a_chain
 from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 
-__all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "unfuse"]
+__all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "recompute_in", "unfuse"]
 
 _PLAN = "_fusednn_plan"
+#: Marks a module whose forward pass is one of `fusednn.recompute`, with its depth.
+_DEPTH = "_fusednn_recompute_depth"
 
 
 class Variant(NamedTuple):
@@ -127,11 +130,18 @@ def fused_class(stock: type[nn.Module]) -> type[Fused]:
 
 
 def _subclass(stock: Any) -> type[Fused]:
-    @functools.wraps(stock.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__.get(_PLAN)  # a slice of a fused nn.Sequential has none
         variant = None if plan is None else plan.variant(self, args, kwargs)
         return stock.forward(self, *args, **kwargs) if variant is None else variant.run(self, *args)
+
+    @functools.wraps(stock.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        depth = self.__dict__.get(_DEPTH)
+        if depth is None or torch.compiler.is_compiling():
+            return run(self, *args, **kwargs)
+        with recompute(self, depth=depth):
+            return run(self, *args, **kwargs)
 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     return type(stock.__name__, (Fused, stock), {**names, "_fusednn_stock": stock, "forward": forward})
@@ -283,10 +293,28 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)
 
 
+def recompute_in(module: nn.Module, depth: int) -> str | None:
+    """Put `fusednn.recompute` into a module's own forward; returns why it can't be, or None."""
+    stock = stock_of(module)
+    if issubclass(stock, Layer):
+        return "a single layer"
+    if "forward" in module.__dict__:
+        return "forward is overridden on the instance"
+    try:
+        fused = fused_class(stock)
+    except NotTraceable as error:
+        return str(error)
+    if not isinstance(module, Fused):
+        module.__class__ = fused
+    module.__dict__[_DEPTH] = depth
+    return None
+
+
 def unfuse(module: nn.Module) -> list[nn.Module]:
-    """Undo `fuse_neighbours`; returns the layers that were fused."""
+    """Undo `fuse_neighbours` and `recompute_in`; returns the layers that were fused."""
     if not isinstance(module, Fused):
         return []
+    module.__dict__.pop(_DEPTH, None)
     plan = module.__dict__.pop(_PLAN, None)
     stock: Any = module._fusednn_stock
     fused = fused_class(stock)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..derived import beneath
-from ..fusion.host import fuse_neighbours, is_searched
+from ..fusion.host import fuse_neighbours, is_searched, recompute_in
 from ..twin import ALL_TWINS, TWINS, Layer, is_untouched
 from .register import is_registered, refusal_of, twin_of
 from .report import ReplacementReport, ReplacementRow
@@ -23,7 +23,13 @@ Selection = Iterable[str | type[nn.Module]] | str | type[nn.Module] | Callable[[
 
 
 def replace_layers(
-    model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None, fuse: bool = False
+    model: nn.Module,
+    *,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    fuse: bool = False,
+    recompute: bool = False,
+    recompute_depth: int = 1,
 ) -> ReplacementReport:
     """Swap every layer of ``model`` that has a fusednn twin for it, in place: ``torch.nn``'s, and registered ones.
 
@@ -40,6 +46,9 @@ def replace_layers(
             - Linear, and the maximum over pieces of its features.
 
             Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.
+        recompute: also run the model's forward pass in `fusednn.recompute`: what is made of kept tensors in one pass
+            over memory is made again in the backward pass, not kept.
+        recompute_depth: that function's ``depth``.
 
     Returns:
         A report of what was replaced, what was left, and why.  A layer used under several names is one row.
@@ -70,6 +79,9 @@ def replace_layers(
                 rows[module] = ReplacementRow(names, stock.__name__, False, reason)
         if fuse:
             report.untraced = _fuse(modules, rows, include, exclude)
+        if recompute:
+            refusal = recompute_in(model, recompute_depth)
+            report.recompute = f"depth {recompute_depth}" if refusal is None else f"no: {refusal}"
     report.rows = list(rows.values())
     return report
 

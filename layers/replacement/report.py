@@ -24,10 +24,12 @@ class ReplacementReport:
     """What `replace_layers` or `restore_layers` did, a row per layer; prints as a table.
 
     ``untraced`` has a row for each module in whose code no neighbours could be looked for, to fuse them, and why.
+    ``recompute`` says whether results are made again in the backward pass; None where that wasn't asked for.
     """
 
     rows: list[ReplacementRow] = field(default_factory=list)
     untraced: list[ReplacementRow] = field(default_factory=list)
+    recompute: str | None = None
 
     @property
     def replaced(self) -> list[ReplacementRow]:
@@ -49,6 +51,8 @@ class ReplacementReport:
         for (layer, reason), names in alike.items():
             which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
             lines.append(f"no neighbours fused in {which} ({layer}): {reason}")
+        if self.recompute is not None:
+            lines.append(f"results made again in the backward pass: {self.recompute}")
         return "\n".join(lines)
 
 

@@ -1,0 +1,155 @@
+"""What stands for a saved tensor under `fusednn.autograd.recompute`: the tensor itself, or how it is made again."""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Handle", "Kept", "Recipe", "View", "note", "noted"]
+
+
+class Kept:
+    """A tensor that is kept.  Like PyTorch's saved tensors it notices changes in place."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+    depth = -1
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Not the tensor itself where it has a graph, which holds this.
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        self.version = tensor._version
+
+    @property
+    def changed(self) -> bool:
+        return self.tensor._version != self.version
+
+    def get(self) -> Tensor:
+        _check(self.tensor, self.version)
+        return self.tensor
+
+
+class Recipe:
+    """How a result is made again of its operands.
+
+    Those who saved the result share what is made until each has asked for it once; another stream makes its own.
+    """
+
+    __slots__ = (
+        *("__weakref__", "_again", "_counter", "_made", "_operands", "_strides", "_waiting"),
+        *("depth", "shares", "stream", "version"),
+    )
+
+    def __init__(self, result: Tensor, again: Callable[..., Tensor], operands: Sequence[Any]) -> None:
+        self._again, self._operands = again, operands
+        self._counter, self.version = _version_counter(result), result._version
+        self._strides = result.stride()
+        self.depth = 1 + max((operand.depth for operand in operands if operand is not None), default=-1)
+        self.stream = _stream(result.device)
+        self.shares = self._waiting = 0
+        self._made: tuple[int, Tensor] | None = None
+        for operand in operands:
+            if isinstance(operand, Recipe):
+                operand.shares += 1
+
+    @property
+    def changed(self) -> bool:
+        return self._counter._version != self.version
+
+    def get(self) -> Tensor:
+        _check(self._counter, self.version)
+        stream, made = _stream(self._counter.device), self._made
+        if made is None or made[0] != stream:
+            made = stream, self._make(stream)
+            self._made, self._waiting = made, self.shares
+        # Threads may race here: then the result is made twice, or held a little longer.
+        self._waiting -= 1
+        if self._waiting <= 0:
+            self._made = None
+        return made[1]
+
+    def _make(self, stream: int) -> Tensor:
+        operands = [operand if operand is None else operand.get() for operand in self._operands]
+        with torch.no_grad(), _without_autocast(self._counter.device.type):
+            y = self._again(*operands)
+        if stream != self.stream:  # the allocator must know that the operands are used there
+            for operand in operands:
+                if operand is not None:
+                    operand.record_stream(torch.cuda.current_stream(y.device))
+        assert y.stride() == self._strides, f"made again with strides {y.stride()}, not {self._strides}"
+        return y
+
+
+class View:
+    """A part of a handle's tensor, or another view of it."""
+
+    __slots__ = ("_geometry", "handle")
+
+    def __init__(self, handle: Kept | Recipe, tensor: Tensor) -> None:
+        self.handle, self._geometry = handle, (tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    @property
+    def depth(self) -> int:
+        return self.handle.depth
+
+    @property
+    def changed(self) -> bool:
+        return self.handle.changed
+
+    def get(self) -> Tensor:
+        return self.handle.get().as_strided(*self._geometry)
+
+
+Handle: TypeAlias = Kept | Recipe | View
+
+
+def _check(tensor: Tensor, version: int) -> None:
+    """Raise PyTorch's error where a tensor with this version counter has been changed."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"it is at version {tensor._version}; expected version {version} instead. Hint: enable anomaly detection "
+            "to find the operation that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
+        )
+
+
+def _version_counter(tensor: Tensor) -> Tensor:
+    """A tensor without memory that shares the version counter."""
+    counter = tensor.detach()
+    counter.data = _nothing(tensor.device, tensor.dtype)
+    return counter
+
+
+@functools.cache
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, device=device, dtype=dtype)
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """What autocast cast was cast before it was saved."""
+    return torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
+
+
+# --- Where they are found ---------------------------------------------------------------------------------------------
+
+_NOTE = "fusednn.saved"  # in a node's metadata, with the number of its output: a weak reference to the handle
+
+
+def noted(node: Any, output: int) -> Kept | Recipe | None:
+    """The handle of a node's output that somebody has saved, or can be made again for; None where there is none."""
+    note = node.metadata.get((_NOTE, output))
+    handle: Kept | Recipe | None = None if note is None else note()
+    return handle
+
+
+def note(tensor: Tensor, handle: Kept | Recipe) -> None:
+    """Let `noted` find the handle of a tensor that was computed, as long as somebody holds it."""
+    node: Any = tensor.grad_fn
+    node.metadata[_NOTE, tensor.output_nr] = weakref.ref(handle)
