@@ -16,6 +16,7 @@ from fusednn_bench.validity import LIMIT
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.catalogue import row_of
 from fusednn.kernels.functions.activation import ACTIVATIONS
 
 SIZES = {"large": (64, 64, 128, 128), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
@@ -42,17 +43,7 @@ def _activations() -> Iterator[Operation]:
 
 def _activation(name: str, function: str, arguments: dict[str, Any]) -> Operation:
     ours, stock = (partial(getattr(module, function), **arguments) for module in (autograd, F))
-    return Operation(name, "activation", ours, stock, partial(_budget, name), peers=partial(activation_peers, name))
-
-
-def _budget(name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    ahead, back = ACTIVATIONS[name].budget(shape.numel(), dtype)
-    return ahead, back
-
-
-def _prelu_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor = shape.numel() * dtype.itemsize
-    return 2 * tensor, 3 * tensor
+    return Operation(name, "activation", ours, stock, row_of(function).budget, peers=partial(activation_peers, name))
 
 
 def _with_slopes(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
@@ -64,14 +55,13 @@ def _with_slopes(x: Tensor, count: int | None) -> tuple[Tensor, ...]:
 def _prelu(name: str, count: int | None, memory_format: torch.memory_format) -> Operation:
     operands: Callable[[Tensor], tuple[Tensor, ...]] = partial(_with_slopes, count=count)
     return Operation(
-        name, "prelu", autograd.prelu, F.prelu, _prelu_budget, operands=operands, memory_format=memory_format
+        name, "prelu", autograd.prelu, F.prelu, row_of("prelu").budget, operands=operands, memory_format=memory_format
     )
 
 
 def _rrelu() -> Operation:
     ours, stock = (partial(module.rrelu, training=True) for module in (autograd, F))
-    budget = partial(_budget, "leaky_relu")  # the same bit, and slopes that cost no memory
-    return Operation("rrelu", "rrelu", ours, stock, budget, check=_check_rrelu)
+    return Operation("rrelu", "rrelu", ours, stock, row_of("rrelu").budget, check=_check_rrelu)
 
 
 def _check_rrelu(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -> float:

@@ -17,6 +17,7 @@ from fusednn_bench.validity import LIMIT
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.catalogue import row_of
 from fusednn.kernels.base.channels import plan_of
 
 # Channels, and height and width, of the batch norms of ResNet-50; those after which a block adds its input.
@@ -150,16 +151,6 @@ def _check_relu(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inpu
 # --- Budgets: bytes of (forward, backward); vectors of the channels apart ---------------------------------------------
 
 
-def _budget(forward: float, backward: float, bits: tuple[int, int] = (0, 0)) -> Callable[..., tuple[float, float]]:
-    """So many times the tensor, and so many bits an element."""
-
-    def budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-        tensor, bit = shape.numel() * dtype.itemsize, shape.numel() / 8
-        return forward * tensor + bits[0] * bit, backward * tensor + bits[1] * bit
-
-    return budget
-
-
 def _statistics_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
     vectors = 2 * shape[1] * dtype.itemsize
     return shape.numel() * dtype.itemsize + 2 * vectors, 2 * vectors
@@ -171,16 +162,17 @@ def _scalar_vectors(shape: torch.Size) -> Sequence[int]:
 
 def _operations(suffix: str, memory_format: torch.memory_format) -> tuple[Operation, ...]:
     make = partial(Operation, family="batch_norm", memory_format=memory_format)
+    plain = row_of("batch_norm").budget
     training, evaluation = (
         tuple(partial(_call, module.batch_norm, training) for module in (autograd, F)) for training in (True, False)
     )
     return (
-        make("batch_norm" + suffix, ours=training[0], stock=training[1], budget=_budget(3, 5), operands=_operands),
+        make("batch_norm" + suffix, ours=training[0], stock=training[1], budget=plain, operands=_operands),
         make(
             "batch_norm_act_relu" + suffix,
             ours=_ours,
             stock=_stock,
-            budget=_budget(3, 5),
+            budget=row_of("batch_norm_act").budget,
             operands=_operands,
             check=_check_relu,
         ),
@@ -188,7 +180,7 @@ def _operations(suffix: str, memory_format: torch.memory_format) -> tuple[Operat
             "batch_norm_act_add_relu" + suffix,
             ours=_ours,
             stock=_stock,
-            budget=_budget(4, 6, bits=(1, 2)),
+            budget=partial(row_of("batch_norm_act").budget, alternative=1),
             operands=_with_residual,
             check=_check_relu,
         ),
@@ -196,7 +188,7 @@ def _operations(suffix: str, memory_format: torch.memory_format) -> tuple[Operat
             "batch_norm_evaluation" + suffix,
             ours=evaluation[0],
             stock=evaluation[1],
-            budget=_budget(2, 2),
+            budget=partial(plain, alternative=1),
             operands=_with_constants,
         ),
         make(
@@ -211,7 +203,7 @@ def _operations(suffix: str, memory_format: torch.memory_format) -> tuple[Operat
             "sync_batch_norm" + suffix,
             ours=_synchronised,
             stock=training[1],
-            budget=_budget(3, 5),
+            budget=plain,
             operands=_operands,
         ),
     )

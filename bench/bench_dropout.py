@@ -15,6 +15,7 @@ from fusednn_bench.validity import compare
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.catalogue import row_of
 
 P = 0.25
 IMAGES = {"large": (64, 64, 128, 128), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
@@ -84,11 +85,6 @@ def _in_3d(shape: torch.Size) -> Sequence[int]:
     return *shape[:2], 4, shape[2] // 4, shape[3]
 
 
-def _two_passes(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor = shape.numel() * dtype.itemsize
-    return 2 * tensor, 2 * tensor
-
-
 def _dropout(
     function: str,
     shape: Callable[[torch.Size], Sequence[int]] = _in_2d,
@@ -107,7 +103,7 @@ def _dropout(
         "dropout",
         ours,
         stock,
-        _two_passes,
+        row_of(function).budget,
         operands=partial(_reshaped, shape=shape),
         output_shape=shape,
         memory_format=memory_format,
@@ -124,12 +120,6 @@ def _chain_operands(x: Tensor, residual: bool) -> tuple[Tensor, ...]:
     bias = torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype)
     others = (bias, x.flip(0).contiguous()) if residual else (bias,)
     return tuple(operand.requires_grad_() for operand in (x, *others))
-
-
-def _chain_budget(name: str, residual: bool, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor, bits = shape.numel() * dtype.itemsize, shape.numel() / 8
-    forward = 3 * tensor if residual else 2 * tensor
-    return (forward, 3 * tensor) if name == "gelu" else (forward + bits, 2 * tensor + bits)
 
 
 def _chain(name: str, residual: bool = False) -> Operation:
@@ -150,7 +140,7 @@ def _chain(name: str, residual: bool = False) -> Operation:
         "bias_activation_dropout",
         partial(autograd.bias_activation_dropout, p=P, activation=name),
         stock,
-        partial(_chain_budget, name, residual),
+        partial(row_of("bias_activation_dropout").budget, alternative=2 * residual + (name == "gelu")),
         operands=partial(_chain_operands, residual=residual),
         check=partial(_check, masked=masked, probability=probability),
     )
@@ -196,11 +186,6 @@ def _belief(x: Tensor, belief: Tensor) -> Tensor:
     return torch.sigmoid(belief.double())
 
 
-def _standout_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor, bits = shape.numel() * dtype.itemsize, shape.numel() / 8
-    return 3 * tensor + bits, 2 * tensor + bits
-
-
 _IMAGE_OPERATIONS = (
     _dropout("dropout"),
     _dropout("alpha_dropout"),
@@ -229,7 +214,7 @@ _MATRIX_OPERATIONS = (
         "standout",
         autograd.standout,
         _stock_standout,
-        _standout_budget,
+        row_of("standout").budget,
         operands=_standout_operands,
         check=partial(_check, masked=_masked_standout, probability=_belief),
     ),

@@ -13,6 +13,7 @@ from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.catalogue import row_of
 
 SIZES = {"large": (8192, 8192), "medium": (1024, 1024), "small": (128, 10)}
 COUNTED_SHAPE = (16, 512)
@@ -51,16 +52,6 @@ def _scalar(shape: torch.Size) -> Sequence[int]:
     return ()
 
 
-def _mean_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor = shape.numel() * dtype.itemsize
-    return 2 * tensor, 3 * tensor
-
-
-def _element_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor = shape.numel() * dtype.itemsize
-    return 3 * tensor, 4 * tensor
-
-
 def _class_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
     """A target and an element of each row; the gradient, zeros and all."""
     picked = shape[0] * (INDEX_BYTES + dtype.itemsize)
@@ -75,7 +66,7 @@ def _pointwise(function: str, reduction: str) -> Operation:
         "loss",
         ours,
         stock,
-        _mean_budget if mean else _element_budget,
+        partial(row_of(function).budget, alternative=0 if mean else 1),
         operands=partial(_pointwise_operands, kind=POINTWISE[function]),
         **({"output_shape": _scalar} if mean else {}),
     )

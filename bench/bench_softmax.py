@@ -14,6 +14,7 @@ from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.catalogue import row_of
 
 # About 134 MB of logits in bfloat16, however many the classes; and the last layer of a small network.
 SIZES = {
@@ -37,13 +38,13 @@ SOFTMAX = ("softmax", "log_softmax", "softmin")
 def _line_softmax(function: str) -> Operation:
     ours, stock = (partial(getattr(module, function), dim=1) for module in (autograd, F))
     return Operation(
-        function, "softmax", ours, stock, _softmax_budget, peers=peers.softmax_peers if function == "softmax" else dict
+        function,
+        "softmax",
+        ours,
+        stock,
+        row_of(function).budget,
+        peers=peers.softmax_peers if function == "softmax" else dict,
     )
-
-
-def _softmax_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    tensor = shape.numel() * dtype.itemsize
-    return 2 * tensor, 3 * tensor
 
 
 def _cross_entropy_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:

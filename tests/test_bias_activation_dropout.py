@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fusednn
 from fusednn import kernels
 from fusednn.autograd import bias_activation_dropout
+from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import ACTIVATIONS
 from fusednn.layers import BiasActivationDropout
@@ -297,16 +298,15 @@ def test_budget(name: str, dtype: torch.dtype, with_residual: bool, device: str)
         y = bias_activation_dropout(*leaves, activation=name)
     with measure_traffic() as backward:
         torch.autograd.grad(y, leaves, g)
-    tensor = x.numel() * x.itemsize
     bits = x.numel() / 8 if ACTIVATIONS[name].saves == "mask" else 0
     seed = 0 if name == "relu" else 8
     assert saved.bytes_beside(x, bias) == bits + seed, "one bit an element, or the operands; never a mask of bytes"
-    forward_budget = (3 if with_residual else 2) * tensor + bits
-    backward_budget = 2 * tensor + (bits or tensor)
+    alternative = 2 * with_residual + (not bits)
+    ahead, back = row_of("bias_activation_dropout").budget(x.shape, dtype, alternative)
     # A program here has 8 rows: it reads the bias once, and leaves a partial sum of the bias's gradient.
     bias_loads, partial_sums = x.itemsize * x.numel() / 8, 4 * x.numel() / 8
-    assert forward_budget < forward.bytes - bias_loads <= 1.05 * forward_budget
-    assert backward_budget <= backward.bytes - partial_sums - (0 if bits else bias_loads) <= 1.05 * backward_budget
+    assert ahead < forward.bytes - bias_loads <= 1.05 * ahead
+    assert back <= backward.bytes - partial_sums - (0 if bits else bias_loads) <= 1.05 * back
     assert (forward.launches, backward.launches) == (1, 1)
     assert [operation.name for operation in forward.operations] == ["randint"]
     assert {operation.name for operation in backward.operations} <= {"sum", "_to_copy"}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fusednn
 from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 
 if kernels.INTERPRETING:
@@ -192,14 +193,13 @@ def test_gradcheck_and_gradgradcheck(window: Options, layout: str, device: str) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bytes_and_launches(layout: str, dtype: torch.dtype, device: str) -> None:
-    """2x2: 1.25e + 1/16 an element in each direction, and 1/16 saved: two bits a window."""
+    """2x2: 1/16 byte an element is saved, two bits a window."""
     x = leaf(LAYOUTS[layout](random_tensor((1, 32, 16, 64), dtype, device)))
     with measure_traffic() as forward, saved_tensors() as saved:
         y = autograd.max_pool2d(x, 2)
     with measure_traffic() as backward:
         torch.autograd.grad(y, x, torch.ones_like(y))
-    budget = x.numel() * (1.25 * dtype.itemsize + 1 / 16)
-    for traffic in (forward, backward):
+    for traffic, budget in zip((forward, backward), row_of("max_pool2d").budget(x.shape, dtype), strict=True):
         assert budget / 1.05 < traffic.bytes <= budget * 1.05
         assert traffic.launches == 1
         assert not [operation for operation in traffic.operations if operation.name != "ones_like"]

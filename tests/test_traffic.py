@@ -8,6 +8,7 @@ from support.standing import leaf
 from torch import Tensor
 
 from fusednn import autograd, kernels
+from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import ACTIVATIONS
 
@@ -44,7 +45,7 @@ def test_activations_keep_their_budget(case: Case, dtype: torch.dtype, device: s
     forward, backward, saved = traffic_of(case, dtype, device)
     numel = torch.Size(SHAPE).numel()
     row = ACTIVATIONS[kernel_name(case)]
-    forward_budget, backward_budget = row.budget(numel, dtype)
+    forward_budget, backward_budget = row_of(case.name).budget(torch.Size(SHAPE), dtype)
     assert forward_budget / SLACK < forward.bytes <= forward_budget * SLACK
     assert backward_budget / SLACK < backward.bytes <= backward_budget * SLACK
     assert (forward.launches, backward.launches) == (1, 1)
@@ -77,11 +78,11 @@ def test_prelu_keeps_its_budget(slopes: int, layout: torch.memory_format, dtype:
         y = autograd.prelu(x, weight)
     with measure_traffic() as backward:
         torch.autograd.grad(y, (x, weight), gradient)
-    tensor = x.numel() * x.itemsize
+    ahead, back = row_of("prelu").budget(x.shape, dtype)
     statistics = sum(operation.read_bytes for operation in backward.operations)  # partial sums: apart
-    assert forward.bytes <= 2 * tensor * SLACK
-    assert backward.bytes - statistics <= 3 * tensor * SLACK
-    assert statistics <= 0.05 * tensor
+    assert forward.bytes <= ahead * SLACK
+    assert backward.bytes - statistics <= back * SLACK
+    assert statistics <= 0.02 * back
     assert (forward.launches, backward.launches) == (1, 1)
     assert {operation.name for operation in backward.operations} <= {"sum", "_to_copy"}
 
@@ -92,11 +93,11 @@ def test_rrelu_saves_bits_and_a_seed(device: str) -> None:
         y = autograd.rrelu(x, training=True)
     with measure_traffic() as backward:
         torch.autograd.grad(y.sum(), x)
-    tensor = x.numel() * x.itemsize
+    ahead, back = row_of("rrelu").budget(x.shape, x.dtype)
     assert saved.bytes == x.numel() / 8 + 8
-    assert forward.bytes <= (2 * tensor + x.numel() / 8) * SLACK
+    assert forward.bytes <= ahead * SLACK
     # The gradient of a sum is expanded, and copied once: beside the kernel, not in it.
-    assert backward.bytes <= (2 * tensor + x.numel() / 8) * SLACK
+    assert backward.bytes <= back * SLACK
     assert [operation.name for operation in forward.operations] == ["randint"]
 
 

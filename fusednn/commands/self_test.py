@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import autograd, kernels, optim
-from ..autograd import stock as F
+from .. import kernels, optim
 from ..autograd.dispatch import Choice, observe_choices
+from ..catalogue import ROWS, Row, normal, row_of_layer
 from ..layers.table import format_table
 from ..layers.twin import TWINS
 from ..optim.twin import TWINS as OPTIMIZER_TWINS
 from .interpreter import interpreting_processes
 
-__all__ = ["FUNCTIONS", "Result", "families", "layer_sample", "self_test", "table"]
+__all__ = ["FUNCTIONS", "Result", "families", "function_sample", "layer_sample", "self_test", "table"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SEED = 0
@@ -35,17 +35,6 @@ SEED = 0
 _STOCK_ON_PURPOSE = ("Conv1d", "Conv2d")
 #: Layers whose constants PyTorch rounds to float32 even in float64.
 _FLOAT32_CONSTANTS = ("CELU", "Hardsigmoid")
-
-#: What constructors need to be given.
-_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "PReLU", "SyncBatchNorm"), (6,)),
-    **dict.fromkeys(("Conv1d", "Conv2d"), (6, 8, 3)),
-    **dict.fromkeys(("LogSoftmax", "Softmax", "Softmin"), (1,)),
-    **dict.fromkeys(("MaxPool1d", "MaxPool2d"), (2,)),
-    "LinearCrossEntropyLoss": (16, 50),
-    "RReLU": (0.25, 0.25),  # random slopes: equal bounds leave one right answer
-    "Threshold": (0.1, -1.0),
-}
 
 #: Arguments of optimizers that choose another update.
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -87,43 +76,25 @@ class Result:
 # --- What is tested ---------------------------------------------------------------------------------------------------
 
 
-def _normal(*shape: int) -> Tensor:
-    """Reproducible, on both sides of every activation's knees."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    return 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def _image(name: str) -> Tensor:
-    """More elements than a program's tile holds, and no multiple of it; as many dimensions as the layer's name says."""
-    sizes = {"2d": (10, 10), "3d": (4, 5, 5)}.get(name[-2:], (100,))
-    return _normal(4, 6, *sizes)
-
-
-def _layer_operands(name: str) -> tuple[Tensor, ...]:
-    x, t = _normal(40, 50), _normal(50, 40).T
-    classes = torch.arange(40) % 50
-    if name in ("BCELoss", "BCEWithLogitsLoss", "KLDivLoss"):
-        probabilities = t.sigmoid().clamp(0.02, 0.98)  # away from where logarithms overflow in 16 bits
-        return (x.sigmoid().clamp(0.02, 0.98) if name == "BCELoss" else x), probabilities
-    if name in ("CrossEntropyLoss", "NLLLoss"):
-        return x.log_softmax(1), classes
-    if name == "LinearCrossEntropyLoss":
-        return _normal(40, 16), classes
-    return (x, t) if name.endswith("Loss") else (_image(name),)
-
-
 def layer_sample(stock_class: type[nn.Module]) -> Sample:
     """A call of the twin of a ``torch.nn`` class."""
     name = stock_class.__name__
+    row = row_of_layer(name)
     modules: list[Any] = []
     for cls in (TWINS[stock_class], stock_class):
         torch.manual_seed(SEED)
-        modules.append(cls(*_ARGUMENTS.get(name, ())))
+        modules.append(cls(*row.layer_arguments))
     ours, stock = modules
-    operands = _layer_operands(name)
+    operands = row.layer_operands(name)
     if "Dropout" in name:
         return Sample(ours, partial(_masked, stock), operands, _kept, 1 - stock.p)
     return Sample(ours, stock, operands)
+
+
+def function_sample(row: Row) -> Sample:
+    """A call of a function that no twin calls."""
+    draw = None if row.drawn is None else partial(_again, row.drawn)
+    return Sample(row.ours, row.stock, row.operands(normal(*row.shape)), draw, 1.0 if draw is None else 0.5)
 
 
 def _kept(dropout: nn.Module, x: Tensor) -> Tensor:
@@ -146,101 +117,15 @@ def _masked(dropout: nn.Module, kept: Tensor, x: Tensor) -> Tensor:
     return torch.where(kept, x * scale + offset[True], offset[False])
 
 
-def _batch_norm_act(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.relu(F.batch_norm(x, None, None, weight, bias, training=True) + residual)
-
-
-def _conv_batch_norm_act(x: Tensor, weight: Tensor) -> Tensor:
-    return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, weight), None, None, training=True)), 2)
-
-
-def _maxima(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The maximum over pieces, each ``product`` with its own weight and bias."""
-    return torch.stack([product(x, w, b) for w, b in zip(weight, bias, strict=True)]).amax(0)
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, ...]:
-    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    return x.mean((0, 2)), x.var((0, 2), correction=0)
-
-
-#: By family, functions that no twin of a layer calls (or none, in older versions of PyTorch), and stock's operators.
-FUNCTIONS: dict[str, dict[str, Sample]] = {
-    "batch_norm": {
-        "batch_norm_act": Sample(
-            lambda x, residual, w, b: autograd.batch_norm_act(x, None, None, w, b, True, residual=residual),
-            _batch_norm_act,
-            (_normal(4, 6, 100), _normal(4, 6, 100).flip(0), _normal(6), _normal(6).flip(0)),
-        ),
-        "channel_statistics": Sample(autograd.channel_statistics, _statistics, (_normal(4, 6, 100),)),
-    },
-    "bias_activation_dropout": {
-        "bias_activation_dropout": Sample(
-            autograd.bias_activation_dropout,
-            lambda kept, x, bias, residual: F.relu(x + bias) * kept * 2 + residual,
-            (_normal(40, 60), _normal(60), _normal(60, 40).T),
-            lambda ours, x, *_: _again(ours, torch.ones_like(x)) != 0,
-            0.5,
-        )
-    },
-    "conv": {
-        "conv_act_pool2d": Sample(
-            partial(autograd.conv_act_pool2d, pool_size=2),
-            lambda x, w, b: F.max_pool2d(F.relu(F.conv2d(x, w, b)), 2),
-            (_normal(2, 3, 10, 10), _normal(8, 3, 3, 3), _normal(8)),
-        )
-    },
-    "conv_batch_norm": {
-        "conv_batch_norm_act2d": Sample(
-            lambda x, w: autograd.conv_batch_norm_act2d(x, w, None, None, None, training=True, pool_size=2),
-            _conv_batch_norm_act,
-            (_normal(2, 3, 10, 10), _normal(8, 3, 3, 3)),
-        )
-    },
-    "drop_connect": {
-        "drop_connect_linear": Sample(
-            autograd.drop_connect_linear,
-            lambda kept, x, w, b: F.linear(x, w * kept * 2, b),
-            (_normal(8, 40), _normal(60, 40), _normal(60)),
-            lambda ours, x, w, _: _again(ours, torch.eye(40).to(x), torch.ones_like(w)).T != 0,
-            0.5,
-        )
-    },
-    "linear_cross_entropy": {
-        "linear_cross_entropy": Sample(
-            autograd.linear_cross_entropy,
-            lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
-            (_normal(40, 16), _normal(50, 16), torch.arange(40)),
-        )
-    },
-    "maxout": {
-        "maxout": Sample(
-            partial(autograd.maxout, pieces=3), lambda x: x.unflatten(-1, (-1, 3)).max(-1).values, (_normal(50, 60),)
-        ),
-        "maxout_conv2d": Sample(
-            autograd.maxout_conv2d,
-            partial(_maxima, F.conv2d),
-            (_normal(2, 3, 8, 8), _normal(2, 5, 3, 3, 3), _normal(2, 5)),
-        ),
-        "maxout_linear": Sample(
-            autograd.maxout_linear, partial(_maxima, F.linear), (_normal(30, 24), _normal(3, 20, 24), _normal(3, 20))
-        ),
-    },
-    "standout": {
-        "standout": Sample(
-            autograd.standout,
-            lambda kept, x, _: x * kept,
-            (_normal(40, 60), torch.zeros(40, 60, dtype=torch.float64)),
-            lambda ours, x, belief: _again(ours, torch.ones_like(x), belief) != 0,
-            0.5,
-        )
-    },
-}
+#: Functions that no twin of a layer calls (or none, in older versions of PyTorch), by name.
+FUNCTIONS = {row.name: row for row in ROWS if row.in_stock is not None}
 
 
 def families() -> list[str]:
     """All that `self_test` has."""
-    return sorted({*(_family(twin) for twin in TWINS.values()), *FUNCTIONS, "optimizer"})
+    return sorted(
+        {*(_family(twin) for twin in TWINS.values()), *(row.family for row in FUNCTIONS.values()), "optimizer"}
+    )
 
 
 def _family(cls: type) -> str:
@@ -269,7 +154,7 @@ def _test_family(family: str) -> list[Result]:
 def _results(family: str) -> Iterator[Result]:
     device = "cuda" if torch.cuda.is_available() and not kernels.ON_CPU else "cpu"
     layers = {stock.__name__: partial(layer_sample, stock) for stock, twin in TWINS.items() if _family(twin) == family}
-    functions = {name: partial(FUNCTIONS[family].__getitem__, name) for name in FUNCTIONS.get(family, {})}
+    functions = {name: partial(function_sample, row) for name, row in FUNCTIONS.items() if row.family == family}
     for (name, make), dtype in product({**layers, **functions}.items(), DTYPES):
         yield _guarded(family, name, dtype, partial(_test, make, name, dtype, device))
     if family == "optimizer":
@@ -353,11 +238,11 @@ def _test_optimizer(
     shapes = ((40, 60), (7,), ())
     outcomes = []
     for ours, kind in ((True, dtype), (False, dtype), (False, torch.float64)):
-        parameters = [nn.Parameter(_normal(*shape).to(device, dtype).to(kind)) for shape in shapes]
+        parameters = [nn.Parameter(normal(*shape).to(device, dtype).to(kind)) for shape in shapes]
         optimizer: Any = (OPTIMIZER_TWINS[cls] if ours else cls)(parameters, **variant)
         for step in range(2):
             for parameter in parameters:
-                gradient = _normal(*parameter.shape, 2)[..., step]
+                gradient = normal(*parameter.shape, 2)[..., step]
                 parameter.grad = gradient.to(device, dtype).to(kind)
             if ours and (refused := [path.reason for path in optim.explain(optimizer) if not path.kernel]):
                 return _Error(None, None, f"took no kernel: {refused[0]}")

@@ -340,13 +340,6 @@ class Activation:
         keys = (None if function is None else function.cache_key for function in functions)
         return f"{self.saves} {self.mask_gates} {' '.join(map(str, keys))}"
 
-    def budget(self, numel: int, dtype: torch.dtype) -> tuple[float, float]:
-        """Bytes of device memory that (forward, backward) must move: each operand once."""
-        tensor = numel * dtype.itemsize
-        if self.saves == "mask":
-            return 2 * tensor + numel / 8, 2 * tensor + numel / 8
-        return 2 * tensor, 3 * tensor
-
 
 class Activated(NamedTuple):
     """An activation with its parameters, as it travels from a layer to the kernels."""

@@ -10,8 +10,6 @@ where there is none), in the type of the arithmetic.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from ..base._triton import tl, triton
 from ..base.numerics import divide, exp, log, log1p, sigmoid
 
@@ -173,11 +171,6 @@ class PointwiseLoss:
     complaint: str = ""
     uses_positive_weight: bool = False
     has_weighted_mean: bool = False
-
-    def budget(self, numel: int, dtype: torch.dtype, reduction: Reduction = "mean") -> tuple[float, float]:
-        """Bytes of device memory that (forward, backward) must move, without weights, for the input's gradient."""
-        tensor = numel * dtype.itemsize
-        return (3 * tensor, 4 * tensor) if reduction == "none" else (2 * tensor, 3 * tensor)
 
 
 #: Every pointwise loss, by name.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusednn import autograd
-from fusednn.commands.self_test import FUNCTIONS, Sample, layer_sample
+from fusednn.commands.self_test import FUNCTIONS, Sample, function_sample, layer_sample
 from fusednn.layers.twin import TWINS
 
 from .device import DEVICE
@@ -178,7 +178,7 @@ def _stock_norm_act(*operands: Any, residual: Tensor, activation: str) -> Tensor
 
 
 _OWN_FUNCTIONS: dict[str, Callable[[], Sample]] = {
-    name: partial(functions.__getitem__, name) for functions in FUNCTIONS.values() for name in functions
+    name: partial(function_sample, row) for name, row in FUNCTIONS.items()
 }
 
 #: What other options make of a function: another gradient, or another path to it.
