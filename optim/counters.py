@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .recipe import Recipe
@@ -20,8 +21,38 @@ class Counters(NamedTuple):
     Numbers that only the device knows are float64 tensors.
     """
 
-    step: Sequence[float] | Tensor
+    step: Sequence[float] | NDArray[np.float64] | Tensor
     mu_product: Sequence[float] | Tensor | None = None
+
+
+class Shelf:
+    """The step counters of many parameters side by side in one tensor, on the host: one addition advances all.
+
+    Each stays the tensor that it was, a number of its own.
+    """
+
+    def __init__(self, counters: Sequence[Tensor]) -> None:
+        self._counters = counters
+        self._row = torch.stack(list(counters))
+        for i, counter in enumerate(counters):
+            counter.set_(self._row.untyped_storage(), i, (), ())  # type: ignore[call-overload]
+        self._places = list(map(Tensor.data_ptr, counters))
+
+    @staticmethod
+    def of(own: Sequence[dict[str, Any]]) -> Shelf | None:
+        """None where something else than a step is counted, or not on the host, or not alike."""
+        if "step" not in own[0] or "mu_product" in own[0]:
+            return None
+        counters = [state["step"] for state in own]
+        plain = all(type(counter) is Tensor and counter.device.type == "cpu" for counter in counters)
+        return Shelf(counters) if plain and len({counter.dtype for counter in counters}) == 1 else None
+
+    def is_in_place(self) -> bool:
+        return list(map(Tensor.data_ptr, self._counters)) == self._places
+
+    def advance(self) -> NDArray[np.float64]:
+        self._row.add_(1.0)
+        return self._row.numpy().astype(np.float64)
 
 
 def one_step(found_inf: Tensor | None, like: Tensor) -> Any:
@@ -29,8 +60,19 @@ def one_step(found_inf: Tensor | None, like: Tensor) -> Any:
     return 1.0 if found_inf is None else (found_inf.reshape(()) == 0).to(like.dtype)
 
 
-def advance(own: Sequence[dict[str, Any]], device: torch.device, recipe: Recipe, found_inf: Tensor | None) -> Counters:
-    """Advance the counters in the state, and give them to the kernel: where they are, without a synchronisation."""
+def advance(
+    own: Sequence[dict[str, Any]],
+    device: torch.device,
+    recipe: Recipe,
+    found_inf: Tensor | None,
+    shelf: Shelf | None = None,
+) -> Counters:
+    """Advance the counters in the state, and give them to the kernel: where they are, without a synchronisation.
+
+    ``shelf`` has those of ``own``, where they stand side by side.
+    """
+    if shelf is not None and found_inf is None:
+        return Counters(shelf.advance())
     keys = [key for key in ("step", "mu_product") if key in own[0]]
     on_host = found_inf is None and all(state[key].device.type == "cpu" for state in own for key in keys)
     if not on_host:

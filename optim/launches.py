@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ..kernels.base.multi_tensor import CHUNK, SETTINGS, FlatOperands, Table
 from ..kernels.optimizer import Penalty, Settings, Variant, launch_squares, launch_update
-from .counters import Counters, advance, one_step, relative
+from .counters import Counters, Shelf, advance, one_step, relative
+from .known import Known
 from .options import has_master, wants
 from .recipe import Group, Recipe
 from .sharding import is_distributed, layout, local, sum_over_mesh
 
 __all__ = ["Batch", "Launch", "batches", "clipped_squares"]
+
+#: The place of the gradients among what a kernel works on.
+GRADIENTS = 1
 
 
 @dataclass
@@ -57,18 +61,56 @@ def batches(
 
 
 class Launch:
-    """An update that is ready to be launched: counters advanced, tensors laid out, their table uploaded.
+    """An update that can be launched again and again: tensors laid out, and what the kernel is told of them.
 
-    ``scale`` and ``found_inf`` are a GradScaler's, where it leaves them to the step.
+    `prepare` makes one step ready: counters advanced, numbers and addresses that changed uploaded.
     """
 
-    def __init__(
-        self, group: Group, recipe: Recipe, batch: Batch, table: Table, scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def __init__(self, group: Group, recipe: Recipe, batch: Batch, table: Table, *, unscales: bool) -> None:
+        self._batch, self._table = batch, table
         self._clips = wants(group, "clip_norm") is not None
+        self._averaged = wants(group, "averaging") is not None
         self._device = batch.parameters[0].device
+        given = batch.columns(group, recipe)
+        self._like = given[0][0]
+        columns = [[local(tensor) for tensor in column] for column in given] if is_distributed(self._like) else given
+        parameters, gradients = columns[:2]
+        penalty = Penalty.GROUPS if wants(group, "group_lasso") else Penalty.NONE
+        if penalty is Penalty.NONE and (wants(group, "l1") or wants(group, "l2")):
+            penalty = Penalty.ELEMENTS
+        self._variant = Variant(
+            recipe.algorithm,
+            parameters[0].dtype,
+            gradients[0].dtype,
+            columns[2][0].dtype if recipe.row.states else parameters[0].dtype,
+            penalty,
+            has_master(group, parameters[0]),
+            self._averaged,
+            unscales=unscales,
+        )
+        is_written = [i != GRADIENTS or unscales for i in range(len(columns))]  # gradients only where unscaled
+        kinds = [columns] if columns is given else [columns, given]
+        self._written = [
+            tensor for kind in kinds for i, column in enumerate(kind) if i != GRADIENTS for tensor in column
+        ]
+        self._unscaled = [tensor for kind in kinds for tensor in kind[GRADIENTS]] if unscales else []
+        self._tensors = len(parameters)
+        self._flat = FlatOperands(parameters, rows=penalty is Penalty.GROUPS)
+        self._addresses = [
+            self._flat.addresses(column, written=written) for column, written in zip(columns, is_written, strict=True)
+        ]
+        self._extents = _extents(parameters, penalty)
+        self._programs = table.programs(*self._extents[:2])
+        moved = columns is not given or self._flat.copied
+        self._first = bool(recipe.row.states) and any(batch.fresh)
+        self._known = None if moved else Known(gradients, [*parameters, *(t for column in columns[2:] for t in column)])
+        self._shelf: Shelf | None = None
+        batch.gradients.clear()  # which a step may outlive
+
+    def prepare(self, group: Group, recipe: Recipe, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """``scale`` and ``found_inf`` are a GradScaler's, where it leaves them to the step."""
+        batch = self._batch
         found_inf = None if found_inf is None else found_inf.to(self._device, non_blocking=True)
-        averaged = wants(group, "averaging") is not None
         numbers, self._on_device = _split_numbers(
             lr=group["lr"],
             sign=-1.0 if group["maximize"] else 1.0,
@@ -84,52 +126,39 @@ class Launch:
         )
         self._lr = numbers.pop("lr", 1.0)
         if "step" in batch.own[0]:
-            counters = advance(batch.own, self._device, recipe, found_inf)
+            counters = advance(batch.own, self._device, recipe, found_inf, self._shelf)
         else:
-            counters = Counters([1.0 if is_fresh else 2.0 for is_fresh in batch.fresh])
+            counters = Counters(np.array([1.0 if is_fresh else 2.0 for is_fresh in batch.fresh]))
         self._averages = None
-        if averaged:
+        if self._averaged:
             counts = [state["averages"] for state in batch.own]
             torch._foreach_add_(counts, one_step(found_inf, counts[0]))
             self._averages = torch.stack(counts).double()
-
-        given = batch.columns(group, recipe)
-        columns = [[local(tensor) for tensor in column] for column in given] if is_distributed(given[0][0]) else given
-        parameters, gradients = columns[:2]
-        penalty = Penalty.GROUPS if wants(group, "group_lasso") else Penalty.NONE
-        if penalty is Penalty.NONE and (wants(group, "l1") or wants(group, "l2")):
-            penalty = Penalty.ELEMENTS
-        self._variant = Variant(
-            recipe.algorithm,
-            parameters[0].dtype,
-            gradients[0].dtype,
-            columns[2][0].dtype if recipe.row.states else parameters[0].dtype,
-            penalty,
-            has_master(group, parameters[0]),
-            averaged,
-            unscales=scale is not None,
-        )
-        is_written = [i != 1 or self._variant.unscales for i in range(len(columns))]  # gradients only where unscaled
-        self._written = [
-            tensor
-            for kind in ([columns] if columns is given else [columns, given])
-            for column, written in zip(kind, is_written, strict=True)
-            for tensor in column
-            if written
-        ]
-        self._like = given[0][0]
-        self._tensors = len(parameters)
-        self._columns = len(columns)
-        self._flat = FlatOperands(parameters, rows=penalty is Penalty.GROUPS)
         self._bases, scalars, self._scalars = relative(counters, self._tensors)
-        addresses = [
-            self._flat.addresses(column, written=written) for column, written in zip(columns, is_written, strict=True)
-        ]
-        elements, chunks, groups = _extents(parameters, penalty)
-        programs = table.programs(elements, chunks)
         settings = np.array(Settings(**numbers)).view(np.int64)
-        self._words = table.upload([settings, *addresses, elements, chunks, groups, *scalars, programs])
-        self._programs = len(programs)
+        rows = [settings, *self._addresses, *self._extents, *scalars, self._programs]
+        self._words = self._table.upload(rows)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether another step may `follows`: not the first of a parameter, nor one that worked on copies."""
+        return self._known is not None and not self._first
+
+    def follows(self) -> bool:
+        """Whether another step works on the same memory, but for the gradients', whose addresses are taken over."""
+        batch = self._batch
+        if self._known is None or not self._known.are_in_place():
+            return False
+        gradients = [parameter.grad for parameter in batch.parameters]
+        addresses = self._known.addresses(gradients)
+        if addresses is None:
+            return False
+        if not np.array_equal(addresses, self._addresses[GRADIENTS]):
+            self._addresses[GRADIENTS] = addresses
+        self._unscaled = gradients if self._variant.unscales else []
+        if self._shelf is None or not self._shelf.is_in_place():
+            self._shelf = Shelf.of(batch.own)
+        return True
 
     @property
     def clips(self) -> bool:
@@ -138,7 +167,9 @@ class Launch:
 
     def squares(self) -> Tensor:
         """Launch the sum of the gradients' squares: float64 partial sums, over all processes."""
-        sums = launch_squares(self._words, self._variant.gradient, self._columns, self._tensors, self._programs)
+        sums = launch_squares(
+            self._words, self._variant.gradient, len(self._addresses), self._tensors, len(self._programs)
+        )
         return sum_over_mesh(sums, self._like) if is_distributed(self._like) else sums
 
     def run(self, squares: Tensor | None) -> None:
@@ -151,12 +182,12 @@ class Launch:
                 settings[Settings._fields.index(name)].copy_(value.reshape(()), non_blocking=True)
         scalars = self._scalars
         if scalars is None:
-            scalars = words[SETTINGS + (self._columns + 3) * self._tensors :]
+            scalars = words[SETTINGS + (len(self._addresses) + len(self._extents)) * self._tensors :]
         if squares is not None:
             squares = squares.to(self._device, non_blocking=True) if self._clips else None
         launch_update(
             self._variant,
-            self._programs,
+            len(self._programs),
             self._words,
             settings,
             scalars,
@@ -167,7 +198,8 @@ class Launch:
             *self._bases,
         )
         self._flat.copy_back()
-        torch.autograd.graph.increment_version(self._written)
+        torch.autograd.graph.increment_version([*self._written, *self._unscaled])
+        self._unscaled = []
 
 
 def clipped_squares(launches: Sequence[Launch]) -> Tensor | None:

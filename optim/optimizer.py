@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doe
 
 from ..kernels import AVAILABLE, WHERE
 from ..kernels.base.multi_tensor import Table
+from .known import KnownGroup, KnownState
 from .launches import Launch, batches, clipped_squares
 from .options import OPTIONS, check_options, clip_norm_squares, has_master, plain_options, prepare_options, wants
 from .recipe import Group, Recipe, gradient_dtype, with_gradients
@@ -48,6 +49,15 @@ def explain(optimizer: FusedOptimizer) -> list[GroupPath]:
     """Which path the next ``optimizer.step()`` takes for each parameter group, given today's gradients, and why."""
     refusals = [optimizer._refusal(group) for group in optimizer.param_groups]
     return [GroupPath(i, reason is None, reason or f"kernel {WHERE}") for i, reason in enumerate(refusals)]
+
+
+class Remembered(NamedTuple):
+    """A step that can be repeated: its groups, its launches by the index of their group."""
+
+    groups: list[KnownGroup]
+    state: KnownState
+    launches: list[tuple[int, Launch]]
+    unscales: bool
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -109,6 +119,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._repeat_step():
+            self._plan_step()
+        return loss
+
+    def _repeat_step(self) -> bool:
+        """Launch what the step before launched, where only gradients and numbers have changed since.  Tells whether."""
+        remembered: Remembered | None = self.__dict__.get("_remembered")
+        if remembered is None or len(remembered.groups) != len(self.param_groups):
+            return False
+        recipes = list(map(self._recipe, self.param_groups))
+        follows = (
+            remembered.unscales == self._unscales()
+            and all(map(KnownGroup.is_same, remembered.groups, self.param_groups, recipes))
+            and remembered.state.is_same(self.state)
+            and all(launch.follows() for _, launch in remembered.launches)
+        )
+        if follows:
+            with torch.no_grad():
+                self._launch(remembered.launches, None)
+        return follows
+
+    def _plan_step(self) -> None:
+        self.__dict__.pop("_remembered", None)
         refusals = [self._refusal(group) for group in self.param_groups]
         taken = [i for i, refusal in enumerate(refusals) if refusal is None]
         squares = None
@@ -120,8 +153,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             if refusal is not None:
                 self._stock_step(group, squares)
         with torch.no_grad():
-            self._kernel_step(taken, squares)
-        return loss
+            launches = [(index, launch) for index in taken for launch in self._launches(index)]
+            self._launch(launches, squares)
+        if set(refusals) <= {None, NO_GRADIENTS} and all(launch.is_repeatable for _, launch in launches):
+            groups = [KnownGroup(group, self._recipe(group)) for group in self.param_groups]
+            self.__dict__["_remembered"] = Remembered(groups, KnownState(self.state), launches, self._unscales())
 
     def _stock_step(self, group: Group, squares: Tensor | None) -> None:
         """The stock class's own step, for one group."""
@@ -166,13 +202,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             cls._lists = len(inspect.signature(stock_class(cls)._init_group).parameters) - 2  # type: ignore[attr-defined]
         return cls._lists
 
-    def _kernel_step(self, indices: Sequence[int], squares: Tensor | None) -> None:
-        """Update groups by kernels."""
-        launches = [launch for index in indices for launch in self._launches(index)]
+    def _launch(self, launches: Sequence[tuple[int, Launch]], squares: Tensor | None) -> None:
+        """Update by kernels what each launch is for, of the group with that index."""
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        for index, launch in launches:
+            group = self.param_groups[index]
+            launch.prepare(group, self._recipe(group), scale, found_inf)
         if squares is None:
-            squares = clipped_squares(launches)
-        for launch in launches:
+            squares = clipped_squares([launch for _, launch in launches])
+        for _, launch in launches:
             launch.run(squares)
+
+    def _unscales(self) -> bool:
+        """Whether a GradScaler leaves unscaling to the step."""
+        return getattr(self, "grad_scale", None) is not None
 
     def _launches(self, index: int) -> Iterator[Launch]:
         """What a group's update launches."""
@@ -181,12 +224,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         parameters = with_gradients(group)
         fresh = self._prepare_state(group, recipe, parameters)
         tables: dict[Any, Table] = self.__dict__.setdefault("_tables", {})
-        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         for key, batch in batches(recipe, parameters, self.state, fresh).items():
             place = (index, *key)
             if place not in tables:
                 tables[place] = Table(batch.parameters[0].device)
-            yield Launch(group, recipe, batch, tables[place], scale, found_inf)
+            yield Launch(group, recipe, batch, tables[place], unscales=self._unscales())
 
     def _prepare_state(self, group: Group, recipe: Recipe, parameters: Sequence[Any]) -> list[bool]:
         """Make the state that isn't there yet; which parameters are in their first step."""

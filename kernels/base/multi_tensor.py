@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .layout import dense_like, is_dense
 
-__all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table"]
+__all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table", "Words"]
 
 #: Elements that a program takes: several tiles, so that its scalars are computed once for many elements.
 CHUNK = 8192
@@ -132,7 +132,12 @@ class FlatOperands:
                 self._laid_out(operand, strides, written)
                 for operand, strides in zip(operands, self._strides, strict=True)
             ]
-        return np.array([operand.data_ptr() for operand in operands], dtype=np.int64)
+        return self.row(operands)
+
+    @staticmethod
+    def row(operands: Sequence[Tensor]) -> Words:
+        """The addresses of operands that are flat."""
+        return np.array(list(map(Tensor.data_ptr, operands)), dtype=np.int64)
 
     def _laid_out(self, operand: Tensor, strides: tuple[int, ...] | None, written: bool) -> Tensor:
         if strides is None:
@@ -145,6 +150,11 @@ class FlatOperands:
             if written:
                 self._copies.append((operand, flat))
         return flat
+
+    @property
+    def copied(self) -> bool:
+        """Whether an operand is worked on in a copy."""
+        return bool(self._kept)
 
     def copy_back(self) -> None:
         """After the launch: give operands that were worked on in a copy what was written there."""

@@ -20,15 +20,15 @@ def _register_tables() -> None:
 
     from fusednn.kernels.base.multi_tensor import FlatOperands
 
-    find = FlatOperands.addresses
+    find = FlatOperands.row
 
-    def addresses(self: FlatOperands, operands: Sequence[torch.Tensor], *, written: bool = True):  # type: ignore[no-untyped-def]
-        found = find(self, operands, written=written)
+    def row(operands: Sequence[torch.Tensor]):  # type: ignore[no-untyped-def]
+        found = find(operands)
         for address, operand in zip(found.tolist(), operands, strict=True):
             address_book[address] = operand.numel() * operand.element_size()
         return found
 
-    FlatOperands.addresses = addresses  # type: ignore[method-assign]
+    FlatOperands.row = staticmethod(row)  # type: ignore[method-assign,assignment]
 
 
 if ARCHITECTURE:
