@@ -35,7 +35,7 @@ class Shelf:
         self._counters = counters
         self._row = torch.stack(list(counters))
         for i, counter in enumerate(counters):
-            counter.set_(self._row.untyped_storage(), i, (), ())  # type: ignore[call-overload]
+            counter.set_(self._row.untyped_storage(), i, (), ())
         self._places = list(map(Tensor.data_ptr, counters))
 
     @staticmethod
