@@ -219,6 +219,18 @@ ROWS: tuple[Row, ...] = (
     _softmax("softmax", "Softmax", 1),
     _softmax("softmax", "Softmax2d"),
     _softmax("softmin", "Softmin", 1),
+    Row(
+        *("gated", (), "the gate and what it gates", "3e", "5e", {"gate": _x, "other": _flipped}, _MATRIX),
+        options={"activation": "silu"},
+        in_stock=lambda gate, other: F.silu(gate) * other,
+    ),
+    Row(
+        *("gated_halves", (), "the input", "1.5e", "2.5e"),
+        shape=_MATRIX,
+        options={"activation": "gelu"},
+        in_stock=lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0],
+    ),
+    Row("glu", ("GLU",), "the input", "1.5e", "2.5e"),
     # --- Normalisation
     Row(
         *("batch_norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "the input"),

@@ -29,6 +29,7 @@ from .cross_entropy import CrossEntropyLoss
 from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .dropout_schedule import AnnealedDropout
+from .gated import GLU
 from .input_norm import GlobalContrastNorm, InputNorm
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .maxout import Maxout, MaxoutConv2d
@@ -52,6 +53,7 @@ __all__ = [
     "CELU",
     "ELU",
     "GELU",
+    "GLU",
     "SELU",
     "AlphaDropout",
     "AnnealedDropout",

@@ -116,6 +116,10 @@ def _operator_calls() -> list[object]:
             (_ops.activation_masked_backward, (t, mask, None, strides, "relu", 0.0, 0.0)),
             (_ops.activation_masked_backward, (t, mask, seed, strides, "rrelu", 0.1, 0.3)),
             (_ops.prelu, (t, tensor(t.shape[1]))),
+            (_ops.gated, (t, t.flip(0), "silu", 0.0, 0.0)),
+            (_ops.gated_backward, (t, t.flip(0), t.flip(1), "gelu", 0.0, 0.0)),
+            (_ops.gated_halves, (t[..., :4], 2, "sigmoid", 0.0, 0.0, False)),
+            (_ops.gated_halves_backward, (t[..., :2], t[..., :4], 2, "sigmoid", 0.0, 0.0, True)),
             (_ops.prelu_backward, (t, t, tensor(t.shape[1]))),
         ]
     calls.append((_ops.activation_, (x.clone(), "silu", 0.0, 0.0)))

@@ -73,7 +73,7 @@ def test_optimizers_touch_their_own_memory_alone(
 KEEPS_FORMAT = {
     *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm_act", "batch_norm_act in evaluation"),
     *("CrossEntropyLoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss", "NLLLoss", "SmoothL1Loss"),
-    *("LogSigmoid", "LogSoftmax", "RReLU", "Softmax", "Softmax2d", "Softmin"),
+    *("GLU", "LogSigmoid", "LogSoftmax", "RReLU", "Softmax", "Softmax2d", "Softmin", "gated_halves"),
 }
 #: Whose gradients are contiguous as products of matrices, where PyTorch's are transposed for transposed inputs.
 CONTIGUOUS_GRADIENTS = {"LinearCrossEntropyLoss", "drop_connect_linear", "maxout_linear"}

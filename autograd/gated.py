@@ -1,0 +1,167 @@
+"""Gates: activation(gate) * other, of two tensors or of the halves of one, and GLU.
+
+Dauphin et al., "Language Modeling with Gated Convolutional Networks" (ICML 2017); Shazeer, "GLU Variants Improve
+Transformer" (2020).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import gated as kernels
+from ..kernels.base.layout import is_dense
+from ..kernels.functions.activation import Activated, activated
+from . import stock as F
+from .activation import resolve_activation, stock_activation
+from .dispatch import is_integer, takes_kernel
+from .gradients import stock_gradients
+from .operators import operator
+
+__all__ = ["gated", "gated_halves", "glu"]
+
+
+@operator(
+    "gated(Tensor gate, Tensor other, str name, float a, float b) -> Tensor",
+    fake=lambda gate, other, name, a, b: torch.empty_like(gate),
+)
+def _forward(gate: Tensor, other: Tensor, name: str, a: float, b: float) -> Tensor:
+    return kernels.gated_forward(gate, other, activated(name, a, b))
+
+
+@operator(
+    "gated_backward(Tensor g, Tensor gate, Tensor other, str name, float a, float b) -> (Tensor, Tensor)",
+    fake=lambda g, gate, other, name, a, b: (torch.empty_like(gate), torch.empty_like(gate)),
+)
+def _backward(g: Tensor, gate: Tensor, other: Tensor, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
+    return kernels.gated_backward(g, gate, other, activated(name, a, b))
+
+
+def _fake_half(x: Tensor, dim: int, name: str, a: float, b: float, gate_first: bool) -> Tensor:
+    x = x if is_dense(x) else torch.empty_like(x)
+    shape = [size // 2 if i == dim else size for i, size in enumerate(x.shape)]
+    return x.new_empty_strided(shape, kernels.halved_strides(x, dim))
+
+
+@operator("gated_halves(Tensor x, int dim, str name, float a, float b, bool gate_first) -> Tensor", fake=_fake_half)
+def _halves_forward(x: Tensor, dim: int, name: str, a: float, b: float, gate_first: bool) -> Tensor:
+    return kernels.gated_halves_forward(x, dim, activated(name, a, b), gate_first)
+
+
+@operator(
+    "gated_halves_backward(Tensor g, Tensor x, int dim, str name, float a, float b, bool gate_first) -> Tensor",
+    fake=lambda g, x, dim, name, a, b, gate_first: torch.empty_like(x),
+)
+def _halves_backward(g: Tensor, x: Tensor, dim: int, name: str, a: float, b: float, gate_first: bool) -> Tensor:
+    return kernels.gated_halves_backward(g, x, dim, activated(name, a, b), gate_first)
+
+
+class Gated(Function):
+    """Saves the gate and the other operand; one pass gives both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, other: Tensor, activation: Activated) -> Tensor:
+        ctx.save_for_backward(gate, other)
+        ctx.activation = activation
+        y: Tensor = _forward(gate, other, *activation.arguments)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gate, other = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            dgate, dother = stock_gradients(
+                lambda gate, other: stock_activation(gate, ctx.activation) * other, (gate, other), needed, g
+            )
+        else:
+            dgate, dother = _backward(g, gate, other, *ctx.activation.arguments)
+        return dgate if needed[0] else None, dother if needed[1] else None, None
+
+
+class GatedHalves(Function):
+    """Saves the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.arguments = (dim, activation, gate_first)
+        y: Tensor = _halves_forward(x, dim, *activation.arguments, gate_first)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        dim, activation, gate_first = ctx.arguments
+        if torch.is_grad_enabled():
+            (dx,) = stock_gradients(lambda x: _stock_halves(x, *ctx.arguments), (x,), (True,), g)
+        else:
+            dx = _halves_backward(g, x, dim, *activation.arguments, gate_first)
+        return dx, None, None, None
+
+
+def _stock_halves(x: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
+    first, second = x.chunk(2, dim)
+    gate, other = (first, second) if gate_first else (second, first)
+    return stock_activation(gate, activation) * other
+
+
+def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
+    """activation(gate) * other: SwiGLU's gate with "silu", GEGLU's with "gelu" or "gelu_tanh".
+
+    ``activation`` is a name of `fusednn.autograd`'s activations; kernels have "gelu", "gelu_tanh", "relu", "sigmoid"
+    and "silu", and tensors of the same shape and dtype.  Others take PyTorch's operators, which also broadcast.  Saves
+    the gate and ``other``: 3 elements are moved forward for each of the result, 5 backward.
+    """
+    resolved = resolve_activation(activation)
+
+    def refusal() -> str | None:
+        if activation not in kernels.GATES:
+            return f"no kernel gates with {activation}"
+        if gate is other:
+            return "the gate is what it gates"
+        return None if gate.shape == other.shape else "gate and operand differ in shape"
+
+    if not isinstance(other, Tensor) or not takes_kernel("gated", gate, other, refusal=refusal):
+        return stock_activation(gate, resolved) * other
+    if torch.is_grad_enabled() and (gate.requires_grad or other.requires_grad):
+        result: Tensor = Gated.apply(gate, other, resolved)
+    else:
+        result = _forward(gate, other, *resolved.arguments)
+    return result
+
+
+def gated_halves(input: Tensor, dim: int = -1, activation: str = "sigmoid", *, gate_first: bool = False) -> Tensor:
+    """activation(gate) * other, the halves of one tensor along ``dim``: first the other, then the gate, as in GLU.
+
+    ``gate_first``: the other way round, as where one matrix product makes the gate and what it gates.  Activations as
+    of `gated`.  Saves the input, and writes one gradient.
+    """
+    resolved = resolve_activation(activation)
+    if not takes_kernel("gated_halves", input, refusal=lambda: _halves_refusal(input, dim, activation)):
+        return _stock_halves(input, dim, resolved, gate_first)
+    return _apply_halves(input, dim % input.dim(), resolved, gate_first)
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """first * sigmoid(second), of the halves along ``dim``.  As `torch.nn.functional.glu`; saves the input."""
+    if not takes_kernel("glu", input, refusal=lambda: _halves_refusal(input, dim, "sigmoid")):
+        return F.glu(input, dim)
+    return _apply_halves(input, dim % input.dim(), resolve_activation("sigmoid"), False)
+
+
+def _apply_halves(input: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
+    if torch.is_grad_enabled() and input.requires_grad:
+        result: Tensor = GatedHalves.apply(input, dim, activation, gate_first)
+    else:
+        result = _halves_forward(input, dim, *activation.arguments, gate_first)
+    return result
+
+
+def _halves_refusal(input: Tensor, dim: int, activation: str) -> str | None:
+    if activation not in kernels.GATES:
+        return f"no kernel gates with {activation}"
+    if not is_integer(dim) or not -input.dim() <= dim < input.dim():
+        return "there is no such dimension"
+    return "its size is odd" if input.shape[dim] % 2 else None

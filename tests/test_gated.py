@@ -1,0 +1,133 @@
+"""Gates: values, gradients and bytes of activation(gate) * other, of two tensors and of the halves of one."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.activations import STOCK
+from support.device import FLOAT_DTYPES
+from support.layouts import LAYOUTS
+from support.samples import random_tensor
+from support.standing import check_against_stock, leaf
+from torch import Tensor, nn
+
+import fusednn
+from fusednn import autograd, kernels
+from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels.gated import GATES
+
+if kernels.INTERPRETING:
+    from fusednn.instruments.traffic import measure_traffic
+
+
+def stock_gate(activation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda gate, other: STOCK[activation](gate) * other
+
+
+def stock_halves(activation: str, dim: int, gate_first: bool) -> Callable[[Tensor], Tensor]:
+    def halves(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim)
+        return STOCK[activation](first) * second if gate_first else first * STOCK[activation](second)
+
+    return halves
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", GATES)
+def test_two_tensors(activation: str, dtype: torch.dtype, device: str) -> None:
+    gate, other, gradient = (random_tensor((3, 701), dtype, device, seed) for seed in range(3))
+    ours = partial(autograd.gated, activation=activation)
+    check_against_stock(ours, stock_gate(activation), [gate, other], gradient)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, device: str) -> None:
+    gate, other, gradient = (random_tensor((3, 6, 5, 4), torch.float32, device, seed) for seed in range(3))
+    change = LAYOUTS[layout]
+    for operands in ([change(gate), other, gradient], [change(gate), change(other), change(gradient)]):
+        check_against_stock(autograd.gated, stock_gate("silu"), operands[:2], operands[2])
+
+
+#: Shapes and dimensions: rows of few and of many columns, ragged, and one half that lies together.
+HALVES = [((5, 14), -1), ((70, 1026), 1), ((2, 6, 5, 4), 1), ((4, 3), 0), ((2, 1, 8), -2 + 1)]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), HALVES, ids=str)
+def test_halves(shape: tuple[int, ...], dim: int, dtype: torch.dtype, gate_first: bool, device: str) -> None:
+    x = random_tensor(shape, dtype, device)
+    stock = stock_halves("gelu", dim, gate_first)
+    ours = partial(autograd.gated_halves, dim=dim, activation="gelu", gate_first=gate_first)
+    check_against_stock(ours, stock, [x], random_tensor(stock(x).shape, dtype, device, seed=1))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_glu(dim: int, layout: str, device: str) -> None:
+    x = LAYOUTS[layout](random_tensor((2, 6, 5, 4), torch.float32, device))
+    gradient = random_tensor(F.glu(x, dim).shape, torch.float32, device, seed=1)
+    check_against_stock(partial(autograd.glu, dim=dim), partial(F.glu, dim=dim), [x], gradient)
+    assert autograd.glu(x, dim).stride() == F.glu(x, dim).stride() or "expanded" in layout
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_second_derivatives(gate_first: bool, device: str) -> None:
+    gate, other = (leaf(random_tensor((2, 4), torch.float64, device, seed)) for seed in range(2))
+    assert torch.autograd.gradgradcheck(autograd.gated, (gate, other))
+    halves = partial(autograd.gated_halves, activation="gelu_tanh", gate_first=gate_first)
+    assert torch.autograd.gradgradcheck(halves, (gate,))
+    assert torch.autograd.gradcheck(halves, (gate,))
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("halves", [False, True])
+def test_budget(halves: bool, dtype: torch.dtype, device: str) -> None:
+    """3 elements forward, 5 backward; the gate and what it gates are kept, and nothing else."""
+    x = leaf(random_tensor((64, 2048), dtype, device))
+    operands = (x,) if halves else tuple(leaf(half.clone()) for half in x.detach().chunk(2, 1))
+    function = autograd.gated_halves if halves else autograd.gated
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = function(*operands)
+    gradient = random_tensor((64, 1024), dtype, device, seed=1)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, operands, gradient)
+    tensor = y.numel() * y.itemsize
+    assert (forward.bytes, backward.bytes) == (3 * tensor, 5 * tensor)
+    assert (forward.launches, backward.launches) == (1, 1)
+    assert not forward.operations
+    assert not backward.operations
+    assert saved.bytes == 2 * tensor
+
+
+def test_what_stock_serves(device: str) -> None:
+    """Other activations, shapes that broadcast, types that promote, numbers; and stock's errors."""
+    x = random_tensor((2, 6), torch.float32, device)
+    for activation, other in (("mish", x), ("silu", x[:1]), ("silu", x.double()), ("silu", 2.0)):
+        expected = STOCK[activation](x) * other
+        torch.testing.assert_close(autograd.gated(x, other, activation), expected)
+    torch.testing.assert_close(autograd.gated(x, x), F.silu(x) * x)
+    with pytest.raises(ValueError, match="unknown activation"):
+        autograd.gated(x, x, "swiglu")
+    for bad in (x[:, :5], x[0, 0], x.long()):
+        with pytest.raises((RuntimeError, IndexError)) as theirs:
+            F.glu(bad)
+        with pytest.raises(theirs.type) as ours:
+            autograd.glu(bad)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_glu_is_replaced(device: str) -> None:
+    model = nn.Sequential(nn.GLU(1))
+    fusednn.replace_layers(model)
+    assert type(model[0]) is fusednn.layers.GLU
+    x = random_tensor((2, 6), torch.float32, device)
+    torch.testing.assert_close(model(x), F.glu(x, 1))
