@@ -20,10 +20,13 @@ sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not in
 import report
 from fusednn_bench import documents, environment, plots, provenance, render, results, schema, tables
 from fusednn_bench.goals import Goal, judge, load_goals
+from fusednn_bench.memory import NETWORKS
 
 pytestmark = pytest.mark.stock  # nothing here depends on where kernels run
 FAMILIES = [import_module(path.stem) for path in sorted(BENCH.glob("bench_*.py"))]
 GPU = {"device": "Some GPU 9000", "driver": "1.2", "torch": "2", "triton": "3", "python": "3", "cuda": "13"}
+
+RECOMPUTE = "fusednn-recompute"
 
 
 def _case(contestant: str, direction: str, operation: str = "relu", **extra: Any) -> dict[str, Any]:
@@ -115,6 +118,21 @@ def compiled() -> dict[str, Any]:
     result = _new("compiled")
     kernel = {"family": "activation", "kernel": "a_kernel", "configuration": "relu", "target": "sm_90"}
     result["cases"] = [{**kernel, **resources, "access_bits": 128, "tensor_cores": False}]
+    return result
+
+
+@pytest.fixture
+def memory() -> dict[str, Any]:
+    kept = {"eager": 1000, "compile": 900, "checkpoint": 100, "fusednn": 800, "fusednn-recompute": 500}
+    result = _new("memory")
+    result["cases"] = [
+        {
+            **NETWORKS[0].record(name),
+            "kept_bytes": size,
+            **({"bytes": 10000 + (name == "fusednn-recompute") * 1500} if name.startswith("fusednn") else {}),
+        }
+        for name, size in kept.items()
+    ]
     return result
 
 
@@ -378,8 +396,11 @@ def test_a_goal_may_be_of_some_dtypes() -> None:
 
 def test_goals_name_operations_that_exist() -> None:
     named = {name for goal in load_goals() for name in goal.operations}
-    assert named - {"*"} <= {name for module in FAMILIES for name in module.OPERATIONS}
-    assert {size for goal in load_goals() for size in goal.sizes} <= {size for one in FAMILIES for size in one.SIZES}
+    networks = [case.record("fusednn") for case in NETWORKS]
+    known = {name for module in FAMILIES for name in module.OPERATIONS} | {case["operation"] for case in networks}
+    assert named - {"*"} <= known
+    sizes = {size for one in FAMILIES for size in one.SIZES} | {case["size"] for case in networks}
+    assert {size for goal in load_goals() for size in goal.sizes} <= sizes
 
 
 @pytest.mark.parametrize(
@@ -459,10 +480,34 @@ def test_what_was_not_timed_says_so(
     assert "No GPU has run" in render.summary({"c": counted}, load_goals())
 
 
+def test_memory_is_judged_and_shown(memory: dict[str, Any]) -> None:
+    goals = [
+        Goal("kept", (NETWORKS[0].name,), "training_step", ("small",), "memory", "eager", at_most=0.6, of=RECOMPUTE),
+        Goal(
+            "moved", (NETWORKS[0].name,), "training_step", ("small",), "traffic", "fusednn", at_most=1.1, of=RECOMPUTE
+        ),
+    ]
+    assert schema.problems(memory) == []
+    assert [(verdict.value, verdict.outcome) for verdict in judge([memory], goals)] == [(0.5, "met"), (1.15, "missed")]
+    text = render.render({"m": memory}, goals)
+    row = next(line for line in text.splitlines() if line.startswith(f"| {NETWORKS[0].name}"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "4x3x32x32",
+        "0.00",
+        "0.90",
+        "0.10",
+        "0.80",
+        "0.50",
+        "1.15",
+    ]
+    del memory["cases"][0]["kept_bytes"]
+    assert schema.problems(memory) == ["case 0: kept bytes None is no number from 0"]
+
+
 def test_plots_of_each_kind(
-    result: dict[str, Any], counted: dict[str, Any], predicted: dict[str, Any], tmp_path: Path
+    result: dict[str, Any], counted: dict[str, Any], predicted: dict[str, Any], memory: dict[str, Any], tmp_path: Path
 ) -> None:
-    for kind in (result, counted, predicted):
+    for kind in (result, counted, predicted, memory):
         drawn = plots.draw_plots(kind, f"{kind['kind']}.json", tmp_path)
         assert [plot.name for plot in drawn] == plots.plot_names(kind, f"{kind['kind']}.json") != []
         for plot in drawn:

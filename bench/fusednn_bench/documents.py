@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .goals import load_goals
+from .memory_table import memory_summary
 from .plots import digest_of_plot, draw_plots, plot_digest, plot_names
 from .render import render, summary
 
@@ -15,6 +16,8 @@ __all__ = ["committed_results", "stale", "write"]
 _PAGE = Path("docs") / "benchmarks.md"
 _PLOTS = Path("docs") / "benchmarks"
 _BEGIN, _END = "<!-- benchmarks: begin (python -m fusednn bench report --docs) -->", "<!-- benchmarks: end -->"
+
+_BEGIN_MEMORY, _END_MEMORY = "<!-- memory: begin (from bench/results/memory.json) -->", "<!-- memory: end -->"
 
 _Results = Mapping[str, Mapping[str, Any]]
 
@@ -49,5 +52,9 @@ def _texts(results: _Results, root: Path) -> dict[Path, str]:
     before, _, rest = readme.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     block = f"{_BEGIN}\n{summary(results, goals)}\n{_END}"
+    readme = f"{before}{block}{after}"
+    if memory := memory_summary([result for result in results.values() if result["kind"] == "memory"]):
+        before, _, rest = readme.partition(_BEGIN_MEMORY)
+        readme = f"{before}{_BEGIN_MEMORY}\n{memory}\n{_END_MEMORY}{rest.partition(_END_MEMORY)[2]}"
     note = "<!-- Generated from bench/results by python -m fusednn bench report --docs: don't edit. -->\n\n"
-    return {root / _PAGE: note + render(results, goals, plots), root / "README.md": f"{before}{block}{after}"}
+    return {root / _PAGE: note + render(results, goals, plots), root / "README.md": readme}

@@ -24,7 +24,11 @@ MEASURES = {
     "percent_of_product": "device_us",
     "wall_slowdown": "wall_us",
     "memory": "kept_bytes",
+    "traffic": "bytes",
 }
+
+#: The kinds of results that goals are judged by.
+KINDS = ("timed", "memory")
 
 #: Those that compare with a ceiling, and not with a contestant.
 _OF_CEILINGS = ("percent_of_copy", "percent_of_product")
@@ -38,7 +42,8 @@ class Goal:
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
     copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
-    wall time over that of ``against``; ``memory``: likewise, bytes kept for the backward pass.
+    wall time over that of ``against``; ``memory``, ``traffic``: likewise, bytes kept for the backward pass, and moved.
+    Ours is ``of``.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Goal:
     at_least: float | None = None
     at_most: float | None = None
     dtypes: tuple[str, ...] = ()
+    of: str = "fusednn"
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -102,11 +108,11 @@ def load_goals(path: Path = GOALS_FILE) -> list[Goal]:
 
 
 def judge(results: Iterable[Mapping[str, Any]], goals: Iterable[Goal]) -> Iterator[Verdict]:
-    """Every goal, on every case of the timed results that it covers."""
+    """Every goal, on every case of the results that it covers."""
     groups = [
         (key, records, result)
         for result in results
-        if result["kind"] == "timed"
+        if result["kind"] in KINDS
         for key, records in by_contestant(result["cases"]).items()
     ]
     for goal in goals:
@@ -119,13 +125,13 @@ def judge(results: Iterable[Mapping[str, Any]], goals: Iterable[Goal]) -> Iterat
 
 
 def _value(goal: Goal, records: _Records, result: Mapping[str, Any]) -> float | None:
-    ours = _figure(records, "fusednn", goal.measure)
+    ours = _figure(records, goal.of, goal.measure)
     if ours is None:
         return None
     if goal.measure == "percent_of_copy":
-        return 100 * float(records["fusednn"]["budget_bytes"]) / ours / copy_rate(result)
+        return 100 * float(records[goal.of]["budget_bytes"]) / ours / copy_rate(result)
     if goal.against is None:
-        return 100 * float(records["fusednn"]["operations"]) / ours / product_rate(result)
+        return 100 * float(records[goal.of]["operations"]) / ours / product_rate(result)
     other = _figure(records, goal.against, goal.measure)
     if other is None:
         return None

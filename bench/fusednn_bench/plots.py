@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .memory_table import MEMORY_COLUMNS, kept_shares
 from .quantiles import median
 from .tables import by_contestant, copy_rate, product_rate
 
@@ -67,6 +68,8 @@ def _plots(result: _Result) -> Iterator[tuple[str, Callable[[_Result, Any], None
     elif kind == "predicted":
         yield "ratio-by-size", _predicted_ratio
         yield "roofline", _roofline
+    elif kind == "memory":
+        yield "kept-activations", _kept
 
 
 def _figure() -> Any:
@@ -218,6 +221,19 @@ def _saved_memory(result: _Result, figure: Any) -> None:
     what = "Kept until the backward pass, the output included" if result["kind"] == "timed" else "Saved by autograd"
     pairs = _pairs(result, ("forward", "training_step"), field)
     _bars(figure, pairs, f"{what}: activation memory", "bytes an element of the input")
+
+
+def _kept(result: _Result, figure: Any) -> None:
+    axes = _axes(figure, "Kept for the backward pass, of eager PyTorch's", "", "")
+    shares = kept_shares(result)
+    colours = {"compile": COMPILE, "fusednn": EAGER, "fusednn-recompute": OURS}
+    for i, (name, colour) in enumerate(colours.items()):
+        places = [place + 0.27 * (i - 1) for place in range(len(shares))]
+        label = "torch.compile" if name == "compile" else f"fusednn, {MEMORY_COLUMNS[name]}"
+        axes.bar(places, [share[name] for share in shares.values()], 0.27, color=colour, label=label)
+    axes.axhline(1, color="#999999", linewidth=1)
+    axes.set_xticks(range(len(shares)), list(shares), rotation=45, ha="right", fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=3)
 
 
 def _byte_ratios(result: _Result, figure: Any) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 from .goals import OUTCOMES, Goal, judge
 from .gpu_tables import counters_table, next_steps, predictions_table, thresholds_table
+from .memory_table import memory_table
 from .tables import compiled_table, counted_tables, markdown_table, network_table, predicted_table, slower, timed_tables
 
 __all__ = ["render", "summary"]
 
 Results = Mapping[str, Mapping[str, Any]]  # by the name of the file
 
-_ORDER = ("timed", "thresholds", "counters", "counted", "predicted", "compiled")
+_ORDER = ("timed", "thresholds", "counters", "memory", "counted", "predicted", "compiled")
 
 
 def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
@@ -153,7 +154,22 @@ def _counters(result: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
+def _memory(result: Mapping[str, Any], name: str) -> str:
+    parts = [
+        "## What networks keep for the backward pass",
+        "Bytes of distinct memory that autograd saved, beside parameters, buffers and the input, in bfloat16, of eager "
+        "PyTorch's. Compiled: torch.compile's own partition. Checkpointed: each block's input alone, or every fourth "
+        "layer's, for which the whole forward pass is computed again. Fused: `replace_layers(model, fuse=True)`; made "
+        "again: with `recompute=True`, whose gradients had the same bits. Moved: bytes of forward and backward, of "
+        "those without making results again. Blocks of transformers have no dropout in attention.",
+        _origin(result, name),
+        memory_table(result),
+    ]
+    return "\n\n".join(parts)
+
+
 _SECTIONS = {
+    "memory": _memory,
     "thresholds": _thresholds,
     "counters": _counters,
     "timed": _timed,

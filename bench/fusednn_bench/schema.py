@@ -16,8 +16,9 @@ SCHEMA_VERSION = 2
 
 #: ``timed`` on a GPU; ``counted`` in Triton's interpreter; ``predicted`` from counts and a machine's rates;
 #: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
-#: one for the other; ``counters``: what the GPU itself counts of each launch.
-KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters")
+#: one for the other; ``counters``: what the GPU itself counts of each launch; ``memory``: what networks keep for the
+#: backward pass.
+KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory")
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.
 SAMPLED = ("device", "host", "wall")
@@ -34,6 +35,7 @@ _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "predicted": (("bytes", "predicted_us"), ("operations",)),
     "thresholds": (("device_us",), ("host_us",)),
     "counters": (("dram_bytes", "duration_us"), ("issue_percent", "bank_conflicts")),
+    "memory": ((), ("kept_bytes",)),
     "compiled": (("registers", "threads"), ("occupancy", "spills", "shared_bytes", "access_bits")),
 }
 
