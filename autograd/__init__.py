@@ -20,6 +20,7 @@ from .activation import (
     silu,
     softplus,
     softsign,
+    squareplus,
     tanh,
     threshold,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "softmin",
     "softplus",
     "softsign",
+    "squareplus",
     "standout",
     "sync_batch_norm",
     "tanh",

@@ -40,6 +40,7 @@ __all__ = [
     "silu",
     "softplus",
     "softsign",
+    "squareplus",
     "tanh",
     "threshold",
 ]
@@ -195,6 +196,13 @@ class SavedActivation(Function):
         return (None, dx, None, None) if ctx.from_copy else (dx, None, None, None)
 
 
+def _stock_squareplus(x: Tensor, b: float) -> Tensor:
+    """In float32 where x has 16 bits, and without cancellation."""
+    wide = x.float() if x.is_floating_point() and x.dtype.itemsize == 2 else x
+    root = torch.hypot(wide, torch.full((), b, dtype=wide.dtype, device=x.device).sqrt())
+    return torch.where(wide >= 0, 0.5 * wide + 0.5 * root, 0.5 * b / (root - wide.clamp(max=0))).to(x.dtype)
+
+
 #: The stock function of (x, a, b) for each row of the table.
 STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "celu": lambda x, a, b: F.celu(x, a),
@@ -214,6 +222,7 @@ STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "silu": lambda x, a, b: F.silu(x),
     "softplus": lambda x, a, b: F.softplus(x, a, b),
     "softsign": lambda x, a, b: F.softsign(x),
+    "squareplus": lambda x, a, b: _stock_squareplus(x, a),
     "tanh": lambda x, a, b: F.tanh(x),
     "threshold": lambda x, a, b: F.threshold(x, a, b),
 }
@@ -442,6 +451,16 @@ def softsign(input: Tensor) -> Tensor:
     """x / (1 + |x|).  As `torch.nn.functional.softsign`; saves the input."""
     if (activation := taken("softsign", input)) is None:
         return F.softsign(input)
+    return apply_kernel(input, activation, False)
+
+
+def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
+    """(x + sqrt(x^2 + b)) / 2, a softplus of algebra alone; saves the input.
+
+    ``b`` > 0 is how wide it is bent.  Source: Barron, "Squareplus: A Softplus-Like Algebraic Rectifier" (2021).
+    """
+    if (activation := taken("squareplus", input, b)) is None:
+        return _stock_squareplus(input, b)
     return apply_kernel(input, activation, False)
 
 

@@ -42,8 +42,10 @@ def _activations() -> Iterator[Operation]:
 
 
 def _activation(name: str, function: str, arguments: dict[str, Any]) -> Operation:
-    ours, stock = (partial(getattr(module, function), **arguments) for module in (autograd, F))
-    return Operation(name, "activation", ours, stock, row_of(function).budget, peers=partial(activation_peers, name))
+    row = row_of(function)
+    ours = partial(getattr(autograd, function), **arguments)
+    stock = partial(getattr(F, function, row.in_stock), **arguments)
+    return Operation(name, "activation", ours, stock, row.budget, peers=partial(activation_peers, name))
 
 
 def _with_slopes(x: Tensor, count: int | None) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from .activation import (
     SiLU,
     Softplus,
     Softsign,
+    Squareplus,
     Tanh,
     Threshold,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "Softmin",
     "Softplus",
     "Softsign",
+    "Squareplus",
     "Standout",
     "SyncBatchNorm",
     "SyncBatchNormAct",

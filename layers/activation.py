@@ -8,7 +8,7 @@ accepts goes to the stock operator, which raises the stock errors.
 from torch import Tensor, nn
 
 from ..autograd import activation as functional
-from .twin import Twin
+from .twin import Layer, Twin
 
 __all__ = [
     "CELU",
@@ -27,6 +27,7 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Softsign",
+    "Squareplus",
     "Tanh",
     "Threshold",
 ]
@@ -193,6 +194,28 @@ class Softsign(Twin, nn.Softsign):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.softsign(input)
+
+
+class Squareplus(Layer):
+    """squareplus(x) = (x + sqrt(x^2 + b)) / 2, a softplus of algebra alone.
+
+    Saves the input for the backward pass.  Any shape.
+
+    Args:
+        b: how wide it is bent, positive: ReLU's limit is 0, and 4 has softplus's curvature at the origin.
+
+    Source: Barron, "Squareplus: A Softplus-Like Algebraic Rectifier" (2021).
+    """
+
+    def __init__(self, b: float = 4.0) -> None:
+        super().__init__()
+        self.b = b
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.squareplus(input, self.b)
+
+    def extra_repr(self) -> str:
+        return f"b={self.b}"
 
 
 class Sigmoid(Twin, nn.Sigmoid):

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..base._triton import tl, triton
-from ..base.numerics import erf, exp, expm1, log1p, sigmoid, tanh
+from ..base.numerics import erf, exp, expm1, log1p, sigmoid, square_root, tanh
 
 __all__ = ["ACTIVATIONS", "IDENTITY", "OVERWRITING", "Activated", "Activation", "activated"]
 
@@ -231,6 +231,28 @@ def softsign_gradient(g, x, a, b):
 
 
 @triton.jit
+def squareplus_root(x, a):
+    """sqrt(x^2 + a), whose square may be out of range."""
+    size, root = tl.abs(x), square_root(a)
+    larger = tl.maximum(size, root)
+    ratio = tl.minimum(size, root) / larger
+    return larger * square_root(1 + ratio * ratio)
+
+
+@triton.jit
+def squareplus_forward(x, a, b):
+    root = squareplus_root(x, a)
+    # Of numbers below 0 the sum would cancel.
+    return tl.where(x >= 0, 0.5 * x + 0.5 * root, 0.5 * a / (root - x))
+
+
+@triton.jit
+def squareplus_gradient(g, x, a, b):
+    # PyTorch differentiates the root, so an infinite input gives NaN; x - x is 0 otherwise.
+    return g * (squareplus_forward(x, a, b) / squareplus_root(x, a)) + (x - x)
+
+
+@triton.jit
 def sigmoid_forward(x, a, b):
     return sigmoid(x)
 
@@ -292,6 +314,10 @@ def _needs_positive_alpha_inplace(a: float, b: float, inplace: bool) -> str | No
 
 def _needs_nonzero_alpha(a: float, b: float, inplace: bool) -> str | None:
     return _needs_positive_alpha_inplace(a, b, inplace) if a != 0 else "alpha is 0"
+
+
+def _needs_positive_b(a: float, b: float, inplace: bool) -> str | None:
+    return None if a > 0 else "b is not positive"
 
 
 def _needs_nonzero_beta(a: float, b: float, inplace: bool) -> str | None:
@@ -428,6 +454,12 @@ ACTIVATIONS: dict[str, Activation] = {
             refuses=_needs_nonzero_beta,
         ),
         Activation("softsign", softsign_forward, softsign_gradient, "input"),
+        Activation(
+            *("squareplus", squareplus_forward, squareplus_gradient, "input"),
+            parameters=("b",),
+            defaults=(4.0, 0.0),
+            refuses=_needs_positive_b,
+        ),
         Activation("sigmoid", sigmoid_forward, sigmoid_gradient, "output"),
         Activation("logsigmoid", log_sigmoid_forward, log_sigmoid_gradient, "input"),
         Activation("tanh", tanh_forward, tanh_gradient, "output"),

@@ -12,7 +12,7 @@ from torch.nn.modules import module
 from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
 from ...autograd.dispatch import is_number, tensor_refusal
-from .. import activation as _activation  # noqa: F401 (for its twins)
+from ..activation import Squareplus  # and the twins beside it
 from ..twin import ALL_TWINS, Layer, is_untouched
 from .trace import calls_in_order, stock_of
 
@@ -54,6 +54,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
     nn.Sigmoid: lambda layer: ("sigmoid", ()),
     nn.Softsign: lambda layer: ("softsign", ()),
     nn.Tanh: lambda layer: ("tanh", ()),
+    Squareplus: lambda layer: ("squareplus", (layer.b,)),
 }
 #: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
 Activation = nn.Module | tuple[str, tuple[float, ...]] | None

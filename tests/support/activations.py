@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fusednn.kernels.functions.activation import ACTIVATIONS
 
+from .samples import stock_squareplus
+
 
 def _threshold(x: Tensor, threshold: float = 0.0, value: float = 0.0) -> Tensor:
     return F.threshold(x, threshold, value)
@@ -17,6 +19,7 @@ def _threshold(x: Tensor, threshold: float = 0.0, value: float = 0.0) -> Tensor:
 STOCK: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(F, name) for name in ACTIVATIONS if hasattr(F, name)},
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "squareplus": stock_squareplus,
     "threshold": _threshold,
 }
 
@@ -27,5 +30,6 @@ PARAMETERS: dict[str, tuple[float, ...]] = {
     "hardtanh": (-0.5, 2.0),
     "leaky_relu": (-0.3,),
     "softplus": (2.0, 3.0),
+    "squareplus": (0.3,),
     "threshold": (0.1, -20.0),
 }

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusednn import autograd
+from fusednn.autograd.activation import STOCK
 from fusednn.layers.twin import TWINS
 
 from .standing import check_against_stock
+
+
+def stock_squareplus(input: Tensor, b: float = 4.0) -> Tensor:
+    """What PyTorch has no function of."""
+    return STOCK["squareplus"](input, b, 0.0)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Case:
 
     @property
     def stock(self) -> Callable[..., Tensor]:
-        return partial(getattr(F, self.name), **self.arguments)
+        return partial(getattr(F, self.name, stock_squareplus), **self.arguments)
 
     def check(self, operands: list[Tensor], gradient: Tensor) -> None:
         """Hold value and gradients to stock's."""
@@ -51,7 +57,7 @@ class Case:
 
     @property
     def inplace(self) -> bool:
-        return self.name not in ("gelu", "logsigmoid", "prelu", "sigmoid", "softplus", "softsign", "tanh")
+        return self.name not in ("gelu", "logsigmoid", "prelu", "sigmoid", "softplus", "softsign", "squareplus", "tanh")
 
     def operands(self, x: Tensor) -> list[Tensor]:
         if not self.slopes:
@@ -91,6 +97,8 @@ CASES = [
     Case("softplus"),
     Case("softplus", {"beta": 3.0, "threshold": 1.0}),
     Case("softsign"),
+    Case("squareplus"),
+    Case("squareplus", {"b": 0.3}),
     Case("tanh"),
     Case("threshold", {"threshold": 0.1, "value": -20.0}),
 ]
