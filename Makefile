@@ -117,9 +117,11 @@ test-oldest-torch: .venv-oldest-torch/.complete ## the suite with the oldest PyT
 
 SEED ?= 0
 NUMBER ?= 20
+SINCE ?=
 .PHONY: mutants
-mutants: .venv/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS choose; takes hours
-	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED) --number $(NUMBER) $(filter-out fusednn,$(FOLDERS))
+mutants: .venv/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS, SINCE choose
+	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED) --number $(NUMBER) $(if $(SINCE),--since $(SINCE)) \
+		$(filter-out fusednn,$(FOLDERS))
 
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU here")'

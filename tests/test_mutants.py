@@ -1,11 +1,15 @@
 """Mutation testing's own tests: what it changes, what it leaves alone, and that a fault is noticed."""
 
 import ast
+import subprocess
 import textwrap
+from contextlib import closing
+from pathlib import Path
 
 import pytest
-from mutants.__main__ import FLOORS, ROOT, is_noticed, own_tests, sample
+from mutants.__main__ import FLOORS, ROOT, changed_lines, own_tests, sample, verdict
 from mutants.mutators import mutants_of
+from mutants.worker import Worker
 
 
 @pytest.mark.parametrize(
@@ -65,16 +69,46 @@ def test_samples() -> None:
 
 def test_tests_of_a_family() -> None:
     assert own_tests("kernels/dropout.py")[:2] == ["tests/test_dropout.py", "tests/test_dropout_layers.py"]
+    assert own_tests("kernels/pool_window.py")[0] == "tests/test_pool.py"
+    assert "tests/test_optimizer.py" in own_tests("optim/state.py")
     assert "tests/test_gradients.py" in own_tests("kernels/base/tiles.py")
+
+
+def test_lines_that_a_change_touches() -> None:
+    mutants = sample(7, 3, list(FLOORS))
+    lines = {f"{one.path}:{one.line}" for one in mutants}
+    assert {f"{one.path}:{one.line}" for one in sample(0, 50, list(FLOORS), lines)} == lines
+    assert sample(0, 50, list(FLOORS), set()) == []
+
+
+def test_lines_that_differ_from_a_commits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for floor in FLOORS:
+        (tmp_path / floor).mkdir()
+        (tmp_path / floor / "file.py").write_text("a = 1\nb = 2\nc = 3\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "m")
+    (tmp_path / "optim" / "file.py").write_text("a = 1\nb = 3\nd = 4\n")
+    (tmp_path / "layers" / "file.py").write_text("a = 1\nc = 3\n")
+    monkeypatch.setattr("mutants.__main__.ROOT", tmp_path)
+    assert changed_lines("HEAD") == {"optim/file.py:2", "optim/file.py:3"}
 
 
 @pytest.mark.thorough
 @pytest.mark.stock
-@pytest.mark.parametrize("fault", [True, False])
-def test_a_fault_is_noticed(fault: bool) -> None:
-    """By a test of the mutated copy, not of the library that is installed."""
+def test_a_fault_is_noticed() -> None:
+    """By a test of the mutated copy, not of the library that is installed; what takes too long isn't counted."""
     path = "autograd/dispatch.py"
-    source = (ROOT / path).read_text(encoding="utf-8")
-    mutant = next(one for one in mutants_of(path, source) if one.kind == "a refusal is missing")
+    mutants = mutants_of(path, (ROOT / path).read_text(encoding="utf-8"))
+    harmless = next(one for one in mutants if one.kind == "a refusal is missing")
     tests = ["tests/test_dispatch.py::test_choices_are_not_observed_after_the_block"]
-    assert is_noticed(mutant._replace(after="return (") if fault else mutant, tests) == fault
+    with closing(Worker(interpreting=False)) as worker:
+        found = [
+            verdict(mutant, tests, [worker], limit)["verdict"]
+            for mutant, limit in ((harmless._replace(after="return ("), 60), (harmless, 60), (harmless, 0))
+        ]
+    assert found == ["noticed", "survives", "undecided"]

@@ -1,22 +1,36 @@
 """``PYTHONPATH=tests python -m mutants``: take a sample, run its tests, list the survivors."""
 
 import argparse
-import os
+import json
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 
 from .mutators import Mutant, mutants_of
+from .worker import Worker
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "autograd", "layers", "optim")
-#: Those of all families, after a family's own.
-GENERIC = ("test_gradients.py", "test_memory.py", "test_options.py")
-LONGEST = 900  # seconds that a mutant's tests may take: one that hangs is noticed
+#: Those of all families, which notice most.
+GENERIC = ("test_gradients.py", "test_memory.py", "test_in_place.py", "test_options.py", "test_paths.py")
+#: And of what is done to models and optimizers, by folder.
+THEMES = {
+    "fusion": ("test_fuse*.py",),
+    "replacement": ("test_replace.py", "test_conversions.py", "test_classes.py", "test_works_with.py", "test_fold.py"),
+    "optim": ("test_optimizer*.py",),
+}
+PASSED = (0, 5)  # 5: no test has anything to say in this mode
+ENDED_BY_LIMIT = (-signal.SIGXCPU, -signal.SIGKILL)
+LIMIT = 120  # seconds of processor time in each mode
 
 
 @cache
@@ -24,19 +38,43 @@ def of_file(path: Path) -> list[Mutant]:
     return mutants_of(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
 
 
-def sample(seed: int, number: int, folders: list[str]) -> list[Mutant]:
-    """So many mutants at most, each from a file that is drawn first: long files don't crowd out short ones."""
+def sample(seed: int, number: int, folders: Iterable[str], lines: Collection[str] | None = None) -> list[Mutant]:
+    """So many mutants at most, each from a file that is drawn first: long files don't crowd out short ones.  ``lines``,
+    as ``path:line``, are all that may be changed.
+    """
     chance = random.Random(seed)
     files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py")
-    drawn = (of_file(chance.choice(files)) for _ in range(number))
-    return list(dict.fromkeys(chance.choice(mutants) for mutants in drawn if mutants))
+    known = {
+        path: [one for one in of_file(path) if lines is None or f"{one.path}:{one.line}" in lines] for path in files
+    }
+    drawn = (chance.choice(files) for _ in range(number)) if (files := [path for path in files if known[path]]) else ()
+    return list(dict.fromkeys(chance.choice(known[path]) for path in drawn))
+
+
+def changed_lines(since: str) -> set[str]:
+    """Those that differ from a commit's, as ``path:line``."""
+    command = ["git", "diff", "--unified=0", "--no-prefix", since, "--", *FLOORS]
+    difference = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines, path = set(), ""
+    for line in difference.splitlines():
+        if line.startswith("+++ "):
+            path = line.removeprefix("+++ ")
+        elif hunk := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
+            first, number = int(hunk[1]), int(hunk[2] or 1)
+            lines.update(f"{path}:{first + index}" for index in range(number))
+    return lines
 
 
 def own_tests(path: str) -> list[str]:
-    """The tests of a file's family, and then those of all."""
+    """The tests of a file's family and theme, and then those of all."""
     family = Path(path).stem
-    names = sorted(test.name for test in (ROOT / "tests").glob(f"test_{family}*.py"))
-    return [f"tests/{name}" for name in (*names, *(name for name in GENERIC if name not in names))]
+    patterns = [f"test_{family}*.py"]
+    while "_" in family and not list((ROOT / "tests").glob(patterns[-1])):  # pool_window's are pool's
+        family = family.rpartition("_")[0]
+        patterns.append(f"test_{family}*.py")
+    patterns += [pattern for folder, some in THEMES.items() if folder in path for pattern in some]
+    names = [test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern))]
+    return [f"tests/{name}" for name in dict.fromkeys((*names, *GENERIC))]
 
 
 def installed(folder: Path) -> Path:
@@ -47,45 +85,47 @@ def installed(folder: Path) -> Path:
     return folder / "fusednn"
 
 
-def is_noticed(mutant: Mutant, tests: list[str]) -> bool:
-    """Whether a test fails, hangs or can't be collected, in either mode."""
+def verdict(mutant: Mutant, tests: list[str], workers: Iterable[Worker], limit: int = LIMIT) -> dict[str, str]:
+    """``noticed`` by a test that fails or can't be collected; ``undecided`` where they didn't end in time."""
+    ended = True
     with tempfile.TemporaryDirectory() as folder:
         library = installed(Path(folder))
-        path = library / mutant.path.removeprefix("fusednn/")
+        path = library / mutant.path
         path.write_text(mutant.of(path.read_text(encoding="utf-8")), encoding="utf-8")
-        for mode in ("1", "0"):
-            environment = {**os.environ, "PYTHONPATH": folder, "TRITON_INTERPRET": mode, "OMP_NUM_THREADS": "1"}
-            # Not `python -m pytest`, which would put the folder that it runs in, and so the library, first.
-            command = [str(Path(sys.executable).with_name("pytest")), "-x", "-q", "-m", "not thorough and not compiles"]
-            try:
-                run = subprocess.run(
-                    [*command, *tests], cwd=ROOT, env=environment, timeout=LONGEST, capture_output=True, check=False
-                )
-            except subprocess.TimeoutExpired:
-                return True
-            if run.returncode not in (0, 5):  # 5: no test has anything to say in this mode
-                return True
-    return False
+        for worker in workers:
+            outcome = worker.run(Path(folder), tests, limit)
+            if outcome.status in ENDED_BY_LIMIT and not outcome.failed:
+                ended = False
+            elif outcome.status not in PASSED:
+                return {"mutant": str(mutant), "verdict": "noticed", "by": outcome.failed}
+    return {"mutant": str(mutant), "verdict": "survives" if ended else "undecided", "by": ""}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=20)
+    parser.add_argument("--since", help="change nothing but lines that differ from this commit's")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of processor time for a mutant in each mode")
     parser.add_argument("--list", action="store_true", help="list the sample, and run nothing")
+    parser.add_argument("--output", type=Path, help="a file for the verdicts, as JSON")
     parser.add_argument("folders", nargs="*", default=list(FLOORS))
     options = parser.parse_args(arguments)
-    mutants = sample(options.seed, options.number, options.folders)
-    if options.list:
+    lines = changed_lines(options.since) if options.since else None
+    mutants = sample(options.seed, options.number, options.folders, lines)
+    if options.list or not mutants:
         print(*mutants, sep="\n")
         return 0
-    survivors = []
-    for mutant in mutants:
-        noticed = is_noticed(mutant, own_tests(mutant.path))
-        print("noticed " if noticed else "SURVIVES", mutant, flush=True)
-        survivors += [] if noticed else [mutant]
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} were noticed; the others, for a person to judge:")
-    print(*survivors, sep="\n")
+    verdicts = []
+    with ExitStack() as stack:
+        workers = [stack.enter_context(closing(Worker(interpreting=mode))) for mode in (True, False)]
+        for mutant in mutants:
+            verdicts.append(verdict(mutant, own_tests(mutant.path), workers, options.limit))
+            print(f"{verdicts[-1]['verdict']:9}", mutant, verdicts[-1]["by"], flush=True)
+    counted = Counter(one["verdict"] for one in verdicts)
+    print(f"{counted['noticed']} of {len(mutants)} were noticed; the others are for a person to judge")
+    if options.output:
+        options.output.write_text(json.dumps({"seed": options.seed, "mutants": verdicts}, indent=1) + "\n")
     return 0
 
 

@@ -2,17 +2,17 @@
 
 Stock's own error is the largest over the tensor, and not less than one rounding of the largest value, which a few lucky
 elements may hide.  Nothing here scales with the size of a reduction, so a test can't be made to pass by making it
-larger.  In 16 bits, of which stock computes in float32, its error is a few roundings at most: where it is more, as when
-rounding makes another element the maximum, the test allows what it is there to see, and fails; unless all that it looks
-at cancels.  In float64 the reference is stock's own result, whose error isn't known: there it is taken to be sixteen
-roundings of the largest value, or of 1.
+larger.  And it is not more than a few roundings: where stock's is, as when rounding makes another element the maximum,
+an allowance of twice as much would hide what the test is there to see; unless all that it looks at cancels.  In float64
+the reference is stock's own result, whose error isn't known: there it is taken to be sixteen roundings of the largest
+value, or of 1.
 """
 
 import torch
 from torch import Tensor
 
 FLOAT64_ROUNDINGS = 16
-SIXTEEN_BITS_ROUNDINGS = 10
+MOST_ROUNDINGS = 10
 
 
 def assert_accurate(
@@ -28,7 +28,7 @@ def assert_accurate(
 
     Where a value isn't finite, ours must be what stock or the reference is.  ``inherent`` is an error, per element,
     that follows from rounding what the operation is specified to save for its backward pass.  ``chosen`` says that the
-    test chose its inputs, and could take others where stock's error hides ours.
+    test chose its inputs, and could take others where stock's error, and so ours, is large.
     """
     assert ours.dtype == stock.dtype, f"{what}: dtype {ours.dtype}, stock {stock.dtype}"
     assert ours.shape == stock.shape, f"{what}: shape {tuple(ours.shape)}, stock {tuple(stock.shape)}"
@@ -47,10 +47,8 @@ def assert_accurate(
     largest = reference[finite].abs().max()
     rounding = one_rounding(largest, ours.dtype)
     stock_error = torch.maximum((stock64 - reference)[finite].abs().max(), rounding)
-    bounded = chosen and ours.dtype.itemsize == 2 and largest >= torch.finfo(ours.dtype).eps
-    assert not bounded or stock_error <= SIXTEEN_BITS_ROUNDINGS * rounding, (
-        f"{what}: stock is {stock_error / rounding:.3g} roundings off, too much to see ours; take other inputs"
-    )
+    if chosen and largest >= MOST_ROUNDINGS * torch.finfo(ours.dtype).eps:
+        stock_error = stock_error.clamp(max=MOST_ROUNDINGS * rounding)
     if ours.dtype == torch.float64:
         stock_error = FLOAT64_ROUNDINGS * one_rounding(largest.clamp_min(1), ours.dtype)
     allowed = 2 * stock_error + one_rounding(reference[finite], ours.dtype)

@@ -50,9 +50,9 @@ class Case:
 
     @property
     def _saved_output_scale(self) -> float:
-        # ELU's gradient is y + alpha below 0, CELU's y / alpha + 1.
-        if self.name in ("elu", "selu"):
-            return 1.0
+        # ELU's gradient is y + alpha below 0, CELU's y / alpha + 1; a sigmoid's y - y^2, a tanh's 1 - y^2.
+        if self.name in _SAVED_OUTPUT_SCALES:
+            return _SAVED_OUTPUT_SCALES[self.name]
         return 1.0 / self.arguments.get("alpha", 1.0) if self.name == "celu" else 0.0
 
     @property
@@ -70,6 +70,7 @@ class Case:
 
 # Stock rounds 1/6 and 1/alpha to float32 even in float64.
 _FLOAT32_CONSTANTS = ("celu", "hardsigmoid")
+_SAVED_OUTPUT_SCALES = {"elu": 1.0, "selu": 1.0, "sigmoid": 1.0, "tanh": 2.0}
 
 
 CASES = [

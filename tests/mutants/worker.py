@@ -1,0 +1,101 @@
+"""A process that has imported what takes long, and forks for each run of tests: the mutant's own time is left.
+
+``python -m mutants.worker`` reads one line of JSON for each run, and answers with one.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TESTS = Path(__file__).parents[1]
+
+
+class Outcome(NamedTuple):
+    """Of a run of tests."""
+
+    status: int  # pytest's, or the signal that ended it, negative
+    failed: str  # the test that did
+    seconds: float  # of processor time
+
+
+class Worker:
+    """Runs tests on copies of the library, in one mode."""
+
+    def __init__(self, *, interpreting: bool) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreting)), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "mutants.worker"]
+        self._process: Any = subprocess.Popen(
+            command, cwd=TESTS, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, library: Path, tests: Sequence[str], limit: int) -> Outcome:
+        """``tests``, as pytest is given them, on the library in the folder ``library``, up to the first that fails, for
+        ``limit`` seconds of processor time at most.
+        """
+        print(json.dumps([str(library), tests, limit]), file=self._process.stdin, flush=True)
+        return Outcome(*json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class _Plugin:
+    """Runs of every test function one case, then of every function another, since a fault is seldom seen by one case
+    alone; and tells which test fails.
+    """
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        cases: dict[str, int] = {}
+        rank = {}
+        for item in items:
+            function = item.nodeid.partition("[")[0]
+            rank[item] = cases[function] = cases.get(function, -1) + 1
+        items.sort(key=rank.__getitem__)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            os.write(self._pipe, report.nodeid.encode())
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def _run(library: str, tests: Sequence[str], limit: int) -> Outcome:
+    read, write = os.pipe()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nothing, stream)
+        os.chdir(TESTS.parent)
+        sys.path.insert(0, library)
+        os.environ["PYTHONPATH"] = library  # for processes that tests start
+        options = ["-x", "-q", "-m", "not thorough and not compiles", *tests]
+        os._exit(int(import_module("pytest").main(options, plugins=[_Plugin(write)])))
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        failed = pipe.read()
+    _, status = os.waitpid(child, 0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Outcome(os.waitstatus_to_exitcode(status), failed, round(seconds, 1))
+
+
+if __name__ == "__main__":
+    for name in ("pytest", "torch._dynamo", "triton"):
+        if find_spec(name.partition(".")[0]):
+            import_module(name)
+    for line in sys.stdin:
+        print(json.dumps(_run(*json.loads(line))), flush=True)
