@@ -18,21 +18,20 @@ bits are wanted) is decided at run time, by branches that a whole program takes 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
+from .base.channels import ChannelMatrix, channel_matrix, channel_values, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import scalar, widen
+from .base.numerics import scalar
 from .base.random import keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     MASK_BYTES,
     TILE,
-    cdiv,
     load,
     load_bits,
     matrix_tile,
@@ -40,9 +39,7 @@ from .base.tiles import (
     store_bits,
     threads_for,
     tile_shape,
-    width_for,
 )
-from .dropout import steps_for
 from .functions.activation import ACTIVATIONS, Activated, Activation
 
 __all__ = [
@@ -51,27 +48,6 @@ __all__ = [
     "every_configuration",
     "saved_mask_bytes",
 ]
-
-
-@triton.jit
-def bias_tile(
-    bias_pointer,
-    block_row,
-    block_column,
-    columns,
-    channels,
-    BY_ROW: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The bias of a tile, broadcastable to (HEIGHT, WIDTH)."""
-    if BY_ROW:
-        bias = tl.load(bias_pointer + (block_row * HEIGHT + tl.arange(0, HEIGHT)) % channels)[:, None]
-    else:
-        column = block_column * WIDTH + tl.arange(0, WIDTH)
-        bias = tl.load(bias_pointer + column, mask=column < columns, other=0)[None, :]
-    return widen(bias, COMPUTE)
 
 
 @triton.jit
@@ -134,7 +110,9 @@ def bias_activation_dropout_forward_kernel(
 
         h = load(x_pointer, tile, COMPUTE)
         if flags & 1:
-            h += bias_tile(bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH)
+            h += channel_values(
+                bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
+            )
         y = ACTIVATION.forward(h, a, b)
         noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
         y = y * tl.reshape(noise, (HEIGHT, WIDTH))
@@ -155,7 +133,7 @@ def bias_activation_dropout_backward_kernel(
     saved_pointer,  # packed bits, or the input, (rows, columns)
     bias_pointer,  # (channels,)
     dx_pointer,  # gradient of the input, (rows, columns)
-    partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`
+    partial_pointer,  # partial sums of the bias's gradient, see `ChannelMatrix`
     seed_pointer,  # the forward pass's; not read where the activation's mask gates
     rows: tl.int64,
     columns,
@@ -193,7 +171,7 @@ def bias_activation_dropout_backward_kernel(
         else:
             saved = load(saved_pointer, tile, COMPUTE)
             if flags & 1:
-                saved += bias_tile(
+                saved += channel_values(
                     bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
                 )
             if ACTIVATION.saves == "output":  # which is made again, before the noise takes registers
@@ -210,16 +188,17 @@ def bias_activation_dropout_backward_kernel(
         if flags & 2:
             addend = tl.where(tile.inside, dx, 0.0)  # an infinite bias gives NaN outside, too
             if BY_ROW:
-                row = block_row * HEIGHT + tl.arange(0, HEIGHT)
-                tl.store(partial_pointer + row * column_blocks + block_column, tl.sum(addend, axis=1), mask=row < rows)
+                sums = sums_tile(block_row, block_column, rows, columns, column_blocks, True, HEIGHT, WIDTH)
+                store(partial_pointer, sums, tl.sum(addend, axis=1))
             else:
                 totals += addend
-    if not BY_ROW:
-        column = block_column * WIDTH + tl.arange(0, WIDTH)
-        wanted = (column < columns) & ((flags & 2) != 0)
-        # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
-        total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
-        tl.store(partial_pointer + program // column_blocks * columns + column, total, mask=wanted)
+    if not BY_ROW:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
+        if flags & 2:
+            # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
+            total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
+            part = program // column_blocks
+            sums = sums_tile(part, block_column, rows, columns, column_blocks, False, HEIGHT, WIDTH)
+            store(partial_pointer, sums, total)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -305,54 +284,15 @@ def configurations() -> Iterator[Configuration]:
             yield _backward(row, torch.bfloat16, False, 256)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A dense tensor seen as a matrix, and its division into programs."""
-
-    by_row: bool
-    rows: int
-    columns: int
-    channels: int
-    width: int
-    row_blocks: int
-    steps: int
-    column_blocks: int
-
-    @property
-    def row_programs(self) -> int:
-        return cdiv(self.row_blocks, self.steps)
-
-    @property
-    def programs(self) -> int:
-        return self.row_programs * self.column_blocks
-
-    @property
-    def extents(self) -> tuple[int, int, int, int, int, int]:
-        return self.rows, self.columns, self.channels, self.row_blocks, self.steps, self.column_blocks
-
-
-def _plan(shape: Sequence[int], strides: Sequence[int], dim: int) -> _Plan:
+def _matrix(shape: Sequence[int], strides: Sequence[int], dim: int) -> ChannelMatrix:
     """Of a dense tensor that isn't empty; its channels lie along ``dim``."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    channels = shape[dim]
-    # Dense memory: the dimensions inside a channel span its stride, whatever their order.  One channel is one row.
-    inner = strides[dim] if channels > 1 else numel
-    by_row = inner > 1 or channels == 1
-    columns = inner if by_row else channels
-    rows = numel // columns
-    width = width_for(columns, _ROW_WIDTHS if by_row else _COLUMN_WIDTHS)
-    row_blocks, column_blocks = cdiv(rows, TILE // width), cdiv(columns, width)
-    # Partial sums by row are of one row block; by column, those of a program's steps share accumulators.
-    steps = 1 if by_row else min(steps_for(row_blocks * column_blocks), row_blocks)
-    return _Plan(by_row, rows, columns, channels, width, row_blocks, steps, column_blocks)
+    return channel_matrix(shape, strides, dim, shape[dim], _ROW_WIDTHS, _COLUMN_WIDTHS)
 
 
 def saved_mask_bytes(shape: Sequence[int], strides: Sequence[int], dim: int) -> int:
     """Bytes of the packed mask of a dense tensor, whole tiles; its channels lie along ``dim``."""
-    plan = _plan(shape, strides, dim)
-    return plan.row_blocks * plan.column_blocks * MASK_BYTES
+    matrix = _matrix(shape, strides, dim)
+    return matrix.row_blocks * matrix.column_blocks * MASK_BYTES
 
 
 def _flags(*operands: Tensor | None) -> int:
@@ -389,16 +329,16 @@ def bias_activation_dropout_forward(
         bias = bias.contiguous()
     if residual is not None:
         residual = dense_like(residual, x.stride())
-    plan = _plan(x.shape, x.stride(), dim)
+    matrix = _matrix(x.shape, x.stride(), dim)
     launch(
-        _forward(activation.row, x.dtype, plan.by_row, plan.width),
-        plan.programs,
+        _forward(activation.row, x.dtype, matrix.by_row, matrix.width),
+        matrix.programs,
         x,
         *(x if operand is None else operand for operand in (bias, residual)),  # what isn't there isn't read
         y,
         x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
         x.new_empty(0, dtype=torch.int64) if seed is None else seed,
-        *plan.extents,
+        *matrix.extents,
         _flags(bias, residual, seed, mask),
         *_noise(p),
         activation.a,
@@ -428,35 +368,24 @@ def bias_activation_dropout_backward(
     if activation.saves != "mask":
         saved = dense_like(saved, strides)
     dx = g.new_empty_strided(g.shape, strides)
-    plan = _plan(g.shape, strides, dim)
+    matrix = _matrix(g.shape, strides, dim)
     accumulator = ACCUMULATOR[g.dtype]
-    partial = torch.empty(_partial_shape(plan), dtype=accumulator, device=g.device) if bias_gradient else None
+    partial = torch.empty(matrix.partial_shape, dtype=accumulator, device=g.device) if bias_gradient else None
     if bias is not None:
         bias = bias.contiguous()
     launch(
-        _backward(activation.row, g.dtype, plan.by_row, plan.width),
-        plan.programs,
+        _backward(activation.row, g.dtype, matrix.by_row, matrix.width),
+        matrix.programs,
         g,
         saved,
         g if bias is None else bias,
         dx,
         g.new_empty(0, dtype=accumulator) if partial is None else partial,
         g.new_empty(0, dtype=torch.int64) if seed is None else seed,
-        *plan.extents,
+        *matrix.extents,
         _flags(bias, partial, seed),
         *_noise(p),
         activation.a,
         activation.b,
     )
-    if partial is None:
-        return dx, None
-    if plan.by_row:
-        total = partial.view(-1, plan.channels, plan.column_blocks).sum((0, 2))
-    else:
-        total = partial.sum(0)
-    return dx, total.to(g.dtype)
-
-
-def _partial_shape(plan: _Plan) -> tuple[int, int]:
-    """One partial sum for each channel that a program sees."""
-    return (plan.rows, plan.column_blocks) if plan.by_row else (plan.row_programs, plan.columns)
+    return dx, None if partial is None else matrix.totals(partial).to(g.dtype)

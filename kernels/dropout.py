@@ -33,13 +33,14 @@ from .base.tiles import (
     load,
     matrix_tile,
     programs_for,
+    steps_for,
     store,
     threads_for,
     tile_shape,
     width_for,
 )
 
-__all__ = ["dropout_backward", "dropout_forward", "steps_for"]
+__all__ = ["dropout_backward", "dropout_forward"]
 
 
 @triton.jit
@@ -137,15 +138,6 @@ def column_dropout_kernel(
 
 _ROW_WIDTHS = (16, 256, TILE)
 _COLUMN_WIDTHS = (16, 64, 256)
-
-# Programs that fill a large GPU several times over: beyond, a program takes more steps instead.
-_ENOUGH_PROGRAMS = 2048
-_MOST_STEPS = 16
-
-
-def steps_for(tiles: int) -> int:
-    """Row blocks that a program works through, when ``tiles`` are to be shared out."""
-    return min(max(tiles // _ENOUGH_PROGRAMS, 1), _MOST_STEPS)
 
 
 @cache

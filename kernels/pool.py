@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
+from .base.channels import ChannelMatrix, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense_like
 from .base.numerics import narrow, scalar, widen
-from .base.tiles import cdiv
+from .base.tiles import cdiv, store
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .pool_window import (
     FIXED_WINDOWS,
@@ -71,29 +72,6 @@ def load_inputs(
     if residual_pointer is not None:
         x += widen(tl.load(residual_pointer + offset, mask=inside, other=0), COMPUTE)
     return x
-
-
-@triton.jit
-def store_sums(
-    partial_pointer,
-    total,
-    first_row,
-    first_column,
-    rows,
-    columns,
-    CHANNELS_LAST: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Store the sums of a tile for each of its columns where these are channels, else for each of its rows."""
-    if CHANNELS_LAST:
-        column = first_column + tl.arange(0, WIDTH)
-        sums = partial_pointer + first_row // HEIGHT * columns + column
-        tl.store(sums, tl.sum(total, axis=0), mask=column < columns)
-    else:
-        row = first_row + tl.arange(0, HEIGHT)
-        sums = partial_pointer + row * tl.cdiv(columns, WIDTH) + first_column // WIDTH
-        tl.store(sums, tl.sum(total, axis=1), mask=row < rows)
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -237,7 +215,7 @@ def pool_backward_cells_kernel(
     code_pointer,  # packed codes
     saved_pointer,  # what is kept beside the code, like ``g``; or None
     dx_pointer,  # gradient of the images
-    partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`, or None
+    partial_pointer,  # partial sums of the bias's gradient, see `ChannelMatrix`, or None
     rows: tl.int64,  # of cells
     columns,
     height: tl.int32,
@@ -314,7 +292,11 @@ def pool_backward_cells_kernel(
             tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
             total += cell[y * STRIDE] + cell[y * STRIDE + 1]
     if partial_pointer is not None:
-        store_sums(partial_pointer, total, first_row, first_column, rows, columns, CHANNELS_LAST, HEIGHT, WIDTH)
+        sums = sums_tile(
+            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, tl.cdiv(columns, WIDTH)),
+            *(not CHANNELS_LAST, HEIGHT, WIDTH),
+        )
+        store(partial_pointer, sums, tl.sum(total, axis=0 if CHANNELS_LAST else 1))
 
 
 @kernel
@@ -323,7 +305,7 @@ def pool_backward_kernel(
     code_pointer,  # packed codes
     saved_pointer,  # what is kept beside the code, like ``g``; or None
     dx_pointer,  # gradient of the images
-    partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`, or None
+    partial_pointer,  # partial sums of the bias's gradient, see `ChannelMatrix`, or None
     rows: tl.int64,
     columns,
     height: tl.int32,
@@ -368,7 +350,11 @@ def pool_backward_kernel(
         dx += tl.where(position == tap, g, 0.0)
     tl.store(dx_pointer + row * columns + column, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
     if partial_pointer is not None:
-        store_sums(partial_pointer, dx, first_row, first_column, rows, columns, CHANNELS_LAST, HEIGHT, WIDTH)
+        sums = sums_tile(
+            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, tl.cdiv(columns, WIDTH)),
+            *(not CHANNELS_LAST, HEIGHT, WIDTH),
+        )
+        store(partial_pointer, sums, tl.sum(dx, axis=0 if CHANNELS_LAST else 1))
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
@@ -485,8 +471,12 @@ def configurations() -> Iterator[Configuration]:
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def _programs(rows: int, columns: int) -> int:
-    return cdiv(rows, _HEIGHT) * cdiv(columns, _WIDTH)
+def _matrix(shape: tuple[int, ...], channels_last: bool) -> ChannelMatrix:
+    """Of images of this shape, which aren't empty."""
+    rows, columns = image_matrix(shape, channels_last)
+    return ChannelMatrix(
+        not channels_last, rows, columns, shape[1], _HEIGHT, _WIDTH, run=1 if channels_last else shape[2]
+    )
 
 
 def pool_forward(
@@ -521,7 +511,7 @@ def pool_forward(
         y=x if inplace else None,
     )
     _, channels, height, width = x.shape
-    rows, columns = image_matrix(results.y.shape, channels_last)
+    matrix = _matrix(results.y.shape, channels_last)
     pooled_height, pooled_width = results.y.shape[2:]
     keeps_pre_activation = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
@@ -530,10 +520,20 @@ def pool_forward(
             normalises=mean is not None,
             residual=residual is not None,
         ),
-        _programs(rows, columns),
+        matrix.programs,
         *(tensor for tensor in (x, residual, mean, scale, bias, results.y, results.code) if tensor is not None),
         *((results.pre_activation,) if keeps_pre_activation else ()),
-        *(results.indices, rows, columns, channels, height, width, pooled_height, pooled_width, *window.arguments),
+        *(
+            results.indices,
+            matrix.rows,
+            matrix.columns,
+            channels,
+            height,
+            width,
+            pooled_height,
+            pooled_width,
+            *window.arguments,
+        ),
         *(int(keeps), int(emits_indices), activation.a, activation.b),
     )
     return results
@@ -563,29 +563,16 @@ def pool_backward(
     if kernel:
         # Cells that cover the padding before the image, and all of the image.
         cells = [cdiv(extent + padding, stride) for extent, padding in zip(size, window.padding, strict=True)]
-        rows, columns = image_matrix((samples, channels, *cells), channels_last)
+        matrix = _matrix((samples, channels, *cells), channels_last)
         extents = (*size, *cells, pooled_height, pooled_width, *window.padding)
     else:
-        rows, columns = image_matrix(shape, channels_last)
+        matrix = _matrix(shape, channels_last)
         extents = (*size, pooled_height, pooled_width, *window.arguments)
-    accumulator = ACCUMULATOR[g.dtype]
-    sums = _partial_shape(rows, columns, channels_last) if sums_bias else (0,)
-    partial = torch.empty(sums, dtype=accumulator, device=g.device)
+    partial = torch.empty(matrix.partial_shape, dtype=ACCUMULATOR[g.dtype], device=g.device) if sums_bias else None
     launch(
         _configuration("backward", g.dtype, activation.row, window.fixed, channels_last, sums_bias, False),
-        _programs(rows, columns),
-        *(tensor for tensor in (g, code, saved, dx) if tensor is not None),
-        *((partial,) if sums_bias else ()),
-        *(rows, columns, *extents, activation.a, activation.b),
+        matrix.programs,
+        *(tensor for tensor in (g, code, saved, dx, partial) if tensor is not None),
+        *(matrix.rows, matrix.columns, *extents, activation.a, activation.b),
     )
-    if not sums_bias:
-        return dx, g.new_empty(0)
-    db = partial.sum(0) if channels_last else partial.view(samples, channels, -1).sum((0, 2))
-    return dx, db.to(g.dtype)
-
-
-def _partial_shape(rows: int, columns: int, channels_last: bool) -> tuple[int, int]:
-    """A partial sum for each column of a block of rows, or for each row of a block of columns."""
-    if channels_last:
-        return cdiv(rows, _HEIGHT), columns
-    return rows, cdiv(columns, _WIDTH)
+    return dx, g.new_empty(0) if partial is None else matrix.totals(partial).to(g.dtype)

@@ -29,6 +29,7 @@ __all__ = [
     "matrix_tile",
     "place_tile",
     "programs_for",
+    "steps_for",
     "store",
     "store_bits",
     "threads_for",
@@ -60,6 +61,16 @@ def cdiv(extent: int, step: int) -> int:
 def programs_for(numel: int) -> int:
     """Tiles that cover ``numel`` elements.  ``numel`` may be symbolic."""
     return cdiv(numel, TILE)
+
+
+# Programs that fill a large GPU several times over: beyond, a program takes more steps instead.
+_ENOUGH_PROGRAMS = 2048
+_MOST_STEPS = 16
+
+
+def steps_for(tiles: int) -> int:
+    """Row blocks that a program works through, when ``tiles`` are to be shared out."""
+    return min(max(tiles // _ENOUGH_PROGRAMS, 1), _MOST_STEPS)
 
 
 def mask_bytes(numel: int) -> int:
