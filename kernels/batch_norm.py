@@ -27,8 +27,8 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
-from .base.numerics import divide, narrow, scalar, square_root, widen
-from .base.tiles import MASK_BYTES, TILE, load_bits, store_bits
+from .base.numerics import divide, scalar, square_root
+from .base.tiles import MASK_BYTES, TILE, load, load_bits, store, store_bits
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_norm_reduce", "mask_bytes"]
@@ -96,18 +96,18 @@ def batch_norm_forward_kernel(
     b = scalar(b, COMPUTE)
     for ahead in range(first, end):
         step = first + end - 1 - ahead  # backward
-        start, offsets, _present, inside = tile_place(
+        tile, _present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+        x = load(x_pointer, tile, COMPUTE)
         z = (x - mean) * scale + bias
         if residual_pointer is not None:
-            z += widen(tl.load(residual_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+            z += load(residual_pointer, tile, COMPUTE)
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             store_bits(mask_pointer, tl.reshape(ACTIVATION.mask(z, a, b), (1, _TILE)), tile_index, 1, _TILE)
         y = ACTIVATION.forward(z, a, b)
-        tl.store(y_pointer + start + offsets, narrow(y, y_pointer.dtype.element_ty), mask=inside)
+        store(y_pointer, tile, y)
 
 
 @kernel
@@ -149,11 +149,11 @@ def batch_norm_reduce_kernel(
     sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     products = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for step in range(first, end):
-        start, offsets, present, inside = tile_place(
+        tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        dz = widen(tl.load(g_pointer + start + offsets, mask=inside, other=0), COMPUTE)
-        x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+        dz = load(g_pointer, tile, COMPUTE)
+        x = load(x_pointer, tile, COMPUTE)
         centred = x - mean
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
@@ -162,10 +162,10 @@ def batch_norm_reduce_kernel(
         else:
             z = centred * scale + bias
             if residual_pointer is not None:
-                z += widen(tl.load(residual_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+                z += load(residual_pointer, tile, COMPUTE)
             dz = gradient_from_input(dz, z, a, b, ACTIVATION)
         if dz_pointer is not None:
-            tl.store(dz_pointer + start + offsets, narrow(dz, dz_pointer.dtype.element_ty), mask=inside)
+            store(dz_pointer, tile, dz)
         dz = tl.where(present, dz, 0.0)
         sums += dz
         products += dz * centred
@@ -219,18 +219,18 @@ def batch_norm_backward_kernel(
     b = scalar(b, COMPUTE)
     for ahead in range(first, end):
         step = first + end - 1 - ahead  # backward
-        start, offsets, _present, inside = tile_place(
+        tile, _present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        dx = widen(tl.load(g_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+        dx = load(g_pointer, tile, COMPUTE)
         if ACTIVATION.saves != "nothing" or sums_pointer is not None:
-            x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+            x = load(x_pointer, tile, COMPUTE)
             centred = x - mean
             dx = gradient_from_input(dx, centred * scale + bias, a, b, ACTIVATION)
             if sums_pointer is not None:
                 dx = dx - mean_dz - centred * slope
         dx = dx * scale
-        tl.store(dx_pointer + start + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
+        store(dx_pointer, tile, dx)
 
 
 # --- Configurations -------------------------------------------------------------------------------------------------

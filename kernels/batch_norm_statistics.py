@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .base._triton import tl
+from .base._triton import tl, triton
 from .base.channels import (
     COMMON_TILINGS,
     TILINGS,
@@ -32,12 +32,23 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense
-from .base.numerics import divide, scalar, widen
-from .base.tiles import cdiv
+from .base.numerics import divide, scalar
+from .base.tiles import cdiv, load
 
-__all__ = ["merge_statistics", "partial_statistics"]
+__all__ = ["merge_statistics", "partial_statistics", "store_statistics"]
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_statistics(partial_pointer, split, channel, channels, count, mean, deviations):
+    """Store what a program has of these channels, float64 all: count, mean and sum of squared deviations."""
+    element: tl.constexpr = partial_pointer.dtype.element_ty
+    target = partial_pointer + split * 3 * channels + channel
+    inside = channel < channels
+    tl.store(target, (count + tl.zeros(channel.shape, tl.float64)).to(element), mask=inside)
+    tl.store(target + channels, mean.to(element), mask=inside)
+    tl.store(target + 2 * channels, deviations.to(element), mask=inside)
 
 
 @kernel
@@ -61,40 +72,31 @@ def batch_norm_statistics_kernel(
     mean = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for step in range(first, end):
-        start, offsets, present, inside = tile_place(
+        tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        x = widen(tl.load(x_pointer + start + offsets, mask=inside, other=0), COMPUTE)
+        x = load(x_pointer, tile, COMPUTE)
         # A lane that is present now was present in all steps before: the step tells its count.
         rate = divide(scalar(1.0, COMPUTE), (step - first + 1).to(COMPUTE))
         difference = tl.where(present, x - mean, 0.0)
         mean += difference * rate
         deviations += difference * (x - mean)
 
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    target = partial_pointer + split * 3 * channels + channel
-    mask = channel < channels
-
     # A lane that starts inside leaves at the last step, if at all.
-    lane = lanes(AXIS, HEIGHT, WIDTH)
-    _, _, starts, _ = tile_place(
-        first, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-    )
-    _, _, stays, _ = tile_place(
-        end - 1, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-    )
+    _, starts = tile_place(first, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH)
+    _, stays = tile_place(end - 1, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH)
     count = starts.to(COMPUTE) * (end - first - 1).to(COMPUTE) + stays.to(COMPUTE)
     merged_count = tl.sum(count.to(tl.float64), axis=AXIS, keep_dims=True)
-    tl.store(target, (merged_count + tl.zeros(channel.shape, tl.float64)).to(COMPUTE), mask=mask)
 
     # Lanes merge about the first one's mean: differences don't lose what a large mean would swallow.
-    origin = tl.sum(tl.where(lane == 0, mean, 0.0), axis=AXIS, keep_dims=True)
+    first_lane = lanes(AXIS, HEIGHT, WIDTH) == 0
+    origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=AXIS, keep_dims=True)
     shift = tl.sum((count * (mean - origin)).to(tl.float64), axis=AXIS, keep_dims=True) / merged_count
-    tl.store(target + channels, (origin + shift).to(COMPUTE), mask=mask)
     distance = mean - origin - shift.to(COMPUTE)
     deviations += count * distance * distance
     merged_deviations = tl.sum(deviations.to(tl.float64), axis=AXIS, keep_dims=True)
-    tl.store(target + 2 * channels, merged_deviations.to(COMPUTE), mask=mask)
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    store_statistics(partial_pointer, split, channel, channels, merged_count, origin + shift, merged_deviations)
 
 
 @kernel

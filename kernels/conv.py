@@ -26,6 +26,7 @@ from .base._triton import tl
 from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
+from .batch_norm_statistics import store_statistics
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .pool_window import (
     POINT,
@@ -157,10 +158,7 @@ def conv_pool_kernel(
         shift = tl.sum(difference.to(tl.float64), axis=0, keep_dims=True) / count
         deviation = tl.where(inside, difference - shift.to(tl.float32), 0.0)
         squares = tl.sum((deviation * deviation).to(tl.float64), axis=0, keep_dims=True)
-        target = partial_pointer + first_row // HEIGHT * 3 * filters + column
-        tl.store(target, (count + tl.zeros((1, WIDTH), tl.float64)).to(tl.float32), mask=column < filters)
-        tl.store(target + filters, (origin + shift).to(tl.float32), mask=column < filters)
-        tl.store(target + 2 * filters, squares.to(tl.float32), mask=column < filters)
+        store_statistics(partial_pointer, first_row // HEIGHT, column, filters, count, origin + shift, squares)
     if BITS:  # noqa: SIM102 (a constant)
         if keeps_code:
             code = position

@@ -88,7 +88,7 @@ def tile_place(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Start of a tile, its offsets, which positions of the reduced axis are inside, and which elements are."""
+    """A tile, and which positions of the reduced axis are inside."""
     row = tl.arange(0, HEIGHT)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     if AXIS == 1:
@@ -103,7 +103,7 @@ def tile_place(
         row_inside = row < outer - step * HEIGHT
         column_inside = column < columns - channel_block * WIDTH
         present = row_inside
-    return start, row * columns + column, present, row_inside & column_inside
+    return Tile(start, row * columns + column, row_inside & column_inside), present
 
 
 @triton.jit
