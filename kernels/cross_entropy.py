@@ -10,7 +10,7 @@ With log p = x - max - log(sum(exp(x - max))), weights w of the classes and a li
 ``PROBABILITIES`` -sum(w q log p), with q from ``(1 - s) target + s / C``
 ================  =============================================================================
 
-The logits are read once, whatever the number of classes; of the longest lines, several programs read a part each
+The logits are read once, whatever the number of classes; of the longest lines, several programs read a split each
 (`long_lines`).  Kept for the backward pass is the log-sum-exp of each line, as the maximum and the logarithm of the sum
 beside it: added up, a large maximum would swallow the other's digits.  The gradient, g (m p - what the loss weights
 log p with), whose m is the sum of these weights, is then elementwise.
@@ -31,8 +31,10 @@ from .base.layout import dense, dense_like
 from .base.lines import (
     ACROSS,
     ALONG,
+    LineTiling,
     line_block,
     line_tile,
+    line_tiling,
     lines_of,
     online_softmax_init,
     online_softmax_reduce,
@@ -40,10 +42,10 @@ from .base.lines import (
     pack,
     reference_point,
 )
-from .base.long_lines import LONG_DTYPES, PARTS, are_shared, join_parts, line_parts, parts_of
-from .base.numerics import divide, fast_exp, log, narrow, require, scalar, widen
+from .base.long_lines import LONG_DTYPES, SPLITS, are_shared, join_splits, split_statistics, splits_of
+from .base.numerics import divide, fast_exp, log, require, scalar, widen
 from .base.partial_sums import SUM_PROGRAMS, combine, finish_sum
-from .base.tiles import cdiv, threads_for
+from .base.tiles import Tile, cdiv, load, store, threads_for
 from .nll_loss import Reduction
 
 __all__ = [
@@ -70,20 +72,21 @@ class Targets(IntEnum):
 
 _INDICES = tl.constexpr(int(Targets.INDICES))
 _PROBABILITIES = tl.constexpr(int(Targets.PROBABILITIES))
+_ALONG = tl.constexpr(ALONG)
 
 
 @triton.jit
-def class_weights(weight_pointer, place, length, weighted, COMPUTE: tl.constexpr):
+def class_weights(weight_pointer, place, dim_size, weighted, COMPUTE: tl.constexpr):
     """The weights of the classes at ``place``; 1 where there are none."""
-    return tl.load(weight_pointer + place, mask=(place < length) & (weighted != 0), other=1).to(COMPUTE)
+    return tl.load(weight_pointer + place, mask=(place < dim_size) & (weighted != 0), other=1).to(COMPUTE)
 
 
 @triton.jit
-def line_targets(target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, CHECK: tl.constexpr):
+def line_targets(target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, CHECK: tl.constexpr):
     """Class indices of the lines, whether they count, and their weights."""
     target = tl.load(target_pointer + line, mask=exists, other=0)
     counts = exists & (target != ignore_index)
-    valid = (target >= 0) & (target < length)
+    valid = (target >= 0) & (target < dim_size)
     if CHECK:
         require(valid | (counts == 0), "cross-entropy: target is out of bounds")
     counts = counts & valid
@@ -111,15 +114,15 @@ def difference(mass, log_total, moment):
 def cross_entropy_forward_kernel(
     x_pointer,  # logits
     target_pointer,  # class indices, (count,); or probabilities, in the memory order of the logits
-    weight_pointer,  # weights of the classes, (length,); not read unless `weighted`
+    weight_pointer,  # weights of the classes, (dim_size,); not read unless `weighted`
     loss_pointer,  # losses, (count,); not written where `reduced`
     partial_pointer,  # partial sums, see `partial_sums`; these three are written where `reduced`
     value_pointer,  # their sum or mean, one element
     weight_total_pointer,  # sum of the weights, one element; written where `divisor` is 0
     statistics_pointer,  # maximum, log of the sum and, but for indices, sum of weights, each (count,)
     count: tl.int64,
-    length,
-    inner,
+    dim_size,
+    inner_size,
     ignore_index: tl.int64,
     smoothing: tl.float64,
     weighted: tl.int32,
@@ -133,52 +136,53 @@ def cross_entropy_forward_kernel(
     PACK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    base, line, start, exists = line_block(program, count, length, inner, AXIS, LINES)
-    x_pointer += base
+    lines = line_block(program, count, dim_size, inner_size, AXIS, LINES)
+    line, exists = lines.line, lines.exists
     smoothing = scalar(smoothing, COMPUTE)
 
     maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, PACK)
     mass = tl.zeros_like(total)  # sum of the weights of log p
     moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
-    for first in range(0, length, WIDTH):
-        place, offsets, inside = line_tile(start, exists, first, length, inner, AXIS, WIDTH)
-        x = widen(tl.load(x_pointer + offsets, mask=inside, other=float("-inf")), COMPUTE)
+    for first in range(0, dim_size, WIDTH):
+        tile, place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+        x = load(x_pointer, tile, COMPUTE, float("-inf"))
         x = pack(x, AXIS, LINES, WIDTH, PACK)
         previous = reference_point(maximum)
         maximum, total = online_softmax_update(maximum, total, x, AXIS)
         if TARGETS != _INDICES:
-            weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
+            weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
             if TARGETS == _PROBABILITIES:
-                q = widen(tl.load(target_pointer + base + offsets, mask=inside, other=0), COMPUTE)
-                weight *= q * (1 - smoothing) + smoothing / length
-            weight = pack(tl.where(inside, weight, 0.0), AXIS, LINES, WIDTH, PACK)
+                q = load(target_pointer, tile, COMPUTE)
+                weight *= q * (1 - smoothing) + smoothing / dim_size
+            weight = pack(tl.where(tile.inside, weight, 0.0), AXIS, LINES, WIDTH, PACK)
             reference = reference_point(maximum)
             weighted_x = weight * (x - tl.expand_dims(reference, 2 * AXIS))
-            weighted_x = tl.where(pack(inside, AXIS, LINES, WIDTH, PACK), weighted_x, 0.0)
+            weighted_x = tl.where(pack(tile.inside, AXIS, LINES, WIDTH, PACK), weighted_x, 0.0)
             moment += (previous - reference) * mass + tl.sum(weighted_x, 2 * AXIS)
             mass += tl.sum(weight, 2 * AXIS)
 
-    pieces = reference_point(maximum)
+    references = reference_point(maximum)
     maximum, total = online_softmax_reduce(maximum, total, AXIS)
     log_total = log(total)
-    if TARGETS != _INDICES and AXIS == 1:
-        moment = tl.sum(moment + (pieces - reference_point(maximum)[:, None]) * mass, 1)
+    if TARGETS != _INDICES and AXIS == _ALONG:
+        moment = tl.sum(moment + (references - reference_point(maximum)[:, None]) * mass, 1)
         mass = tl.sum(mass, 1)
     if TARGETS == _PROBABILITIES:
         loss = tl.where(exists, difference(mass, log_total, moment), 0.0)
         weight = exists.to(COMPUTE)
     else:
         target, counts, weight = line_targets(
-            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
+            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, True
         )
-        if AXIS == 1:
-            x_target = tl.load(x_pointer + start + target, mask=counts, other=0)
+        place = lines.start + lines.offsets
+        if AXIS == _ALONG:
+            x_target = tl.load(x_pointer + place + target, mask=counts, other=0)
         else:
-            x_target = tl.load(x_pointer + start + target * inner, mask=counts, other=0)
+            x_target = tl.load(x_pointer + place + target * inner_size, mask=counts, other=0)
         loss = index_loss(weight, log_total, widen(x_target, COMPUTE), maximum)
         if TARGETS != _INDICES:
-            loss = (1 - smoothing) * loss + smoothing / length * difference(mass, log_total, moment)
-            mass = (1 - smoothing) * weight + smoothing / length * mass
+            loss = (1 - smoothing) * loss + smoothing / dim_size * difference(mass, log_total, moment)
+            mass = (1 - smoothing) * weight + smoothing / dim_size * mass
         loss = tl.where(counts, loss, 0.0)
         weight = tl.where(counts, weight, 0.0)
 
@@ -195,7 +199,7 @@ def cross_entropy_forward_kernel(
 @kernel
 def long_cross_entropy_kernel(
     x_pointer,
-    part_pointer,  # maximum and sum of exponentials of the lines' parts, see `long_lines`
+    split_pointer,  # maximum and sum of exponentials of the lines' splits, see `long_lines`
     target_pointer,  # class indices
     weight_pointer,
     loss_pointer,  # this and what follows as above
@@ -204,23 +208,23 @@ def long_cross_entropy_kernel(
     weight_total_pointer,
     statistics_pointer,
     count: tl.int64,
-    length,
-    parts: tl.int32,
+    dim_size,
+    splits: tl.int32,
     ignore_index: tl.int64,
     weighted: tl.int32,
     reduced: tl.int32,
     divisor: tl.float64,
     LINES: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     exists = line < count
-    maximum, total = join_parts(part_pointer, line, exists, count, parts, PARTS)
+    maximum, total = join_splits(split_pointer, line, exists, count, splits, SPLITS)
     log_total = log(total)
     target, counts, weight = line_targets(
-        target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, True
+        target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, True
     )
-    x_target = widen(tl.load(x_pointer + line * length + target, mask=counts, other=0), tl.float32)
+    x_target = widen(tl.load(x_pointer + line * dim_size + target, mask=counts, other=0), tl.float32)
     loss = tl.where(counts, index_loss(weight, log_total, x_target, maximum), 0.0)
     weight = tl.where(counts, weight, 0.0)
     tl.store(statistics_pointer + line, maximum, mask=exists)
@@ -239,19 +243,19 @@ def cross_entropy_backward_kernel(
     target_pointer,
     weight_pointer,
     statistics_pointer,
-    dx_pointer,  # gradient of the logits; not written unless `needs_input`
-    dtarget_pointer,  # gradient of the probabilities; not written unless `needs_target`
+    dx_pointer,  # gradient of the logits; not written unless `wants_dx`
+    dtarget_pointer,  # gradient of the probabilities; not written unless `wants_dtarget`
     count: tl.int64,
-    length,
-    inner,
-    pieces: tl.int32,  # of a line
+    dim_size,
+    inner_size,
+    chunks: tl.int32,  # of a line
     ignore_index: tl.int64,
     smoothing: tl.float64,
     weighted: tl.int32,
     reduced: tl.int32,
     divisor: tl.float64,
-    needs_input: tl.int32,
-    needs_target: tl.int32,
+    wants_dx: tl.int32,
+    wants_dtarget: tl.int32,
     TARGETS: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -259,9 +263,10 @@ def cross_entropy_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    base, line, start, exists = line_block(program // pieces, count, length, inner, AXIS, LINES)
-    first = (program % pieces).to(tl.int32) * WIDTH
-    place, offsets, inside = line_tile(start, exists, first, length, inner, AXIS, WIDTH)
+    lines = line_block(program // chunks, count, dim_size, inner_size, AXIS, LINES)
+    line, exists = lines.line, lines.exists
+    first = (program % chunks).to(tl.int32) * WIDTH
+    tile, place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
     smoothing = scalar(smoothing, COMPUTE)
 
     g = tl.load(g_pointer + tl.where(reduced != 0, 0, line), mask=exists, other=0)
@@ -271,31 +276,29 @@ def cross_entropy_backward_kernel(
     scale = divide(g, divisor)
     maximum = tl.expand_dims(tl.load(statistics_pointer + line, mask=exists, other=0), AXIS)
     log_total = tl.expand_dims(tl.load(statistics_pointer + count + line, mask=exists, other=0), AXIS)
-    x = widen(tl.load(x_pointer + base + offsets, mask=inside, other=0), COMPUTE)
+    x = load(x_pointer, tile, COMPUTE)
     log_p = x - maximum - log_total
 
     if TARGETS == _PROBABILITIES:
-        q = widen(tl.load(target_pointer + base + offsets, mask=inside, other=0), COMPUTE)
-        weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
-        target_weight = weight * (q * (1 - smoothing) + smoothing / length)
+        q = load(target_pointer, tile, COMPUTE)
+        weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
+        target_weight = weight * (q * (1 - smoothing) + smoothing / dim_size)
         scale = tl.expand_dims(scale, AXIS)
         dtarget = -scale * (1 - smoothing) * weight * log_p
-        wanted = inside & (needs_target != 0)
-        tl.store(dtarget_pointer + base + offsets, narrow(dtarget, dtarget_pointer.dtype.element_ty), mask=wanted)
+        store(dtarget_pointer, Tile(tile.start, tile.offsets, tile.inside & (wants_dtarget != 0)), dtarget)
     else:
         target, counts, mass = line_targets(
-            target_pointer, weight_pointer, line, exists, length, ignore_index, weighted, False
+            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, False
         )
         scale = tl.expand_dims(tl.where(counts, scale, 0.0), AXIS)
         target_weight = tl.where(place == tl.expand_dims(target, AXIS), tl.expand_dims(mass, AXIS), 0.0)
         if TARGETS != _INDICES:
-            weight = class_weights(weight_pointer, place, length, weighted, COMPUTE)
-            target_weight = (1 - smoothing) * target_weight + smoothing / length * weight
+            weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
+            target_weight = (1 - smoothing) * target_weight + smoothing / dim_size * weight
     if TARGETS != _INDICES:
         mass = tl.load(statistics_pointer + 2 * count + line, mask=exists, other=0)
     dx = scale * (tl.expand_dims(mass, AXIS) * fast_exp(log_p) - target_weight)
-    wanted = inside & (needs_input != 0)
-    tl.store(dx_pointer + base + offsets, narrow(dx, dx_pointer.dtype.element_ty), mask=wanted)
+    store(dx_pointer, Tile(tile.start, tile.offsets, tile.inside & (wants_dx != 0)), dx)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -310,7 +313,6 @@ _FEWER_WIDTHS = {
     "forward": {ALONG: (128, 2048), ACROSS: (32,)},
     "backward": {ALONG: (128, 1024), ACROSS: (32,)},
 }
-_TILE = 2048  # elements of a tile, at least
 _LINES_ACROSS = 64  # neighbouring lines of a tile, at least
 
 
@@ -331,13 +333,14 @@ def _elements(direction: str, dtype: torch.dtype, targets: Targets) -> dict[str,
 
 @cache
 def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: int, width: int) -> Configuration:
-    lines = max(_TILE // width, 1 if axis == ALONG else _LINES_ACROSS)
-    threads = max(lines * width // 16, threads_for(dtype))
+    tiling = line_tiling(axis, width, _LINES_ACROSS)
+    elements = tiling.lines * width
+    threads = max(elements // 16, threads_for(dtype))
     if targets is Targets.PROBABILITIES and axis == ACROSS:
         threads *= 2  # else Triton 3.6 runs out of registers
     vector = 16 // dtype.itemsize
     reads = 2 if targets is Targets.PROBABILITIES else 1
-    wide = lines * width // (threads * vector)
+    wide = elements // (threads * vector)
     if direction == "forward":
         code, own, stores = cross_entropy_forward_kernel, {"PACK": vector}, 0
     else:
@@ -349,10 +352,8 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
         dtype,
         {
             "TARGETS": int(targets),
-            "AXIS": axis,
+            **tiling.constants,
             "COMPUTE": COMPUTE[dtype],
-            "LINES": lines,
-            "WIDTH": width,
             **own,
         },
         pointers=_elements(direction, dtype, targets),
@@ -373,8 +374,8 @@ def _long_configuration(dtype: torch.dtype) -> Configuration:
         long_cross_entropy_kernel,
         f"cross_entropy forward indices long {TRITON_TYPE[dtype]}",
         dtype,
-        {"LINES": _LONG_LINES, "PARTS": PARTS},
-        pointers={**_elements("forward", dtype, Targets.INDICES), "part": torch.float32},
+        {"LINES": _LONG_LINES, "SPLITS": SPLITS},
+        pointers={**_elements("forward", dtype, Targets.INDICES), "split": torch.float32},
         threads=128,
         asserts=True,
         rare=dtype not in (torch.bfloat16, torch.float32),
@@ -394,13 +395,12 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _configuration_for(
-    direction: str, dtype: torch.dtype, targets: Targets, axis: int, length: int
-) -> tuple[Configuration, int, int]:
-    """The configuration for lines of ``length`` elements, and how many lines and elements of each its tile holds."""
+    direction: str, dtype: torch.dtype, targets: Targets, axis: int, dim_size: int
+) -> tuple[Configuration, LineTiling]:
+    """The configuration for lines of ``dim_size`` elements, and its tiles."""
     widths = _widths(direction, dtype, targets, axis)
-    width = next((width for width in widths if length <= width), widths[-1])
-    configuration = _configuration(direction, dtype, targets, axis, width)
-    return configuration, dict(configuration.constants)["LINES"], width
+    width = next((width for width in widths if dim_size <= width), widths[-1])
+    return _configuration(direction, dtype, targets, axis, width), line_tiling(axis, width, _LINES_ACROSS)
 
 
 def targets_of(x: Tensor, target: Tensor, smoothing: float) -> Targets:
@@ -424,9 +424,9 @@ def line_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def line_strides(x: Tensor) -> tuple[int, ...]:
     """Strides of a tensor with an element for each line of ``x``, in the order in which the lines lie in memory."""
     dim = class_dim(x.shape)
-    classes, inner = x.shape[dim], x.stride(dim)
+    classes, inner_size = x.shape[dim], x.stride(dim)
     rest = [stride for position, stride in enumerate(x.stride()) if position != dim]
-    return tuple(stride if classes == 1 or stride < inner else stride // classes for stride in rest)
+    return tuple(stride if classes == 1 or stride < inner_size else stride // classes for stride in rest)
 
 
 def _arranged(x: Tensor, target: Tensor, targets: Targets) -> Tensor:
@@ -452,8 +452,8 @@ def cross_entropy_forward(
     target = _arranged(x, target, targets)
     lines = lines_of(x, class_dim(x.shape))
     long = targets is Targets.INDICES and are_shared(lines, x.dtype)
-    configuration, block, _ = _configuration_for("forward", x.dtype, targets, lines.axis, lines.length)
-    programs = lines.blocks(_LONG_LINES if long else block)
+    configuration, tiling = _configuration_for("forward", x.dtype, targets, lines.axis, lines.dim_size)
+    programs = lines.blocks(_LONG_LINES if long else tiling.lines)
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
     reduced = reduction != "none"
@@ -466,9 +466,9 @@ def cross_entropy_forward(
     results = (loss, partial, value, weight_total, statistics)
     flags = (int(weight is not None), int(reduced), divisor)
     if long:
-        parts = parts_of(lines)
-        extents = (lines.count, lines.length, parts.number)
-        partial_lines = line_parts(x, lines, parts)
+        splits = splits_of(lines)
+        extents = (lines.count, lines.dim_size, splits.number)
+        partial_lines = split_statistics(x, lines, splits)
         launch(
             _long_configuration(x.dtype),
             programs,
@@ -526,20 +526,20 @@ def cross_entropy_backward(
     targets = targets_of(x, target, smoothing)
     target = _arranged(x, target, targets)
     lines = lines_of(x, class_dim(x.shape))
-    configuration, block, width = _configuration_for("backward", x.dtype, targets, lines.axis, lines.length)
-    pieces = cdiv(lines.length, width)
+    configuration, tiling = _configuration_for("backward", x.dtype, targets, lines.axis, lines.dim_size)
+    chunks = cdiv(lines.dim_size, tiling.width)
     reduced = reduction != "none"
     g = g.to(statistics.dtype) if reduced else dense_like(g.to(statistics.dtype), line_strides(x))
     dx = (x if overwrite else torch.empty_like(x)) if needed[0] else x.new_empty(0)
     dtarget = torch.empty_like(x) if needed[1] else x.new_empty(0)
     launch(
         configuration,
-        lines.blocks(block) * pieces,
+        lines.blocks(tiling.lines) * chunks,
         *(g, weight_total, x, target),
         *(statistics if weight is None else weight.to(statistics.dtype).contiguous(), statistics),
         *(dx, dtarget),
         *lines.extents,
-        *(pieces, ignore_index, smoothing, int(weight is not None), int(reduced)),
+        *(chunks, ignore_index, smoothing, int(weight is not None), int(reduced)),
         *(0.0 if reduction == "mean" else 1.0, int(needed[0]), int(needed[1])),
     )
     return dx, dtarget

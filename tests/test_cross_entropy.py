@@ -140,7 +140,7 @@ def test_odd_values(device: str) -> None:
 @every_reduction
 def test_lines_that_programs_share(reduction: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_lines, "_SHARED_FROM", 8000)
-    monkeypatch.setattr(long_lines, "_PART", 1)
+    monkeypatch.setattr(long_lines, "_SPLIT", 1)
     x = random_tensor((3, 9000), torch.bfloat16 if reduction == "sum" else torch.float32, device)
     x[0, :4096] = -float("inf")
     target = torch.tensor([5000, 8999, -100], device=device)

@@ -67,18 +67,18 @@ def test_long_lines(name: str, shape: tuple[int, ...], dim: int, device: str) ->
 
 
 @pytest.mark.parametrize("length", [9000, 70_000, 300_000], ids=str)
-def test_parts_of_shared_lines(length: int) -> None:
-    """They cover the line, with whole pieces, and one program can join them."""
-    parts = long_lines.parts_of(Lines(3, length, 1))
-    assert parts.length % long_lines.PIECE == 0
-    assert (parts.number - 1) * parts.length < length <= parts.number * parts.length
-    assert parts.number <= long_lines.PARTS
+def test_splits_of_shared_lines(length: int) -> None:
+    """They cover the line, with whole chunks, and one program can join them."""
+    splits = long_lines.splits_of(Lines(3, length, 1))
+    assert splits.size % long_lines.CHUNK == 0
+    assert (splits.number - 1) * splits.size < length <= splits.number * splits.size
+    assert splits.number <= long_lines.SPLITS
 
 
 @every_name
 def test_lines_that_programs_share(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_lines, "_SHARED_FROM", 8000)
-    monkeypatch.setattr(long_lines, "_PART", 1)
+    monkeypatch.setattr(long_lines, "_SPLIT", 1)
     for dtype in (torch.float32, torch.bfloat16):
         x = random_tensor((2, 9000), dtype, device)
         x[0, :4096] = -float("inf")
@@ -112,7 +112,7 @@ def test_shifted_logits(name: str, shift: float, device: str) -> None:
 
 @every_name
 def test_odd_values(name: str, device: str) -> None:
-    """Whole lines of -inf, NaN and infinities; in pieces, too, where a piece is all -inf and the line isn't."""
+    """Whole lines of -inf, NaN and infinities; in chunks, too, where a chunk is all -inf and the line isn't."""
     infinity = float("inf")
     for length in (5, 5000):
         x = torch.zeros(7, length, device=device)

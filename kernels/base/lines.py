@@ -1,33 +1,35 @@
 """Lines: the elements of a dense tensor along one dimension, which softmax and cross-entropy reduce.
 
-Whatever the memory order, the dimension has some stride, ``inner``, and memory is (outer, length, inner).  A program
-takes a block of neighbouring lines, and a tile of it a piece of each:
+Whatever the memory order, the dimension has some stride, ``inner_size``, and memory is (outer, dim_size, inner_size).
+A program takes a block of neighbouring lines, and a tile a chunk of each of them:
 
 ==============  =========================================  ==============  ====================
-``inner``       lines                                      tile            axis along the lines
+``inner_size``  lines                                      tile            axis along the lines
 ==============  =========================================  ==============  ====================
-1               follow one another; each is contiguous     lines x pieces  1
-greater than 1  lie side by side; neighbours are adjacent  pieces x lines  0
+1               follow one another; each is contiguous     lines x chunks  1
+greater than 1  lie side by side; neighbours are adjacent  chunks x lines  0
 ==============  =========================================  ==============  ====================
 
 So channels-last and channels-first tensors are both walked as they are, in contiguous accesses.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ._triton import tl, triton
 from .numerics import fast_exp
-from .tiles import cdiv
+from .tiles import TILE, Tile, cdiv
 
 __all__ = [
     "ACROSS",
     "ALONG",
+    "LineTiling",
     "Lines",
     "line_block",
     "line_tile",
+    "line_tiling",
     "lines_of",
     "online_softmax_init",
     "online_softmax_reduce",
@@ -36,74 +38,100 @@ __all__ = [
 
 #: The tile's axis along the lines, where these follow one another in memory, and where they lie side by side.
 ALONG, ACROSS = 1, 0
+_ALONG = tl.constexpr(ALONG)
 
 
 @dataclass(frozen=True)
 class Lines:
-    """``count`` lines of ``length`` elements, ``inner`` apart."""
+    """``count`` lines of ``dim_size`` elements, ``inner_size`` apart."""
 
     count: int
-    length: int
-    inner: int
+    dim_size: int
+    inner_size: int
 
     @property
     def axis(self) -> int:
-        return ALONG if self.inner == 1 else ACROSS
+        return ALONG if self.inner_size == 1 else ACROSS
 
-    @cached_property
+    @property
     def extents(self) -> tuple[int, int, int]:
-        """What kernels are told: ``count``, ``length``, ``inner``."""
-        return self.count, self.length, self.inner
+        """What kernels are told: ``count``, ``dim_size``, ``inner_size``."""
+        return self.count, self.dim_size, self.inner_size
 
     def blocks(self, size: int) -> int:
         """Blocks of ``size`` neighbouring lines that cover them all; where they lie side by side, none spans a gap."""
         if self.axis == ALONG:
             return cdiv(self.count, size)
-        return self.count // self.inner * cdiv(self.inner, size)
+        return self.count // self.inner_size * cdiv(self.inner_size, size)
 
 
 def lines_of(tensor: Tensor, dim: int) -> Lines:
     """The lines of a dense tensor along ``dim``."""
-    length = tensor.shape[dim] if tensor.dim() else 1
+    dim_size = tensor.shape[dim] if tensor.dim() else 1
     # The stride of a dimension of one element says nothing.
-    inner = tensor.stride(dim) if length > 1 else 1
-    return Lines(tensor.numel() // max(length, 1), length, inner)
+    inner_size = tensor.stride(dim) if dim_size > 1 else 1
+    return Lines(tensor.numel() // max(dim_size, 1), dim_size, inner_size)
+
+
+class LineTiling(NamedTuple):
+    """A tile: so many neighbouring lines, and ``width`` elements of each."""
+
+    axis: int
+    lines: int
+    width: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What kernels are told."""
+        return {"AXIS": self.axis, "LINES": self.lines, "WIDTH": self.width}
+
+
+def line_tiling(axis: int, width: int, lines_across: int) -> LineTiling:
+    """Tiles of this width: as many lines as make a tile, and at least ``lines_across`` where they lie side by side."""
+    return LineTiling(axis, max(TILE // width, 1 if axis == ALONG else lines_across), width)
+
+
+class LineBlock(NamedTuple):
+    """Neighbouring lines, as device functions see them.
+
+    ``start`` is where the block starts in memory, ``offsets`` where each line does from there, ``line`` its number in
+    memory order, and ``exists`` whether there is one.
+    """
+
+    start: Any
+    offsets: Any
+    line: Any
+    exists: Any
 
 
 @triton.jit
-def line_block(block, count, length, inner, AXIS: tl.constexpr, LINES: tl.constexpr):
-    """A block of lines: where it starts in memory; its lines' numbers in memory order, their starts, which exist."""
-    if AXIS == 1:
-        within = tl.arange(0, LINES)
-        base = block * LINES * length
+def line_block(block, count, dim_size, inner_size, AXIS: tl.constexpr, LINES: tl.constexpr):
+    """Block number ``block`` of the lines."""
+    within = tl.arange(0, LINES)
+    if AXIS == _ALONG:
         line = block * LINES + within
-        start = within * length
-        exists = line < count
+        return LineBlock(block * LINES * dim_size, within * dim_size, line, line < count)
     else:
-        blocks = tl.cdiv(inner, LINES)
+        blocks = tl.cdiv(inner_size, LINES)
         first = block % blocks * LINES
-        base = block // blocks * inner * length + first
-        start = tl.arange(0, LINES)
-        line = block // blocks * inner + first + start
-        exists = first + start < inner
-    return base, line, start, exists
+        outer = block // blocks * inner_size
+        return LineBlock(outer * dim_size + first, within, outer + first + within, first + within < inner_size)
 
 
 @triton.jit
-def line_tile(start, exists, first, length, inner, AXIS: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements ``first`` to ``first + WIDTH`` of a block's lines: places in the line, offsets, and which are inside."""
+def line_tile(lines, first, dim_size, inner_size, AXIS: tl.constexpr, WIDTH: tl.constexpr):
+    """Elements ``first`` to ``first + WIDTH`` of a block's lines: their tile, and their places in the line."""
     place = tl.expand_dims(first + tl.arange(0, WIDTH), 1 - AXIS)
     step = place
-    if AXIS == 0:
-        step = place.to(tl.int64) * inner
-    offsets = tl.expand_dims(start, AXIS) + step
-    inside = tl.expand_dims(exists, AXIS) & (place < length)
-    return place, offsets, inside
+    if AXIS != _ALONG:
+        step = place.to(tl.int64) * inner_size
+    offsets = tl.expand_dims(lines.offsets, AXIS) + step
+    return Tile(lines.start, offsets, tl.expand_dims(lines.exists, AXIS) & (place < dim_size)), place
 
 
 # --- Running maximum and sum of exponentials --------------------------------------------------------------------------
 #
-# Long lines are folded piece by piece into maxima and sums of exp(x - maximum).  Where a line is contiguous, each PACK
+# Long lines are folded chunk by chunk into maxima and sums of exp(x - maximum).  Where a line is contiguous, each PACK
 # neighbouring elements, which one thread holds, share a pair: no exchange between threads until the line's end, and
 # 1 + 1 / PACK exponentials an element.
 
@@ -119,7 +147,7 @@ def online_softmax_init(
     COMPUTE: tl.constexpr, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr
 ):
     """Maxima and sums of nothing."""
-    if AXIS == 1:
+    if AXIS == _ALONG:
         maximum = tl.full((LINES, WIDTH // PACK), float("-inf"), COMPUTE)
     else:
         maximum = tl.full((LINES,), float("-inf"), COMPUTE)
@@ -129,7 +157,7 @@ def online_softmax_init(
 @triton.jit
 def pack(tile, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr):
     """The tile with the elements that share a pair along axis 2 (lines x pairs x elements), or 0 (elements x lines)."""
-    if AXIS == 1:
+    if AXIS == _ALONG:
         tile = tl.reshape(tile, (LINES, WIDTH // PACK, PACK))
     return tile
 
@@ -146,7 +174,7 @@ def online_softmax_update(maximum, total, x, AXIS: tl.constexpr):
 @triton.jit
 def online_softmax_reduce(maximum, total, AXIS: tl.constexpr):
     """One maximum and one sum for each line."""
-    if AXIS == 1:
+    if AXIS == _ALONG:
         largest = tl.max(maximum, 1)
         total = tl.sum(total * fast_exp(maximum - reference_point(largest)[:, None]), 1)
         maximum = largest

@@ -1,7 +1,7 @@
 """Lines so long that several programs share each: those of softmax and cross-entropy from 131,072 elements on.
 
 A program reads no faster than its multiprocessor does, and a batch of such lines may well be smaller than the GPU.  So
-a first launch leaves the maximum and the sum of exp(x - maximum) of each part of a line, and the programs of a second
+a first launch leaves the maximum and the sum of exp(x - maximum) of each split of a line, and the programs of a second
 one join them.  Only lines that are contiguous, in the dtypes that networks train in, are shared.
 """
 
@@ -24,120 +24,139 @@ from .lines import (
     pack,
     reference_point,
 )
-from .numerics import fast_exp, widen
-from .tiles import cdiv, threads_for
+from .numerics import fast_exp
+from .tiles import cdiv, load, threads_for
 
 __all__ = [
+    "CHUNK",
     "LONG_DTYPES",
-    "PARTS",
-    "PIECE",
-    "Parts",
+    "SPLITS",
+    "Splits",
     "are_shared",
-    "join_parts",
-    "line_parts",
-    "part_of_line",
-    "parts_configuration",
-    "parts_of",
+    "join_splits",
+    "load_signed",
+    "long_line",
+    "long_line_tile",
+    "split_of_line",
+    "split_statistics",
+    "splits_configuration",
+    "splits_of",
 ]
 
 #: Dtypes whose lines are shared.
 LONG_DTYPES = tuple(dtype for dtype in DTYPES if dtype is not torch.float64)
-#: Parts of a line, at most: one program joins them at once.
-PARTS = 64
-#: Elements of a tile.
-PIECE = 4096
+#: Splits of a line, at most: one program joins them at once.
+SPLITS = 64
+#: Elements of a tile, a chunk of the line.
+CHUNK = 4096
+_ALONG = tl.constexpr(ALONG)
 _SHARED_FROM = 131_072
-_PART = 32_768
+_SPLIT = 32_768
 
 
-class Parts(NamedTuple):
-    """How a line is divided: ``number`` parts of ``length`` elements; the last may be shorter."""
+class Splits(NamedTuple):
+    """How a line is divided: ``number`` splits of ``size`` elements; the last may be shorter."""
 
     number: int
-    length: int
+    size: int
 
 
 def are_shared(lines: Lines, dtype: torch.dtype) -> bool:
     """Whether several programs share each line.  Sizes alone decide, so that results don't depend on the GPU."""
-    return lines.axis == ALONG and lines.length >= _SHARED_FROM and dtype in LONG_DTYPES
+    return lines.axis == ALONG and lines.dim_size >= _SHARED_FROM and dtype in LONG_DTYPES
 
 
 @triton.jit
-def part_of_line(program, count, length, parts, part_length):
-    """The part that a program works on: its line (a block of one), its number, first element, and end."""
-    base, line, start, exists = line_block(program // parts, count, length, 1, 1, 1)
-    part = (program % parts).to(tl.int32)
-    first = part * part_length
-    return base, line, start, exists, part, first, tl.minimum(first + part_length, length)
+def long_line(line, count, dim_size):
+    """A block of one line."""
+    return line_block(line, count, dim_size, 1, _ALONG, 1)
+
+
+@triton.jit
+def long_line_tile(line, first, dim_size, WIDTH: tl.constexpr):
+    tile, _place = line_tile(line, first, dim_size, 1, _ALONG, WIDTH)
+    return tile
+
+
+@triton.jit
+def split_of_line(program, count, dim_size, splits, split_size):
+    """The split that a program works on: its line, its number, first element, and end."""
+    split = (program % splits).to(tl.int32)
+    first = split * split_size
+    return long_line(program // splits, count, dim_size), split, first, tl.minimum(first + split_size, dim_size)
+
+
+@triton.jit
+def load_signed(x_pointer, tile, negated, COMPUTE: tl.constexpr):
+    """The elements, or their negatives; -inf outside."""
+    x = load(x_pointer, tile, COMPUTE, tl.where(negated != 0, float("inf"), float("-inf")))
+    return tl.where(negated != 0, -x, x)
 
 
 @kernel
-def line_parts_kernel(
+def split_statistics_kernel(
     x_pointer,
-    partial_pointer,  # maxima, then sums of exponentials, (2, parts, count)
+    partial_pointer,  # maxima, then sums of exponentials, (2, splits, count)
     count: tl.int64,
-    length,
-    parts: tl.int32,
-    part_length,
+    dim_size,
+    splits: tl.int32,
+    split_size,
     negated: tl.int32,
     WIDTH: tl.constexpr,
     PACK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    base, line, start, exists, part, begin, end = part_of_line(program, count, length, parts, part_length)
-    maximum, total = online_softmax_init(tl.float32, 1, 1, WIDTH, PACK)
+    line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size)
+    maximum, total = online_softmax_init(tl.float32, _ALONG, 1, WIDTH, PACK)
     for first in range(begin, end, WIDTH):
-        _place, offsets, inside = line_tile(start, exists, first, length, 1, 1, WIDTH)
-        outside = tl.where(negated != 0, float("inf"), float("-inf"))
-        x = widen(tl.load(x_pointer + base + offsets, mask=inside, other=outside), tl.float32)
-        x = tl.where(negated != 0, -x, x)
-        maximum, total = online_softmax_update(maximum, total, pack(x, 1, 1, WIDTH, PACK), 1)
-    maximum, total = online_softmax_reduce(maximum, total, 1)
-    tl.store(partial_pointer + part * count + line, maximum)
-    tl.store(partial_pointer + (parts + part) * count + line, total)
+        x = load_signed(x_pointer, long_line_tile(line, first, dim_size, WIDTH), negated, tl.float32)
+        maximum, total = online_softmax_update(maximum, total, pack(x, _ALONG, 1, WIDTH, PACK), _ALONG)
+    maximum, total = online_softmax_reduce(maximum, total, _ALONG)
+    tl.store(partial_pointer + split * count + line.line, maximum)
+    tl.store(partial_pointer + (splits + split) * count + line.line, total)
 
 
 @triton.jit
-def join_parts(partial_pointer, line, exists, count, parts, PARTS: tl.constexpr):
-    """Maximum and sum of exponentials of each line, from those of its parts."""
-    part = tl.arange(0, PARTS)[None, :]
-    there = exists[:, None] & (part < parts)
-    place = partial_pointer + part * count + line[:, None]
+def join_splits(partial_pointer, line, exists, count, splits, SPLITS: tl.constexpr):
+    """Maximum and sum of exponentials of each line, from those of its splits."""
+    split = tl.arange(0, SPLITS)[None, :]
+    there = exists[:, None] & (split < splits)
+    place = partial_pointer + split * count + line[:, None]
     maxima = tl.load(place, mask=there, other=float("-inf"))
-    totals = tl.load(place + parts * count, mask=there, other=0)
+    totals = tl.load(place + splits * count, mask=there, other=0)
     maximum = tl.max(maxima, 1)
     total = tl.sum(totals * fast_exp(maxima - reference_point(maximum)[:, None]), 1)
     return maximum, total
 
 
 @cache
-def parts_configuration(dtype: torch.dtype) -> Configuration:
+def splits_configuration(dtype: torch.dtype) -> Configuration:
     """The first launch, of lines of ``dtype``."""
-    threads = max(PIECE // 16, threads_for(dtype))
+    threads = max(CHUNK // 16, threads_for(dtype))
     return configure(
-        line_parts_kernel,
-        f"parts of lines {TRITON_TYPE[dtype]}",
+        split_statistics_kernel,
+        f"splits of lines {TRITON_TYPE[dtype]}",
         dtype,
-        {"WIDTH": PIECE, "PACK": 16 // dtype.itemsize},
+        {"WIDTH": CHUNK, "PACK": 16 // dtype.itemsize},
         pointers={"partial": torch.float32},
         threads=threads,
-        wide_loads=PIECE * dtype.itemsize // (threads * 16),
+        wide_loads=CHUNK * dtype.itemsize // (threads * 16),
         rare=dtype is torch.float16,
     )
 
 
-def parts_of(lines: Lines) -> Parts:
-    """The parts of each of these lines: whole pieces, and as many as there may be at most."""
-    pieces = cdiv(max(_PART, cdiv(lines.length, PARTS)), PIECE)
-    return Parts(cdiv(lines.length, pieces * PIECE), pieces * PIECE)
+def splits_of(lines: Lines) -> Splits:
+    """The splits of each of these lines: whole chunks, and as many as there may be at most."""
+    chunks = cdiv(max(_SPLIT, cdiv(lines.dim_size, SPLITS)), CHUNK)
+    return Splits(cdiv(lines.dim_size, chunks * CHUNK), chunks * CHUNK)
 
 
-def line_parts(x: Tensor, lines: Lines, parts: Parts, *, negated: bool = False) -> Tensor:
-    """Maximum and sum of exponentials of each part, (2, parts, lines), float32; of -x where ``negated``."""
-    partial = torch.empty((2, parts.number, lines.count), dtype=torch.float32, device=x.device)
+def split_statistics(x: Tensor, lines: Lines, splits: Splits, *, negated: bool = False) -> Tensor:
+    """Maximum and sum of exponentials of each split, (2, splits, lines), float32; of -x where ``negated``."""
+    partial = torch.empty((2, splits.number, lines.count), dtype=torch.float32, device=x.device)
     launch(
-        parts_configuration(x.dtype),
-        lines.count * parts.number,
-        *(x, partial, lines.count, lines.length, parts.number, parts.length, int(negated)),
+        splits_configuration(x.dtype),
+        lines.count * splits.number,
+        *(x, partial, lines.count, lines.dim_size, splits.number, splits.size, int(negated)),
     )
     return partial

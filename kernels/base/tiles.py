@@ -124,13 +124,13 @@ def matrix_tile(block_row, block_column, rows, columns, HEIGHT: tl.constexpr, WI
 
 
 @triton.jit
-def load(pointer, tile, COMPUTE: tl.constexpr):
-    """The elements of a tile, in the type of the arithmetic; 0 for those outside."""
+def load(pointer, tile, COMPUTE: tl.constexpr, outside=0):
+    """The elements of a tile, in the type of the arithmetic; ``outside`` for those that aren't inside."""
     pointer += tile.start
     if tile.whole:
         x = tl.load(pointer + tile.offsets)
     else:
-        x = tl.load(pointer + tile.offsets, mask=tile.inside, other=0)
+        x = tl.load(pointer + tile.offsets, mask=tile.inside, other=outside)
     return widen(x, COMPUTE)
 
 
