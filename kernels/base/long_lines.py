@@ -74,6 +74,7 @@ def long_line(line, count, dim_size):
 
 @triton.jit
 def long_line_tile(line, first, dim_size, WIDTH: tl.constexpr):
+    """Elements ``first`` to ``first + WIDTH`` of it."""
     tile, _place = line_tile(line, first, dim_size, 1, _ALONG, WIDTH)
     return tile
 
