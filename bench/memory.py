@@ -11,7 +11,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # whoever imports this has decided
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -27,22 +30,28 @@ from support.torchvision import mend_torchvision
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusednn bench memory", description="Count what networks keep.")
     parser.add_argument("-o", "--output", type=Path, default=BENCH / "results" / "memory.json", help="%(default)s")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="networks at a time: %(default)s")
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(case.name for case in NETWORKS))
     parsed = parser.parse_args(arguments)
-    mend_torchvision()
     result = new_result("memory", describe_environment(), describe_sources(), describe_settings())
-    chosen = [case for case in NETWORKS if not parsed.networks or case.name in parsed.networks]
-    for case in chosen:
-        records = count_memory(case)
-        result["cases"] += records
-        of_stock = [
-            f"{record['contestant']} {record['kept_bytes'] / records[0]['kept_bytes']:.2f}" for record in records
-        ]
-        print(f"{case.name}: {', '.join(of_stock)}", flush=True)
-        save_result(result, parsed.output)
-    result["complete"] = chosen == list(NETWORKS)
+    known = [case.name for case in NETWORKS]
+    chosen = [name for name in known if not parsed.networks or name in parsed.networks]
+    with ProcessPoolExecutor(parsed.jobs, get_context("spawn"), initializer=mend_torchvision) as pool:
+        for name, records in zip(chosen, pool.map(_count, chosen), strict=True):
+            result["cases"] += records
+            shares = [
+                f"{record['contestant']} {record['kept_bytes'] / records[0]['kept_bytes']:.2f}" for record in records
+            ]
+            print(f"{name}: {', '.join(shares)}", flush=True)
+            save_result(result, parsed.output)
+    result["complete"] = chosen == known
     save_result(result, parsed.output)
     return 0
+
+
+def _count(name: str) -> list[dict[str, Any]]:
+    """The records of a network, in a process of the pool."""
+    return next(count_memory(case) for case in NETWORKS if case.name == name)
 
 
 if __name__ == "__main__":
