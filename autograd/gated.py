@@ -19,7 +19,10 @@ from .dispatch import is_integer, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 
-__all__ = ["gated", "gated_halves", "glu"]
+__all__ = ["GATES", "gated", "gated_halves", "glu"]
+
+#: The activations that kernels gate with.
+GATES = kernels.GATES
 
 
 @operator(
@@ -121,7 +124,11 @@ def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
             return f"no kernel gates with {activation}"
         if gate is other:
             return "the gate is what it gates"
-        return None if gate.shape == other.shape else "gate and operand differ in shape"
+        if gate.shape != other.shape:
+            return "gate and operand differ in shape"
+        if not is_dense(gate) or gate.stride() != other.stride():
+            return "memory that isn't walked alike"  # PyTorch's operators need no copy
+        return None
 
     if not isinstance(other, Tensor) or not takes_kernel("gated", gate, other, refusal=refusal):
         return stock_activation(gate, resolved) * other

@@ -1,5 +1,6 @@
 """Gates: values, gradients and bytes of activation(gate) * other, of two tensors and of the halves of one."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.activations import STOCK
-from support.device import FLOAT_DTYPES
+from support.device import FLOAT_DTYPES, KERNELS_RUN
+from support.fusion import Halves
 from support.layouts import LAYOUTS
 from support.samples import random_tensor
 from support.standing import check_against_stock, leaf
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd, kernels
+from fusednn.autograd.dispatch import observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.gated import GATES
 
@@ -131,3 +134,52 @@ def test_glu_is_replaced(device: str) -> None:
     assert type(model[0]) is fusednn.layers.GLU
     x = random_tensor((2, 6), torch.float32, device)
     torch.testing.assert_close(model(x), F.glu(x, 1))
+
+
+class Gate(nn.Module):
+    """A gate whose operand is what a test wants it to be."""
+
+    def __init__(self, other: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.linear, self.act, self.other = nn.Linear(6, 6), nn.Sigmoid(), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(x)) * self.other(x)
+
+
+def times_two(x: Tensor) -> Tensor:
+    return x + x
+
+
+def one_row(x: Tensor) -> Tensor:
+    return x[:1]
+
+
+def in_double(x: Tensor) -> Tensor:
+    return x.double()
+
+
+@pytest.mark.parametrize("other", [times_two, one_row, in_double])
+def test_code_with_a_gate(other: Callable[[Tensor], Tensor], device: str) -> None:
+    """Shapes that broadcast and types that promote are computed apart, as the code has it."""
+    stock = Gate(other).to(device)
+    model = copy.deepcopy(stock)
+    report = fusednn.replace_layers(model, fuse=True)
+    assert {row.names[0]: row.reason for row in report.rows}["act"] == "fused with the functions behind it"
+    x = random_tensor((3, 6), torch.float32, device)
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(f"{choice.operation} {choice.path}")):
+        y = model(x)
+    torch.testing.assert_close(y, stock(x))
+    if KERNELS_RUN:
+        assert chosen[-1] == ("gated kernel" if other is times_two else "sigmoid kernel")
+
+
+def test_halves_write_one_gradient(device: str) -> None:
+    model = Halves().to(device)
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor((3, 6), torch.float32, device)
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(choice.operation)):
+        model(x)
+    assert chosen == ["gated_halves", "gated_halves"] or not KERNELS_RUN

@@ -289,7 +289,7 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
             module.__dict__[_PLAN] = plan
     except NotTraceable as error:
         return Fusion(untraced=str(error))
-    new = [names for names in plan.chains if old is None or names not in old.chains]
+    new = [names for names in plan.chains if names and (old is None or names not in old.chains)]
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)
 
 

@@ -112,10 +112,9 @@ class Search:
 
     def _match(self, node: fx.Node) -> Match | None:
         first = self.layer(node, *_FIRST)
-        if first is None:
-            return None
         for pattern in PATTERNS:
-            match = pattern.match(self, node, first) if is_one_of(first, pattern.first) else None
+            begins = not pattern.first or (first is not None and is_one_of(first, pattern.first))
+            match = pattern.match(self, node, first) if begins else None
             if match is not None and len(match.nodes) > 1:
                 return match
         return None
@@ -133,13 +132,17 @@ class Search:
             if found is None:
                 continue
             if len(users) > 1:
-                self.stops[self.callee(nodes[0])] = "its output is used more than once"
+                self._stop(nodes[0], "its output is used more than once")
             elif not self._may_move(nodes, user, waits):
-                self.stops[self.callee(nodes[0])] = "something else happens in between"
+                self._stop(nodes[0], "something else happens in between")
             else:
                 nodes.append(user)
                 return found
         return None
+
+    def _stop(self, first: fx.Node, reason: str) -> None:
+        if first.op == "call_module":
+            self.stops[self.callee(first)] = reason
 
     def _may_move(self, nodes: list[fx.Node], last: fx.Node, waits: bool) -> bool:
         """Whether the calls may all be made where the last one is: nothing in between can change what they read."""

@@ -43,7 +43,8 @@ def replace_layers(
             - Conv2d, BatchNorm2d, a residual that is added, an activation, MaxPool2d, of which any may be missing;
             - a batch norm, a residual that is added, an activation;
             - Linear, an activation, Dropout;
-            - Linear, and the maximum over pieces of its features.
+            - Linear, and the maximum over pieces of its features;
+            - an activation, and the product with what it gates (SwiGLU, GEGLU).
 
             Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.
         recompute: also run the model's forward pass in `fusednn.recompute`: what is made of kept tensors in one pass

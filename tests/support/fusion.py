@@ -140,6 +140,33 @@ class Functional(nn.Module):
         return F.log_softmax(x, 1)
 
 
+class GatedLinear(nn.Module):
+    """As Llama's feed-forward layer is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Halves(nn.Module):
+    """Gate and value from one product, as diffusers and Phi write it: ``gate_first`` in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(4, 8)
+        self.act = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.first(x).chunk(2, dim=-1)
+        x = x * self.act(gate)
+        gate, x = torch.chunk(self.second(x), 2, dim=1)
+        return torch.mul(F.silu(gate), x)
+
+
 class PreActivation(nn.Module):
     """Batch norm first, and a residual that isn't activated."""
 
@@ -219,6 +246,8 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         ROWS,
         {"0": "1, 2", "3": "4"},
     ),
+    "gate": (GatedLinear, ROWS, {"act": "the functions behind it"}),
+    "gate of halves": (lambda: Halves(), ROWS, {"act": "the functions behind it"}),
     "linear, norm": (lambda: Block(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()), ROWS, {"1": "2"}),
     "linear, pool of pieces": (lambda: Block(nn.Linear(6, 8), nn.MaxPool1d(2)), ROWS, {"0": "1"}),
     "nested": (

@@ -17,6 +17,7 @@ from ..members import (
     computed,
     layer_refusal,
 )
+from .gate import is_gate
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN"]
@@ -28,7 +29,7 @@ Dropping = nn.Module | tuple[float, bool] | None
 def _match(search: Finder, node: fx.Node, linear: nn.Linear) -> Match | None:
     nodes = [node]
     activation = search.extend(nodes, search.activation)
-    if activation is None:
+    if activation is None or is_gate(nodes[-1], activation):
         return None
     drop = search.extend(nodes, lambda n: _dropping(search, n))
     return Match(nodes, _compute, (node.args[0],), {"linear": linear, "activation": activation, "drop": drop})

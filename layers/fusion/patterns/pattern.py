@@ -54,7 +54,10 @@ class Match(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """A kind of neighbours: the classes of its first layer, those of the others, and how it is found."""
+    """A kind of neighbours: the classes of its first layer, those of the others, and how it is found.
+
+    Without classes it may begin with any call, also of a function: its match is asked of each.
+    """
 
     first: tuple[type[nn.Module], ...]
     following: tuple[type[nn.Module], ...]
