@@ -92,7 +92,7 @@ class IntoTheOther(UsedTwice):
         identity = x * 1
         other = identity
         identity += self.conv(x)
-        return self.act(identity) * other
+        return self.act(identity) - other
 
 
 class Counting(UsedTwice):
@@ -214,7 +214,7 @@ class CountsBetween(UsedTwice):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         z = self.norm(x)
-        return self.act(y) * z
+        return self.act(y) - z
 
 
 class DrawsBetween(UsedTwice):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx, nn
 
 from ....autograd import stock as F
@@ -28,7 +30,7 @@ Dropping = nn.Module | tuple[float, bool] | None
 
 def _match(search: Finder, node: fx.Node, linear: nn.Linear) -> Match | None:
     nodes = [node]
-    activation = search.extend(nodes, search.activation)
+    activation: Any = search.extend(nodes, search.activation)
     if activation is None or is_gate(nodes[-1], activation):
         return None
     drop = search.extend(nodes, lambda n: _dropping(search, n))
