@@ -1,8 +1,7 @@
 """Faults planted in our own kernels: compiled code shows each of them.  Without the fault, the same call passes."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 import triton
 import vgpu.driver
 from support.accuracy import assert_accurate
+from support.planting import forget_compiled, planted
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 from vgpu import VirtualGpuError
 from vgpu.program import LoadedKernel
 
@@ -22,32 +21,6 @@ from fusednn.kernels.base import lines, numerics, tiles
 from fusednn.kernels.functions import optimizer as optimizer_functions
 
 pytestmark = pytest.mark.compiled
-
-
-def device_functions() -> Iterator[JITFunction[Any]]:
-    """All of ours."""
-    return (each for each in triton.runtime.jit._triton_jit_function_registry.values() if "fusednn" in each.module)
-
-
-def forget_compiled() -> None:
-    """Have kernels compiled anew, from the sources that their functions have now."""
-    for function in device_functions():
-        function.hash = None
-        function.device_caches.clear()
-
-
-@contextmanager
-def planted(function: Any, right: str, wrong: str) -> Iterator[None]:
-    """With ``wrong`` in place of ``right`` in a device function's source."""
-    source = function.src
-    assert source.count(right) == 1, source
-    function._unsafe_update_src(source.replace(right, wrong))
-    forget_compiled()
-    try:
-        yield
-    finally:
-        function._unsafe_update_src(source)
-        forget_compiled()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
