@@ -1,7 +1,8 @@
 """Compiled kernels on all inputs there are, and on tensors beyond 2^31 elements."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -84,54 +85,151 @@ def large(*shape: int, **layout: Any) -> Tensor:
     return x
 
 
-def flat_end(x: Tensor) -> Tensor:
-    return x.flatten()[-2000:]
+def large_images(channels: int = 64, size: int = 32, *, like: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Of ``size`` x ``size`` pixels; the last one is random."""
+    count = LARGE // (channels * size**2) + 2
+    x = torch.empty((count, channels, size, size), dtype=torch.float16, memory_format=like)
+    x[-1] = torch.randn(x.shape[1:]).half()
+    return x
 
 
-def last_rows(x: Tensor) -> Tensor:
-    return x[-2:]
+class Large(NamedTuple):
+    """An operator on more than 2^31 elements; ``end`` is the part of the operand, and of its gradient, that stock is
+    given, and ``result`` the part of the result that stock then gives."""
+
+    ours: Function
+    stock: Function
+    make: Callable[[], Tensor]
+    end: Function
+    result: Function
+    has_gradient: bool = True
 
 
-LARGE_OPERANDS: dict[str, tuple[Function, Function, Callable[[], Tensor], Function]] = {
-    "relu": (autograd.relu, F.relu, lambda: large(LARGE + 5000), flat_end),
-    "gelu": (autograd.gelu, F.gelu, lambda: large(LARGE + 5000), flat_end),
-    "softmax": (
-        lambda x: autograd.softmax(x, -1),
-        lambda x: F.softmax(x, -1),
-        lambda: large(LARGE // 1024 + 7, 1024),
-        last_rows,
+def elementwise(ours: Function, stock: Function) -> Large:
+    return Large(ours, stock, lambda: large(LARGE + 5000), lambda x: x[-2000:], lambda y: y[-2000:])
+
+
+def of_rows(ours: Function, stock: Function, columns: int, rows: int = 2) -> Large:
+    def end(x: Tensor) -> Tensor:
+        return x[-rows:]
+
+    return Large(ours, stock, lambda: large(LARGE // columns + 7, columns), end, end)
+
+
+CHANNELS_LAST = {"like": torch.channels_last}
+_WEIGHT, _SLOPES = torch.randn(2, 40, 64).half() / 8, torch.full((64,), 0.25).half()
+_MEAN, _VARIANCE = torch.zeros(64), torch.ones(64)
+_FILTERS = (torch.randn(64, 16, 3, 3) / 12).half().contiguous(memory_format=torch.channels_last)
+
+
+def bias_relu(x: Tensor) -> Tensor:
+    return autograd.bias_activation_dropout(x, torch.ones(1024).half(), activation="relu", p=0.0, training=True)
+
+
+def convolution(x: Tensor) -> Tensor:
+    return autograd.conv_act_pool2d(x, _FILTERS, None, 1, 1, activation="relu", pool_size=2)
+
+
+def stock_convolution(x: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x, _FILTERS.float(), None, 1, 1)), 2)
+
+
+LARGE_OPERANDS = {
+    "relu": elementwise(autograd.relu, F.relu),
+    "gelu": elementwise(autograd.gelu, F.gelu),
+    "mse_loss": elementwise(
+        lambda x: autograd.mse_loss(x, x.detach(), reduction="none"),
+        lambda x: F.mse_loss(x, x.detach(), reduction="none"),
     ),
-    "max_pool2d": (
+    "dropout": elementwise(lambda x: autograd.dropout(x, 1.0, True), lambda x: F.dropout(x, 1.0, True)),
+    "softmax": of_rows(lambda x: autograd.softmax(x, -1), lambda x: F.softmax(x, -1), 1024),
+    "softmax of columns": Large(
+        lambda x: autograd.softmax(x, 0),
+        lambda x: F.softmax(x, 0),
+        lambda: large(33, LARGE // 32 + 16),
+        lambda x: x[:, -16:],
+        lambda y: y[:, -16:],
+    ),
+    "cross_entropy": of_rows(
+        lambda x: autograd.cross_entropy(x, torch.full((len(x),), 32767), reduction="none"),
+        lambda x: F.cross_entropy(x, torch.full((len(x),), 32767), reduction="none"),
+        32768,
+    ),
+    "nll_loss": of_rows(
+        lambda x: autograd.nll_loss(x, torch.full((len(x),), 1023), reduction="none"),
+        lambda x: F.nll_loss(x, torch.full((len(x),), 1023), reduction="none"),
+        1024,
+    )._replace(has_gradient=False),  # zeros, which would be written
+    "maxout": of_rows(lambda x: autograd.maxout(x, 2), lambda x: x.unflatten(-1, (-1, 2)).amax(-1), 64),
+    "maxout of channels": Large(
+        lambda x: autograd.maxout(x, 2, 1),
+        lambda x: x.unflatten(1, (-1, 2)).amax(2),
+        large_images,
+        lambda x: x[-1:, -2:, -2:],
+        lambda y: y[-1:, -1:, -2:],
+    ),
+    "maxout_linear": of_rows(
+        lambda x: autograd.maxout_linear(x, _WEIGHT), lambda x: (x @ _WEIGHT.float().mT).amax(0), 64
+    )._replace(has_gradient=False),  # cuBLAS's
+    "bias_activation_dropout": of_rows(bias_relu, lambda x: F.relu(x + 1), 1024),
+    "prelu": Large(
+        lambda x: autograd.prelu(x, _SLOPES),
+        lambda x: F.leaky_relu(x, 0.25),
+        large_images,
+        lambda x: x[-1:, -2:, -2:],
+        lambda y: y[-1:, -2:, -2:],
+    ),
+    "max_pool2d of one image": Large(
         lambda x: autograd.max_pool2d(x, 2),
         lambda x: F.max_pool2d(x, 2),
         lambda: large(1, 2, 32768 + 64, 32768),
         lambda x: x[:, -1:, -2:, -100:],
+        lambda y: y[:, -1:, -1:, -50:],
     ),
-    "maxout": (
-        lambda x: autograd.maxout(x, 2),
-        lambda x: x.unflatten(-1, (-1, 2)).amax(-1),
-        lambda: large(LARGE // 64 + 3, 64),
-        last_rows,
+    "max_pool2d in channels_last": Large(
+        lambda x: autograd.max_pool2d(x, 2),
+        lambda x: F.max_pool2d(x, 2),
+        partial(large_images, **CHANNELS_LAST),
+        lambda x: x[-1:, :, -4:],
+        lambda y: y[-1:, :, -2:],
+    ),
+    "conv_act_pool2d": Large(
+        convolution,
+        stock_convolution,
+        partial(large_images, 16, 64, **CHANNELS_LAST),
+        lambda x: x[-1:],
+        lambda y: y[-1:],
+        has_gradient=False,  # cuDNN's
     ),
 }
 
 
 @pytest.mark.parametrize("name", LARGE_OPERANDS)
 def test_beyond_32_bits(name: str) -> None:
-    ours, stock, make, end = LARGE_OPERANDS[name]
-    x = make().requires_grad_()
-    with machine_options(window=(2, 100)):
-        y = ours(x)
-        upstream = torch.empty_like(y)
-        upstream.as_strided((y.numel(),), (1,))[-4000:] = 1
-        (gradient,) = torch.autograd.grad(y, x, upstream)
-    piece = end(x).detach().float().requires_grad_()
-    expected = stock(piece)
+    case = LARGE_OPERANDS[name]
+    x = case.make().requires_grad_(case.has_gradient)
+    piece = case.end(x).detach().float().requires_grad_()
+    expected = case.stock(piece)
     (expected_gradient,) = torch.autograd.grad(expected, piece, torch.ones_like(expected))
-    result = end(y) if y.shape == x.shape else y.flatten()[-expected.numel() :].view(expected.shape)
-    torch.testing.assert_close(result.float(), expected, rtol=2e-3, atol=1e-3)
-    if y.shape == x.shape:
-        torch.testing.assert_close(end(gradient).float(), expected_gradient, rtol=4e-3, atol=2e-3)
+    with machine_options(window=(2, 100)):
+        y = case.ours(x)
+        torch.testing.assert_close(case.result(y).float(), expected.detach(), rtol=2e-3, atol=2e-3)
+        if case.has_gradient:
+            upstream = torch.empty_like(y)
+            case.result(upstream).fill_(1)
+            (gradient,) = torch.autograd.grad(y, x, upstream)
+            torch.testing.assert_close(case.end(gradient).float(), expected_gradient, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("like", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_sums_beyond_32_bits(like: torch.memory_format) -> None:
+    """Programs that don't run leave no sums: nothing but the accesses is checked."""
+    x = large_images(like=like).requires_grad_()
+    with machine_options(window=(2, 3)):
+        y = autograd.batch_norm(x, _MEAN.clone(), _VARIANCE.clone(), _VARIANCE, _MEAN, True)
+        torch.autograd.grad(y, x, torch.empty_like(y))
+        loss = autograd.mse_loss(x, x.detach())
+        torch.autograd.grad(loss, x)
 
 
 def test_an_offset_of_32_bits_is_caught() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import triton
+from support.compiled import ARCHITECTURE
 from support.planting import planted
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -58,7 +59,7 @@ def parse(configuration: kernels.Configuration, constants_of_1: tuple[str, ...])
     source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", representatives() if ARCHITECTURE else ())
 def test_integers_of_1(name: str) -> None:
     for n, configuration in enumerate(representatives()[name]):
         for constants_of_1 in ones(specialised_integers(configuration), pairs=n == 0):
