@@ -318,6 +318,8 @@ def batch_norm_act(
     arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches, resolved)
     operands = _given(input, residual)
     name = "batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act"
+    if batches is not None:
+        name = "cumulative_batch_norm"  # stock's reads the number of batches on the host, which breaks graphs
     vectors = _given(running_mean, running_var, weight, bias)
     if takes_kernel(name, *operands, parameters=vectors, refusal=lambda: _refusal(*arguments)):
         return _apply(
@@ -348,7 +350,8 @@ def begin_batch_norm(
     """
     vectors = (running_mean, running_var, weight, bias)
     arguments = (input, *vectors, True, momentum, eps, None, batches)
-    if not takes_kernel("batch_norm", input, parameters=_given(*vectors), refusal=lambda: _refusal(*arguments)):
+    name = "batch_norm" if batches is None else "cumulative_batch_norm"
+    if not takes_kernel(name, input, parameters=_given(*vectors), refusal=lambda: _refusal(*arguments)):
         momentum = momentum if batches is None else 1.0 / float(batches)
         y = F.batch_norm(input, *vectors, True, momentum, eps)
         return lambda residual, activation: apply_activation(y, residual, activation)

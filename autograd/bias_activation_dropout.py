@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import bias_activation_dropout as kernels
+from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.base.random import with_seed
 from ..kernels.functions.activation import ACTIVATIONS, Activated, activated
 from . import stock as F
@@ -65,7 +66,7 @@ def _forward(
     " float a, float b, float p, int dim, bool bias_gradient) -> (Tensor, Tensor)",
     fake=lambda g, saved, bias, seed, strides, name, a, b, p, dim, bias_gradient: (
         g.new_empty_strided(g.shape, strides),
-        g.new_empty(g.shape[dim] if bias_gradient else 0),
+        g.new_empty(kernels.bias_sums_shape(g.shape, strides, dim) if bias_gradient else 0, dtype=ACCUMULATOR[g.dtype]),
     ),
 )
 def _backward(
@@ -81,10 +82,10 @@ def _backward(
     dim: int,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    dx, db = kernels.bias_activation_dropout_backward(
+    dx, sums = kernels.bias_activation_dropout_backward(
         g, saved, bias, seed, strides, activated(name, a, b), p, dim, bias_gradient=bias_gradient
     )
-    return dx, g.new_empty(0) if db is None else db
+    return dx, g.new_empty(0, dtype=ACCUMULATOR[g.dtype]) if sums is None else sums
 
 
 class BiasActivationDropout(Function):
@@ -144,7 +145,8 @@ class BiasActivationDropout(Function):
         if not (needs_dx or needs_db):
             pass
         elif not torch.is_grad_enabled():
-            dx, db = _backward(g, saved, None if ctx.added else bias, seed, *arguments, needs_db)
+            dx, sums = _backward(g, saved, None if ctx.added else bias, seed, *arguments, needs_db)
+            db = sums.sum((0, 2)).to(dx.dtype) if needs_db else None  # here, where a compiler sees it
         elif activation.saves == "mask":
             dx = LinearGradient.apply(g, saved, seed, _masked_gradient, arguments, *ctx.anchors)
             db = dx.sum([other for other in range(dx.dim()) if other != dim])
@@ -227,7 +229,7 @@ def bias_activation_dropout(
         bias = bias.to(input.dtype)
     operands = [operand for operand in (input, bias, residual) if operand is not None]
     described = (input, bias, residual, p, resolved, training, dim)
-    if not takes_kernel("bias_activation_dropout", *operands, refusal=lambda: _refusal(*described)):
+    if not takes_kernel(_name(p, training), *operands, refusal=lambda: _refusal(*described)):
         y: Tensor = F.dropout(stock_activation(_biased(input, bias, dim), resolved), p, training)
         return y if residual is None else y + residual
     return _apply(input, bias, residual, p if training else 0.0, resolved, dim, added=False)
@@ -253,9 +255,14 @@ def linear_activation_dropout(
     product = F.linear(input, weight, bias.detach())
     addend = bias.to(product.dtype) if autocast_dtype(input) else bias
     described = (product, addend, None, p, resolved, training, -1)
-    if not takes_kernel("bias_activation_dropout", product, addend, refusal=lambda: _refusal(*described)):
+    if not takes_kernel(_name(p, training), product, addend, refusal=lambda: _refusal(*described)):
         return F.dropout(stock_activation(F.linear(input, weight, bias), resolved), p, training)
     return _apply(product, addend, None, p if training else 0.0, resolved, -1, added=True)
+
+
+def _name(p: object, training: object) -> str:
+    """The operation's name: without dropout it is another, which a compiler fuses as well."""
+    return "bias_activation_dropout" if training and p else "bias_activation"
 
 
 def _apply(

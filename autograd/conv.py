@@ -135,6 +135,7 @@ class ConvActPool(Function):
         if g is not None and once:  # compiled code has no second derivatives
             rest = (*ctx.layout, *activation.arguments, *window, bias_needed)
             dz, db = pool_backward(g, code_or_empty(code, g), saved, *rest)
+            db = db.to(dz.dtype)
         else:
             anchors = (*ctx.anchors, *(() if saved is not None else anchors_of(x, weight)))
             dz = activated_pool_gradient(g, g_pre_activation, code, saved, ctx.layout, activation, window, anchors)

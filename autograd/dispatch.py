@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import AVAILABLE, WHERE
 from ..kernels.base.launch import memory_refusal
+from ..kernels.functions.activation import ACTIVATIONS
 
 __all__ = [
     "AUTOCAST_TYPES",
@@ -23,10 +24,13 @@ __all__ = [
     "Choice",
     "Refusal",
     "autocast_dtype",
+    "compile_policy",
+    "compiler_refusal",
     "in_low_precision",
     "in_single_precision",
     "is_integer",
     "is_number",
+    "judged_as_compiled",
     "observe_choices",
     "record_kernels",
     "takes_kernel",
@@ -85,7 +89,7 @@ def takes_kernel(
     something to do where there are no elements, ``refusal`` finds the reason why the operation's kernels don't take
     its other arguments, or None.
     """
-    reason = _refusal(tensors, parameters, inplace, empty, refusal)
+    reason = _refusal(operation, tensors, parameters, inplace, empty, refusal)
     if _observers:
         choice = Choice(operation, reason is None, reason or f"kernel {WHERE}")
         for observer in _observers:
@@ -94,7 +98,12 @@ def takes_kernel(
 
 
 def _refusal(
-    tensors: tuple[Tensor, ...], parameters: Sequence[Tensor], inplace: bool, empty: bool, refusal: Refusal | None
+    operation: str,
+    tensors: tuple[Tensor, ...],
+    parameters: Sequence[Tensor],
+    inplace: bool,
+    empty: bool,
+    refusal: Refusal | None,
 ) -> str | None:
     """Why no kernel takes these operands, or None.
 
@@ -112,6 +121,8 @@ def _refusal(
     if reason := memory_refusal(first):
         return reason
     if reason := _tracer_refusal():
+        return reason
+    if (_as_compiled or torch.compiler.is_compiling()) and (reason := compiler_refusal(operation, *tensors)):
         return reason
     if refusal is not None and (reason := refusal()):
         return reason
@@ -139,7 +150,89 @@ def _refusal(
 
 def tensor_refusal(tensor: Tensor) -> str | None:
     """Why no kernel takes this operand, whatever the operation, or None."""
-    return _refusal((tensor,), (), False, False, None)
+    return _refusal("", (tensor,), (), False, False, None)
+
+
+# --- What torch.compile does itself -----------------------------------------------------------------------------------
+
+#: What is left to Inductor while it traces.  It fuses these with what stands before and behind them, which it couldn't
+#: with an operator that it can't look into: counted in bytes and launches of training steps, ours lose.  Not here, and
+#: so kernels of ours, is what Inductor doesn't fuse: whatever stands behind a convolution or a linear layer in one with
+#: its gradients' sums, pooling (whose gradient it scatters), maxout, and cross-entropy, whose logits it reads twice.
+_FUSED_BY_COMPILER = frozenset(
+    (
+        *ACTIVATIONS,
+        *("prelu", "rrelu"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+        *("softmax", "log_softmax", "softmin"),
+        *("batch_norm", "channel_statistics", "bias_activation", "gated", "gated_halves", "glu"),
+        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss"),
+        *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    )
+)
+
+#: Batch norm in one with an activation or pooling, without a residual: ours where Inductor divides a channel among
+#: programs, so that statistics and normalisation both read it from memory.  It does where channels are few and large;
+#: else a program owns a channel, and has it in registers or in the cache when it reads it again.
+_BATCH_NORMS = ("batch_norm_act", "batch_norm_act_pool2d")
+_MOST_CHANNELS, _MOST_UNDIVIDED = 64, 8192
+
+_KEEPS_KERNELS = {"keep": True, "fuse": False}
+
+_keeps_kernels = False
+_as_compiled = False
+
+
+class compile_policy:  # noqa: N801 (it is called like a function)
+    """What `torch.compile` makes of kernels: from here on, or, as a context manager, inside the ``with`` block.
+
+    ``"fuse"``, as it is from the beginning, leaves to the compiler what it fuses by itself, activations, dropout,
+    softmax and the like, and keeps the kernels that move less memory than its own.  ``"keep"`` keeps all kernels that
+    take their operands.  What was compiled under another policy is compiled again.
+    """
+
+    def __init__(self, policy: str) -> None:
+        global _keeps_kernels
+        if policy not in _KEEPS_KERNELS:
+            raise ValueError(f"unknown policy {policy!r}; known: {', '.join(_KEEPS_KERNELS)}")
+        self._before, _keeps_kernels = _keeps_kernels, _KEEPS_KERNELS[policy]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _keeps_kernels
+        _keeps_kernels = self._before
+
+
+@contextmanager
+def judged_as_compiled() -> Iterator[None]:
+    """Inside, choices are those of `torch.compile`, though nothing is compiled."""
+    global _as_compiled
+    before, _as_compiled = _as_compiled, True
+    try:
+        yield
+    finally:
+        _as_compiled = before
+
+
+def compiler_refusal(operation: str, *tensors: Tensor) -> str | None:
+    """Why the compiler gets PyTorch's operators where a kernel could be had, or None."""
+    if _keeps_kernels or torch.compiler._is_exporting_flag:
+        return None
+    if operation in _FUSED_BY_COMPILER or (
+        operation in _BATCH_NORMS and (len(tensors) > 1 or not _is_divided(tensors[0]))
+    ):
+        return "fused by torch.compile"
+    return None
+
+
+def _is_divided(input: Tensor) -> bool:
+    """Whether Inductor divides the values of a channel among programs."""
+    if input.dim() < 2:
+        return False
+    channels = input.shape[1]
+    return channels <= _MOST_CHANNELS and input.numel() > _MOST_UNDIVIDED * channels
 
 
 # --- What surrounds a call --------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["given", "operator"]
+__all__ = ["IMPLEMENTATIONS", "given", "operator"]
 
 _LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
 # Kernels take any strides, so the compiler needn't copy; but results follow them, so it mustn't change them either.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+#: What each operator calls: for those who count what it launches.
+IMPLEMENTATIONS: dict[OpOverload[..., Any], Callable[..., Any]] = {}
 
 
 def operator(
@@ -41,6 +44,7 @@ def operator(
             formula = partial(_counted, flops)
             register_flop_formula(getattr(torch.ops.fusednn, name), get_raw=True)(formula)
         overload: OpOverload[..., Any] = getattr(torch.ops.fusednn, name).default
+        IMPLEMENTATIONS[overload] = function
         return overload
 
     return register

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import pool as kernels
+from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated, activated
 from ..kernels.pool_window import (
     LARGEST_EXTENT,
@@ -137,7 +138,7 @@ def _fake_backward(
     shape = (*g.shape[:2], *size)
     dx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=memory_format)
     sums_bias = arguments[-1]
-    return dx, g.new_empty(g.shape[1] if sums_bias else 0)
+    return dx, g.new_empty(g.shape[1], dtype=ACCUMULATOR[g.dtype]) if sums_bias else g.new_empty(0)
 
 
 @operator(
@@ -156,7 +157,7 @@ def pool_backward(
     b: float,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`fusednn.kernels.pool.pool_backward`."""
+    """`fusednn.kernels.pool.pool_backward`; the caller, whose code a compiler sees, rounds the bias's gradient."""
     *sizes, sums_bias = arguments
     window = operator_window(*sizes)
     activation = activated(name, a, b)

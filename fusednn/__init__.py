@@ -10,7 +10,7 @@ environment, the kernels in Triton's interpreter.
 
 from . import autograd, kernels, layers, optim
 from ._version import __version__
-from .autograd.dispatch import record_kernels
+from .autograd.dispatch import compile_policy, record_kernels
 from .autograd.recompute import recompute
 from .layers import (
     explain,
@@ -25,6 +25,7 @@ from .layers import (
 __all__ = [
     "__version__",
     "autograd",
+    "compile_policy",
     "explain",
     "kernels",
     "layers",

@@ -45,6 +45,7 @@ from .functions.activation import ACTIVATIONS, Activated, Activation
 __all__ = [
     "bias_activation_dropout_backward",
     "bias_activation_dropout_forward",
+    "bias_sums_shape",
     "every_configuration",
     "saved_mask_bytes",
 ]
@@ -359,7 +360,9 @@ def bias_activation_dropout_backward(
     *,
     bias_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the input, whose dense strides were ``strides``, and where ``bias_gradient`` wants it, of the bias.
+    """The gradient of the input, whose dense strides were ``strides``, and the bias's where ``bias_gradient`` wants it.
+
+    The latter is partial sums, of the shape of `bias_sums_shape`.
 
     ``saved`` is the packed mask where the activation has one, and ``bias`` isn't needed; otherwise it is the input.
     Where the mask tells of dropout, too, ``seed`` isn't needed.
@@ -370,7 +373,8 @@ def bias_activation_dropout_backward(
     dx = g.new_empty_strided(g.shape, strides)
     matrix = _matrix(g.shape, strides, dim)
     accumulator = ACCUMULATOR[g.dtype]
-    partial = torch.empty(matrix.partial_shape, dtype=accumulator, device=g.device) if bias_gradient else None
+    sums = matrix.grouped_shape if bias_gradient else None
+    partial = None if sums is None else torch.empty(sums, dtype=accumulator, device=g.device)
     if bias is not None:
         bias = bias.contiguous()
     launch(
@@ -388,4 +392,9 @@ def bias_activation_dropout_backward(
         activation.a,
         activation.b,
     )
-    return dx, None if partial is None else matrix.totals(partial).to(g.dtype)
+    return dx, partial
+
+
+def bias_sums_shape(shape: Sequence[int], strides: Sequence[int], dim: int) -> tuple[int, int, int]:
+    """That of the partial sums of the bias's gradient, whose channels lie along dimension 1."""
+    return _matrix(shape, strides, dim).grouped_shape

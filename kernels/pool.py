@@ -550,7 +550,7 @@ def pool_backward(
     *,
     sums_bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of images of this ``size`` (height, width), and that of the bias: empty unless asked for.
+    """Gradient of images of this ``size`` (height, width), and that of the bias, not rounded: empty unless asked for.
 
     ``saved`` is what `kept_beside_code` names: the pooled images, the maxima before the activation, or None.
     """
@@ -575,4 +575,4 @@ def pool_backward(
         *(tensor for tensor in (g, code, saved, dx, partial) if tensor is not None),
         *(matrix.rows, matrix.columns, *extents, activation.a, activation.b),
     )
-    return dx, g.new_empty(0) if partial is None else matrix.totals(partial).to(g.dtype)
+    return dx, g.new_empty(0) if partial is None else matrix.totals(partial)

@@ -6,11 +6,14 @@ kernels are compiled ahead of time.  On a GPU it runs once, on CUDA tensors.  Te
 are deselected, so that a skip always means something.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.compiled import ARCHITECTURE, MISSING
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
 
+import fusednn
 from fusednn.kernels import AVAILABLE, INTERPRETING, WHERE
 
 #: These need Triton to be imported at all.
@@ -44,6 +47,13 @@ def pytest_report_header() -> str:
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture
+def keeps_kernels() -> Iterator[None]:
+    """Compiled code takes every kernel, also for what the compiler fuses by itself."""
+    with fusednn.compile_policy("keep"):
+        yield
 
 
 @pytest.fixture(autouse=True)

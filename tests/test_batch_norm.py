@@ -589,6 +589,7 @@ def test_programs_fill_a_gpu(shape: tuple[int, ...], memory_format: torch.memory
 
 
 @needs_kernels
+@pytest.mark.usefixtures("keeps_kernels")
 @pytest.mark.parametrize(("activation", "dynamic"), [("silu", False), ("relu", True)])
 def test_compiled(activation: str, dynamic: bool, device: str) -> None:
     torch._dynamo.reset()
@@ -763,6 +764,7 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
     assert compiled_kernels("batch_norm") == before
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_by_inductor(mode: str, device: str) -> None:

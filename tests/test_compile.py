@@ -18,7 +18,7 @@ _ops = torch.ops.fusednn
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
+def _fresh_compiler(keeps_kernels: None) -> None:
     torch._dynamo.reset()
 
 

@@ -22,11 +22,12 @@ pytestmark = [pytest.mark.compiles, pytest.mark.skipif(ON_GPU, reason="kernels r
 
 
 @pytest.fixture(autouse=True)
-def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch, keeps_kernels: None) -> None:
     from triton.runtime import JITFunction
 
     torch._dynamo.reset()
     monkeypatch.setattr(kernels.base.launch, "ON_CPU", True)
+    monkeypatch.setattr(kernels.base.launch, "REMEMBERS", False)
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)  # there is no driver
     monkeypatch.setattr(JITFunction, "__getitem__", lambda *_: lambda **_: None)
 

@@ -552,6 +552,7 @@ def test_alpha_layers_ignore_inplace_as_stocks_do(device: str) -> None:
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 @pytest.mark.parametrize("name", ["dropout", "feature_alpha_dropout", *thorough("dropout2d", "alpha_dropout")])
 def test_compiled_results_equal_eager(name: str, device: str) -> None:
     torch._dynamo.reset()
@@ -644,6 +645,7 @@ def test_no_recompilation_while_annealing(device: str) -> None:
     assert compiled_kernels(*families) == before
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @every_step

@@ -244,6 +244,7 @@ def test_bytes_and_launches(layout: str, device: str) -> None:
     assert saved.bytes_beside(x, target) == 8
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 @needs_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_compiled_results_equal_eager(layout: str, device: str) -> None:

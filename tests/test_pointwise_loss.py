@@ -545,6 +545,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 @needs_kernels
 @pytest.mark.parametrize(("loss", "layout"), COMPILED, ids=str)
 def test_compiled_results_equal_eager(loss: Loss, layout: str, device: str) -> None:

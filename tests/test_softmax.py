@@ -245,6 +245,7 @@ def test_lines_of_any_dense_memory() -> None:
     assert lines_of(x, 1).blocks(32) == 2  # a block for each sample: none spans the gap
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 @every_name
 def test_compiles_without_graph_breaks(name: str, device: str) -> None:
     torch._dynamo.reset()

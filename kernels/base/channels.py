@@ -363,12 +363,16 @@ class ChannelMatrix:
             return self.rows, self.column_blocks
         return cdiv(self.row_blocks, self.steps), self.columns
 
+    @property
+    def grouped_shape(self) -> tuple[int, int, int]:
+        """The same sums with the channels along dimension 1."""
+        if not self.by_row:
+            return *self.partial_shape, 1
+        return self.rows // (self.channels * self.run), self.channels, self.run * self.column_blocks
+
     def totals(self, partial: Tensor) -> Tensor:
         """The sum of each channel, (channels,)."""
-        if not self.by_row:
-            return partial.sum(0)
-        outer = self.rows // (self.channels * self.run)
-        return partial.view(outer, self.channels, self.run * self.column_blocks).sum((0, 2))
+        return partial.view(self.grouped_shape).sum((0, 2)) if self.by_row else partial.sum(0)
 
 
 def channel_matrix(

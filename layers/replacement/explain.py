@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ...autograd.dispatch import Choice, observe_choices
+from ...autograd.dispatch import Choice, judged_as_compiled, observe_choices
 from ..fusion.members import LOOKS_ON, observe_chains
 from ..table import format_table
 from ..twin import Layer
@@ -57,8 +58,11 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     """Run ``model(*inputs, **kwargs)`` once, and report the path that each layer took and why.
 
     The pass leaves no trace: buffers (running statistics) and the random generators are put back, and no gradients are
-    computed.  The model stays in the mode (training or evaluation) that it is in.
+    computed.  The model stays in the mode (training or evaluation) that it is in.  Of a model that `torch.compile`
+    compiled it runs the code that was compiled, and reports what the compiler is given.
     """
+    if compiled := hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        model = getattr(model, "_orig_mod", model)
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
     rows: dict[ExplanationRow, None] = {}  # ordered, and a layer that is called twice alike appears once
@@ -108,6 +112,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             torch.random.fork_rng(sorted(device.index for device in devices)),
             observe_choices(observe),
             observe_chains(observe_chain),
+            _uncompiled() if compiled else nullcontext(),
         ):
             model(*inputs, **kwargs)
     finally:
@@ -117,6 +122,13 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             for buffer, value in buffers:
                 buffer.copy_(value)
     return Explanation(tuple(rows))
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled models run as they were before, with the choices of the compiler."""
+    with torch.compiler.set_stance("force_eager"), judged_as_compiled():
+        yield
 
 
 def _why_stock(module: nn.Module) -> str:
