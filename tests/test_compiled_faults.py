@@ -96,15 +96,15 @@ FAULTS = {
         OUTSIDE,
     ),
     "a line's mask on the tail": Fault(
-        lines.line_tile, "place < length", "place <= length", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
+        lines.line_tile, "place < dim_size", "place <= dim_size", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
     ),
     "a mask of the lines": Fault(
         lines.line_block, "line < count", "line <= count", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
     ),
     "lines across: a mask of the lines": Fault(
         lines.line_block,
-        "first + start < inner",
-        "first + start <= inner",
+        "first + within < inner_size",
+        "first + within <= inner_size",
         lambda: softmax(0, 7, 50),
         VirtualGpuError,
         OUTSIDE,
