@@ -43,7 +43,7 @@ from .base.lines import (
     reference_point,
 )
 from .base.long_lines import LONG_DTYPES, SPLITS, are_shared, join_splits, split_statistics, splits_of
-from .base.numerics import divide, fast_exp, log, require, scalar, widen
+from .base.numerics import divide, fast_exp, log, negative, require, scalar, widen
 from .base.partial_sums import SUM_PROGRAMS, combine, finish_sum
 from .base.tiles import Tile, cdiv, load, store, threads_for
 from .nll_loss import Reduction
@@ -101,13 +101,13 @@ def line_targets(target_pointer, weight_pointer, line, exists, dim_size, ignore_
 def index_loss(weight, log_total, x_target, maximum):
     """-w log p of the target."""
     log_p = x_target.to(tl.float64) - maximum.to(tl.float64) - log_total.to(tl.float64)
-    return -weight.to(tl.float64) * log_p
+    return negative(weight.to(tl.float64)) * log_p
 
 
 @triton.jit
 def difference(mass, log_total, moment):
     """-sum(w log p), from the sums of w and of w (x - maximum)."""
-    return mass.to(tl.float64) * log_total.to(tl.float64) - moment.to(tl.float64)
+    return negative(moment.to(tl.float64) - mass.to(tl.float64) * log_total.to(tl.float64))
 
 
 @kernel
@@ -284,7 +284,7 @@ def cross_entropy_backward_kernel(
         weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
         target_weight = weight * (q * (1 - smoothing) + smoothing / dim_size)
         scale = tl.expand_dims(scale, AXIS)
-        dtarget = -scale * (1 - smoothing) * weight * log_p
+        dtarget = negative(scale) * (1 - smoothing) * weight * log_p
         store(dtarget_pointer, Tile(tile.start, tile.offsets, tile.inside & (wants_dtarget != 0)), dtarget)
     else:
         target, counts, mass = line_targets(

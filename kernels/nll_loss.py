@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .base._triton import tl, triton
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .base.numerics import divide, narrow, require, scalar, widen
+from .base.numerics import divide, narrow, negative, require, scalar, widen
 from .base.partial_sums import combine, finish_sum, sum_programs
 from .base.tiles import cdiv
 
@@ -90,7 +90,7 @@ def nll_loss_kernel(
     )
     elements = picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
     x = widen(tl.load(x_pointer + elements, mask=counts, other=0), COMPUTE)
-    y = tl.where(counts, -w * x, 0.0)
+    y = tl.where(counts, negative(w) * x, 0.0)
     tl.store(y_pointer + start + offsets, narrow(y, y_pointer.dtype.element_ty), mask=offsets < positions - start)
 
 
@@ -125,7 +125,7 @@ def nll_loss_sum_kernel(
         )
         elements = picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
         x = widen(tl.load(x_pointer + elements, mask=counts, other=0), COMPUTE)
-        totals += tl.where(counts, -w * x, 0.0)
+        totals += tl.where(counts, negative(w) * x, 0.0)
         weight_totals += w
     finish_sum(partial_pointer, value_pointer, weight_total_pointer, totals, weight_totals, divisor, COMPUTE)
 
@@ -163,7 +163,7 @@ def nll_loss_backward_kernel(
     else:
         g = widen(tl.load(g_pointer + start + offsets, mask=counts, other=0), COMPUTE)
     elements = picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
-    tl.store(dx_pointer + elements, narrow(-w * g, dx_pointer.dtype.element_ty), mask=counts)
+    tl.store(dx_pointer + elements, narrow(negative(w) * g, dx_pointer.dtype.element_ty), mask=counts)
 
 
 # --- Configurations -------------------------------------------------------------------------------------------------

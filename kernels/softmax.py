@@ -44,7 +44,7 @@ from .base.long_lines import (
     splits_configuration,
     splits_of,
 )
-from .base.numerics import fast_exp, log
+from .base.numerics import fast_exp, log, negative
 from .base.tiles import Tile, cdiv, load, store, threads_for
 
 __all__ = ["KINDS", "softmax_backward", "softmax_forward"]
@@ -163,7 +163,7 @@ def input_gradient(g, y, total, logarithm, negated):
         dx = g - fast_exp(y) * total
     else:
         dx = y * (g - total)
-    return tl.where(negated != 0, -dx, dx)
+    return tl.where(negated != 0, negative(dx), dx)
 
 
 # --- Lines that several programs share ----------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Elementary functions in the interpreter: the same on every processor."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from support.device import KERNELS_RUN
 
+from fusednn import autograd
 from fusednn.kernels import INTERPRETING
 from fusednn.kernels.base import numerics
 from fusednn.kernels.base._triton import tl, triton
@@ -25,3 +30,46 @@ def test_float32_is_float64_rounded(name: str, device: str) -> None:
     function_kernel[(1,)](x, y, getattr(numerics, name), 4096)
     expected = getattr(torch, name.removeprefix("fast_"))(x.double()).float()
     assert (y != expected).sum() <= 2, "but for double rounding"
+
+
+@pytest.mark.kernels
+def test_negative_keeps_the_sign_of_zero(device: str) -> None:
+    x = torch.tensor([0.0, -0.0, 1.5, -float("inf")], device=device)
+    y = torch.empty_like(x)
+    function_kernel[(1,)](x, y, numerics.negative, 4)
+    assert y.tolist() == (-x).tolist()
+    assert torch.equal(y.signbit(), (-x).signbit())
+
+
+_LOGITS = [[1000.0, -1.0, -2.0], [-1.0, 1000.0, -3.0], [0.0, 0.0, 0.0]]
+#: Operands whose results or gradients are zeros, of functions that PyTorch computes with a minus somewhere.
+NEGATED: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "softmin": (lambda f, x: f.softmin(x, 1).sum() * 0, [_LOGITS]),
+    "l1_loss": (lambda f, x, t: f.l1_loss(x, t, reduction="none"), [[0.0, -0.0, 1.0], [0.0, 0.0, 1.0]]),
+    "huber_loss": (lambda f, x, t: f.huber_loss(x, t, reduction="none"), [[0.0, -0.0, 1.0], [0.0, 0.0, 1.0]]),
+    "kl_div": (lambda f, x, t: f.kl_div(x, t, reduction="none"), [[0.0, -1.0, 1.0], [0.0, 0.5, 0.0]]),
+    "binary_cross_entropy": (lambda f, x, t: f.binary_cross_entropy(x, t), [[0.5, 0.0, 0.1], [0.5, 0.0, 1.0]]),
+    "with_logits": (lambda f, x, t: f.binary_cross_entropy_with_logits(x, t), [[0.0, -0.0, 1.0], [0.5, 0.0, 1.0]]),
+    "nll_loss": (
+        lambda f, x: f.nll_loss(x, torch.arange(3, device=x.device), torch.arange(3.0, device=x.device)),
+        [[[-1.0, 0.0, -1.0], [-1.0, 0.0, -1.0], [-1.0, -1.0, 0.0]]],
+    ),
+    "cross_entropy": (lambda f, x, t: f.cross_entropy(x, t, reduction="none"), [_LOGITS, torch.eye(3).tolist()]),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", NEGATED)
+def test_zeros_have_the_sign_of_stocks(name: str, device: str) -> None:
+    compute, operands = NEGATED[name]
+    results = []
+    for functions in (autograd, F):
+        leaves = [torch.tensor(operand, device=device, requires_grad=True) for operand in operands]
+        y = compute(functions, *leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    zeros = 0
+    for ours, stock in zip(*results, strict=True):
+        zero = stock == 0
+        zeros += int(zero.sum())
+        assert torch.equal(ours[zero].signbit(), stock[zero].signbit())
+    assert zeros

@@ -39,6 +39,12 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def negative(x):
+    """-x, of zeros, too: a unary minus is ``0 - x`` in Triton, and 0 for zeros of either sign."""
+    return x * -1
+
+
+@triton.jit
 def exp(x):
     if INTERPRETED:
         return tl.exp(x.to(tl.float64)).to(x.dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..base._triton import tl, triton
-from ..base.numerics import divide, exp, log, log1p, sigmoid
+from ..base.numerics import divide, exp, log, log1p, negative, sigmoid
 
 __all__ = ["LOSSES", "PointwiseLoss", "Reduction"]
 
@@ -53,7 +53,7 @@ def l1_gradient(x, t, p, a, b):
 
 @triton.jit
 def l1_target_gradient(x, t, p, a, b):
-    return -l1_gradient(x, t, p, a, b)
+    return negative(l1_gradient(x, t, p, a, b))
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def huber_gradient(x, t, p, a, b):
 
 @triton.jit
 def huber_target_gradient(x, t, p, a, b):
-    return -huber_gradient(x, t, p, a, b)
+    return huber_gradient(t, x, p, a, b)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def bce_gradient(x, t, p, a, b):
 @triton.jit
 def bce_target_gradient(x, t, p, a, b):
     # Not clamped, in PyTorch either.
-    return log1p(-x) - log(x)
+    return negative(log(x) - log1p(-x))
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def bce_with_logits_gradient(x, t, p, a, b):
 
 @triton.jit
 def bce_with_logits_target_gradient(x, t, p, a, b):
-    return tl.where(p == 1, -x, log_sigmoid(-x) - p * log_sigmoid(x))
+    return tl.where(p == 1, negative(x), log_sigmoid(-x) - p * log_sigmoid(x))
 
 
 @triton.jit
@@ -136,9 +136,9 @@ def kl_div_value(x, t, p, a, b):
 @triton.jit
 def kl_div_gradient(x, t, p, a, b):
     if a != 0:
-        gradient = -exp(t)
+        gradient = negative(exp(t))
     else:
-        gradient = -t
+        gradient = negative(t)
     return gradient
 
 
