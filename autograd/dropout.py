@@ -22,31 +22,31 @@ from .recompute import needs
 
 __all__ = ["alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"]
 
-# ``leading`` dimensions have one random number for all the elements that share their indices; 0: each has its own.
+# Elements that share the indices of the first ``shared_dims`` dimensions have one random number; 0: each its own.
 
 
 _forward = operator(
-    "dropout(Tensor x, Tensor seed, float p, bool alpha, int leading) -> Tensor",
+    "dropout(Tensor x, Tensor seed, float p, bool alpha, int shared_dims) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
 )(kernels.dropout_forward)
 
 
 @operator(
-    "dropout_(Tensor(a!) x, Tensor seed, float p, bool alpha, int leading) -> ()",
-    fake=lambda x, seed, p, alpha, leading: None,
+    "dropout_(Tensor(a!) x, Tensor seed, float p, bool alpha, int shared_dims) -> ()",
+    fake=lambda x, seed, p, alpha, shared_dims: None,
 )
-def _forward_inplace(x: Tensor, seed: Tensor, p: float, alpha: bool, leading: int) -> None:
-    kernels.dropout_forward(x, seed, p, alpha, leading, inplace=True)
+def _forward_inplace(x: Tensor, seed: Tensor, p: float, alpha: bool, shared_dims: int) -> None:
+    kernels.dropout_forward(x, seed, p, alpha, shared_dims, inplace=True)
 
 
 _backward = operator(
-    "dropout_backward(Tensor g, Tensor seed, SymInt[] strides, float p, bool alpha, int leading) -> Tensor",
+    "dropout_backward(Tensor g, Tensor seed, SymInt[] strides, float p, bool alpha, int shared_dims) -> Tensor",
     fake=lambda g, seed, strides, *_: g.new_empty_strided(g.shape, strides),
 )(kernels.dropout_backward)
 
 
 def dropout_gradient(g: Tensor, seed: Tensor, *arguments: Any) -> Tensor:
-    """``arguments``: strides, p, alpha and leading."""
+    """``arguments``: strides, p, alpha and shared_dims."""
     dx: Tensor
     if torch.is_grad_enabled():
         dx = LinearGradient.apply(g, None, seed, lambda g, _, *rest: _backward(g, *rest), arguments)
@@ -59,16 +59,16 @@ class Dropout(Function):
     """Saves the seed alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float, alpha: bool, shared_dims: int, inplace: bool) -> Tensor:
         if inplace:
-            _forward_inplace(x, seed, p, alpha, leading)
+            _forward_inplace(x, seed, p, alpha, shared_dims)
             ctx.mark_dirty(x)
             y = x
         else:
-            y = _forward(x, seed, p, alpha, leading)
+            y = _forward(x, seed, p, alpha, shared_dims)
             needs(ctx, x)
         ctx.save_for_backward(seed)
-        ctx.arguments = (y.stride(), p, alpha, leading)
+        ctx.arguments = (y.stride(), p, alpha, shared_dims)
         return y
 
     @staticmethod
@@ -92,19 +92,19 @@ def probability_refusal(p: object, training: object) -> str | None:
 
 
 def apply_dropout(
-    input: Tensor, p: float, inplace: bool, alpha: bool = False, leading: int = 0, seed: Tensor | None = None
+    input: Tensor, p: float, inplace: bool, alpha: bool = False, shared_dims: int = 0, seed: Tensor | None = None
 ) -> Tensor:
     """Apply the kernel with a fresh seed, or a given one, differentiably where the input requires gradients."""
     if inplace and (torch.compiler.is_compiling() or input._is_view() or not is_dense(input)):
         # Tracers fold copies away; a view's base needs PyTorch's own bookkeeping; strided memory needs the copy.
-        return input.copy_(apply_dropout(input, p, False, alpha, leading, seed))
+        return input.copy_(apply_dropout(input, p, False, alpha, shared_dims, seed))
     if seed is None:
-        return with_seed(input.device, lambda seed: apply_dropout(input, p, inplace, alpha, leading, seed))
+        return with_seed(input.device, lambda seed: apply_dropout(input, p, inplace, alpha, shared_dims, seed))
     p = float(p)
     if inplace or (torch.is_grad_enabled() and input.requires_grad):
-        y: Tensor = Dropout.apply(input, seed, p, alpha, leading, inplace)
+        y: Tensor = Dropout.apply(input, seed, p, alpha, shared_dims, inplace)
     else:
-        y = _forward(input, seed, p, alpha, leading)
+        y = _forward(input, seed, p, alpha, shared_dims)
     return input if inplace else y  # without gradients a function returns another tensor
 
 
@@ -139,7 +139,7 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     """
     if not _takes_channels("dropout1d", input, p, training, inplace, (2, 3)):
         return F.dropout1d(input, p, training, inplace)
-    return apply_dropout(input, p, inplace, leading=input.dim() - 1)
+    return apply_dropout(input, p, inplace, shared_dims=input.dim() - 1)
 
 
 def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -151,7 +151,7 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     """
     if not _takes_channels("dropout2d", input, p, training, inplace, (4,)):
         return F.dropout2d(input, p, training, inplace)
-    return apply_dropout(input, p, inplace, leading=2)
+    return apply_dropout(input, p, inplace, shared_dims=2)
 
 
 def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -163,7 +163,7 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     """
     if not _takes_channels("dropout3d", input, p, training, inplace, (4, 5)):
         return F.dropout3d(input, p, training, inplace)
-    return apply_dropout(input, p, inplace, leading=input.dim() - 3)
+    return apply_dropout(input, p, inplace, shared_dims=input.dim() - 3)
 
 
 def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
@@ -174,7 +174,7 @@ def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False,
     """
     if not _takes_channels("feature_alpha_dropout", input, p, training, inplace, None):
         return F.feature_alpha_dropout(input, p, training, inplace)
-    return apply_dropout(input, p, inplace, alpha=True, leading=2)
+    return apply_dropout(input, p, inplace, alpha=True, shared_dims=2)
 
 
 def _takes_channels(

@@ -46,7 +46,6 @@ __all__ = [
     "bias_activation_dropout_backward",
     "bias_activation_dropout_forward",
     "bias_sums_shape",
-    "every_configuration",
     "saved_mask_bytes",
 ]
 
@@ -257,21 +256,10 @@ def _backward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> 
     )
 
 
-def every_configuration() -> Iterator[Configuration]:
-    """All that the launchers can ask for: many hundreds."""
-    for row in ACTIVATIONS.values():
-        for dtype in DTYPES:
-            for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
-                for width in widths:
-                    yield _forward(row, dtype, by_row, width)
-                    yield _backward(row, dtype, by_row, width)
-
-
 @ships("bias_activation_dropout")
 def configurations() -> Iterator[Configuration]:
-    """Of all, every geometry with ReLU in two dtypes, and every activation and dtype in one geometry.
-
-    What is left out are the same device functions in other combinations.
+    """Of the hundreds that the launchers can ask for: every geometry with ReLU in two dtypes, and every activation and
+    dtype in one geometry.  What is left out are the same device functions in other combinations.
     """
     relu = ACTIVATIONS["relu"]
     for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):

@@ -198,21 +198,21 @@ def _noise(p: float, alpha: bool, offset: bool) -> tuple[int, float, float, floa
     return keep_threshold(p), scale, -saturated * p, saturated * (1 - p)
 
 
-def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: int, offset: bool) -> None:
+def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, shared_dims: int, offset: bool) -> None:
     """Write the dropout of the dense ``x`` to ``y``, which lies in memory like it, and may be it."""
     noise = _noise(p, alpha, offset)
     numel = x.numel()
-    channels = x.shape[leading - 1] if leading else 1
-    samples = x.shape[0] if leading == 2 else 1
-    spatial = numel // (samples * channels) if leading and numel else 1
-    if spatial == 1 or not leading:
+    channels = x.shape[shared_dims - 1] if shared_dims else 1
+    samples = x.shape[0] if shared_dims == 2 else 1
+    spatial = numel // (samples * channels) if shared_dims and numel else 1
+    if spatial == 1 or not shared_dims:
         launch(_elements(x.dtype), programs_for(numel), x, y, seed, numel, *noise)
-    elif _strides_are(x, leading, (channels * spatial, spatial)):
+    elif _strides_are(x, shared_dims, (channels * spatial, spatial)):
         width = width_for(spatial, _ROW_WIDTHS)
         rows, blocks = samples * channels, cdiv(spatial, width)
         programs = cdiv(rows, TILE // width) * blocks
         launch(_channels(x.dtype, True, width), programs, x, y, seed, rows, spatial, blocks, *noise)
-    elif _strides_are(x, leading, (channels * spatial, 1)):
+    elif _strides_are(x, shared_dims, (channels * spatial, 1)):
         width = width_for(channels, _COLUMN_WIDTHS)
         row_blocks, blocks = cdiv(spatial, TILE // width), cdiv(channels, width)
         steps = min(steps_for(samples * row_blocks * blocks), row_blocks)
@@ -221,38 +221,40 @@ def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, leading: i
         launch(configuration, programs, x, y, seed, spatial, channels, row_blocks, steps, blocks, *noise)
     else:  # the samples lie inside the channels, or both inside the rest: too rare for a kernel
         ordered = x.contiguous()
-        _apply(ordered, ordered, seed, p, alpha, leading, offset)
+        _apply(ordered, ordered, seed, p, alpha, shared_dims, offset)
         y.copy_(ordered)
 
 
-def _strides_are(x: Tensor, leading: int, expected: tuple[int, int]) -> bool:
-    """Whether the ``leading`` dimensions have the last of the ``expected`` strides, wherever these matter."""
+def _strides_are(x: Tensor, shared_dims: int, expected: tuple[int, int]) -> bool:
+    """Whether the first ``shared_dims`` dimensions have the last of the ``expected`` strides, wherever these matter."""
     return all(
         size == 1 or stride == wanted
-        for size, stride, wanted in zip(x.shape[:leading], x.stride()[:leading], expected[2 - leading :], strict=True)
+        for size, stride, wanted in zip(
+            x.shape[:shared_dims], x.stride()[:shared_dims], expected[2 - shared_dims :], strict=True
+        )
     )
 
 
 def dropout_forward(
-    x: Tensor, seed: Tensor, p: float, alpha: bool = False, leading: int = 0, *, inplace: bool = False
+    x: Tensor, seed: Tensor, p: float, alpha: bool = False, shared_dims: int = 0, *, inplace: bool = False
 ) -> Tensor:
     """Dropout with probability ``p``, in the memory order of ``x``; with ``inplace`` written over the dense ``x``.
 
-    ``alpha`` keeps mean and variance of SELU's outputs.  ``leading`` is the number of leading dimensions whose indices
-    draw one number together: 2 for the channels of a batch, 1 for those of a single sample, 0 where every element draws
-    its own.  Applied to ones, it shows the mask of a seed.
+    ``alpha`` keeps mean and variance of SELU's outputs.  ``shared_dims`` is the number of leading dimensions whose
+    indices draw one number together: 2 for the channels of a batch, 1 for those of a single sample, 0 where every
+    element draws its own.  Applied to ones, it shows the mask of a seed.
     """
     x = dense(x)
     y = x if inplace else torch.empty_like(x)
-    _apply(x, y, seed, p, alpha, leading, offset=True)
+    _apply(x, y, seed, p, alpha, shared_dims, offset=True)
     return y
 
 
 def dropout_backward(
-    g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool = False, leading: int = 0
+    g: Tensor, seed: Tensor, strides: Sequence[int], p: float, alpha: bool = False, shared_dims: int = 0
 ) -> Tensor:
     """Gradient of the input from that of the output, whose strides were ``strides``."""
     g = dense_like(g, strides)
     dx = g.new_empty_strided(g.shape, strides)
-    _apply(g, dx, seed, p, alpha, leading, offset=False)
+    _apply(g, dx, seed, p, alpha, shared_dims, offset=False)
     return dx

@@ -418,7 +418,7 @@ COUNT = 2**16
 
 def mask(p: float, dtype: torch.dtype, seed: int, shape: tuple[int, ...] = (COUNT,), leading: int = 0) -> Tensor:
     seeds = torch.tensor([seed], device=DEVICE)
-    return (dropout_forward(torch.ones(shape, dtype=dtype, device=DEVICE), seeds, p, leading=leading) != 0).double()
+    return (dropout_forward(torch.ones(shape, dtype=dtype, device=DEVICE), seeds, p, shared_dims=leading) != 0).double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -459,7 +459,7 @@ def test_runs_of_eight(device: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_channels_are_independent(memory_format: torch.memory_format, device: str) -> None:
     ones = torch.ones((64, 128, 1, 2), device=device).contiguous(memory_format=memory_format)
-    keep = dropout_forward(ones, torch.tensor([5], device=device), 0.5, leading=2)[:, :, 0, 0] != 0
+    keep = dropout_forward(ones, torch.tensor([5], device=device), 0.5, shared_dims=2)[:, :, 0, 0] != 0
     z = 2 * keep.double() - 1
     limit = DEVIATIONS / math.sqrt(z.numel() - 128)
     assert z.mean().abs() < limit
@@ -530,9 +530,9 @@ def test_launched_configurations_ship(monkeypatch: pytest.MonkeyPatch, device: s
             seed = draw_seed(x.device)
             dropout_forward(x, seed, 0.5)
             if len(shape) == 4:
-                dropout_forward(x, seed, 0.5, leading=2)
+                dropout_forward(x, seed, 0.5, shared_dims=2)
                 x = x.contiguous(memory_format=torch.channels_last)
-                dropout_backward(x, seed, x.stride(), 0.5, leading=2)
+                dropout_backward(x, seed, x.stride(), 0.5, shared_dims=2)
     assert {configuration.label for configuration in launched} == {
         configuration.label for configuration in kernels.shipped("dropout")
     }
