@@ -71,6 +71,7 @@ def _conv_pool(function: Callable[..., Pooled], x: Tensor, weight: Tensor, *argu
     " int[] kernel_size, int[] pool_stride, int[] pool_padding, bool keeps) -> (Tensor, Tensor, Tensor)",
     fake=lambda x, weight, bias, *arguments: _conv_pool(kernels.conv_pooled_like, x, weight, *arguments),
     flops=lambda x, weight, bias, stride, padding, *_: _flops(x, weight, stride, padding),
+    planned=False,  # products obey PyTorch's switches of precision
 )
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     return _conv_pool(kernels.conv_pool_forward, x, weight, bias, *arguments)
@@ -80,6 +81,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -
     "conv_statistics(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> (Tensor, Tensor)",
     fake=lambda x, weight, bias, stride, padding: kernels.statistics_like(x, weight, tuple(stride), tuple(padding)),
     flops=lambda x, weight, bias, stride, padding: _flops(x, weight, stride, padding),
+    planned=False,  # products obey PyTorch's switches of precision
 )
 def _conv_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any

@@ -56,6 +56,7 @@ def _fake(
     " bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     flops=lambda x, linear_weight, *rest: 2 * x.shape[0] * linear_weight.numel() * (1 + sum(rest[-3:-1])),
+    planned=False,  # products obey PyTorch's switches of precision
 )
 def _by_kernels(
     x: Tensor,

@@ -33,6 +33,7 @@ def _fake_linear(
     " -> (Tensor, Tensor)",
     fake=_fake_linear,
     flops=lambda x, weight, *_: 2 * x.numel() // x.shape[-1] * weight.numel(),
+    planned=False,  # products obey PyTorch's switches of precision
 )
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
@@ -63,6 +64,7 @@ def _fake_linear_backward(
     flops=lambda g, winner, x, weight, pieces, *_: (
         2 * g.numel() * pieces * sum(operand.shape[-1] for operand in (x, weight) if operand is not None)
     ),
+    planned=False,  # products obey PyTorch's switches of precision
 )
 def _linear_backward(
     g: Tensor, winner: Tensor, x: Tensor | None, weight: Tensor | None, pieces: int, p: float, sums_bias: bool

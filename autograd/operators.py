@@ -5,8 +5,9 @@
 several.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import partial, reduce, wraps
+from operator import or_
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["IMPLEMENTATIONS", "given", "operator"]
+from .dispatch import PLAIN_TYPES
+from .plans import Plans
+
+__all__ = ["IMPLEMENTATIONS", "forget_plans", "given", "operator"]
 
 _LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
+_PLANS: list[Plans] = []
 # Kernels take any strides, so the compiler needn't copy; but results follow them, so it mustn't change them either.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -25,16 +30,18 @@ IMPLEMENTATIONS: dict[OpOverload[..., Any], Callable[..., Any]] = {}
 
 
 def operator(
-    schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
-) -> Callable[[Callable[..., Any]], OpOverload[..., Any]]:
+    schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None, planned: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the decorated function the operator that ``schema`` declares, for CUDA and (interpreted) CPU tensors.
 
     ``fake`` makes results of the right shape, strides and dtype without computing them; ``flops`` counts, from the same
     arguments, the operations of its matrix products and convolutions as PyTorch counts its own: two for each
-    multiplication.
+    multiplication.  What comes back takes positional arguments, and calls the operator only where something would see
+    it: PyTorch's dispatcher takes as long as a launch.  Elsewhere what the function does for operands of these shapes
+    is remembered, unless it depends on more than its arguments, and isn't to be ``planned``.
     """
 
-    def register(function: Callable[..., Any]) -> OpOverload[..., Any]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=_TAGS)
         for key in ("CUDA", "CPU"):
@@ -45,9 +52,66 @@ def operator(
             register_flop_formula(getattr(torch.ops.fusednn, name), get_raw=True)(formula)
         overload: OpOverload[..., Any] = getattr(torch.ops.fusednn, name).default
         IMPLEMENTATIONS[overload] = function
-        return overload
+        plans = Plans(function)
+        _PLANS.append(plans)
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_watched():
+                return overload(*arguments)
+            if planned and (plan := plans.find(arguments)) is not None:
+                return plan(*arguments)
+            if not _are_plain(arguments):
+                return overload(*arguments)
+            return plans.call(*arguments) if planned else function(*arguments)
+
+        return call
 
     return register
+
+
+def _is_watched() -> bool:
+    """Whether a mode, transform, profiler or tracer would see an operator."""
+    return (
+        torch._C._is_torch_function_mode_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether the operands are nothing but their elements, which PyTorch's dispatcher has no work to do on first."""
+    return all(
+        type(each) in PLAIN_TYPES and _dispatch_keys(each).raw_repr() in _PLAIN_KEYS
+        for each in arguments
+        if isinstance(each, Tensor)
+    )
+
+
+def _plain_keys() -> Iterator[int]:
+    """What PyTorch dispatches on for a tensor that is nothing but its elements, outside and inside inference mode."""
+    for device in ("CPU", "CUDA"):
+        inference = _keys(device, f"Autocast{device}")
+        yield inference.raw_repr()
+        yield (inference | _keys("ADInplaceOrView", f"Autograd{device}")).raw_repr()
+
+
+def _keys(*names: str) -> Any:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return reduce(or_, keys)
+
+
+_dispatch_keys = torch._C._dispatch_keys
+#: Negated views, tensors of zeros without memory, batches and the like have other keys.
+_PLAIN_KEYS = frozenset(_plain_keys())
+
+
+def forget_plans() -> None:
+    """Let every operator look at its operands anew, as in a new process."""
+    for plans in _PLANS:
+        plans.forget()
 
 
 def given(result: Tensor) -> Tensor | None:

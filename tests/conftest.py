@@ -14,6 +14,7 @@ from support.compiled import ARCHITECTURE, MISSING
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
 
 import fusednn
+from fusednn.autograd.operators import forget_plans
 from fusednn.kernels import AVAILABLE, INTERPRETING, WHERE
 
 #: These need Triton to be imported at all.
@@ -57,5 +58,7 @@ def keeps_kernels() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _anew() -> None:
+    """The same random numbers in every test, and operators that remember nothing of others."""
     torch.manual_seed(0)
+    forget_plans()

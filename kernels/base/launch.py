@@ -203,8 +203,16 @@ def launch(configuration: Configuration, programs: int, *arguments: Any) -> None
     ``arguments`` are the run-time arguments, in the order of the configuration's signature.  Raises
     `DeviceAssertionError` on the CPU where an operand fails the kernel's checks.
     """
-    if programs:
+    if not programs:
+        return
+    if recorder is None:
         configuration.launcher(programs, *arguments)
+    else:
+        recorder(configuration, programs, arguments)
+
+
+#: Launches in place of a configuration, while an operator is recorded.
+recorder: Callable[[Configuration, int, tuple[Any, ...]], None] | None = None
 
 
 def _launch(configuration: Configuration, programs: int, *arguments: Any) -> Any:
