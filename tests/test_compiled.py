@@ -1,14 +1,18 @@
 """What only compiled kernels get wrong, in every operation: specialised arguments, order, approximate functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.accuracy import assert_accurate, assert_same_bits, one_rounding
 from support.operations import OPERATIONS, Operation
 from torch import Tensor, nn
 from vgpu import machine_options
+
+from fusednn import autograd
 
 pytestmark = pytest.mark.compiled
 
@@ -135,3 +139,49 @@ def test_approximate_functions_may_be_as_bad_as_documented(name: str) -> None:
     """Exponential and quotient are off by up to two units in the last place each, where stock's are by half a unit."""
     with machine_options(nudge=True):
         check(name, margin=4)
+
+
+# --- TF32 -------------------------------------------------------------------------------------------------------------
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Without the 13 bits that tensor cores don't read."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@contextmanager
+def precision(of: Any, value: str) -> Iterator[None]:
+    """What float32 operands of products or convolutions are read as."""
+    before, of.fp32_precision = of.fp32_precision, value
+    try:
+        yield
+    finally:
+        of.fp32_precision = before
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    return float((y - reference).norm() / reference.norm())
+
+
+def test_products_in_tf32_read_10_bits() -> None:
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return (x.double() @ weight.double().mT).amax(0)
+
+    operands = torch.randn(40, 96), torch.randn(2, 20, 96)
+    with precision(torch.backends.cuda.matmul, "ieee"):
+        assert relative_error(autograd.maxout_linear(*operands), exact(*operands)) < 1e-6
+    with precision(torch.backends.cuda.matmul, "tf32"):
+        y = autograd.maxout_linear(*operands)
+    assert relative_error(y, exact(*map(tf32, operands))) < 1e-6 < 1e-5 < relative_error(y, exact(*operands))
+
+
+def test_convolutions_in_tf32_read_10_bits() -> None:
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(F.conv2d(x.double(), weight.double(), padding=1)), 2)
+
+    operands = [
+        torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in ((2, 16, 12, 12), (32, 16, 3, 3))
+    ]
+    with precision(torch.backends.cudnn.conv, "tf32"), torch.no_grad():
+        y = autograd.conv_act_pool2d(*operands, None, 1, 1, activation="relu", pool_size=2)
+    assert relative_error(y, exact(*map(tf32, operands))) < 1e-6 < 1e-5 < relative_error(y, exact(*operands))
