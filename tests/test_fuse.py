@@ -358,3 +358,23 @@ def test_parameters_of_activations(before: str, activation: nn.Module, device: s
     for layer in (activation, stock[len(first)]):
         setattr(layer, name, 0.25)
     assert_same(model, stock, x)
+
+
+class Named(nn.Module):
+    """Takes anything by name, as transformers' modules do, and uses none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+        y = self.act(self.conv(x))
+        return y * 2 if kwargs else y
+
+
+def test_arguments_that_anything_may_be_given_by(device: str) -> None:
+    model, stock = make(Named(), device), make(Named(), device)
+    assert fused_groups(fusednn.replace_layers(model, fuse=True)) == {"conv": "act"}
+    x = batch(2, 4, 5, 5, device=device)
+    assert_same(model, stock, x)
+    assert_same(model, stock, x, twice=True)

@@ -435,7 +435,8 @@ def trace(module: nn.Module, stock: type[nn.Module], training: bool, kinds: tupl
         return recorder.finish(value, (Tensor,))
     if not isinstance(function, FunctionType):
         raise NotTraceable("'forward' is not a plain function")
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    # Calls that give more by name run the module's own code.
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
     if any(parameter.kind is not parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
         raise NotTraceable("it takes any number of arguments")
     if kinds is None:
