@@ -33,6 +33,7 @@ __all__ = [
     "judged_as_compiled",
     "observe_choices",
     "record_kernels",
+    "report_stock",
     "takes_kernel",
     "tensor_refusal",
     "transform_refusal",
@@ -68,6 +69,13 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+def report_stock(operation: str, reason: Callable[[], str | None]) -> None:
+    """Tell observers, where there are any, that a part of a call is PyTorch's own operator, if there is a reason."""
+    if _observers and (words := reason()) is not None:
+        for observer in _observers:
+            observer(Choice(operation, False, words))
 
 
 #: A family's own reason why its kernels don't take the arguments, or None; asked once all that is cheaper has passed.

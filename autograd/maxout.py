@@ -11,7 +11,7 @@ from ..kernels import linear_maxout
 from ..kernels import maxout as kernels
 from ..kernels.base.random import with_seed
 from . import stock as F
-from .dispatch import in_low_precision, takes_kernel
+from .dispatch import in_low_precision, report_stock, takes_kernel
 from .operators import operator
 
 __all__ = ["maxout", "maxout_conv2d", "maxout_linear"]
@@ -39,7 +39,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
 ) -> tuple[Tensor, Tensor]:
     pieces, units, features = weight.shape
-    if linear_maxout.takes_fused(features, pieces, x.dtype):
+    if linear_maxout.fused_refusal(features, pieces, x.dtype) is None:
         return linear_maxout.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
     products = F.linear(x.reshape(-1, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
     y, winner = kernels.maxout_forward(products, None, seed, pieces, 1, False, p, keeps_winner)
@@ -268,6 +268,8 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     if not takes_kernel("maxout_linear", *operands, refusal=refusal):
         products = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
         return F.dropout(_first_maximum(products.unflatten(-1, (pieces, units)), -2), dropout)
+
+    report_stock("linear", lambda: linear_maxout.fused_refusal(features, pieces, input.dtype))
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor

@@ -1,8 +1,8 @@
 """Maxout of a linear layer: the matrix product and its maximum over pieces in a single kernel.
 
 A program holds the accumulators of all pieces for the same rows and units, which share each tile of x, and stores their
-maximum.  The product itself, ``pieces`` times as large, never reaches memory.  `takes_fused` tells where that is the
-better way than PyTorch's product followed by a pass (`fusednn.kernels.maxout`), whose maxima and winners these are.
+maximum.  The product itself, ``pieces`` times as large, never reaches memory.  `fused_refusal` tells where that isn't
+better than PyTorch's product followed by a pass (`fusednn.kernels.maxout`), whose maxima and winners these are.
 
 With the gradient of the maxima scattered to the winners, what remains is the gradient of an ordinary, ``pieces`` times
 wider, linear layer.  Two kernels scatter each tile on the fly, one for the product with the weights and one for that
@@ -22,7 +22,7 @@ from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
 from .maxout import beats, drop, dropout_scale, nothing
 
-__all__ = ["linear_maxout_backward", "linear_maxout_forward", "takes_fused", "takes_fused_backward"]
+__all__ = ["fused_refusal", "linear_maxout_backward", "linear_maxout_forward", "takes_fused_backward"]
 
 # --- Device functions -------------------------------------------------------------------------------------------------
 
@@ -281,12 +281,15 @@ def _precision(dtype: torch.dtype) -> str:
     return TRITON_TYPE[dtype]
 
 
-def takes_fused(features: int, pieces: int, dtype: torch.dtype) -> bool:
-    """Whether product and maximum are made by one kernel, rather than by PyTorch's product and a pass."""
+def fused_refusal(features: int, pieces: int, dtype: torch.dtype) -> str | None:
+    """Why product and maximum aren't made by one kernel, but by PyTorch's product and a pass, or None."""
     precision = _precision(dtype)
+    if precision not in _FUSED_PIECES or pieces not in _FUSED_PIECES[precision]:
+        return f"cuBLAS: no kernel multiplies {pieces} pieces in {precision}"
     # Rows that don't begin at a multiple of 16 bytes can't be copied to shared memory asynchronously.
-    aligned = features % 16 == 0
-    return aligned and pieces in _FUSED_PIECES.get(precision, ()) and features <= _MOST_FEATURES[precision]
+    if features % 16:
+        return "cuBLAS: the features are no multiple of 16"
+    return None if features <= (most := _MOST_FEATURES[precision]) else f"cuBLAS: more than {most} features"
 
 
 def takes_fused_backward(rows: int, units: int, features: int, pieces: int, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fusednn
 from fusednn import autograd, optim
 from fusednn.autograd.dispatch import observe_choices
-from fusednn.commands.self_test import FUNCTIONS, layer_sample
+from fusednn.commands.self_test import FUNCTIONS, function_sample, layer_sample
 from fusednn.layers.twin import TWINS
 
 
@@ -33,9 +33,7 @@ def other_defaults() -> Iterator[None]:
 
 
 every_layer = pytest.mark.parametrize("stock_class", TWINS, ids=lambda cls: cls.__name__)
-every_function = pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family, functions in FUNCTIONS.items() for name in functions]
-)
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def outcome(function: Callable[..., Any], operands: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
@@ -75,9 +73,9 @@ def test_layers(stock_class: type[nn.Module], device: str) -> None:
 
 
 @every_function
-def test_functions(family: str, name: str, device: str) -> None:
+def test_functions(name: str, device: str) -> None:
     assert name in autograd.__all__
-    assert_unnoticed(lambda: FUNCTIONS[family][name], device)
+    assert_unnoticed(lambda: function_sample(FUNCTIONS[name]), device)
 
 
 # Stock makes its counters on the default device, and then can't use them.

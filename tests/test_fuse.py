@@ -95,6 +95,17 @@ def test_explain_tells_who_computes_what(device: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@needs_kernels
+def test_explain_tells_why_a_chain_is_apart(device: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(device)
+    fusednn.replace_layers(model, fuse=True)
+    model[1].register_forward_hook(lambda *_: None)
+    explanation = fusednn.explain(model, torch.ones(1, 3, 6, 6, device=device))
+    (row,) = (row for row in explanation if row.path == "apart")
+    assert (row.name, row.layer, row.reason) == ("0", "Conv2d", "a layer has hooks, or code of its own")
+    assert str(explanation).endswith("1 of 2 on kernels")
+
+
 def test_dropout_drops_in_training_alone(device: str) -> None:
     model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Dropout(0.5)).to(device)
     nn.init.ones_(model[0].bias)

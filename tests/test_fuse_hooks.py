@@ -48,7 +48,7 @@ def call(model: nn.Module, x: Tensor) -> str | None:
 @contextmanager
 def counting_chains() -> Iterator[list[int]]:
     counts: list[int] = []
-    with observe_chains(lambda layers: counts.append(len(layers)) if layers else None):
+    with observe_chains(lambda layers, refusal: counts.append(len(layers)) if layers and not refusal else None):
         yield counts
 
 

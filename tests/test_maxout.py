@@ -19,7 +19,7 @@ from fusednn import kernels
 from fusednn.autograd import maxout, maxout_conv2d, maxout_linear
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
-from fusednn.kernels.linear_maxout import takes_fused, takes_fused_backward
+from fusednn.kernels.linear_maxout import fused_refusal, takes_fused_backward
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic
@@ -385,17 +385,17 @@ def test_the_choice_of_the_backward_pass() -> None:
 
 @pytest.mark.kernels
 def test_the_choice_between_fused_and_apart(request: pytest.FixtureRequest) -> None:
-    assert takes_fused(2048, 2, torch.bfloat16)
-    assert not takes_fused(4096, 2, torch.bfloat16)
-    assert takes_fused(256, 2, torch.float32)
-    assert not takes_fused(512, 2, torch.float32)
-    assert not takes_fused(16, 2, torch.float64)
-    assert not takes_fused(24, 2, torch.float16)
-    assert not takes_fused(16, 9, torch.float16)
-    assert takes_fused(16, 8, torch.float16)
-    assert not takes_fused(16, 5, torch.float32)
+    assert fused_refusal(2048, 2, torch.bfloat16) is None
+    assert fused_refusal(4096, 2, torch.bfloat16) is not None
+    assert fused_refusal(256, 2, torch.float32) is None
+    assert fused_refusal(512, 2, torch.float32) is not None
+    assert fused_refusal(16, 2, torch.float64) is not None
+    assert fused_refusal(24, 2, torch.float16) is not None
+    assert fused_refusal(16, 9, torch.float16) is not None
+    assert fused_refusal(16, 8, torch.float16) is None
+    assert fused_refusal(16, 5, torch.float32) is not None
     request.getfixturevalue("tf32")
-    assert takes_fused(512, 2, torch.float32)
+    assert fused_refusal(512, 2, torch.float32) is None
 
 
 # --- Of a convolution -------------------------------------------------------------------------------------------------
@@ -501,8 +501,11 @@ def test_explains_its_choice(name: str, device: str) -> None:
     choices: list[Choice] = []
     with observe_choices(choices.append):
         FUNCTIONS[name][0](*tensors(name, torch.float32, device))
-    (choice,) = choices
+    choice, *product = choices
     assert choice.operation.startswith("maxout")
+    assert [one.reason for one in product] == ["cuBLAS: the features are no multiple of 16"] * (
+        name == "apart" and KERNELS_RUN
+    )
     assert choice.path == ("kernel" if KERNELS_RUN else "stock")
 
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusednn
 from fusednn import autograd
-from fusednn.commands.self_test import FUNCTIONS
+from fusednn.commands.self_test import FUNCTIONS, function_sample
 from fusednn.layers.twin import TWINS
 
 every_module = pytest.mark.parametrize("stock_class", SAMPLED, ids=lambda cls: cls.__name__)
@@ -188,7 +188,7 @@ def flops_of(function: Callable[..., Any], operands: list[Tensor]) -> int:
     return counter.get_total_flops()
 
 
-PRODUCTS = {name: sample for samples in FUNCTIONS.values() for name, sample in samples.items()}
+PRODUCTS = {name: function_sample(row) for name, row in FUNCTIONS.items()}
 
 
 @pytest.mark.kernels

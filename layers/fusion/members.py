@@ -24,6 +24,7 @@ __all__ = [
     "activated",
     "activation_of",
     "activation_refusal",
+    "apart",
     "call_refusal",
     "computed",
     "is_known",
@@ -83,7 +84,9 @@ LOOKS_ON = "_fusednn_looks_on"
 
 _Result = TypeVar("_Result")
 
-_observers: list[Callable[[Sequence[nn.Module]], None]] = []
+#: Those that are told of the layers of each chain, and why these are computed apart.
+_Observer = Callable[[Sequence[nn.Module], str | None], None]
+_observers: list[_Observer] = []
 
 
 # --- Classes ----------------------------------------------------------------------------------------------------------
@@ -168,8 +171,11 @@ def activation_refusal(activation: Activation) -> str | None:
 
 
 @contextmanager
-def observe_chains(observer: Callable[[Sequence[nn.Module]], None]) -> Iterator[None]:
-    """Call ``observer`` with the layers of each chain that is about to be computed in one, and with () after it."""
+def observe_chains(observer: _Observer) -> Iterator[None]:
+    """Call ``observer`` with the layers of each chain that is about to be computed in one, and with () after it.
+
+    Of a chain whose layers are called one by one it is called once, with the layers and the reason, which is else None.
+    """
     _observers.append(observer)
     try:
         yield
@@ -181,14 +187,24 @@ def computed(function: Callable[[], _Result], *layers: Any) -> _Result:
     """The result of a chain, which its observers are told of."""
     if not _observers:
         return function()
-    members = [layer for layer in layers if isinstance(layer, nn.Module)]
-    for observer in _observers:
-        observer(members)
+    _tell(layers, None)
     try:
         return function()
     finally:
-        for observer in _observers:
-            observer(())
+        _tell((), None)
+
+
+def apart(refusal: str | None, *layers: Any) -> bool:
+    """Whether there is a reason to call the layers of a chain one by one, which its observers are told."""
+    if refusal is not None:
+        _tell(layers, refusal)
+    return refusal is not None
+
+
+def _tell(layers: Sequence[Any], refusal: str | None) -> None:
+    members = [layer for layer in layers if isinstance(layer, nn.Module)]
+    for observer in _observers:
+        observer(members, refusal)
 
 
 def activated(y: Tensor, activation: Activation) -> Tensor:

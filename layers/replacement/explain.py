@@ -24,7 +24,8 @@ __all__ = ["Explanation", "ExplanationRow", "explain"]
 class ExplanationRow:
     """One layer (by its name in the model) and the path that one of its operations took: "kernel" or "stock".
 
-    Layers that were computed together are the first of them, and the path of the others is "fused".
+    Layers that were computed together are the first of them, and the path of the others is "fused".  The first layer of
+    a chain whose layers were called one by one has the path "apart" besides, with the reason.
     """
 
     name: str
@@ -50,8 +51,9 @@ class Explanation:
         body = [(row.name or "(model)", row.layer, row.operation, row.path, row.reason) for row in self.rows]
         kernels = sum(row.path == "kernel" for row in self.rows)
         table = format_table(("layer", "class", "operation", "path", "reason"), body)
-        fused = sum(row.path == "fused" for row in self.rows)
-        return f"{table}\n{kernels} of {len(self.rows) - fused} on kernels" + (f", {fused} fused" if fused else "")
+        fused, apart = (sum(row.path == path for row in self.rows) for path in ("fused", "apart"))
+        total = len(self.rows) - fused - apart
+        return f"{table}\n{kernels} of {total} on kernels" + (f", {fused} fused" if fused else "")
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
@@ -77,16 +79,18 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     chains: list[Sequence[nn.Module]] = []
 
-    def observe_chain(layers: Sequence[nn.Module]) -> None:
-        if layers:
+    def observe_chain(layers: Sequence[nn.Module], refusal: str | None) -> None:
+        if refusal is not None:
+            rows[ExplanationRow(names[layers[0]], type(layers[0]).__name__, "-", "apart", refusal)] = None
+        elif layers:
             chains.append(layers)
             running.append(layers[0])
-            return
-        first, *others = chains.pop()
-        running.pop()
-        for other in others:
-            reason = f"computed by {names[first]}"
-            rows[ExplanationRow(names[other], type(other).__name__, "-", "fused", reason)] = None
+        else:
+            first, *others = chains.pop()
+            running.pop()
+            for other in others:
+                reason = f"computed by {names[first]}"
+                rows[ExplanationRow(names[other], type(other).__name__, "-", "fused", reason)] = None
 
     def enter(module: nn.Module, _: Any) -> None:
         if module in names:
@@ -121,7 +125,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    return Explanation(tuple(rows))
+    # What keeps a layer itself from its kernel need not be said of its chain again.
+    said = {row.reason for row in rows if row.path == "stock"}
+    return Explanation(tuple(row for row in rows if row.path != "apart" or row.reason not in said))
 
 
 @contextmanager

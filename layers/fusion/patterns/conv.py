@@ -23,6 +23,7 @@ from ..members import (
     activated,
     activation_of,
     activation_refusal,
+    apart,
     call_refusal,
     computed,
     is_one_of,
@@ -85,7 +86,7 @@ def _compute(
     pools_first: bool,
 ) -> Tensor:
     """``in_place``: the code adds the residual in place.  ``pools_first``: it pools before it activates."""
-    if _refusal(input, residual, conv, norm, activation, pool) is None:
+    if not apart(_refusal(input, residual, conv, norm, activation, pool), conv, norm, activation, pool):
         return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
     y = conv(input)
     y = y if norm is None else norm(y)

@@ -15,6 +15,7 @@ from ..members import (
     activated,
     activation_of,
     activation_refusal,
+    apart,
     call_refusal,
     computed,
     layer_refusal,
@@ -49,7 +50,7 @@ PATTERN = Pattern((nn.Linear,), (*ACTIVATIONS, nn.Dropout), _match)
 
 
 def _compute(input: Tensor, *, linear: nn.Linear, activation: Activation, drop: Dropping) -> Tensor:
-    if _refusal(input, linear, activation, drop) is not None:
+    if apart(_refusal(input, linear, activation, drop), linear, activation, drop):
         y = activated(linear(input), activation)
         if isinstance(drop, tuple):
             return F.dropout(y, *drop)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ....autograd.maxout import maxout_linear
 from ... import pool as _pool  # noqa: F401 (for its twins)
-from ..members import call_refusal, computed, layer_refusal
+from ..members import apart, call_refusal, computed, layer_refusal
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["POOLING", "VIEW"]
@@ -37,6 +37,7 @@ def _compute_pooling(input: Tensor, *, linear: nn.Linear, pool: nn.MaxPool1d) ->
     refusal = call_refusal(input) or layer_refusal(linear, nn.Linear) or layer_refusal(pool, nn.MaxPool1d)
     pieces = _pieces_of(pool, linear) if refusal is None and input.dim() in (2, 3) else None
     if pieces is None:
+        apart(refusal or "the windows are no pieces of the features", linear, pool)
         maxima: Tensor = pool(linear(input))
         return maxima
     return computed(lambda: _maxima(input, linear, (linear.out_features // pieces, pieces), -1), linear, pool)
@@ -81,6 +82,7 @@ def _compute_view(input: Tensor, *, linear: nn.Linear, sizes: tuple[int, int], d
     refusal = call_refusal(input) or layer_refusal(linear, nn.Linear)
     if refusal is None and (how == -1 or input.dim() == 2) and linear.out_features == sizes[0] * sizes[1]:
         return computed(lambda: _maxima(input, linear, sizes, dim), linear)
+    apart(refusal or "the view isn't one of the features", linear)
     y = linear(input)
     if isinstance(how, int):
         y = y.unflatten(how, sizes)

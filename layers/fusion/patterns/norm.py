@@ -15,6 +15,7 @@ from ..members import (
     activated,
     activation_of,
     activation_refusal,
+    apart,
     call_refusal,
     computed,
     is_steady,
@@ -41,7 +42,7 @@ PATTERN = Pattern(NORMS, tuple(ACTIVATIONS), _match)
 
 def _compute(input: Tensor, residual: Tensor | None, *, norm: Any, activation: Activation, in_place: bool) -> Tensor:
     """``in_place``: the code adds the residual in place."""
-    if _refusal(input, residual, norm, activation) is not None:
+    if apart(_refusal(input, residual, norm, activation), norm, activation):
         return activated(added(norm(input), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
     name, parameters = activation_of(activation)
