@@ -106,6 +106,26 @@ def test_explain_tells_why_a_chain_is_apart(device: str) -> None:
     assert str(explanation).endswith("1 of 2 on kernels")
 
 
+class Gate(nn.Module):
+    """A chain of functions alone, behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, other = self.linear(x).chunk(2, -1)
+        return F.silu(gate) * other
+
+
+@needs_kernels
+def test_explain_takes_chains_without_layers(device: str) -> None:
+    model = nn.Sequential(Gate()).to(device)
+    fusednn.replace_layers(model, fuse=True)
+    _, row = fusednn.explain(model, torch.ones(2, 8, device=device))
+    assert (row.layer, row.path) == ("Gate", "kernel")
+
+
 def test_dropout_drops_in_training_alone(device: str) -> None:
     model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Dropout(0.5)).to(device)
     nn.init.ones_(model[0].bias)

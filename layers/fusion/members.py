@@ -185,9 +185,9 @@ def observe_chains(observer: _Observer) -> Iterator[None]:
 
 def computed(function: Callable[[], _Result], *layers: Any) -> _Result:
     """The result of a chain, which its observers are told of."""
-    if not _observers:
+    if not _observers or not (members := _members(layers)):
         return function()
-    _tell(layers, None)
+    _tell(members, None)
     try:
         return function()
     finally:
@@ -196,13 +196,17 @@ def computed(function: Callable[[], _Result], *layers: Any) -> _Result:
 
 def apart(refusal: str | None, *layers: Any) -> bool:
     """Whether there is a reason to call the layers of a chain one by one, which its observers are told."""
-    if refusal is not None:
-        _tell(layers, refusal)
+    if refusal is not None and _observers and (members := _members(layers)):
+        _tell(members, refusal)
     return refusal is not None
 
 
-def _tell(layers: Sequence[Any], refusal: str | None) -> None:
-    members = [layer for layer in layers if isinstance(layer, nn.Module)]
+def _members(layers: Sequence[Any]) -> list[nn.Module]:
+    """Without what isn't there, and functions."""
+    return [layer for layer in layers if isinstance(layer, nn.Module)]
+
+
+def _tell(members: Sequence[nn.Module], refusal: str | None) -> None:
     for observer in _observers:
         observer(members, refusal)
 

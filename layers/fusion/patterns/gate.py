@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.gated import GATES, gated, gated_halves
-from ..members import Activation, activated, activation_of, activation_refusal, call_refusal, computed
+from ..members import Activation, activated, activation_of, activation_refusal, apart, call_refusal, computed
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN", "is_gate"]
@@ -70,7 +70,7 @@ def _halves(gate: Any, other: fx.Node) -> tuple[fx.Node, int] | None:
 
 def _compute(gate: Tensor, other: Tensor, *, activation: Activation, gate_first: bool) -> Tensor:
     """``gate_first``: the code has the gate on the left."""
-    if _refusal(gate, other, activation) is not None:
+    if apart(_refusal(gate, other, activation), activation):
         return _apart(gate, other, activation, gate_first)
     name, _ = activation_of(activation)
     assert name is not None
@@ -88,7 +88,7 @@ def _compute_halves(
     first_half: bool,
 ) -> Tensor:
     """``first_half``: the gate is that of ``input``."""
-    if _refusal(gate, other, activation) is not None:
+    if apart(_refusal(gate, other, activation), activation):
         return _apart(gate, other, activation, gate_first)
     name, _ = activation_of(activation)
     assert name is not None
