@@ -349,6 +349,7 @@ def test_single_kernel_moves_input_weights_result_and_code(pool: Options, device
     [
         (3, 3, "channels_last", {"pool_size": 2}, True),
         (3, 3, "contiguous", {"pool_size": 2}, False),
+        (1, 3, "contiguous", {"pool_size": 2}, False),  # channels last, too, but its result isn't
         (64, 3, "channels_last", {"pool_size": 2}, False),
         (16, 5, "channels_last", {}, True),
         (3, 11, "channels_last", {"pool_size": 3, "pool_stride": 2}, False),

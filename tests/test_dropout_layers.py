@@ -202,6 +202,12 @@ def test_annealing_to_another_probability() -> None:
     assert model.p == 0.1
 
 
+def test_annealing_over_one_epoch() -> None:
+    model = nn.Dropout(0.5)
+    AnnealedDropout(model, 1, final_p=1.0).step()
+    assert model.p == 1.0
+
+
 def test_annealing_goes_on_from_its_state() -> None:
     model = network()
     schedule = AnnealedDropout(model, 10)

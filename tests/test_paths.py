@@ -1,11 +1,13 @@
 """Which path a call takes, and why, where stock's values are right as well: a test of values sees no difference."""
 
+import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 import torch
+from support.operations import ARGUMENTS, OWN_ARGUMENTS
 from support.samples import random_tensor
 from torch import Tensor, nn
 
@@ -104,6 +106,31 @@ def test_path_of_frozen_layers(training: bool, keeps_graph: bool, device: str) -
     with nullcontext() if keeps_graph else torch.no_grad():
         assert_path(layer, (IMAGES.clone().requires_grad_(),), KERNEL, device)
         assert_path(layer, (IMAGES.half(),), KERNEL, device)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"activation": "softplus", "parameters": (0.0, 20.0)}, "beta is 0"),
+        ({"kernel_size": 300}, "the window has more positions than a byte can tell"),
+        ({"pool_size": 300}, "the window has more positions than a byte can tell"),
+    ],
+)
+def test_path_of_options_that_one_part_refuses(options: dict[str, Any], expected: str, device: str) -> None:
+    """Of every function that has them, however many parts it computes in one; stock may raise its own error then."""
+    found = 0
+    for name, arguments in (ARGUMENTS | OWN_ARGUMENTS).items():
+        parameters = inspect.signature(getattr(autograd, name)).parameters
+        known = {key if key in parameters else f"activation_{key}": value for key, value in options.items()}
+        if not known.keys() <= parameters.keys():
+            continue
+        moved = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in arguments.items()}
+        choices: list[Choice] = []
+        with observe_choices(choices.append), suppress(RuntimeError):
+            getattr(autograd, name)(**{**moved, **known})
+        assert expected in [choice.reason for choice in choices if not choice.kernel], name
+        found += 1
+    assert found > 1
 
 
 CONVOLUTION = "cuDNN: no kernel of a plain convolution was measured faster"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import suppress
 
 import pytest
 import torch
@@ -237,6 +238,21 @@ def test_explain_cleans_up_after_an_error(network: nn.Module, device: str) -> No
     with pytest.raises(RuntimeError):
         fusednn.explain(network, torch.ones(1, 7, device=device))
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_explain_knows_which_layer_runs_after_an_error_that_the_model_caught(device: str) -> None:
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fails, self.works = nn.Linear(7, 2), fusednn.layers.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with suppress(RuntimeError):
+                self.fails(x)
+            return self.works(fusednn.autograd.silu(x))
+
+    rows = fusednn.explain(Tries().to(device), torch.ones(2, 3, device=device))
+    assert {row.name: row.operation for row in rows if row.operation != "-"} == {"": "silu", "works": "relu"}
 
 
 def test_training_a_replaced_model_gives_the_same_losses(device: str) -> None:
