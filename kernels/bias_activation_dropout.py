@@ -56,13 +56,13 @@ def noise_tile(
     tile_index,
     last,
     scale,
-    drops,
+    has_seed,
     SERVES_EIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """What dropout multiplies the flat tile by, (ROWS, COLUMNS): ``scale`` or 0; 1 where nothing ``drops``."""
-    if drops != 0:
+    """What dropout multiplies the flat tile by, (ROWS, COLUMNS): ``scale`` or 0; 1 where nothing drops."""
+    if has_seed:
         keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
         noise = tl.where(keep, scale, scale * 0)
     else:
@@ -84,7 +84,10 @@ def bias_activation_dropout_forward_kernel(
     row_blocks: tl.int64,
     steps: tl.int64,  # row blocks per program
     column_blocks: tl.int64,
-    flags: tl.int32,  # bits: there is a bias (1), a residual (2), a seed (4), a mask (8)
+    has_bias: tl.int32,
+    has_residual: tl.int32,
+    has_seed: tl.int32,
+    wants_mask: tl.int32,
     last: tl.int64,  # the last random number that is kept
     scale: tl.float64,
     a: tl.float64,
@@ -109,18 +112,18 @@ def bias_activation_dropout_forward_kernel(
         tile_index = block_row * column_blocks + block_column
 
         h = load(x_pointer, tile, COMPUTE)
-        if flags & 1:
+        if has_bias:
             h += channel_values(
                 bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
             )
         y = ACTIVATION.forward(h, a, b)
-        noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
+        noise = noise_tile(seed_pointer, tile_index, last, scale, has_seed, SERVES_EIGHT, ROWS, COLUMNS)
         y = y * tl.reshape(noise, (HEIGHT, WIDTH))
-        if flags & 2:
+        if has_residual:
             y += load(residual_pointer, tile, COMPUTE)
         store(y_pointer, tile, y)
         if ACTIVATION.saves == "mask":  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
-            if flags & 8:
+            if wants_mask:
                 bits = tl.reshape(ACTIVATION.mask(h, a, b), (ROWS, COLUMNS))
                 if ACTIVATION.mask_gates:
                     bits = bits & (noise != 0)
@@ -141,7 +144,9 @@ def bias_activation_dropout_backward_kernel(
     row_blocks: tl.int64,
     steps: tl.int64,
     column_blocks: tl.int64,
-    flags: tl.int32,  # bits: there is a bias (1), partial sums (2), a seed (4)
+    has_bias: tl.int32,
+    has_seed: tl.int32,
+    wants_sums: tl.int32,
     last: tl.int64,
     scale: tl.float64,
     a: tl.float64,
@@ -170,7 +175,7 @@ def bias_activation_dropout_backward_kernel(
             saved = tl.reshape(load_bits(saved_pointer, tile_index, ROWS, COLUMNS), (HEIGHT, WIDTH))
         else:
             saved = load(saved_pointer, tile, COMPUTE)
-            if flags & 1:
+            if has_bias:
                 saved += channel_values(
                     bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
                 )
@@ -180,12 +185,12 @@ def bias_activation_dropout_backward_kernel(
         if ACTIVATION.mask_gates:
             g = g * scale
         else:
-            noise = noise_tile(seed_pointer, tile_index, last, scale, flags & 4, SERVES_EIGHT, ROWS, COLUMNS)
+            noise = noise_tile(seed_pointer, tile_index, last, scale, has_seed, SERVES_EIGHT, ROWS, COLUMNS)
             g = g * tl.reshape(noise, (HEIGHT, WIDTH))
         dx = ACTIVATION.gradient(g, saved, a, b)
         store(dx_pointer, tile, dx)
 
-        if flags & 2:
+        if wants_sums:
             addend = tl.where(tile.inside, dx, 0.0)  # an infinite bias gives NaN outside, too
             if BY_ROW:
                 sums = sums_tile(block_row, block_column, rows, columns, column_blocks, True, HEIGHT, WIDTH)
@@ -193,7 +198,7 @@ def bias_activation_dropout_backward_kernel(
             else:
                 totals += addend
     if not BY_ROW:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
-        if flags & 2:
+        if wants_sums:
             # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
             total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
             part = program // column_blocks
@@ -284,9 +289,9 @@ def saved_mask_bytes(shape: Sequence[int], strides: Sequence[int], dim: int) -> 
     return matrix.row_blocks * matrix.column_blocks * MASK_BYTES
 
 
-def _flags(*operands: Tensor | None) -> int:
-    """A bit for each operand that is there."""
-    return sum(1 << bit for bit, operand in enumerate(operands) if operand is not None)
+def _there(*operands: Tensor | None) -> tuple[int, ...]:
+    """For each operand whether it is there."""
+    return tuple(int(operand is not None) for operand in operands)
 
 
 def _noise(p: float) -> tuple[int, float]:
@@ -328,7 +333,7 @@ def bias_activation_dropout_forward(
         x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
         x.new_empty(0, dtype=torch.int64) if seed is None else seed,
         *matrix.extents,
-        _flags(bias, residual, seed, mask),
+        *_there(bias, residual, seed, mask),
         *_noise(p),
         activation.a,
         activation.b,
@@ -375,7 +380,7 @@ def bias_activation_dropout_backward(
         g.new_empty(0, dtype=accumulator) if partial is None else partial,
         g.new_empty(0, dtype=torch.int64) if seed is None else seed,
         *matrix.extents,
-        _flags(bias, partial, seed),
+        *_there(bias, seed, partial),
         *_noise(p),
         activation.a,
         activation.b,

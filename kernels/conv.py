@@ -49,8 +49,8 @@ def conv_pool_kernel(
     w_pointer,  # filters, (filters, kernel_height, kernel_width, channels), or seen as (filters, depth)
     bias_pointer,  # one of each filter; not read unless has_bias
     y_pointer,  # pooled images, (rows, filters)
-    code_pointer,  # packed codes, see `pool_window`; not written unless keeps_code
-    pre_activation_pointer,  # the maxima before the activation, like ``y``; not written unless keeps_pre_activation
+    code_pointer,  # packed codes, see `pool_window`; not written unless wants_code
+    pre_activation_pointer,  # the maxima before the activation, like ``y``; not written unless wants_pre_activation
     partial_pointer,  # (row blocks, 3, filters): count, mean, squared deviations; or None.  POOL is 1 there
     rows: tl.int64,
     filters,
@@ -70,8 +70,8 @@ def conv_pool_kernel(
     pool_padding_height: tl.int32,
     pool_padding_width: tl.int32,
     has_bias: tl.int32,
-    keeps_code: tl.int32,
-    keeps_pre_activation: tl.int32,
+    wants_code: tl.int32,
+    wants_pre_activation: tl.int32,
     a: tl.float64,
     b: tl.float64,
     ACTIVATION: tl.constexpr,
@@ -143,7 +143,7 @@ def conv_pool_kernel(
 
     offset = row * filters + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
-    if keeps_pre_activation:
+    if wants_pre_activation:
         tl.store(
             pre_activation_pointer + offset,
             narrow(pre_activation, pre_activation_pointer.dtype.element_ty),
@@ -160,7 +160,7 @@ def conv_pool_kernel(
         squares = tl.sum((deviation * deviation).to(tl.float64), axis=0, keep_dims=True)
         store_statistics(partial_pointer, first_row // HEIGHT, column, filters, count, origin + shift, squares)
     if BITS:  # noqa: SIM102 (a constant)
-        if keeps_code:
+        if wants_code:
             code = position
             if ACTIVATION.saves == "mask":
                 code += ACTIVATION.mask(pre_activation, a, b).to(tl.int32) << (BITS - 1)

@@ -76,13 +76,13 @@ _ALONG = tl.constexpr(ALONG)
 
 
 @triton.jit
-def class_weights(weight_pointer, place, dim_size, weighted, COMPUTE: tl.constexpr):
+def class_weights(weight_pointer, place, dim_size, has_weight, COMPUTE: tl.constexpr):
     """The weights of the classes at ``place``; 1 where there are none."""
-    return tl.load(weight_pointer + place, mask=(place < dim_size) & (weighted != 0), other=1).to(COMPUTE)
+    return tl.load(weight_pointer + place, mask=(place < dim_size) & (has_weight != 0), other=1).to(COMPUTE)
 
 
 @triton.jit
-def line_targets(target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, CHECK: tl.constexpr):
+def line_targets(target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, CHECK: tl.constexpr):
     """Class indices of the lines, whether they count, and their weights."""
     target = tl.load(target_pointer + line, mask=exists, other=0)
     counts = exists & (target != ignore_index)
@@ -90,7 +90,7 @@ def line_targets(target_pointer, weight_pointer, line, exists, dim_size, ignore_
     if CHECK:
         require(valid | (counts == 0), "cross-entropy: target is out of bounds")
     counts = counts & valid
-    weight = tl.load(weight_pointer + target, mask=counts & (weighted != 0), other=1)
+    weight = tl.load(weight_pointer + target, mask=counts & (has_weight != 0), other=1)
     return target, counts, weight
 
 
@@ -114,7 +114,7 @@ def difference(mass, log_total, moment):
 def cross_entropy_forward_kernel(
     x_pointer,  # logits
     target_pointer,  # class indices, (count,); or probabilities, in the memory order of the logits
-    weight_pointer,  # weights of the classes, (dim_size,); not read unless `weighted`
+    weight_pointer,  # weights of the classes, (dim_size,); not read unless `has_weight`
     loss_pointer,  # losses, (count,); not written where `reduced`
     partial_pointer,  # partial sums, see `partial_sums`; these three are written where `reduced`
     value_pointer,  # their sum or mean, one element
@@ -125,7 +125,7 @@ def cross_entropy_forward_kernel(
     inner_size,
     ignore_index: tl.int64,
     smoothing: tl.float64,
-    weighted: tl.int32,
+    has_weight: tl.int32,
     reduced: tl.int32,
     divisor: tl.float64,
     TARGETS: tl.constexpr,
@@ -150,7 +150,7 @@ def cross_entropy_forward_kernel(
         previous = reference_point(maximum)
         maximum, total = online_softmax_update(maximum, total, x, AXIS)
         if TARGETS != _INDICES:
-            weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
+            weight = class_weights(weight_pointer, place, dim_size, has_weight, COMPUTE)
             if TARGETS == _PROBABILITIES:
                 q = load(target_pointer, tile, COMPUTE)
                 weight *= q * (1 - smoothing) + smoothing / dim_size
@@ -172,7 +172,7 @@ def cross_entropy_forward_kernel(
         weight = exists.to(COMPUTE)
     else:
         target, counts, weight = line_targets(
-            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, True
+            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, True
         )
         place = lines.start + lines.offsets
         if AXIS == _ALONG:
@@ -211,7 +211,7 @@ def long_cross_entropy_kernel(
     dim_size,
     splits: tl.int32,
     ignore_index: tl.int64,
-    weighted: tl.int32,
+    has_weight: tl.int32,
     reduced: tl.int32,
     divisor: tl.float64,
     LINES: tl.constexpr,
@@ -222,7 +222,7 @@ def long_cross_entropy_kernel(
     maximum, total = join_splits(split_pointer, line, exists, count, splits, SPLITS)
     log_total = log(total)
     target, counts, weight = line_targets(
-        target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, True
+        target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, True
     )
     x_target = widen(tl.load(x_pointer + line * dim_size + target, mask=counts, other=0), tl.float32)
     loss = tl.where(counts, index_loss(weight, log_total, x_target, maximum), 0.0)
@@ -251,7 +251,7 @@ def cross_entropy_backward_kernel(
     chunks: tl.int32,  # of a line
     ignore_index: tl.int64,
     smoothing: tl.float64,
-    weighted: tl.int32,
+    has_weight: tl.int32,
     reduced: tl.int32,
     divisor: tl.float64,
     wants_dx: tl.int32,
@@ -281,19 +281,19 @@ def cross_entropy_backward_kernel(
 
     if TARGETS == _PROBABILITIES:
         q = load(target_pointer, tile, COMPUTE)
-        weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
+        weight = class_weights(weight_pointer, place, dim_size, has_weight, COMPUTE)
         target_weight = weight * (q * (1 - smoothing) + smoothing / dim_size)
         scale = tl.expand_dims(scale, AXIS)
         dtarget = negative(scale) * (1 - smoothing) * weight * log_p
         store(dtarget_pointer, Tile(tile.start, tile.offsets, tile.inside & (wants_dtarget != 0)), dtarget)
     else:
         target, counts, mass = line_targets(
-            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, weighted, False
+            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, False
         )
         scale = tl.expand_dims(tl.where(counts, scale, 0.0), AXIS)
         target_weight = tl.where(place == tl.expand_dims(target, AXIS), tl.expand_dims(mass, AXIS), 0.0)
         if TARGETS != _INDICES:
-            weight = class_weights(weight_pointer, place, dim_size, weighted, COMPUTE)
+            weight = class_weights(weight_pointer, place, dim_size, has_weight, COMPUTE)
             target_weight = (1 - smoothing) * target_weight + smoothing / dim_size * weight
     if TARGETS != _INDICES:
         mass = tl.load(statistics_pointer + 2 * count + line, mask=exists, other=0)

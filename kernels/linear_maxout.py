@@ -63,14 +63,14 @@ def linear_maxout_forward_kernel(
     w_pointer,  # weights, (pieces, units, features)
     b_pointer,  # bias, (pieces, units); not read unless has_bias
     y_pointer,  # output, (rows, units)
-    winner_pointer,  # winners, (rows, units); not written unless keeps_winner
-    seed_pointer,  # one int64; not read unless drops
+    winner_pointer,  # winners, (rows, units); not written unless wants_winner
+    seed_pointer,  # one int64; not read unless has_seed
     rows: tl.int64,
     units,
     features,
     has_bias: tl.int32,
-    keeps_winner: tl.int32,
-    drops: tl.int32,
+    wants_winner: tl.int32,
+    has_seed: tl.int32,
     p: tl.float64,
     scale: tl.float64,
     PIECES: tl.constexpr,
@@ -108,13 +108,13 @@ def linear_maxout_forward_kernel(
         wins = beats(value, best)
         best = tl.where(wins, value, best)
         winner = tl.where(wins, piece, winner)
-    if drops:
+    if has_seed:
         best, winner = drop(best, winner, seed_pointer, p, scale, HEIGHT, WIDTH, tl.float32)
 
     inside = (row < rows)[:, None] & (unit < units)[None, :]
     offsets = row[:, None] * units + unit[None, :]
     tl.store(y_pointer + offsets, narrow(best, y_pointer.dtype.element_ty), mask=inside)
-    if keeps_winner:
+    if wants_winner:
         tl.store(winner_pointer + offsets, winner.to(tl.uint8), mask=inside)
 
 
@@ -164,12 +164,12 @@ def linear_maxout_weight_gradient_kernel(
     winner_pointer,  # winners, (rows, units)
     x_pointer,  # input, (rows, features)
     dw_pointer,  # partial sums of the weights' gradient, (splits, pieces, units, features)
-    db_pointer,  # partial sums of the bias's gradient, (splits, pieces, units); not written unless sums_bias
+    db_pointer,  # partial sums of the bias's gradient, (splits, pieces, units); not written unless wants_sums
     rows: tl.int64,
     rows_per_split: tl.int64,  # rows of one partial sum, a multiple of DEPTH
     units,
     features,
-    sums_bias: tl.int32,
+    wants_sums: tl.int32,
     scale: tl.float64,
     PIECES: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -189,7 +189,7 @@ def linear_maxout_weight_gradient_kernel(
     maxima = (first + row)[:, None] * units + unit[None, :]
     x_pointers = x_pointer + (first + row)[:, None] * features + feature[None, :]
     step = tl.cast(units, tl.int64) * DEPTH
-    sums_bias_here = (sums_bias != 0) & (feature_block == 0)
+    sums_bias_here = (wants_sums != 0) & (feature_block == 0)
 
     products = zeros_each(PIECES, HEIGHT, WIDTH)
     totals = zeros_each(PIECES, 1, HEIGHT)

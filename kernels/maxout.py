@@ -112,16 +112,16 @@ def maxout_forward_kernel(
     x_pointer,  # features, (pieces rows, columns)
     b_pointer,  # bias, (pieces, columns) or (pieces, units); not read unless has_bias
     y_pointer,  # maxima, (rows, columns)
-    winner_pointer,  # winners, (rows, columns); not written unless keeps_winner
-    seed_pointer,  # one int64; not read unless drops
+    winner_pointer,  # winners, (rows, columns); not written unless wants_winner
+    seed_pointer,  # one int64; not read unless has_seed
     rows: tl.int64,
     columns,
     units: tl.int64,
     pieces: tl.int32,
     column_blocks: tl.int64,
     has_bias: tl.int32,
-    keeps_winner: tl.int32,
-    drops: tl.int32,
+    wants_winner: tl.int32,
+    has_seed: tl.int32,
     p: tl.float64,
     scale: tl.float64,
     BY_COLUMN: tl.constexpr,
@@ -143,12 +143,12 @@ def maxout_forward_kernel(
         wins = beats(value, best)
         best = tl.where(wins, value, best)
         winner = tl.where(wins, piece, winner)
-    if drops:
+    if has_seed:
         best, winner = drop(best, winner, seed_pointer, p, scale, HEIGHT, WIDTH, COMPUTE)
 
     maxima = Tile(0, row[:, None] * columns + column[None, :], inside, whole)
     store(y_pointer, maxima, best)
-    if keeps_winner:
+    if wants_winner:
         store(winner_pointer, maxima, winner)
 
 
@@ -157,13 +157,13 @@ def maxout_backward_kernel(
     g_pointer,  # gradient of the maxima, (rows, columns)
     winner_pointer,  # winners, (rows, columns)
     dx_pointer,  # gradient of the features, (pieces rows, columns)
-    partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`; not written unless sums_bias
+    partial_pointer,  # partial sums of the bias's gradient, see `_partial_shape`; not written unless wants_sums
     rows: tl.int64,
     columns,
     units: tl.int64,
     pieces: tl.int32,
     column_blocks: tl.int64,
-    sums_bias: tl.int32,
+    wants_sums: tl.int32,
     scale: tl.float64,
     BY_COLUMN: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -180,7 +180,7 @@ def maxout_backward_kernel(
     for piece in range(pieces):
         dx = tl.where(winner == piece, g, 0.0)
         store(dx_pointer, Tile(piece * units * columns, target, inside, whole), dx)
-        if sums_bias:
+        if wants_sums:
             if BY_COLUMN:
                 # By eights first: short sums round less.
                 eights = tl.sum(tl.reshape(dx, (HEIGHT // 8, 8, WIDTH)), axis=1)
@@ -226,10 +226,10 @@ def piece_tile(maxima, piece, pieces):
 def maxout_adjacent_forward_kernel(
     x_pointer,  # features, (numel, pieces)
     y_pointer,  # maxima, (numel,)
-    winner_pointer,  # winners, (numel,); not written unless keeps_winner
+    winner_pointer,  # winners, (numel,); not written unless wants_winner
     numel: tl.int64,
     pieces: tl.int32,
-    keeps_winner: tl.int32,
+    wants_winner: tl.int32,
     PIECES: tl.constexpr,  # pieces that are loaded together, or 0
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -255,7 +255,7 @@ def maxout_adjacent_forward_kernel(
             winner = tl.where(wins, piece, winner)
 
     store(y_pointer, tile, best)
-    if keeps_winner:
+    if wants_winner:
         store(winner_pointer, tile, winner)
 
 
@@ -294,7 +294,7 @@ _SUMMED_TILE = 4 * TILE
 
 
 @cache
-def _apart(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Configuration:
+def _separate_configuration(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> Configuration:
     threads, height = threads_for(dtype), TILE // width
     if direction == "backward" and by_column:
         threads, height = 256, _SUMMED_TILE // width // (2 if dtype is torch.float64 else 1)
@@ -312,7 +312,7 @@ def _apart(direction: str, dtype: torch.dtype, width: int, by_column: bool) -> C
 
 
 @cache
-def _adjacent(direction: str, dtype: torch.dtype, together: int) -> Configuration:
+def _adjacent_configuration(direction: str, dtype: torch.dtype, together: int) -> Configuration:
     rows, columns = tile_shape(dtype)
     threads = 256 if together == 4 else threads_for(dtype)
     accesses = rows * threads_for(dtype) // threads  # to the maxima; as many for each piece
@@ -336,11 +336,11 @@ def _adjacent(direction: str, dtype: torch.dtype, together: int) -> Configuratio
 def configurations() -> Iterator[Configuration]:
     for direction in ("forward", "backward"):
         for dtype in DTYPES:
-            yield _apart(direction, dtype, _WIDTHS[0], True)
+            yield _separate_configuration(direction, dtype, _WIDTHS[0], True)
             for width in _WIDTHS:
-                yield _apart(direction, dtype, width, False)
+                yield _separate_configuration(direction, dtype, width, False)
             for together in (0, *_TOGETHER):
-                yield _adjacent(direction, dtype, together)
+                yield _adjacent_configuration(direction, dtype, together)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -407,10 +407,10 @@ def maxout_forward(
     memory = _memory(x.shape, x.stride(), pieces, dim, adjacent)
     if memory.flat:
         together = pieces if pieces in _TOGETHER else 0
-        configuration = _adjacent("forward", x.dtype, together)
+        configuration = _adjacent_configuration("forward", x.dtype, together)
         launch(configuration, programs_for(y.numel()), x, y, winner, y.numel(), pieces, int(keeps_winner))
     else:
-        configuration = _apart("forward", x.dtype, _width(memory), memory.by_column)
+        configuration = _separate_configuration("forward", x.dtype, _width(memory), memory.by_column)
         programs, extents = _division(memory, pieces, configuration)
         flags = (int(bias is not None), int(keeps_winner), int(seed is not None))
         b = x if bias is None else bias.contiguous()
@@ -431,10 +431,10 @@ def maxout_backward(
     dx = g.new_empty_strided(shape, strides)
     memory = _memory(shape, strides, pieces, dim, adjacent)
     if memory.flat:
-        configuration = _adjacent("backward", g.dtype, pieces if pieces in _TOGETHER else 0)
+        configuration = _adjacent_configuration("backward", g.dtype, pieces if pieces in _TOGETHER else 0)
         launch(configuration, programs_for(g.numel()), g, winner, dx, g.numel(), pieces)
         return dx, nothing(g, g.dtype)
-    configuration = _apart("backward", g.dtype, _width(memory), memory.by_column)
+    configuration = _separate_configuration("backward", g.dtype, _width(memory), memory.by_column)
     programs, extents = _division(memory, pieces, configuration)
     partial = torch.empty(
         _partial_shape(memory, extents, programs, pieces) if sums_bias else 0,

@@ -38,7 +38,7 @@ def load_targets(
     positions,
     classes,
     ignore_index,
-    weighted,
+    has_weight,
     CHECK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
@@ -50,7 +50,7 @@ def load_targets(
     if CHECK:
         require(valid | (counts == 0), "negative log likelihood: target is out of bounds")
     counts = counts & valid
-    if weighted:
+    if has_weight:
         w = widen(tl.load(weight_pointer + t, mask=counts, other=0), COMPUTE)
     else:
         w = counts.to(COMPUTE)
@@ -70,7 +70,7 @@ def picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
 def nll_loss_kernel(
     x_pointer,  # log-probabilities
     t_pointer,  # targets, flat
-    weight_pointer,  # weights of the classes, or anything where not ``weighted``
+    weight_pointer,  # weights of the classes, or anything where not ``has_weight``
     y_pointer,  # loss of each position, flat
     positions: tl.int64,
     places: tl.int32,
@@ -79,14 +79,14 @@ def nll_loss_kernel(
     class_stride: tl.int64,
     place_stride: tl.int64,
     ignore_index: tl.int64,
-    weighted: tl.int32,
+    has_weight: tl.int32,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     t, counts, w = load_targets(
-        t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, weighted, True, COMPUTE
+        t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, has_weight, True, COMPUTE
     )
     elements = picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
     x = widen(tl.load(x_pointer + elements, mask=counts, other=0), COMPUTE)
@@ -98,7 +98,7 @@ def nll_loss_kernel(
 def nll_loss_sum_kernel(
     x_pointer,  # log-probabilities
     t_pointer,  # targets, flat
-    weight_pointer,  # weights of the classes, or anything where not ``weighted``
+    weight_pointer,  # weights of the classes, or anything where not ``has_weight``
     partial_pointer,  # partial sums, see `partial_sums`
     value_pointer,  # the loss, one element
     weight_total_pointer,  # sum of the targets' weights, one element; written where ``divisor`` is 0
@@ -109,7 +109,7 @@ def nll_loss_sum_kernel(
     class_stride: tl.int64,
     place_stride: tl.int64,
     ignore_index: tl.int64,
-    weighted: tl.int32,
+    has_weight: tl.int32,
     divisor: tl.float64,
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,7 +121,7 @@ def nll_loss_sum_kernel(
     for block in range(first, tl.cdiv(positions, BLOCK), tl.num_programs(0).to(tl.int64)):
         start = block * BLOCK
         t, counts, w = load_targets(
-            t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, weighted, True, COMPUTE
+            t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, has_weight, True, COMPUTE
         )
         elements = picked(start, offsets, t, places, sample_stride, class_stride, place_stride)
         x = widen(tl.load(x_pointer + elements, mask=counts, other=0), COMPUTE)
@@ -134,7 +134,7 @@ def nll_loss_sum_kernel(
 def nll_loss_backward_kernel(
     g_pointer,  # gradient of the loss: one element where ``g_repeats``, else flat
     t_pointer,  # targets, flat
-    weight_pointer,  # weights of the classes, or anything where not ``weighted``
+    weight_pointer,  # weights of the classes, or anything where not ``has_weight``
     weight_total_pointer,  # sum of the targets' weights, one element; read where ``divisor`` is 0
     dx_pointer,  # gradient of the input, zero so far
     positions: tl.int64,
@@ -144,7 +144,7 @@ def nll_loss_backward_kernel(
     class_stride: tl.int64,
     place_stride: tl.int64,
     ignore_index: tl.int64,
-    weighted: tl.int32,
+    has_weight: tl.int32,
     g_repeats: tl.int32,
     divisor: tl.float64,
     COMPUTE: tl.constexpr,
@@ -156,7 +156,7 @@ def nll_loss_backward_kernel(
     if divisor == 0:
         divisor = tl.load(weight_total_pointer).to(COMPUTE)
     t, counts, w = load_targets(
-        t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, weighted, False, COMPUTE
+        t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, has_weight, False, COMPUTE
     )
     if g_repeats:
         g = tl.zeros((BLOCK,), COMPUTE) + divide(widen(tl.load(g_pointer), COMPUTE), divisor)
@@ -216,9 +216,9 @@ def _strides(x: Tensor) -> _Strides | None:
     return _Strides(x.stride(0), x.stride(1), x.stride(dims[-1]) if dims else 0)
 
 
-def _extents(x: Tensor, strides: _Strides, target: Tensor, ignore_index: int, weighted: bool) -> tuple[int, ...]:
+def _extents(x: Tensor, strides: _Strides, target: Tensor, ignore_index: int, has_weight: bool) -> tuple[int, ...]:
     samples, classes = (1, x.shape[0]) if x.dim() == 1 else (x.shape[0], x.shape[1])
-    return target.numel(), target.numel() // samples, classes, *strides, ignore_index, int(weighted)
+    return target.numel(), target.numel() // samples, classes, *strides, ignore_index, int(has_weight)
 
 
 def _operands(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, _Strides, Tensor, Tensor]:

@@ -85,9 +85,9 @@ def pool_forward_kernel(
     scale_pointer,
     bias_pointer,  # of each channel, or None
     y_pointer,  # pooled images; may be the images themselves where KERNEL is 1
-    code_pointer,  # packed codes; not written unless keeps_code
+    code_pointer,  # packed codes; not written unless wants_code
     pre_activation_pointer,  # the maxima before the activation, like ``y``, or None
-    index_pointer,  # the maxima's place in the plane, like ``y``; not written unless emits_indices
+    index_pointer,  # the maxima's place in the plane, like ``y``; not written unless wants_indices
     rows: tl.int64,
     columns,
     channels: tl.int32,
@@ -103,8 +103,8 @@ def pool_forward_kernel(
     padding_width: tl.int32,
     dilation_height: tl.int32,
     dilation_width: tl.int32,
-    keeps_code: tl.int32,
-    emits_indices: tl.int32,
+    wants_code: tl.int32,
+    wants_indices: tl.int32,
     a: tl.float64,
     b: tl.float64,
     ACTIVATION: tl.constexpr,
@@ -197,13 +197,13 @@ def pool_forward_kernel(
             mask=inside,
         )
     if BITS:  # noqa: SIM102 (a constant)
-        if keeps_code:
+        if wants_code:
             code = position
             if ACTIVATION.saves == "mask":
                 code += ACTIVATION.mask(pre_activation, a, b).to(tl.int32) << (BITS - 1)
             code = tl.where(inside, code, 0)
             store_codes(code_pointer, code, row, first_column, rows, columns, BITS, HEIGHT, WIDTH)
-    if emits_indices:
+    if wants_indices:
         winner_line = top + position // kernel_width * dilation_height
         winner_place = left + position % kernel_width * dilation_width
         tl.store(index_pointer + offset, winner_line.to(tl.int64) * width + winner_place, mask=inside)
