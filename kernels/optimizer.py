@@ -53,25 +53,6 @@ class Settings(NamedTuple):
 
 assert len(Settings._fields) == SETTINGS
 
-# Their places in memory, for device code.
-(
-    _LR,
-    _WEIGHT_DECAY,
-    _DECOUPLED_WEIGHT_DECAY,
-    _A,
-    _B,
-    _C,
-    _EPS,
-    _SIGN,
-    _SCALE,
-    _FOUND_INF,
-    _CLIP_NORM,
-    _CLIP_VALUE,
-    _L1,
-    _L2,
-    _GROUP_LASSO,
-    _AVERAGE_DECAY,
-) = (tl.constexpr(place) for place in range(SETTINGS))
 _SETTINGS = tl.constexpr(SETTINGS)
 
 
@@ -214,6 +195,15 @@ def update_tile(
 
 
 @triton.jit
+def places_of(pointer):
+    """Where each of the `Settings` lies: one is read where it is used."""
+    places = ()
+    for i in tl.static_range(_SETTINGS):
+        places = places + (pointer + i,)  # type: ignore[assignment]  # noqa: RUF005
+    return Settings(*places)
+
+
+@triton.jit
 def clip_coefficient(squares_pointer, squares, scale, clip_norm):
     """What ``clip_grad_norm_`` multiplies gradients by, from the partial sums of the scaled gradients' squares."""
     total = scalar(0.0, tl.float64)
@@ -258,40 +248,41 @@ def optimizer_update_kernel(
         low_bits = low_bits | address
     aligned = (low_bits & 15) == 0
 
-    lr = scalar(lr, tl.float64) * tl.load(settings_pointer + _LR)
+    settings = places_of(settings_pointer)
+    lr = scalar(lr, tl.float64) * tl.load(settings.lr)
     coefficients = COEFFICIENTS(
         lr,
-        tl.load(settings_pointer + _A),
-        tl.load(settings_pointer + _B),
-        tl.load(settings_pointer + _C),
-        tl.load(settings_pointer + _EPS),
+        tl.load(settings.a),
+        tl.load(settings.b),
+        tl.load(settings.c),
+        tl.load(settings.eps),
         scalar(step, tl.float64) + tl.load(scalars_pointer + tensor),
         scalar(mu_product, tl.float64) + tl.load(scalars_pointer + tensors + tensor),
     )
-    scale = tl.load(settings_pointer + _SCALE)
-    clip = clip_coefficient(squares_pointer, squares, scale, tl.load(settings_pointer + _CLIP_NORM))
+    scale = tl.load(settings.scale)
+    clip = clip_coefficient(squares_pointer, squares, scale, tl.load(settings.clip_norm))
     of_gradient_exactly = (
-        tl.load(settings_pointer + _SIGN) * clip / scale,
-        tl.load(settings_pointer + _CLIP_VALUE),
-        tl.load(settings_pointer + _WEIGHT_DECAY),
+        tl.load(settings.sign) * clip / scale,
+        tl.load(settings.clip_value),
+        tl.load(settings.weight_decay),
         1 / scale,
     )
     average_share = lr
     if AVERAGE:
-        average_decay = tl.load(settings_pointer + _AVERAGE_DECAY)
+        average_decay = tl.load(settings.average_decay)
         averages = tl.load(averages_pointer + tensor)
         average_share = tl.where((average_decay < 0) | (averages <= 1), 1 / averages, 1 - average_decay)
     of_weight_exactly = (
-        1 - lr * tl.load(settings_pointer + _DECOUPLED_WEIGHT_DECAY),
-        lr * tl.load(settings_pointer + _L1),
-        1 / (1 + lr * tl.load(settings_pointer + _L2)),
+        1 - lr * tl.load(settings.decoupled_weight_decay),
+        lr * tl.load(settings.l1),
+        1 / (1 + lr * tl.load(settings.l2)),
         average_share,
     )
     coefficients = [number.to(COMPUTE) for number in coefficients]
     of_gradient = [number.to(COMPUTE) for number in of_gradient_exactly]
     of_weight = [number.to(COMPUTE) for number in of_weight_exactly]
 
-    count = tl.where(tl.load(settings_pointer + _FOUND_INF) != 0, 0, count)  # after an overflow: empty loops
+    count = tl.where(tl.load(settings.found_inf) != 0, 0, count)  # after an overflow: empty loops
     squares_of_weights = (lr * 0).to(COMPUTE)
     offsets = tl.arange(0, TILE)
     few_offsets = tl.arange(0, _NARROW)
@@ -336,7 +327,8 @@ def optimizer_update_kernel(
         # The program owns the whole group.  What its threads stored is visible to all of them after the barrier.
         tl.debug_barrier()
         norm = square_root(squares_of_weights)
-        bound = (lr * tl.load(settings_pointer + _GROUP_LASSO) * square_root(group.to(tl.float64))).to(COMPUTE)
+        # Looked up here: kept through the loop, its place would take registers.
+        bound = (lr * tl.load(places_of(settings_pointer).group_lasso) * square_root(group.to(tl.float64))).to(COMPUTE)
         shrunk = tl.where(norm <= bound, 0.0, 1 - divide(bound, norm))
         factor = tl.where(group > 0, shrunk, 1.0)  # parameters of one dimension have no groups
         for start in range(0, count, _NARROW):
