@@ -25,10 +25,11 @@ MEASURES = {
     "wall_slowdown": "wall_us",
     "memory": "kept_bytes",
     "traffic": "bytes",
+    "launches": "launches",
 }
 
 #: The kinds of results that goals are judged by.
-KINDS = ("timed", "memory")
+KINDS = ("timed", "memory", "inductor")
 
 #: Those that compare with a ceiling, and not with a contestant.
 _OF_CEILINGS = ("percent_of_copy", "percent_of_product")
@@ -42,7 +43,8 @@ class Goal:
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
     copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
-    wall time over that of ``against``; ``memory``, ``traffic``: likewise, bytes kept for the backward pass, and moved.
+    wall time over that of ``against``; ``memory``, ``traffic``, ``launches``: likewise, bytes kept for the backward
+    pass, bytes moved, and launches.
     Ours is ``of``.
     """
 

@@ -10,13 +10,22 @@ from typing import Any
 from .goals import OUTCOMES, Goal, judge
 from .gpu_tables import counters_table, next_steps, predictions_table, thresholds_table
 from .memory_table import memory_table
-from .tables import compiled_table, counted_tables, markdown_table, network_table, predicted_table, slower, timed_tables
+from .tables import (
+    compiled_table,
+    counted_tables,
+    inductor_table,
+    markdown_table,
+    network_table,
+    predicted_table,
+    slower,
+    timed_tables,
+)
 
 __all__ = ["render", "summary"]
 
 Results = Mapping[str, Mapping[str, Any]]  # by the name of the file
 
-_ORDER = ("timed", "thresholds", "counters", "memory", "counted", "predicted", "compiled")
+_ORDER = ("timed", "thresholds", "counters", "memory", "inductor", "counted", "predicted", "compiled")
 
 
 def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
@@ -168,7 +177,21 @@ def _memory(result: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
+def _inductor(result: Mapping[str, Any], name: str) -> str:
+    parts = [
+        "## Compiled training steps",
+        f"Forward and backward as Inductor compiles them ({result['settings']['gpu']}; nothing ran): the stock model, "
+        "the same after `replace_layers`, and with `fuse=True`. Bytes of Inductor's kernels are its scheduler's, those "
+        "of libraries and of our launches their operands and results, each once. bf16 is autocast's. Bold: more than "
+        "stock.",
+        _origin(result, name),
+        inductor_table(result["cases"]),
+    ]
+    return "\n\n".join(parts)
+
+
 _SECTIONS = {
+    "inductor": _inductor,
     "memory": _memory,
     "thresholds": _thresholds,
     "counters": _counters,

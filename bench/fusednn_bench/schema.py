@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 #: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
 #: one for the other; ``counters``: what the GPU itself counts of each launch; ``memory``: what networks keep for the
 #: backward pass.
-KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory")
+KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor")
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.
 SAMPLED = ("device", "host", "wall")
@@ -36,6 +36,10 @@ _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "thresholds": (("device_us",), ("host_us",)),
     "counters": (("dram_bytes", "duration_us"), ("issue_percent", "bank_conflicts")),
     "memory": ((), ("kept_bytes",)),
+    "inductor": (
+        ("bytes", "launches"),
+        tuple(f"{maker}_{what}" for maker in ("inductor", "library", "fusednn") for what in ("bytes", "launches")),
+    ),
     "compiled": (("registers", "threads"), ("occupancy", "spills", "shared_bytes", "access_bits")),
 }
 
@@ -133,6 +137,10 @@ def _case_problems(case: Mapping[str, Any], kind: str, result: Mapping[str, Any]
         if not case.get("budget_bytes") and case.get("direction") != "training_step":
             yield "no budget"  # a whole network has none
         yield from _sample_problems(case)
+    if kind == "inductor":
+        for what in ("bytes", "launches"):
+            if case.get(what) != sum(case.get(f"{maker}_{what}", 0) for maker in ("inductor", "library", "fusednn")):
+                yield f"{what} are not those of Inductor, libraries and fusednn"
     if kind == "counted" and case.get("launches") != sum(
         value for key in ("kernel_launches", "aten_operations") if _is_number(value := case.get(key))
     ):

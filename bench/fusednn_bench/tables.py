@@ -133,6 +133,19 @@ def compiled_table(cases: Iterable[_Record]) -> str:
     )
 
 
+def inductor_table(cases: Iterable[_Record]) -> str:
+    """Launches and bytes of compiled training steps, and the bytes of stock's that ours are."""
+    head = ("network", "launches", "replaced", "fused", "stock MB", "replaced MB", "fused MB", "replaced/stock")
+    rows = []
+    for key, records in by_contestant(cases).items():
+        launches = [record["launches"] for record in records.values()]
+        moved = [record["bytes"] for record in records.values()]
+        marked = [f"**{count}**" if count > launches[0] else count for count in launches[1:]]
+        ratios = [f"**{b / moved[0]:.3f}**" if b > moved[0] else f"{b / moved[0]:.3f}" for b in moved[1:]]
+        rows.append((_name(key), launches[0], *marked, *(b / 1e6 for b in moved), *ratios))
+    return markdown_table((*head, "fused/stock"), rows)
+
+
 # --- Timed ------------------------------------------------------------------------------------------------------------
 
 
