@@ -32,22 +32,23 @@ def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch, keeps_kernels: Non
     monkeypatch.setattr(JITFunction, "__getitem__", lambda *_: lambda **_: None)
 
 
-def check_one_graph(function: Callable[..., Any], *operands: Tensor) -> None:
+def check_one_graph(function: Callable[..., Any], *operands: Tensor, dynamic: bool = False) -> None:
     """Forward and backward, by a kernel, in one graph."""
     choices: list[Choice] = []
     with observe_choices(choices.append):
         function(*operands)
     assert all(choice.kernel or "cuDNN" in choice.reason for choice in choices), choices
-    y = torch.compile(function, fullgraph=True, backend="aot_eager")(*operands)
+    y = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*operands)
     y = y[0] if isinstance(y, tuple) else y
     if y.requires_grad:
         y.backward(torch.ones_like(y))
 
 
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation(name: str) -> None:
+def test_every_operation(name: str, dynamic: bool) -> None:
     operation = Operation(name, torch.float32)
-    check_one_graph(operation.ours, *operation.leaves())
+    check_one_graph(operation.ours, *operation.leaves(), dynamic=dynamic)
 
 
 def test_fused_neighbours() -> None:

@@ -80,7 +80,7 @@ def compiled_steps() -> Iterator[CompiledStep]:
 
 
 _Row = tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], int]
-_IMAGES = ((8, 64, 16, 16), (8, 64, 28, 28), (8, 64, 56, 56))
+_IMAGES = ((8, 64, 16, 16), (8, 64, 56, 56))
 
 
 def _networks() -> dict[str, _Row]:
@@ -89,7 +89,7 @@ def _networks() -> dict[str, _Row]:
         "VGG block": (_vgg, _IMAGES, 0),
         "conv, batch norm, ReLU, pool": (_conv_norm_pool, _IMAGES, 0),
         "ResNet block": (ResNetBlock, _IMAGES, 0),
-        "MLP with dropout": (_mlp, ((512, 512), (4096, 512)), 0),
+        "MLP with dropout": (_mlp, ((512, 512),), 0),
         "transformer block": (TransformerBlock, ((4, 64, 256),), 0),
         "head with cross-entropy": (_Head, ((256, 64, 8, 8),), _CLASSES),
         "autoencoder with MSE": (_Autoencoder, ((1024, 512),), 0),

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 2
 #: ``timed`` on a GPU; ``counted`` in Triton's interpreter; ``predicted`` from counts and a machine's rates;
 #: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
 #: one for the other; ``counters``: what the GPU itself counts of each launch; ``memory``: what networks keep for the
-#: backward pass.
+#: backward pass; ``inductor``: what compiled training steps launch and move.
 KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor")
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.

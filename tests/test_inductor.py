@@ -1,0 +1,38 @@
+"""Compiled training steps of replaced and fused models, as Inductor would launch them: never more than stock's."""
+
+import warnings
+
+import pytest
+from support import baseline  # noqa: F401 (makes the benchmarks importable)
+
+from fusednn_bench.compiled_steps import CONTESTANTS, CompiledStep, compiled_steps  # isort: skip
+
+pytestmark = pytest.mark.compiles
+STEPS = {step.id: step for step in compiled_steps()}
+
+#: Each step takes seconds.
+CHEAP = ("MLP with dropout bf16 512x512",)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(step, marks=[pytest.mark.thorough] * (name not in CHEAP), id=name) for name, step in STEPS.items()],
+)
+def test_never_more_than_stock(step: CompiledStep) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock, *ours = (step.count(contestant) for contestant in CONTESTANTS)
+    for counts in ours:
+        assert counts.launched() <= stock.launched()
+        assert counts.bytes() <= stock.bytes()
+
+
+def test_fused_steps_launch_our_kernels() -> None:
+    """What is counted is what it is said to be."""
+    step = STEPS["MLP with dropout fp32 512x512"]
+    launches = step.count("fused").launches
+    names = [launch.name for launch in launches if launch.maker == "fusednn"]
+    assert names == ["bias_activation_dropout_forward_kernel"] * 2 + ["bias_activation_dropout_backward_kernel"] * 2
+    forward = next(launch for launch in launches if launch.maker == "fusednn")
+    # The product and the result, a bit an element, and the seed.
+    assert forward.bytes == 512 * 512 * (4 + 4) + 512 * 512 // 8 + 8
