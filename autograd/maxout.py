@@ -39,7 +39,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
 ) -> tuple[Tensor, Tensor]:
     pieces, units, features = weight.shape
-    if linear_maxout.fused_refusal(features, pieces, x.dtype) is None:
+    if linear_maxout.takes_fused(features, pieces, x.dtype):
         return linear_maxout.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
     products = F.linear(x.reshape(-1, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
     y, winner = kernels.maxout_forward(products, None, seed, pieces, 1, False, p, keeps_winner)

@@ -22,7 +22,13 @@ from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
 from .maxout import beats, drop, dropout_scale, nothing
 
-__all__ = ["fused_refusal", "linear_maxout_backward", "linear_maxout_forward", "takes_fused_backward"]
+__all__ = [
+    "fused_refusal",
+    "linear_maxout_backward",
+    "linear_maxout_forward",
+    "takes_fused",
+    "takes_fused_backward",
+]
 
 # --- Device functions -------------------------------------------------------------------------------------------------
 
@@ -290,6 +296,11 @@ def fused_refusal(features: int, pieces: int, dtype: torch.dtype) -> str | None:
     if features % 16:
         return "cuBLAS: the features are no multiple of 16"
     return None if features <= (most := _MOST_FEATURES[precision]) else f"cuBLAS: more than {most} features"
+
+
+def takes_fused(features: int, pieces: int, dtype: torch.dtype) -> bool:
+    """Whether product and maximum are made by one kernel."""
+    return fused_refusal(features, pieces, dtype) is None
 
 
 def takes_fused_backward(rows: int, units: int, features: int, pieces: int, dtype: torch.dtype) -> bool:
