@@ -1,9 +1,9 @@
 """The figures that don't depend on a machine, as they are committed: ``python -m fusednn bench baseline [--check]``.
 
 Bytes and launches of every counted case; registers and spills of every shipped configuration that isn't rare, for
-sm_90.  Tests fail where one is worse than ``baseline.json``, so that a change which makes it worse has to say so there.
-What Triton has compiled before it takes from its cache: after a small change, and when interrupted, little is done
-again.
+sm_90; sectors, waves of shared memory and instructions of a representative size of each family, on the virtual GPU.
+Tests fail where one is worse than ``baseline.json``, so that a change which makes it worse has to say so there. What
+Triton has compiled before it takes from its cache: after a small change, and when interrupted, little is done again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ sys.path.insert(0, str(BENCH))
 FILE = BENCH / "baseline.json"
 
 #: What the figures of an entry are.
-FIGURES = {"counted": ("bytes", "launches"), "compiled": ("registers", "spills")}
+FIGURES = {
+    "counted": ("bytes", "launches"),
+    "compiled": ("registers", "spills"),
+    "executed": ("sectors", "waves", "instructions"),
+}
 
 Entries = dict[str, list[int]]
 
@@ -32,7 +36,7 @@ Entries = dict[str, list[int]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or with ``--check`` 1 where a figure isn't the baseline's."""
     parser = argparse.ArgumentParser(prog="fusednn bench baseline", description="Write down the deterministic figures.")
-    parser.add_argument("--only", choices=list(FIGURES), help="one of the two parts; the other stays as it is")
+    parser.add_argument("--only", choices=list(FIGURES), help="one of the parts; the others stay as they are")
     parser.add_argument("--check", action="store_true", help="write nothing; tell what is better and worse")
     parser.add_argument("--part", choices=list(FIGURES), help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
@@ -116,12 +120,24 @@ def _compiled() -> Entries:
     return entries
 
 
-_PARTS: dict[str, Callable[[], Entries]] = {"counted": _counted, "compiled": _compiled}
+def _executed() -> Entries:
+    from executed import entries
+
+    return entries()
+
+
+_PARTS: dict[str, Callable[[], Entries]] = {"counted": _counted, "compiled": _compiled, "executed": _executed}
+#: Where kernels run in each, as Triton and the tests are told.
+_MODES = {
+    "counted": {"TRITON_INTERPRET": "1"},
+    "compiled": {"TRITON_INTERPRET": "0"},
+    "executed": {"TRITON_INTERPRET": "0", "FUSEDNN_VGPU": "80"},
+}
 
 
 def _in_another_process(part: str) -> Entries:
     """Whether kernels are interpreted or compiled, Triton decides when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if part == "counted" else "0"}
+    environment = {**os.environ, **_MODES[part]}
     command = [sys.executable, __file__, "--part", part]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -1,6 +1,7 @@
 """Compile each kernel for each GPU and write down what it takes: ``python -m fusednn bench resources [-o FILE]``.
 
-Of each kernel one shipped configuration: the first in bfloat16, or else the first.  Needs no GPU.
+Of each kernel one shipped configuration: the first in bfloat16, or else the first.  With ``--executed`` it tells what
+kernels do instead: see `executed`.  Needs no GPU.
 """
 
 # ruff: noqa: E402
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -30,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="fusednn bench resources", description="What the compiler says of each kernel."
     )
     parser.add_argument("-o", "--output", type=Path, default=BENCH / "results" / "compiled.json", help="%(default)s")
+    parser.add_argument("--executed", action="store_true", help="count on the virtual GPU instead; needs gcc")
     parsed = parser.parse_args(arguments)
+    if parsed.executed:
+        return subprocess.run([sys.executable, str(BENCH / "executed.py")], check=False).returncode
     result = new_result("compiled", describe_environment(), describe_sources(), {})
     result["cases"] = list(records())
     result["complete"] = True
