@@ -45,8 +45,8 @@ class Region:
         self._norms: dict[int, nn.Module | None] | None = None
         # What nodes don't save, but make their result of.
         self._needed: weakref.WeakKeyDictionary[Any, tuple[Handle | None, ...] | None] = weakref.WeakKeyDictionary()
-        # FSDP frees a layer's parameters in between, and fetches them for that layer's own backward pass.
-        self._copies = "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
+        # FSDP takes parameters' memory away behind their layers, and fetches it for these layers' own backward pass.
+        self._shards = "torch.distributed.fsdp" in sys.modules
         outer = _top_hooks()
         self._watch: Callable[[Tensor], Any] | None = None if outer is None else outer[0]
 
@@ -121,8 +121,8 @@ class Region:
         again, operands = found
         if any(operand is not None and operand.depth >= self.depth for operand in operands):
             return None
-        if self._copies:
-            operands = [_copied(operand) for operand in operands]
+        if self._shards and any(map(_is_gone, operands)):
+            return None
         return Recipe(tensor, again, operands)
 
     def of_function(self, node: Any) -> tuple[Callable[..., Tensor], Sequence[Handle | None]] | None:
@@ -170,10 +170,11 @@ def _norms_by_weight(model: nn.Module) -> dict[int, nn.Module | None]:
     return found
 
 
-def _copied(operand: Handle | None) -> Handle | None:
-    if isinstance(operand, Kept) and isinstance(operand.tensor, nn.Parameter):
-        return Kept(operand.tensor.detach().clone())
-    return operand
+def _is_gone(operand: Handle | None) -> bool:
+    """Whether a parameter has lost its memory already: it may not be back when a consumer asks."""
+    if not isinstance(operand, Kept) or not isinstance(operand.tensor, nn.Parameter):
+        return False
+    return operand.tensor.untyped_storage().nbytes() == 0
 
 
 def _unpack(handle: Handle) -> Tensor:

@@ -38,7 +38,7 @@ from .nll_loss import NLLLoss
 from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .pool import MaxPool1d, MaxPool2d
 from .prelu import PReLU
-from .replacement.explain import Explanation, ExplanationRow, explain
+from .replacement.explain import Explanation, ExplanationRow, KeptRow, explain
 from .replacement.fold import fold_batch_norm
 from .replacement.functions import FunctionReport, FunctionRow, replace_functions, restore_functions
 from .replacement.register import fingerprint, register_activation, register_twin
@@ -90,6 +90,7 @@ __all__ = [
     "HuberLoss",
     "InputNorm",
     "KLDivLoss",
+    "KeptRow",
     "L1Loss",
     "LeakyReLU",
     "LinearCrossEntropyLoss",

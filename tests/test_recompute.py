@@ -506,3 +506,47 @@ def test_replaced_models_are_copied_and_restored(model: nn.Sequential, x: Tensor
 def test_a_single_layer_is_left(device: str) -> None:
     report = fusednn.replace_layers(nn.GELU(), recompute=True)
     assert report.recompute == "no: a single layer"
+
+
+def test_explain_says_what_is_kept(model: nn.Sequential, x: Tensor) -> None:
+    """By layer: of a replaced model, whose results are made again, and of no other."""
+    fusednn.replace_layers(model)
+    assert fusednn.explain(model, x).kept == ()
+    fusednn.replace_layers(model, recompute=True)
+    explanation = fusednn.explain(model, x)
+    assert sum(row.kept for row in explanation.kept) > 0
+    again = {row.name: row.made_again for row in explanation.kept if row.made_again}
+    assert again == {"2": 3 * 8 * 4, "4": 3 * 4 * 4}
+    assert f"{3 * 12 * 4} made again" in str(explanation)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_functions_of_others_take_part(x: Tensor) -> None:
+    """By a static method; what they saved comes in its order."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+            ctx.save_for_backward(x)
+            ctx.factor = factor
+            return x.sin() * factor
+
+        @staticmethod
+        def recipe(ctx: Any) -> Callable[[Tensor], Tensor]:
+            factor = ctx.factor
+            return lambda x: x.sin() * factor
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+            (x,) = ctx.saved_tensors
+            return g * x.cos() * ctx.factor, None
+
+    start, weight = x.clone().requires_grad_(), torch.ones(4, 4, device=x.device, requires_grad=True)
+    with fusednn.recompute():
+        y = Scaled.apply(start, 3.0) @ weight
+    with made_again() as made:
+        found = torch.autograd.grad(y.square().sum(), [start, weight])
+    assert len(made) == 1
+    assert_same(
+        list(found), list(torch.autograd.grad((Scaled.apply(start, 3.0) @ weight).square().sum(), [start, weight]))
+    )

@@ -18,7 +18,10 @@ MEMORY_COLUMNS = {
 }
 
 # In the README's table.
-_SHOWN = ("VGG-11", "ResNet-50", "EfficientNet-B0", "DenseNet-121", "BERT block", "GPT-2 block")
+_SHOWN = (
+    *("MLP, GELU and dropout", "VGG-11", "ResNet-50", "EfficientNet-B0", "DenseNet-121"),
+    *("BERT block", "GPT-2 block", "ViT block"),
+)
 
 _Result = Mapping[str, Any]
 

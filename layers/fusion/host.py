@@ -24,7 +24,7 @@ from .patterns.pattern import complete
 from .search import Refusal, Search, begins_a_chain
 from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 
-__all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "recompute_in", "unfuse"]
+__all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "recompute_in", "recomputes", "unfuse"]
 
 _PLAN = "_fusednn_plan"
 #: Marks a module whose forward pass is one of `fusednn.recompute`, with its depth.
@@ -308,6 +308,11 @@ def recompute_in(module: nn.Module, depth: int) -> str | None:
         module.__class__ = fused
     module.__dict__[_DEPTH] = depth
     return None
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether `recompute_in` was done to a module."""
+    return _DEPTH in module.__dict__
 
 
 def unfuse(module: nn.Module) -> list[nn.Module]:

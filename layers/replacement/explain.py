@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ...autograd.dispatch import Choice, judged_as_compiled, observe_choices
+from ...autograd.recompute import observe_saved
+from ..fusion.host import recomputes
 from ..fusion.members import LOOKS_ON, observe_chains
 from ..table import format_table
 from ..twin import Layer
 from .register import twin_of
 
-__all__ = ["Explanation", "ExplanationRow", "explain"]
+__all__ = ["Explanation", "ExplanationRow", "KeptRow", "explain"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,27 @@ class ExplanationRow:
 
 
 @dataclass(frozen=True)
+class KeptRow:
+    """One layer (by its name in the model), and bytes of what it reads in the backward pass: kept, and made again.
+
+    What several layers read is the first one's.
+    """
+
+    name: str
+    layer: str
+    kept: int
+    made_again: int
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """A row per layer and operation, in the order of execution; prints as a table."""
+    """A row per layer and operation, in the order of execution; prints as a table.
+
+    ``kept`` has a row per layer of a model whose results are made again (``replace_layers(model, recompute=True)``).
+    """
 
     rows: tuple[ExplanationRow, ...]
+    kept: tuple[KeptRow, ...] = ()
 
     def __iter__(self) -> Iterator[ExplanationRow]:
         return iter(self.rows)
@@ -53,7 +72,15 @@ class Explanation:
         table = format_table(("layer", "class", "operation", "path", "reason"), body)
         fused, apart = (sum(row.path == path for row in self.rows) for path in ("fused", "apart"))
         total = len(self.rows) - fused - apart
-        return f"{table}\n{kernels} of {total} on kernels" + (f", {fused} fused" if fused else "")
+        text = f"{table}\n{kernels} of {total} on kernels" + (f", {fused} fused" if fused else "")
+        if self.kept:
+            sizes = [(row.name or "(model)", row.layer, str(row.kept), str(row.made_again)) for row in self.kept]
+            kept, again = (
+                sum(column) for column in zip(*((row.kept, row.made_again) for row in self.kept), strict=True)
+            )
+            text += f"\n\n{format_table(('layer', 'class', 'bytes kept', 'made again'), sizes)}"
+            text += f"\n{kept} bytes kept for the backward pass, {again} made again"
+        return text
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
@@ -61,7 +88,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     The pass leaves no trace: buffers (running statistics) and the random generators are put back, and no gradients are
     computed.  The model stays in the mode (training or evaluation) that it is in.  Of a model that `torch.compile`
-    compiled it runs the code that was compiled, and reports what the compiler is given.
+    compiled it runs the code that was compiled, and reports what the compiler is given: what is kept is the compiler's
+    choice.  Of another model whose results are made again it also reports what each layer keeps for the backward pass.
     """
     if compiled := hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         model = getattr(model, "_orig_mod", model)
@@ -76,6 +104,17 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             chose.add(module)
             row = ExplanationRow(names[module], type(module).__name__, choice.operation, choice.path, choice.reason)
             rows[row] = None
+
+    storages = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    alive: list[Tensor] = []  # so that no two of them have one address
+    sizes: dict[nn.Module, list[int]] = {}
+
+    def observe_tensor(tensor: Tensor, again: bool) -> None:
+        storage = tensor.untyped_storage()
+        if running and storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            alive.append(tensor.detach())
+            sizes.setdefault(running[-1], [0, 0])[again] += storage.nbytes()
 
     chains: list[Sequence[nn.Module]] = []
 
@@ -112,7 +151,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
         with (
-            torch.no_grad(),
+            nullcontext() if recomputes(model) and not compiled else torch.no_grad(),
+            observe_saved(observe_tensor),
             torch.random.fork_rng(sorted(device.index for device in devices)),
             observe_choices(observe),
             observe_chains(observe_chain),
@@ -127,7 +167,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
                 buffer.copy_(value)
     # What keeps a layer itself from its kernel need not be said of its chain again.
     said = {row.reason for row in rows if row.path == "stock"}
-    return Explanation(tuple(row for row in rows if row.path != "apart" or row.reason not in said))
+    told = tuple(row for row in rows if row.path != "apart" or row.reason not in said)
+    kept = (KeptRow(names[module], type(module).__name__, *size) for module, size in sizes.items())
+    return Explanation(told, tuple(kept))
 
 
 @contextmanager
