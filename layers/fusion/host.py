@@ -255,10 +255,15 @@ class Fusion:
 
 
 def is_searched(module: nn.Module) -> bool:
-    """Whether neighbours are looked for in a module's code: where that isn't PyTorch's and calls such layers."""
+    """Whether neighbours are looked for in a module's code: not PyTorch's; it calls such layers, or none at all."""
     own = calls_in_order(stock_of(module)) or not is_known(module)
     if not own or isinstance(module, (nn.ModuleList, nn.ModuleDict, fx.GraphModule, torch.jit.ScriptModule)):
         return False
+    return not module._modules or _calls_layers(module)
+
+
+def _calls_layers(module: nn.Module) -> bool:
+    """Whether a module has layers that a chain can begin with."""
     return any(begins_a_chain(layer) for layer in _called(module))
 
 
@@ -288,7 +293,7 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
             module.__class__ = fused_class(stock)
             module.__dict__[_PLAN] = plan
     except NotTraceable as error:
-        return Fusion(untraced=str(error))
+        return Fusion(untraced=str(error) if _calls_layers(module) else None)
     new = [names for names in plan.chains if names and (old is None or names not in old.chains)]
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)
 

@@ -21,6 +21,7 @@ from ..fusion.members import (
 from ..replacement.register import register_activation, register_twin
 from ..twin import is_untouched, stock_class
 from .torchvision import frozen, takes_frozen
+from .transformers import written_out
 
 __all__: list[str] = []
 
@@ -85,13 +86,14 @@ for _name, _activation_name, _inplace, _fingerprint in (
     ("GELUTanh", "gelu_tanh", None, "bc91fc1a51ec"),
     ("HardSigmoid", "hardsigmoid", "inplace", "7424682cc827"),
     ("HardSwish", "hardswish", "inplace", "77783226d9d7"),
-    ("Mish", "mish", None, "72fad20217da"),
     ("Sigmoid", "sigmoid", "inplace", "84c0c7a699fe"),
     ("Swish", "silu", "inplace", "7d71b546de1a"),
     ("Tanh", "tanh", "inplace", "5ead6686d3c1"),
 ):
     register_activation(_ACTIVATIONS + _name, _activation_name, inplace=_inplace, fingerprints=_fingerprint)
-register_activation("timm.layers.activations_me.MishMe", "mish", fingerprints="c04854f10f71")
+_mish = written_out("mish", in_float32=True)
+register_twin(_ACTIVATIONS + "Mish", _mish, fingerprints="72fad20217da")
+register_twin("timm.layers.activations_me.MishMe", _mish, fingerprints="c04854f10f71")
 register_activation("timm.layers.activations_me.SwishMe", "silu", fingerprints="7f9b1dd27461")
 
 

@@ -44,7 +44,8 @@ def replace_layers(
             - a batch norm, a residual that is added, an activation;
             - Linear, an activation, Dropout;
             - Linear, and the maximum over pieces of its features;
-            - an activation, and the product with what it gates (SwiGLU, GEGLU).
+            - an activation, and the product with what it gates (SwiGLU, GEGLU);
+            - GELU, SiLU and Mish that code writes out in operators.
 
             Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.
         recompute: also run the model's forward pass in `fusednn.recompute`: what is made of kept tensors in one pass

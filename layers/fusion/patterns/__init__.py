@@ -3,12 +3,12 @@
 They are tried in this order, as of ``docs/adding-a-pattern.md``.
 """
 
-from . import conv, gate, linear, maxout, norm
+from . import conv, formula, gate, linear, maxout, norm
 from .pattern import Pattern
 
 __all__ = ["PATTERNS"]
 
 PATTERNS: tuple[Pattern, ...] = (
     *(conv.PATTERN, norm.PATTERN, linear.PATTERN, maxout.POOLING, maxout.VIEW),
-    gate.PATTERN,
+    *(formula.PATTERN, gate.PATTERN),
 )

@@ -1,0 +1,142 @@
+"""Activations that code writes out are found in it, and computed as the one activation that they are."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.device import KERNELS_RUN
+from support.samples import random_tensor
+from support.standing import check_against_stock
+from torch import Tensor, nn
+
+import fusednn
+from fusednn.autograd.dispatch import observe_choices
+
+
+class Formula(nn.Module):
+    """Code between two layers; the formula's argument is what a layer returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+
+class Alone(nn.Module):
+    """A module of one's own, without layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Erf(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+class OpenAI(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+class Megatron(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+class Swish(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y.sigmoid() * y
+
+
+class Mish(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x.mul(F.softplus(x).tanh())
+
+
+class OtherConstant(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
+
+
+class UsedTwice(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        s = torch.sigmoid(x)
+        return x * s + s
+
+
+class ChangedBetween(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        s = torch.sigmoid(x)
+        x += 1
+        return x * s
+
+
+FOUND = {Erf: "gelu", OpenAI: "gelu_tanh", Megatron: "gelu_tanh", Swish: "silu", Mish: "mish"}
+NOT_FOUND = (OtherConstant, UsedTwice, ChangedBetween)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cls", [*FOUND, *NOT_FOUND])
+def test_formulas(cls: type[Formula], dtype: torch.dtype, device: str) -> None:
+    stock = cls()
+    nn.init.eye_(stock.linear.weight)
+    nn.init.zeros_(stock.linear.bias)
+    stock = stock.to(device, dtype)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    x, gradient = (random_tensor((5, 6), dtype, device, seed) for seed in range(2))
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(choice.operation)):
+        y = model(x)
+    served = KERNELS_RUN and dtype is not torch.float64
+    if cls in FOUND:
+        assert chosen == [FOUND[cls]] * served
+    else:
+        assert not set(chosen) & set(FOUND.values())
+    if not served:
+        torch.testing.assert_close(y, stock(x), rtol=0, atol=0)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+
+    def at(one: Formula) -> Callable[[Tensor], Tensor]:
+        return lambda x: copy.deepcopy(one).to(x.dtype)(x)
+
+    check_against_stock(at(model), at(stock), [x], gradient)
+
+
+def test_a_module_of_a_formula_alone(device: str) -> None:
+    model = nn.Sequential(Alone())
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor((5, 6), torch.float32, device)
+    chosen: list[str] = []
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with observe_choices(lambda choice: chosen.append(choice.operation)):
+            torch.testing.assert_close(one(x), F.silu(x))
+    assert chosen == ["silu"] * 3 * KERNELS_RUN
+    fusednn.restore_layers(model)
+    assert type(model[0]) is Alone
+
+
+@pytest.mark.parametrize("cls", FOUND)
+def test_under_autocast(cls: type[Formula], device: str) -> None:
+    """The dtype of the result is that of the code; CUDA's autocast computes ``pow`` and ``softplus`` in float32."""
+    stock = cls().to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    chosen: list[str] = []
+    with torch.autocast(device, torch.bfloat16), observe_choices(lambda choice: chosen.append(choice.operation)):
+        y, expected = (one(random_tensor((5, 6), torch.float32, device)) for one in (model, stock))
+    assert y.dtype is expected.dtype
+    assert chosen == [FOUND[cls]] * (KERNELS_RUN and FOUND[cls] in ("gelu", "silu"))
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
