@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl
-from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.launch import DTYPES, Configuration, kernel, launch, ships
 from .base.layout import dense, dense_like
 from .base.numerics import scalar
 from .base.tiles import (
+    configure_flat,
     flat_tile,
     load,
     load_bits,
@@ -18,8 +19,6 @@ from .base.tiles import (
     programs_for,
     store,
     store_bits,
-    threads_for,
-    tile_shape,
 )
 from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation
 
@@ -88,40 +87,30 @@ def activation_backward_kernel(
 
 @cache
 def _forward(row: Activation, dtype: torch.dtype, masked: bool) -> Configuration:
-    rows, columns = tile_shape(dtype)
-    return configure(
+    return configure_flat(
         activation_forward_kernel,
-        f"{row.name} forward{' + mask' if masked else ''} {TRITON_TYPE[dtype]}",
+        f"{row.name} forward{' + mask' if masked else ''}",
         dtype,
-        {
-            **({} if masked else {"mask_pointer": None}),
-            "ACTIVATION": row,
-            "COMPUTE": COMPUTE[dtype],
-            "ROWS": rows,
-            "COLUMNS": columns,
-        },
+        {**({} if masked else {"mask_pointer": None}), "ACTIVATION": row},
         pointers={"mask": torch.uint8},
-        threads=threads_for(dtype),
+        loads=1,
+        stores=1,
         keeps_subnormals=dtype is torch.float32,
-        wide_loads=rows,
-        wide_stores=rows,
     )
 
 
 @cache
 def _backward(row: Activation, dtype: torch.dtype) -> Configuration:
-    rows, columns = tile_shape(dtype)
     masked = row.saves == "mask"
-    return configure(
+    return configure_flat(
         activation_backward_kernel,
-        f"{row.name} backward {TRITON_TYPE[dtype]}",
+        f"{row.name} backward",
         dtype,
-        {"ACTIVATION": row, "COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
+        {"ACTIVATION": row},
         pointers={"saved": torch.uint8} if masked else None,
-        threads=threads_for(dtype),
+        loads=1 if masked else 2,
+        stores=1,
         keeps_subnormals=dtype is torch.float32,
-        wide_loads=rows if masked else 2 * rows,
-        wide_stores=rows,
     )
 
 

@@ -29,6 +29,7 @@ from .base.random import channel_bits, keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     TILE,
     cdiv,
+    configure_flat,
     flat_tile,
     load,
     matrix_tile,
@@ -142,16 +143,9 @@ _COLUMN_WIDTHS = (16, 64, 256)
 
 @cache
 def _elements(dtype: torch.dtype) -> Configuration:
-    rows, columns = tile_shape(dtype)
-    return configure(
-        dropout_kernel,
-        f"dropout {TRITON_TYPE[dtype]}",
-        dtype,
-        {"COMPUTE": COMPUTE[dtype], "SERVES_EIGHT": serves_eight(dtype), "ROWS": rows, "COLUMNS": columns},
-        pointers={"seed": torch.int64},
-        threads=threads_for(dtype),
-        wide_loads=rows,
-        wide_stores=rows,
+    constants = {"SERVES_EIGHT": serves_eight(dtype)}
+    return configure_flat(
+        dropout_kernel, "dropout", dtype, constants, pointers={"seed": torch.int64}, loads=1, stores=1
     )
 
 

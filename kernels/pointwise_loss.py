@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
-from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.launch import DTYPES, Configuration, kernel, launch, ships
 from .base.layout import dense, dense_like
 from .base.numerics import divide, require, scalar, widen
 from .base.partial_sums import combination, combine, finish_sum, sum_programs
-from .base.tiles import TILE, flat_tile, load, place_tile, programs_for, store, threads_for, tile_shape
+from .base.tiles import TILE, configure_flat, flat_tile, load, place_tile, programs_for, store
 from .functions.loss import LOSSES, Reduction
 
 __all__ = ["divisor", "pointwise_loss", "pointwise_loss_backward", "pointwise_loss_reduced"]
@@ -250,27 +250,19 @@ _KERNELS = {
 @cache
 def _configuration(kind: _Kind, name: str, dtype: torch.dtype) -> Configuration:
     row = LOSSES[name]
-    rows, columns = tile_shape(dtype)
     checks = row.valid is not None and kind != "backward"
     if kind == "backward":
         functions = {"GRADIENT": row.gradient, "TARGET_GRADIENT": row.target_gradient}
     else:
         functions = {"VALUE": row.value, "VALID": row.valid, "COMPLAINT": row.complaint}
-    return configure(
+    return configure_flat(
         _KERNELS[kind],
-        f"{name} {kind} {TRITON_TYPE[dtype]}",
+        f"{name} {kind}",
         dtype,
-        {
-            **functions,
-            "POSITIVE": row.uses_positive_weight,
-            "COMPUTE": COMPUTE[dtype],
-            "ROWS": rows,
-            "COLUMNS": columns,
-        },
+        {**functions, "POSITIVE": row.uses_positive_weight},
         pointers={"partial": torch.float64, "weight_total": torch.float64},
-        threads=threads_for(dtype),
-        wide_loads=2 * rows,
-        wide_stores=0 if kind == "sum" else rows,
+        loads=2,
+        stores=0 if kind == "sum" else 1,
         asserts=checks,
     )
 

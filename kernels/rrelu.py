@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
-from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.launch import DTYPES, Configuration, kernel, launch, ships
 from .base.layout import dense, dense_like
 from .base.numerics import scalar
 from .base.random import uniform_tile
 from .base.tiles import (
+    configure_flat,
     flat_tile,
     load,
     load_bits,
@@ -22,8 +23,6 @@ from .base.tiles import (
     programs_for,
     store,
     store_bits,
-    threads_for,
-    tile_shape,
 )
 from .functions.activation import leaky_relu_gradient
 
@@ -86,17 +85,9 @@ def rrelu_backward_kernel(
 
 @cache
 def _configuration(direction: str, dtype: torch.dtype) -> Configuration:
-    rows, columns = tile_shape(dtype)
-    return configure(
-        rrelu_forward_kernel if direction == "forward" else rrelu_backward_kernel,
-        f"rrelu {direction} {TRITON_TYPE[dtype]}",
-        dtype,
-        {"COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
-        pointers={"mask": torch.uint8, "seed": torch.int64},
-        threads=threads_for(dtype),
-        wide_loads=rows,
-        wide_stores=rows,
-    )
+    code = rrelu_forward_kernel if direction == "forward" else rrelu_backward_kernel
+    pointers = {"mask": torch.uint8, "seed": torch.int64}
+    return configure_flat(code, f"rrelu {direction}", dtype, {}, pointers=pointers, loads=1, stores=1)
 
 
 @ships("rrelu")

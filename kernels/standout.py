@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl
-from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
+from .base.launch import DTYPES, Configuration, kernel, launch, ships
 from .base.layout import dense, dense_like
 from .base.numerics import scalar, sigmoid, widen
 from .base.random import uniform_tile
 from .base.tiles import (
+    configure_flat,
     flat_tile,
     load,
     mask_bytes,
     programs_for,
     store,
     store_bits,
-    threads_for,
-    tile_shape,
 )
 
 __all__ = ["standout_forward"]
@@ -54,17 +53,8 @@ def standout_kernel(
 
 @cache
 def _configuration(dtype: torch.dtype) -> Configuration:
-    rows, columns = tile_shape(dtype)
-    return configure(
-        standout_kernel,
-        f"standout {TRITON_TYPE[dtype]}",
-        dtype,
-        {"COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
-        pointers={"mask": torch.uint8, "seed": torch.int64},
-        threads=threads_for(dtype),
-        wide_loads=2 * rows,
-        wide_stores=rows,
-    )
+    pointers = {"mask": torch.uint8, "seed": torch.int64}
+    return configure_flat(standout_kernel, "standout", dtype, {}, pointers=pointers, loads=2, stores=1)
 
 
 @ships("standout")

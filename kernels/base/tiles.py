@@ -9,12 +9,13 @@ Bits: a byte of a mask holds every row of 8 / rows neighbouring columns, which b
 unpacking are then shifts in registers: no shuffles, no shared memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ._triton import tl, triton
+from .launch import COMPUTE, TRITON_TYPE, Configuration, configure
 from .numerics import narrow, widen
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TILE",
     "Tile",
     "cdiv",
+    "configure_flat",
     "flat_tile",
     "load",
     "load_bits",
@@ -51,6 +53,32 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
     """(rows, columns) of a tile: 16-byte accesses per thread, and the elements that all threads access at once."""
     columns = threads_for(dtype) * 16 // dtype.itemsize
     return TILE // columns, columns
+
+
+def configure_flat(
+    kernel: Any,
+    label: str,
+    dtype: torch.dtype,
+    constants: Mapping[str, Any],
+    *,
+    loads: int,
+    stores: int,
+    pointers: Mapping[str, torch.dtype] | None = None,
+    **promises: Any,
+) -> Configuration:
+    """`configure` for a kernel of a flat tile, of which so many tensors are loaded and stored, in 16-byte accesses."""
+    rows, columns = tile_shape(dtype)
+    return configure(
+        kernel,
+        f"{label} {TRITON_TYPE[dtype]}",
+        dtype,
+        {**constants, "COMPUTE": COMPUTE[dtype], "ROWS": rows, "COLUMNS": columns},
+        pointers=pointers,
+        threads=threads_for(dtype),
+        wide_loads=loads * rows,
+        wide_stores=stores * rows,
+        **promises,
+    )
 
 
 def cdiv(extent: int, step: int) -> int:
