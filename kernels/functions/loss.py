@@ -72,7 +72,7 @@ def huber_gradient(x, t, p, a, b):
 
 @triton.jit
 def huber_target_gradient(x, t, p, a, b):
-    return huber_gradient(t, x, p, a, b)
+    return 0 - huber_gradient(x, t, p, a, b)  # as of t - x: 0 where they are equal
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def bce_gradient(x, t, p, a, b):
 @triton.jit
 def bce_target_gradient(x, t, p, a, b):
     # Not clamped, in PyTorch either.
-    return negative(log(x) - log1p(-x))
+    return log1p(-x) - log(x)
 
 
 @triton.jit
