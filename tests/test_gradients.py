@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusednn import autograd
 from fusednn.autograd import dispatch
+from fusednn.autograd.anchors import anchors_of
 
 #: Stock has no second derivative of it.
 ONCE = ("Hardsigmoid",)
@@ -117,6 +118,13 @@ def test_vectorised_hessians(name: str) -> None:
 
     ours = torch.autograd.functional.hessian(partial(loss, getattr(autograd, name)), x, vectorize=True)
     torch.testing.assert_close(ours, torch.autograd.functional.hessian(partial(loss, getattr(F, name)), x))
+
+
+def test_nothing_is_kept_for_second_derivatives_where_no_gradients_are(device: str) -> None:
+    x = torch.ones(2, device=device, requires_grad=True)
+    assert [anchor.numel() for anchor in anchors_of(x, None, x.detach())] == [0]
+    with torch.no_grad():
+        assert anchors_of(x) == ()
 
 
 #: Whose results and gradients are chosen, not computed, or computed from integers.

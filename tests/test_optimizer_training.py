@@ -194,6 +194,21 @@ def test_reasons(device: str) -> None:
     assert optim.explain(ours)[0].reason == "differentiable"
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(("first", "second", "shared"), [((0, 3), (2, 5), True), ((0, 3), (3, 5), False)])
+def test_parameters_that_share_memory(
+    first: tuple[int, int], second: tuple[int, int], shared: bool, device: str
+) -> None:
+    """Programs of one launch run in any order, so that values don't tell."""
+    memory = torch.zeros(5, device=device)
+    pair = [nn.Parameter(memory[slice(*one)]) for one in (first, second)]
+    for parameter in pair:
+        parameter.grad = torch.ones_like(parameter)
+    explained = optim.explain(optim.SGD(pair, lr=0.5))[0]
+    assert (explained.reason == "parameters share memory") == shared
+    assert explained.kernel != shared
+
+
 class _Annotated(Tensor):
     pass
 
