@@ -1,6 +1,7 @@
 """Mutation testing's own tests: what it changes, what it leaves alone, and that a fault is noticed."""
 
 import ast
+import json
 import subprocess
 import textwrap
 from contextlib import closing
@@ -10,6 +11,8 @@ import pytest
 from mutants.__main__ import FLOORS, ROOT, changed_lines, own_tests, sample, verdict
 from mutants.mutators import mutants_of
 from mutants.worker import Worker
+
+RESULTS = sorted((ROOT / "tests" / "mutants" / "results").glob("*.json"))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,13 @@ def test_samples() -> None:
         original = (ROOT / mutant.path).read_text(encoding="utf-8")
         assert ast.dump(ast.parse(mutant.of(original))) != ast.dump(ast.parse(original)), mutant
     assert len({mutant.kind for mutant in mutants}) > 5
+
+
+def test_every_survivor_of_the_committed_samples_is_judged() -> None:
+    mutants = [one for path in RESULTS for one in json.loads(path.read_text(encoding="utf-8"))["mutants"]]
+    assert mutants
+    for mutant in mutants:
+        assert mutant["by"] if mutant["verdict"] == "noticed" else mutant["judged"], mutant
 
 
 def test_tests_of_a_family() -> None:

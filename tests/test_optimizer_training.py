@@ -695,3 +695,16 @@ def test_capture(name: str, device: str) -> None:
         stock.step()
     for p, q in zip(mine, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_schedulers_of_a_replaced_optimizer_see_its_steps(device: str) -> None:
+    """They warn where they step before the optimizer has."""
+    (p,) = parameters([(3,)], torch.float32, device)
+    optimizer = torch.optim.SGD([p], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optim.replace(optimizer)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
