@@ -81,6 +81,17 @@ baseline: .venv/.complete ## write down bytes, launches, registers and spills th
 check: .venv/.complete ## compile every kernel, check the machine code, and test every layer and optimizer
 	.venv/bin/python -m fusednn check
 
+# Beside the environment: tests don't need them.
+.build/docs/.complete: .venv/.complete
+	rm -rf .build/docs
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --target .build/docs furo myst-parser sphinx
+	touch $@
+
+.PHONY: docs
+docs: .build/docs/.complete ## the site, from the pages and the docstrings, into .build/site; warnings are errors
+	PYTHONPATH=.build/docs .venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs .build/site
+	@echo .build/site/index.html
+
 .PHONY: recipe
 recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; takes minutes
 	.venv/bin/python docs/recipe.py

@@ -305,11 +305,12 @@ def batch_norm_act(
 
     Arguments as of `batch_norm`, and:
 
-    batches: the number of batches so far, a tensor of one integer, takes the place of ``momentum``: the running
-        statistics are then the averages over all batches, without a host synchronisation.
-    residual: added before the activation; of the input's shape, or one that can be expanded to it.
-    activation: a name of `fusednn.autograd`'s activations, ``"gelu_tanh"``, or None.  Raises ValueError for others.
-    activation_parameters: its scalar parameters in PyTorch's order; its defaults, where they are missing.
+    Args:
+        batches: the number of batches so far, a tensor of one integer, takes the place of ``momentum``: the running
+            statistics are then the averages over all batches, without a host synchronisation.
+        residual: added before the activation; of the input's shape, or one that can be expanded to it.
+        activation: a name of `fusednn.autograd`'s activations, ``"gelu_tanh"``, or None.  Raises ValueError for others.
+        activation_parameters: its scalar parameters in PyTorch's order; its defaults, where they are missing.
 
     Saves the input; with a residual, one bit an element for activations whose gradient needs no more (ReLU and its
     like), and the residual for the others.
