@@ -12,6 +12,7 @@ from . import autograd, kernels, layers, optim
 from ._version import __version__
 from .autograd.dispatch import compile_policy, record_kernels
 from .autograd.recompute import recompute
+from .comparison import Comparison, compare
 from .layers import (
     explain,
     register_activation,
@@ -23,8 +24,10 @@ from .layers import (
 )
 
 __all__ = [
+    "Comparison",
     "__version__",
     "autograd",
+    "compare",
     "compile_policy",
     "explain",
     "kernels",

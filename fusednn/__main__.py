@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusednn info | check | explain-model | demo | bench``."""
+"""The command line: ``python -m fusednn info | check | explain-model | compare | demo | bench``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import bench, check, demo, explain_model, info
+from .commands import bench, check, compare, demo, explain_model, info
 
 _COMMANDS = {
     "info": (info, "what is installed, which GPU is there, and what runs where"),
     "check": (check, "compile every kernel and read its machine code, and test what it computes"),
     "explain-model": (explain_model, "what replacing serves of a model of yours, what it leaves to PyTorch, and why"),
+    "compare": (compare, "train copies of your model, stock, replaced and fused: right, faster, smaller?"),
     "demo": (demo, "train a network on handwritten digits, stock beside fusednn"),
     "bench": (bench, "run the benchmarks (from a source checkout)"),
 }

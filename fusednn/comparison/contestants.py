@@ -1,0 +1,175 @@
+"""Who takes part in a comparison: copies of a model, each with an optimizer of its own, and their training steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .. import optim
+from ..layers import ReplacementReport, replace_layers
+from ..layers.fusion.members import LOOKS_ON
+
+__all__ = ["Contestant", "Task", "contestants", "exact_copy", "modules_watched", "without_dropout"]
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on: batches, and the loss of a result.
+
+    ``make_batch`` is called with the number of the step, if it takes one, after the generators were seeded with it.
+    """
+
+    make_batch: Callable[..., Any]
+    loss: Callable[..., Tensor] | None
+    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+
+    def batch(self, step: int) -> Any:
+        torch.manual_seed(SEED + step)
+        takes_step = bool(inspect.signature(self.make_batch).parameters)
+        return self.make_batch(step) if takes_step else self.make_batch()
+
+    def forward(self, model: Callable[..., Any], batch: Any, step: int) -> tuple[Any, Tensor]:
+        """The model's result, and the loss of it, a scalar."""
+        torch.manual_seed(SEED + step)
+        inputs, target = (batch[0], batch[1:]) if self.loss is not None else (batch, ())
+        result = _called(model, inputs)
+        return result, _scalar(result) if self.loss is None else self.loss(result, *target)
+
+
+def _called(model: Callable[..., Any], inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _scalar(result: Any) -> Tensor:
+    """The loss that a model returns itself, as transformers' do; else something that every element matters to."""
+    loss = getattr(result, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    tensors = [leaf for leaf in _leaves(result) if leaf.is_floating_point() and leaf.requires_grad]
+    if not tensors:
+        raise ValueError("the model's result has no gradients: give compare() a loss")
+    if len(tensors) == 1 and tensors[0].dim() == 0:
+        return tensors[0]
+    return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
+
+
+def _leaves(result: Any) -> list[Tensor]:
+    values = result.to_tuple() if hasattr(result, "to_tuple") else result
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class Contestant:
+    """A copy of the model, ready to be trained."""
+
+    def __init__(self, name: str, model: nn.Module, task: Task) -> None:
+        self.name, self.model, self.task = name, model, task
+        self.call: Callable[..., Any] = model
+        self.watchable = True  # compiled code calls no hooks
+        self.optimizer = task.make_optimizer([p for p in model.parameters() if p.requires_grad])
+
+    def compiled(self) -> Contestant:
+        self.call, self.watchable = torch.compile(self.model), False
+        return self
+
+    def forward(self, batch: Any, step: int) -> tuple[list[Tensor], Tensor]:
+        """The tensors of the result, and the loss."""
+        result, loss = self.task.forward(self.call, batch, step)
+        return _leaves(result), loss
+
+    def step(self, step: int) -> tuple[list[Tensor], Tensor]:
+        results, loss = self.forward(self.task.batch(step), step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return results, loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def contestants(
+    model: nn.Module, task: Task, names: Sequence[str], prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> tuple[dict[str, Contestant], dict[str, ReplacementReport]]:
+    """Stock, replaced and fused copies of a model; and what replacing them said."""
+    found, reports = {}, {}
+    for name in names:
+        copy = prepare(deepcopy(model))
+        if name != "stock":
+            reports[name] = replace_layers(copy, fuse=name == "fused")
+        found[name] = Contestant(name, copy, task)
+        if name == "fused":
+            _fuse_optimizer(found[name])
+    return found, reports
+
+
+def _fuse_optimizer(contestant: Contestant) -> None:
+    """Its twin's step, where it has a twin."""
+    try:
+        optim.replace(contestant.optimizer)
+    except (TypeError, ValueError):
+        return
+
+
+def exact_copy(model: nn.Module, task: Task, batch: Any) -> Contestant | None:
+    """A stock copy in float64, or None where it doesn't run so."""
+    copy = deepcopy(model).double()
+
+    def make_batch(step: int) -> Any:
+        return tree_map(_double, task.batch(step))
+
+    exact = Task(make_batch, task.loss, task.make_optimizer)
+    contestant = Contestant("float64", copy, exact)
+    try:
+        contestant.forward(tree_map(_double, batch), 0)
+    except Exception:  # whatever in the model insists on another dtype
+        return None
+    return contestant
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Turn dropout layers off: ours draw other numbers than stock's."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+    return model
+
+
+@contextmanager
+def modules_watched(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Call back around every module that runs: with its arguments before, with its result after.
+
+    Layers that are computed by another don't run.  That these look on keeps nothing from being fused.
+    """
+
+    def before(module: nn.Module, arguments: Any) -> None:
+        enter(module, arguments)
+
+    def after(module: nn.Module, _: Any, result: Any) -> None:
+        leave(module, result)
+
+    for hook in (before, after):
+        setattr(hook, LOOKS_ON, True)
+    handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,102 @@
+"""What a copy keeps for its backward pass, layer by layer; bytes and launches of a step where they can be counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .. import kernels
+from ..autograd.recompute import only_watches
+from .contestants import Contestant, modules_watched
+
+__all__ = ["Memory", "Traffic", "kept_by_layer", "traffic"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes kept between forward and backward beside parameters and batch, by the layer that keeps them first; and, on
+    a GPU, the peak of a step above what was allocated before it.
+    """
+
+    by_layer: dict[str, int]
+    peak: int | None
+
+    @property
+    def kept(self) -> int:
+        return sum(self.by_layer.values())
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes and launches of a training step, of kernels and of PyTorch's operators."""
+
+    bytes: int
+    launches: int
+
+
+def kept_by_layer(contestant: Contestant, device: torch.device) -> Memory:
+    """Of a step that isn't the first."""
+    batch = contestant.task.batch(1)
+    names = {module: name or "(the model)" for name, module in contestant.model.named_modules()}
+    running: list[str] = []
+    known = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*contestant.model.parameters(), *contestant.model.buffers(), *tree_leaves(batch))
+        if isinstance(tensor, Tensor)
+    }
+    kept: dict[int, tuple[str, int, Tensor]] = {}
+
+    @only_watches
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                # Held, so that no other storage comes to lie there.
+                kept.setdefault(
+                    storage.data_ptr(), (running[-1] if running else "(loss)", storage.nbytes(), tensor.detach())
+                )
+        return tensor
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if module in names:
+            running.append(names[module])
+
+    def leave(module: nn.Module, _: Any) -> None:
+        if module in names:
+            running.pop()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), modules_watched(enter, leave):
+        contestant.forward(batch, 1)
+    by_layer: dict[str, int] = {}
+    for name, size, _ in kept.values():
+        by_layer[name] = by_layer.get(name, 0) + size
+    kept.clear()
+    return Memory(by_layer, _peak(contestant, device))
+
+
+def _peak(contestant: Contestant, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    contestant.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    contestant.step(2)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def traffic(contestant: Contestant) -> Traffic | None:
+    """None where kernels don't run in Triton's interpreter, which counts."""
+    if not kernels.INTERPRETING:
+        return None
+    from ..instruments.traffic import measure_traffic
+
+    contestant.step(3)
+    with measure_traffic() as counted:
+        contestant.step(4)
+    return Traffic(counted.bytes + counted.aten_bytes, counted.launches + counted.aten_operations)
