@@ -56,14 +56,14 @@ def measure(
                 samples[name].append(taken)
         tick()
     first = samples[names[0]]
-    return {
-        name: Times(
-            *({phase: [one[kind][phase] for one in own if phase in one[kind]] for phase in PHASES} for kind in _KINDS),
-            [a["wall"]["step"] / b["wall"]["step"] for a, b in zip(first, own, strict=True)],
-            _host_by_layer(contestants[name]),
+    found = {}
+    for name, own in samples.items():
+        host, gpu, wall = (
+            {phase: [one[kind][phase] for one in own if phase in one[kind]] for phase in PHASES} for kind in _KINDS
         )
-        for name, own in samples.items()
-    }
+        ratios = [a["wall"]["step"] / b["wall"]["step"] for a, b in zip(first, own, strict=True)]
+        found[name] = Times(host, gpu, wall, ratios, _host_by_layer(contestants[name]))
+    return found
 
 
 _LAYER_STEPS = 3

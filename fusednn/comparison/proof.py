@@ -74,9 +74,9 @@ def prove(model: nn.Module, task: Task, names: Sequence[str], steps: int) -> Pro
                 }
         parameters = contestant.model.named_parameters()
         kinds[contestant.name] |= {f"{name} after {steps} steps": [_apart(p)] for name, p in parameters}
-    gradients = [value for what, values in kinds["stock"].items() if what.startswith("gradient") for value in values]
+    stocks = [value for what, values in kinds["stock"].items() if what.startswith("gradient") for value in values]
     # What cancels, as the gradient of a bias before batch norm, is held to what it is a sum of.
-    largest = max((float(gradient.double().norm()) for gradient in gradients), default=0.0)
+    largest = max((float(gradient.double().norm()) for gradient in stocks), default=0.0)
     findings = [
         _compare(
             *(name, what, kinds[name].get(what, []), values, kinds["float64"].get(what)),
