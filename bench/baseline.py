@@ -1,9 +1,10 @@
 """The figures that don't depend on a machine, as they are committed: ``python -m fusednn bench baseline [--check]``.
 
 Bytes and launches of every counted case; registers and spills of every shipped configuration that isn't rare, for
-sm_90; sectors, waves of shared memory and instructions of a representative size of each family, on the virtual GPU.
-Tests fail where one is worse than ``baseline.json``, so that a change which makes it worse has to say so there. What
-Triton has compiled before it takes from its cache: after a small change, and when interrupted, little is done again.
+sm_90; sectors, waves of shared memory and instructions of a representative size of each family, on the virtual GPU;
+launches over a driver that does nothing, and which of them Triton and PyTorch's dispatcher had a part in.  Tests fail
+where one is worse than ``baseline.json``, so that a change which makes it worse has to say so there.  What Triton has
+compiled before it takes from its cache: after a small change, and when interrupted, little is done again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FIGURES = {
     "counted": ("bytes", "launches"),
     "compiled": ("registers", "spills"),
     "executed": ("sectors", "waves", "instructions"),
+    "host": ("launches", "prepared", "dispatched"),
 }
 
 Entries = dict[str, list[int]]
@@ -126,12 +128,33 @@ def _executed() -> Entries:
     return entries()
 
 
-_PARTS: dict[str, Callable[[], Entries]] = {"counted": _counted, "compiled": _compiled, "executed": _executed}
+def _host() -> Entries:
+    from fusednn_bench.do_nothing import install
+
+    launches = install()
+    from fusednn_bench.host_cases import host_cases
+    from host import records
+
+    entries: Entries = {}
+    for case in host_cases():
+        name = f"{case.operation} {case.direction} {'x'.join(map(str, case.shape))}"
+        (ours,) = (record for record in records(case, launches, timed=False) if record["contestant"] == "fusednn")
+        entries[name] = [ours[figure] for figure in FIGURES["host"]]
+    return entries
+
+
+_PARTS: dict[str, Callable[[], Entries]] = {
+    "counted": _counted,
+    "compiled": _compiled,
+    "executed": _executed,
+    "host": _host,
+}
 #: Where kernels run in each, as Triton and the tests are told.
 _MODES = {
     "counted": {"TRITON_INTERPRET": "1"},
     "compiled": {"TRITON_INTERPRET": "0"},
     "executed": {"TRITON_INTERPRET": "0", "FUSEDNN_VGPU": "80"},
+    "host": {"TRITON_INTERPRET": "0"},
 }
 
 

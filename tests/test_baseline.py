@@ -3,6 +3,7 @@
 Registers and spills are compared where they are at hand anyway, in `test_compile_check`.
 """
 
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ def test_every_case_has_an_entry() -> None:
 def test_every_configuration_has_an_entry() -> None:
     shipped = {configuration.label for configuration in kernels.shipped() if not configuration.rare}
     assert set(committed()["compiled"]) == shipped, RENEW
+
+
+@pytest.mark.compiles
+@pytest.mark.thorough
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the driver that does nothing is made with gcc")
+def test_the_host_does_no_more() -> None:
+    entries = baseline._in_another_process("host")
+    assert set(entries) == set(committed()["host"]), RENEW
+    for name, figures in entries.items():
+        assert not (worse := complaint("host", name, *figures)), worse
 
 
 @pytest.mark.parametrize(

@@ -397,9 +397,11 @@ def test_a_goal_may_be_of_some_dtypes() -> None:
 def test_goals_name_operations_that_exist() -> None:
     named = {name for goal in load_goals() for name in goal.operations}
     networks = [case.record("fusednn") for case in NETWORKS]
+    on_the_host = {name.rsplit(" ", 2)[0] for name in json.loads((BENCH / "baseline.json").read_text())["host"]}
     known = {name for module in FAMILIES for name in module.OPERATIONS} | {case["operation"] for case in networks}
+    known |= on_the_host
     assert named - {"*"} <= known
-    sizes = {size for one in FAMILIES for size in one.SIZES} | {case["size"] for case in networks}
+    sizes = {size for one in FAMILIES for size in one.SIZES} | {case["size"] for case in networks} | {"tiny"}
     assert {size for goal in load_goals() for size in goal.sizes} <= sizes
 
 
@@ -548,3 +550,37 @@ def test_documents_are_written_and_noticed_when_stale(counted: dict[str, Any], t
 def test_committed_documents_are_current() -> None:
     """Every figure in README and docs about bytes, launches, registers or times follows from committed files."""
     assert report.main(["--docs", "--check"]) == 0, "run: python -m fusednn bench report --docs"
+
+
+# --- On the host ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host() -> dict[str, Any]:
+    result = _new("host", threads=1)
+    for contestant, microseconds in (("fusednn", 30.0), ("eager", 20.0), ("eager, fused", 60.0)):
+        samples = [microseconds] * 5 + [10 * microseconds] * 20  # a machine that is quiet now and then
+        counts = {"launches": 2, "prepared": 0, "dispatched": 0}
+        record = _case(contestant, "step", **counts, cpu_us=samples)
+        result["cases"].append({**record, "operation": "Adam", "size": "tiny"})
+    return result
+
+
+def test_host_time_is_a_quiet_machines(host: dict[str, Any]) -> None:
+    assert schema.problems(host) == []
+    text = render.render({"host.json": host}, [])
+    (row,) = [line for line in text.splitlines() if line.startswith("| Adam")]
+    figures = [word for word in row.replace(":", " ").split() if "." in word]
+    assert figures == ["30.00", "300.00", "20.00", "200.00", "1.50", "60.00", "0.50"]
+
+
+@pytest.mark.parametrize(("against", "outcome"), [("eager", "missed"), ("eager, fused", "met"), ("none", "unmeasured")])
+def test_goals_of_host_time(against: str, outcome: str, host: dict[str, Any]) -> None:
+    goal = Goal("Adam", ("Adam",), "step", ("tiny",), "host_slowdown", against, at_most=1.0)
+    assert [verdict.outcome for verdict in judge([host], [goal])] == [outcome]
+
+
+@pytest.mark.parametrize("key", ["cpu_us", "launches", "prepared", "dispatched"])
+def test_host_records_are_whole(key: str, host: dict[str, Any]) -> None:
+    del host["cases"][0][key]
+    assert schema.problems(host)

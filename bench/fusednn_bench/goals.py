@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .quantiles import median
+from .quantiles import median, quiet
 from .tables import by_contestant, copy_rate, product_rate
 
 __all__ = ["GOALS_FILE", "Goal", "Verdict", "judge", "load_goals"]
@@ -23,13 +23,14 @@ MEASURES = {
     "percent_of_copy": "device_us",
     "percent_of_product": "device_us",
     "wall_slowdown": "wall_us",
+    "host_slowdown": "cpu_us",
     "memory": "kept_bytes",
     "traffic": "bytes",
     "launches": "launches",
 }
 
 #: The kinds of results that goals are judged by.
-KINDS = ("timed", "memory", "inductor")
+KINDS = ("timed", "memory", "inductor", "host")
 
 #: Those that compare with a ceiling, and not with a contestant.
 _OF_CEILINGS = ("percent_of_copy", "percent_of_product")
@@ -43,9 +44,9 @@ class Goal:
 
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
     copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
-    wall time over that of ``against``; ``memory``, ``traffic``, ``launches``: likewise, bytes kept for the backward
-    pass, bytes moved, and launches.
-    Ours is ``of``.
+    wall time over that of ``against``; ``host_slowdown``: likewise, the host's CPU time over a GPU that does nothing;
+    ``memory``, ``traffic``, ``launches``: likewise, bytes kept for the backward pass, bytes moved, and launches.  Ours
+    is ``of``.
     """
 
     name: str
@@ -144,5 +145,5 @@ def _figure(records: _Records, contestant: str, measure: str) -> float | None:
     """Bytes, or the median of the samples; None where there are none."""
     found = records.get(contestant, {}).get(MEASURES[measure])
     if isinstance(found, list):
-        return median(found) if found else None
+        return (quiet if measure == "host_slowdown" else median)(found) if found else None
     return found or None

@@ -13,6 +13,7 @@ from .memory_table import memory_table
 from .tables import (
     compiled_table,
     counted_tables,
+    host_table,
     inductor_table,
     markdown_table,
     network_table,
@@ -25,7 +26,7 @@ __all__ = ["render", "summary"]
 
 Results = Mapping[str, Mapping[str, Any]]  # by the name of the file
 
-_ORDER = ("timed", "thresholds", "counters", "memory", "inductor", "counted", "predicted", "compiled")
+_ORDER = ("timed", "thresholds", "counters", "host", "memory", "inductor", "counted", "predicted", "compiled")
 
 
 def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
@@ -190,10 +191,25 @@ def _inductor(result: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
+def _host(result: Mapping[str, Any], name: str) -> str:
+    parts = [
+        "## What calls cost the host",
+        "CPU time, over a driver that does nothing: Triton's own launcher and compiled kernels, CPU tensors of a few "
+        "hundred elements. The 5th percentile of many rounds, in which the contestants take turns, and the median. "
+        "Eager is PyTorch on the CPU, so that its arithmetic is part of its time and the launch of its kernels isn't. "
+        "A ratio above 1: ours takes longer. Counted of a call of ours: launches, those among them that Triton "
+        "prepared, and operators of ours that went through PyTorch's dispatcher.",
+        _origin(result, name),
+        host_table(result["cases"]),
+    ]
+    return "\n\n".join(parts)
+
+
 _SECTIONS = {
     "inductor": _inductor,
     "memory": _memory,
     "thresholds": _thresholds,
+    "host": _host,
     "counters": _counters,
     "timed": _timed,
     "counted": _counted,

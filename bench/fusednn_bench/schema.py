@@ -17,8 +17,8 @@ SCHEMA_VERSION = 2
 #: ``timed`` on a GPU; ``counted`` in Triton's interpreter; ``predicted`` from counts and a machine's rates;
 #: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
 #: one for the other; ``counters``: what the GPU itself counts of each launch; ``memory``: what networks keep for the
-#: backward pass; ``inductor``: what compiled training steps launch and move.
-KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor")
+#: backward pass; ``inductor``: what compiled training steps launch and move; ``host``: what calls cost the host.
+KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor", "host")
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.
 SAMPLED = ("device", "host", "wall")
@@ -34,6 +34,7 @@ _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "counted": (("bytes", "launches", "elements"), ("kernel_launches", "aten_operations")),
     "predicted": (("bytes", "predicted_us"), ("operations",)),
     "thresholds": (("device_us",), ("host_us",)),
+    "host": ((), ("launches", "prepared", "dispatched")),
     "counters": (("dram_bytes", "duration_us"), ("issue_percent", "bank_conflicts")),
     "memory": ((), ("kept_bytes",)),
     "inductor": (
@@ -133,6 +134,8 @@ def _case_problems(case: Mapping[str, Any], kind: str, result: Mapping[str, Any]
     for key, value in case.items():
         if type(value) in (int, float) and not (math.isfinite(value) and value >= 0):
             yield f"{key} is {value}"
+    if kind == "host" and not (_positive(case.get("cpu_us")) and len(case["cpu_us"]) >= FEWEST_SAMPLES):
+        yield f"fewer than {FEWEST_SAMPLES} samples of the CPU time"
     if kind == "timed":
         if not case.get("budget_bytes") and case.get("direction") != "training_step":
             yield "no budget"  # a whole network has none

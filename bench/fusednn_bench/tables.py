@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .quantiles import median, spread
+from .quantiles import median, quiet, spread
 
 __all__ = [
     "by_contestant",
     "compiled_table",
     "copy_rate",
     "counted_tables",
+    "host_table",
     "markdown_table",
     "network_table",
     "predicted_table",
@@ -144,6 +145,25 @@ def inductor_table(cases: Iterable[_Record]) -> str:
         ratios = [f"**{b / moved[0]:.3f}**" if b > moved[0] else f"{b / moved[0]:.3f}" for b in moved[1:]]
         rows.append((_name(key), launches[0], *marked, *(b / 1e6 for b in moved), *ratios))
     return markdown_table((*head, "fused/stock"), rows)
+
+
+# --- On the host ------------------------------------------------------------------------------------------------------
+
+
+def host_table(cases: Iterable[_Record]) -> str:
+    """CPU time of a call: as on a quiet machine, the median, and ours over the others'; and what is counted of ours."""
+    head = ("operation", "direction", "shape", "fusednn us", "median", "eager us", "median", "ratio", "others")
+    rows: list[list[Cell]] = []
+    for (operation, _, _, shape, direction), records in by_contestant(cases).items():
+        times = {name: quiet(record["cpu_us"]) for name, record in records.items()}
+        row: list[Cell] = [operation, direction.replace("_", " + "), "x".join(map(str, shape))]
+        for name in ("fusednn", "eager"):
+            row += [times[name], median(records[name]["cpu_us"])] if name in times else [None, None]
+        row.append(times["fusednn"] / times["eager"] if "eager" in times else None)
+        others = {name: time for name, time in times.items() if name not in ("fusednn", "eager")}
+        row.append(", ".join(f"{name} {time:.2f}: {times['fusednn'] / time:.2f}" for name, time in others.items()))
+        rows.append(row + [records["fusednn"][name] for name in ("launches", "prepared", "dispatched")])
+    return markdown_table((*head, "launches", "prepared by Triton", "dispatched"), rows)
 
 
 # --- Timed ------------------------------------------------------------------------------------------------------------

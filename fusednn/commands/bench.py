@@ -13,7 +13,7 @@ __all__ = ["add_arguments", "find_benchmarks", "run"]
 _REQUIRED = ("pytest", "pytest_benchmark")
 
 #: Programs beside the benchmarks, by the first argument.
-_PROGRAMS = ("report", "predict", "resources", "inductor", "baseline", "memory")
+_PROGRAMS = ("report", "predict", "resources", "inductor", "host", "baseline", "memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=argparse.REMAINDER,
         metavar="argument",
         help="passed on to pytest: --full, --output DIR, --resume FILE, -k relu, ...; or a program with its own: "
-        "report FILE... (or --help), predict, resources, inductor, baseline, memory",
+        "report FILE... (or --help), predict, resources, inductor, host, baseline, memory",
     )
     parser.set_defaults(print_help=parser.print_help)
 

@@ -1,0 +1,81 @@
+"""A GPU that does nothing: Triton's own driver, launcher and compiled kernels, over a CUDA library whose calls succeed
+and do no work.
+
+What a call costs the host can so be measured, and what it launches counted, where there is no GPU.  What a kernel
+computes is nothing.  CPU tensors take kernels.  Needs gcc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["install"]
+
+_SOURCES = Path(__file__).resolve().parents[1] / "do_nothing"
+
+
+def install() -> Callable[[], int]:
+    """Make it Triton's device in this process, before fusednn is imported.  Returns the counter of launches."""
+    if "fusednn" in sys.modules:
+        raise RuntimeError("fusednn is imported already: where its kernels run is settled")
+    folder = _build()
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    cuda = ctypes.CDLL(str(folder / "libcuda.so.1"), ctypes.RTLD_GLOBAL)
+    cuda.do_nothing_launches.restype = ctypes.c_long
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    spec = importlib.util.spec_from_file_location("current", folder / "current.so")
+    assert spec is not None
+    assert spec.loader is not None
+    current = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(current)
+    for name in ("_cuda_getCurrentRawStream", "_cuda_getDevice"):
+        setattr(torch._C, name, getattr(current, name))
+    torch.cuda._initialized = True  # type: ignore[attr-defined]
+
+    class Driver(CudaDriver):  # type: ignore[misc]
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    triton.runtime.driver.set_active(Driver())
+
+    from fusednn.kernels.base import launch
+
+    launch.REMEMBERS = True  # as on a GPU: this driver takes addresses
+    counter: Callable[[], int] = cuda.do_nothing_launches
+    return counter
+
+
+def _build() -> Path:
+    """The two libraries, compiled once."""
+    sources = {name: _SOURCES / name for name in ("driver.c", "current.c")}
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources.values()) + sys.version.encode())
+    folder = Path(tempfile.gettempdir()) / f"fusednn-do-nothing-{os.getuid()}-{digest.hexdigest()[:16]}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _compile(sources["driver.c"], folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
+    _compile(sources["current.c"], folder / "current.so", f"-I{sysconfig.get_paths()['include']}")
+    return folder
+
+
+def _compile(source: Path, target: Path, *options: str) -> None:
+    if target.exists():
+        return
+    part = target.with_suffix(f".{os.getpid()}")
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-w", *options, source, "-o", part], check=True)
+    part.replace(target)

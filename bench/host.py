@@ -1,0 +1,143 @@
+"""What calls cost the host, over a GPU that does nothing: ``python -m fusednn bench host [-o FILE] [-k NAME]``.
+
+CPU time of layers of every family, of networks and optimizers, beside stock's: the contestants take turns in short
+rounds, and the 5th percentile is what counts, since other programs run on the machine as well.  Launches are counted,
+those that Triton had to prepare, and operators of ours that went through PyTorch's dispatcher.  Stock is PyTorch's on
+the CPU with tiny tensors, so its arithmetic on some hundred elements is part of its time.  Needs gcc, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+BENCH = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCH))
+
+if TYPE_CHECKING:
+    from fusednn_bench.host_cases import HostCase
+
+#: The most rounds of a case, and the time that they may take together, in seconds.
+_ROUNDS, _SECONDS = 150, 2.5
+#: Calls in a row, of about this many microseconds.
+_ROUND_US = 300
+_WARM = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fusednn bench host", description="What calls cost the host, without a GPU.")
+    parser.add_argument("-o", "--output", type=Path, default=BENCH / "results" / "host.json", help="%(default)s")
+    parser.add_argument(
+        "-k", metavar="NAME", default="", help="only operations whose name has this in it; none are kept"
+    )
+    parsed = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
+    from fusednn_bench.do_nothing import install
+
+    launches = install()
+    import torch
+    from fusednn_bench.environment import describe_environment, describe_sources
+    from fusednn_bench.host_cases import host_cases
+    from fusednn_bench.results import new_result, save_result
+    from fusednn_bench.tables import host_table
+
+    torch.set_num_threads(1)
+    result = new_result("host", describe_environment(), describe_sources(), {"threads": 1})
+    for case in host_cases():
+        if parsed.k.lower() in case.operation.lower():
+            result["cases"] += records(case, launches)
+            print(f"\r{case.operation} {case.direction}".ljust(60), end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(host_table(result["cases"]))
+    if not parsed.k:
+        result["complete"] = True
+        save_result(result, parsed.output)
+        print(f"{len(result['cases'])} records: {parsed.output}")
+    return 0
+
+
+def records(case: HostCase, launches: Callable[[], int], *, timed: bool = True) -> Iterator[dict[str, Any]]:
+    """One for each contestant; not ``timed``, what is counted alone."""
+    for call in case.calls.values():
+        for _ in range(_WARM):
+            call()
+    counts = {name: _counts(call, launches) for name, call in case.calls.items()}
+    samples = _measure(case.calls) if timed else {}
+    for name in case.calls:
+        yield {
+            "family": case.family,
+            "operation": case.operation,
+            "contestant": name,
+            "direction": case.direction,
+            "dtype": "float32",
+            "size": "tiny",
+            "shape": list(case.shape),
+            **({"cpu_us": samples[name]} if timed else {}),
+            **counts[name],
+        }
+
+
+def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Microseconds of CPU time of a call, one figure a round."""
+    clock = time.process_time_ns
+    numbers = {}
+    for name, call in calls.items():
+        start = clock()
+        call()
+        numbers[name] = max(1, round(_ROUND_US * 1e3 / max(clock() - start, 1)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
+    ends = time.monotonic() + _SECONDS
+    gc.collect()
+    gc.disable()
+    try:
+        while len(samples[order[0][0]]) < _ROUNDS and (time.monotonic() < ends or len(samples[order[0][0]]) < 20):
+            order.reverse()
+            for name, call in order:
+                start = clock()
+                for _ in range(numbers[name]):
+                    call()
+                samples[name].append((clock() - start) / numbers[name] / 1e3)
+    finally:
+        gc.enable()
+    return samples
+
+
+def _counts(call: Callable[[], object], launches: Callable[[], int]) -> dict[str, int]:
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    with (
+        _counted(JITFunction, "run") as prepared,
+        _counted(torch._ops.OpOverload, "__call__", lambda operator: operator.namespace == "fusednn") as dispatched,
+    ):
+        before = launches()
+        call()
+        return {"launches": launches() - before, "prepared": len(prepared), "dispatched": len(dispatched)}
+
+
+@contextmanager
+def _counted(owner: type, name: str, counts: Callable[[Any], bool] = lambda receiver: True) -> Iterator[list[None]]:
+    """A list that grows with every call of a method, of receivers that count."""
+    method = getattr(owner, name)
+    calls: list[None] = []
+
+    def counting(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if counts(self):
+            calls.append(None)
+        return method(self, *args, **kwargs)
+
+    with mock.patch.object(owner, name, counting):
+        yield calls
+
+
+if __name__ == "__main__":
+    sys.exit(main())
