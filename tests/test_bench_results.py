@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not in
 
 import report
 from fusednn_bench import documents, environment, plots, provenance, render, results, schema, tables
+from fusednn_bench.compiled_steps import compiled_steps
 from fusednn_bench.goals import Goal, judge, load_goals
 from fusednn_bench.memory import NETWORKS
 
@@ -399,9 +400,10 @@ def test_goals_name_operations_that_exist() -> None:
     networks = [case.record("fusednn") for case in NETWORKS]
     on_the_host = {name.rsplit(" ", 2)[0] for name in json.loads((BENCH / "baseline.json").read_text())["host"]}
     known = {name for module in FAMILIES for name in module.OPERATIONS} | {case["operation"] for case in networks}
-    known |= on_the_host
+    known |= on_the_host | {step.name for step in compiled_steps()}
     assert named - {"*"} <= known
     sizes = {size for one in FAMILIES for size in one.SIZES} | {case["size"] for case in networks} | {"tiny"}
+    sizes |= {step.size for step in compiled_steps()}
     assert {size for goal in load_goals() for size in goal.sizes} <= sizes
 
 
