@@ -4,6 +4,7 @@ Dauphin et al., "Language Modeling with Gated Convolutional Networks" (ICML 2017
 Transformer" (2020).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ class Gated(Function):
         return y
 
     @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        activation = ctx.activation
+        return lambda gate, other: _forward(gate, other, *activation.arguments)
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, other = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
@@ -92,6 +98,11 @@ class GatedHalves(Function):
         ctx.arguments = (dim, activation, gate_first)
         y: Tensor = _halves_forward(x, dim, *activation.arguments, gate_first)
         return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        dim, activation, gate_first = ctx.arguments
+        return lambda x: _halves_forward(x, dim, *activation.arguments, gate_first)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:

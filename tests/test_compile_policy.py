@@ -85,9 +85,10 @@ def test_kernels_stay(name: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "ours"), [((2, 1, 64, 64), False), ((3, 1, 64, 64), True), ((3, 256, 64, 64), False)]
 )
-def test_fused_batch_norm_is_ours_where_inductor_divides_a_channel(shape: tuple[int, ...], ours: bool) -> None:
-    assert (compiler_refusal("batch_norm_act", torch.empty(shape)) is None) == ours
-    assert compiler_refusal("batch_norm_act", *[torch.empty(shape)] * 2) == FUSED  # a residual
+def test_pooled_batch_norm_is_ours_where_inductor_divides_a_channel(shape: tuple[int, ...], ours: bool) -> None:
+    assert (compiler_refusal("batch_norm_act_pool2d", torch.empty(shape)) is None) == ours
+    assert compiler_refusal("batch_norm_act_pool2d", *[torch.empty(shape)] * 2) == FUSED  # a residual
+    assert compiler_refusal("batch_norm_act", torch.empty(shape)) == FUSED
 
 
 @pytest.fixture
