@@ -1,5 +1,6 @@
 """Benchmarks under pytest: timings with a GPU, counts without one.  What and how: ``bench/README.md``."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -10,7 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fusednn_bench.where import TIMED
+from fusednn_bench.where import TIMED, prepare
+
+prepare()
 
 # isort: split
 from fusednn_bench.protocol import Measured

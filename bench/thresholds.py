@@ -23,8 +23,10 @@ import torch
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH))
 
-from fusednn_bench.where import TIMED
+from fusednn_bench.where import TIMED, prepare
 
+if __name__ == "__main__":  # whoever imports this has decided
+    prepare()
 # isort: split
 from fusednn_bench.cases import Case
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources

@@ -12,8 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fusednn_bench.where import TIMED
+from fusednn_bench.where import TIMED, prepare
 
+if __name__ == "__main__":  # whoever imports this has decided
+    prepare()
 # isort: split
 from fusednn_bench.instant import run_once
 from fusednn_bench.protocol import CONTESTANTS

@@ -1,7 +1,4 @@
-"""Whether a GPU is here; where none is, kernels run in Triton's interpreter.
-
-To be imported before anything that imports Triton, which decides for its interpreter then.
-"""
+"""Whether a GPU is here; where none is, kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,10 +6,13 @@ import os
 
 import torch
 
-__all__ = ["TIMED"]
+__all__ = ["TIMED", "prepare"]
 
 #: On a GPU things are timed, elsewhere they are counted.
 TIMED = torch.cuda.is_available()
 
-if not TIMED:
-    os.environ["TRITON_INTERPRET"] = "1"
+
+def prepare() -> None:
+    """To be called before anything imports Triton, which decides for its interpreter then."""
+    if not TIMED:
+        os.environ["TRITON_INTERPRET"] = "1"
