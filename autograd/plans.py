@@ -86,6 +86,7 @@ def _parts(arguments: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
     for each in arguments:
         if isinstance(each, Tensor):
             operands.append(each)
+            values.append(Tensor)  # where it stands: another one may be missing
         else:
             values.append(tuple(each) if type(each) is list else each or repr(each))
     if len(set(map(id, operands))) < len(operands):  # guards see each once, and the key who is the same

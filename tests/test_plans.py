@@ -13,6 +13,7 @@ from support.operations import OPERATIONS, Operation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusednn import autograd
 from fusednn.autograd import activation, plans
 from fusednn.kernels.base import launch as launching
 
@@ -175,3 +176,19 @@ def test_failures_leave_nothing_behind(device: str) -> None:
     assert launching.recorder is None
     assert torch.equal(own.call(x), torch.zeros(2))
     assert failing.call_count == 4
+
+
+@pytest.mark.usefixtures("planned_at_once")
+def test_which_of_two_operands_is_missing_matters(followed: list[str], device: str) -> None:
+    """Of the same shape, either alone, in both orders."""
+    x, target, weight = (torch.rand(4, 4, device=device).requires_grad_(n == 0) for n in range(3))
+    loss = autograd.binary_cross_entropy_with_logits
+    for options in ({"weight": weight}, {"pos_weight": weight}, {"weight": weight, "pos_weight": weight}) * 3:
+        y = loss(x, target, **options)
+        (gradient,) = torch.autograd.grad(y, x)
+        with Unplanned():
+            expected = loss(x, target, **options)
+            (expected_gradient,) = torch.autograd.grad(expected, x)
+        assert_same_bits(y, expected)
+        assert_same_bits(gradient, expected_gradient)
+    assert followed

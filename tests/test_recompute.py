@@ -458,6 +458,7 @@ def test_transforms(model: nn.Sequential, x: Tensor) -> None:
     assert_same(list(torch.func.grad(loss)(names).values()), list(expected.values()))
 
 
+@pytest.mark.usefixtures("keeps_kernels")
 def test_compiled(model: nn.Sequential, x: Tensor) -> None:
     """The compiler decides; what surrounds compiled code is made again."""
     fusednn.replace_layers(model, recompute=True)
