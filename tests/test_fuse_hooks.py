@@ -80,6 +80,8 @@ def test_a_hook_on_any_member(name: str, numbers: tuple[int, ...], device: str) 
                 raised.append(call(one, x))
             for handle in handles:
                 handle.remove()
+            for one in heard:  # PyTorch remembers of which kind a layer's backward hooks were, and takes no other
+                one.get_submodule(member)._is_full_backward_hook = None
             assert raised[0] == raised[1], (member, kind)
             assert heard[model] == heard[stock], (member, kind)
             assert heard[stock] or raised[0], (member, kind)
