@@ -58,7 +58,7 @@ NETWORKS = {
         *(32, "140 of 142", 0),
     ),
     "ConvNext": Network(
-        "transformers", hugging_face("ConvNext", hidden_sizes=[4, 8], depths=[1, 1], num_stages=2), *(16, "4 of 19", 0)
+        "transformers", hugging_face("ConvNext", hidden_sizes=[4, 8], depths=[1, 1], num_stages=2), *(16, "8 of 19", 2)
     ),
     "AlexNet": Network("torchvision", lambda models: models.AlexNet(3), 64, "19 of 21", 7),
     "VGG": Network("torchvision", lambda models: models.vgg11_bn(num_classes=3), 32, "35 of 37", 10),
