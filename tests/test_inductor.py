@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 from support import baseline  # noqa: F401 (makes the benchmarks importable)
+from support.torchvision import mend_torchvision
 
 from fusednn_bench.compiled_steps import CONTESTANTS, CompiledStep, compiled_steps  # isort: skip
 
 pytestmark = pytest.mark.compiles
+mend_torchvision()  # which transformers imports
 STEPS = {step.id: step for step in compiled_steps()}
 
 #: Each step takes seconds.
