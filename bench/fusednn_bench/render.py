@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .goals import OUTCOMES, Goal, judge
 from .gpu_tables import counters_table, next_steps, predictions_table, thresholds_table
@@ -131,90 +131,69 @@ def _predicted(result: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts)
 
 
-def _compiled(result: Mapping[str, Any], name: str) -> str:
-    parts = [
-        "## What the compiler says",
-        "One shipped configuration of each kernel, compiled ahead of time. Occupancy is computed: the share of a "
-        "multiprocessor's warps that registers, shared memory and threads leave room for.",
-        _origin(result, name),
-        compiled_table(result["cases"]),
-    ]
-    return "\n\n".join(parts)
+class _Section(NamedTuple):
+    """A kind of result that is told by a few words and one table; ``words`` may name settings in braces."""
+
+    title: str
+    words: str
+    table: Callable[[Mapping[str, Any]], str]
+
+    def __call__(self, result: Mapping[str, Any], name: str) -> str:
+        words = self.words.format(**result["settings"])
+        return "\n\n".join([f"## {self.title}", words, _origin(result, name), self.table(result)])
 
 
-def _thresholds(result: Mapping[str, Any], name: str) -> str:
-    parts = [
-        "## Thresholds",
-        "Two ways to compute the same, on both sides of the size at which the library takes one for the other. Device "
-        "time, and for small tensors host time beside it. A ratio below 1: the second way is faster.",
-        _origin(result, name),
-        thresholds_table(result["cases"]),
-    ]
-    return "\n\n".join(parts)
+def _of_cases(table: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
+    return lambda result: table(result["cases"])
 
 
-def _counters(result: Mapping[str, Any], name: str) -> str:
-    parts = [
-        "## What the GPU counts",
-        "By Nsight Compute, of one call forward and backward, with cold caches. A ratio above 1: the kernels move more "
-        "than they must.",
-        _origin(result, name),
-        counters_table(result["cases"]),
-    ]
-    return "\n\n".join(parts)
-
-
-def _memory(result: Mapping[str, Any], name: str) -> str:
-    parts = [
-        "## What networks keep for the backward pass",
+_SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
+    "inductor": _Section(
+        "Compiled training steps",
+        "Forward and backward as Inductor compiles them ({gpu}; nothing ran): the stock model, the same after "
+        "`replace_layers`, and with `fuse=True`. Bytes of Inductor's kernels are its scheduler's, those of libraries "
+        "and of our launches their operands and results, each once. bf16 is autocast's. Bold: more than stock.",
+        _of_cases(inductor_table),
+    ),
+    "memory": _Section(
+        "What networks keep for the backward pass",
         "Bytes of distinct memory that autograd saved, beside parameters, buffers and the input, in bfloat16, of eager "
         "PyTorch's. Compiled: torch.compile's own partition. Checkpointed: each block's input alone, or every fourth "
         "layer's, for which the whole forward pass is computed again. Fused: `replace_layers(model, fuse=True)`; made "
         "again: with `recompute=True`, whose gradients had the same bits. Moved: bytes of forward and backward, of "
         "those without making results again. Blocks of transformers have no dropout in attention.",
-        _origin(result, name),
-        memory_table(result),
-    ]
-    return "\n\n".join(parts)
-
-
-def _inductor(result: Mapping[str, Any], name: str) -> str:
-    parts = [
-        "## Compiled training steps",
-        f"Forward and backward as Inductor compiles them ({result['settings']['gpu']}; nothing ran): the stock model, "
-        "the same after `replace_layers`, and with `fuse=True`. Bytes of Inductor's kernels are its scheduler's, those "
-        "of libraries and of our launches their operands and results, each once. bf16 is autocast's. Bold: more than "
-        "stock.",
-        _origin(result, name),
-        inductor_table(result["cases"]),
-    ]
-    return "\n\n".join(parts)
-
-
-def _host(result: Mapping[str, Any], name: str) -> str:
-    parts = [
-        "## What calls cost the host",
+        memory_table,
+    ),
+    "thresholds": _Section(
+        "Thresholds",
+        "Two ways to compute the same, on both sides of the size at which the library takes one for the other. Device "
+        "time, and for small tensors host time beside it. A ratio below 1: the second way is faster.",
+        _of_cases(thresholds_table),
+    ),
+    "host": _Section(
+        "What calls cost the host",
         "CPU time, over a driver that does nothing: Triton's own launcher and compiled kernels, CPU tensors of a few "
         "hundred elements. The 5th percentile of many rounds, in which the contestants take turns, and the median. "
         "Eager is PyTorch on the CPU, so that its arithmetic is part of its time and the launch of its kernels isn't. "
         "A ratio above 1: ours takes longer. Counted of a call of ours: launches, those among them that Triton "
         "prepared, and operators of ours that went through PyTorch's dispatcher.",
-        _origin(result, name),
-        host_table(result["cases"]),
-    ]
-    return "\n\n".join(parts)
-
-
-_SECTIONS = {
-    "inductor": _inductor,
-    "memory": _memory,
-    "thresholds": _thresholds,
-    "host": _host,
-    "counters": _counters,
+        _of_cases(host_table),
+    ),
+    "counters": _Section(
+        "What the GPU counts",
+        "By Nsight Compute, of one call forward and backward, with cold caches. A ratio above 1: the kernels move more "
+        "than they must.",
+        _of_cases(counters_table),
+    ),
     "timed": _timed,
     "counted": _counted,
     "predicted": _predicted,
-    "compiled": _compiled,
+    "compiled": _Section(
+        "What the compiler says",
+        "One shipped configuration of each kernel, compiled ahead of time. Occupancy is computed: the share of a "
+        "multiprocessor's warps that registers, shared memory and threads leave room for.",
+        _of_cases(compiled_table),
+    ),
 }
 
 
