@@ -130,17 +130,17 @@ def elu_gradient_from_output(g, y, a, b):
 
 @triton.jit
 def celu_forward(x, a, b):
-    return tl.where(x > 0, x, a * expm1(x / a))
+    return tl.where(x > 0, x, a * expm1(x * (1 / a)))  # as PyTorch: one division, not one for each element
 
 
 @triton.jit
 def celu_gradient(g, x, a, b):
-    return tl.where(x <= 0, g * exp(x / a), g)
+    return tl.where(x <= 0, g * exp(x * (1 / a)), g)
 
 
 @triton.jit
 def celu_gradient_from_output(g, y, a, b):
-    return tl.where(y <= 0, g * (y / a + 1), g)
+    return tl.where(y <= 0, g * (y * (1 / a) + 1), g)
 
 
 @triton.jit
