@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fusednn
 
 from .inductor import Counts, count_step
+from .networks import FirstResult
 from .protocol import DTYPE_NAMES
 
 __all__ = ["CONTESTANTS", "CompiledStep", "compiled_steps"]
@@ -171,19 +172,6 @@ class _Autoencoder(nn.Module):
         return loss
 
 
-class _First(nn.Module):
-    """A block of transformers, which may return a tuple, by its first result."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
-        first: Tensor = y[0] if isinstance(y, tuple) else y
-        return first
-
-
 def _of_transformers() -> dict[str, _Row]:
     import transformers
     from transformers.models.bert.modeling_bert import BertLayer
@@ -195,7 +183,7 @@ def _of_transformers() -> dict[str, _Row]:
     bert._attn_implementation = "eager"
     convnext, mobilenet = transformers.ConvNextConfig(), transformers.MobileNetV2Config()
     return {
-        "BERT layer": (lambda: _First(BertLayer(bert)), ((4, 64, 256),), 0),
+        "BERT layer": (lambda: FirstResult(BertLayer(bert)), ((4, 64, 256),), 0),
         "ConvNeXt layer": (lambda: ConvNextLayer(convnext, 96), ((8, 96, 28, 28),), 0),
         "ResNet bottleneck": (lambda: ResNetBottleNeckLayer(256, 256), ((8, 256, 14, 14), (8, 256, 56, 56)), 0),
         "MobileNetV2 inverted residual": (

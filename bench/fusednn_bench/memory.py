@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .counting import operators_of_cuda
+from .networks import FirstResult
 from .protocol import WrongResultError
 
 __all__ = ["NETWORKS", "MemoryCase", "count_memory"]
@@ -65,32 +66,20 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(256, 4, 1024, activation=nn.GELU(), norm_first=True, batch_first=True)
 
 
-class _First(nn.Module):
-    """Of a block's results the first, where it returns several."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
-        return y[0] if isinstance(y, tuple) else y
-
-
 def _bert() -> nn.Module:
     transformers = import_module("transformers")
     config = transformers.BertConfig(
         hidden_size=256, num_attention_heads=4, intermediate_size=1024, attention_probs_dropout_prob=0.0
     )
     config._attn_implementation = "sdpa"
-    return _First(import_module("transformers.models.bert.modeling_bert").BertLayer(config))
+    return FirstResult(import_module("transformers.models.bert.modeling_bert").BertLayer(config))
 
 
 def _gpt2() -> nn.Module:
     transformers = import_module("transformers")
     config = transformers.GPT2Config(n_embd=256, n_head=4, attn_pdrop=0.0)
     config._attn_implementation = "sdpa"
-    return _First(import_module("transformers.models.gpt2.modeling_gpt2").GPT2Block(config, layer_idx=0))
+    return FirstResult(import_module("transformers.models.gpt2.modeling_gpt2").GPT2Block(config, layer_idx=0))
 
 
 def _vit() -> nn.Module:

@@ -21,7 +21,15 @@ from .counting import counts_of, operators_of_cuda
 from .protocol import COMPILE_MODES, DTYPE_NAMES, Contest, Effort, WrongResultError
 from .timing import DEVICE, DeviceTimer, interleave, wall_times
 
-__all__ = ["Network", "NetworkCase", "StockMaxout", "count_network_case", "run_network_contest", "to_fusednn"]
+__all__ = [
+    "FirstResult",
+    "Network",
+    "NetworkCase",
+    "StockMaxout",
+    "count_network_case",
+    "run_network_contest",
+    "to_fusednn",
+]
 
 #: Farthest that a loss, and the gradient of all parameters, may be from float64's: maxima that a rounding decides send
 #: gradients another way.
@@ -58,6 +66,19 @@ def to_fusednn(model: nn.Module) -> nn.Module:
                 setattr(parent, name, maxout)
     fusednn.replace_layers(model, fuse=True)
     return model
+
+
+class FirstResult(nn.Module):
+    """A block of transformers, which may return a tuple, by its first result."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        first: Tensor = y[0] if isinstance(y, tuple) else y
+        return first
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .contestants import Contestant, modules_watched
+from ..layers.fusion.members import observe_modules
+from .contestants import Contestant
 
 __all__ = ["PHASES", "Times", "measure"]
 
@@ -132,7 +133,7 @@ def _host_by_layer(contestant: Contestant) -> dict[str, float]:
     for step in range(_LAYER_STEPS):
         batch = contestant.task.batch(step)
         spent.clear()
-        with modules_watched(enter, leave):
+        with observe_modules(enter, leave):
             contestant.forward(batch, step)
         least |= {name: min(value, least.get(name, value)) for name, value in spent.items()}
     return least

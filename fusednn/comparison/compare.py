@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import explain, replace_layers
+from ..layers import explain
 from .advice import advice
 from .clock import measure
 from .contestants import Task, contestants
@@ -60,7 +60,7 @@ def compare(
     make_optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9))
     task = Task(make_batch, loss, make_optimizer)
     with _generators_kept(device), torch.enable_grad():
-        task.forward(deepcopy(model), task.batch(0), 0)[1]  # raises what it raises, before anything is measured
+        task.forward(deepcopy(model), task.batch(0), 0)  # raises what it raises, before anything is measured
         progress("results, gradients and parameters")
         proof = prove(model, task, ("stock", "replaced", "fused"), steps)
         progress("memory")
@@ -73,10 +73,8 @@ def compare(
                 others, _ = contestants(model, task, ("stock", "fused"))
                 copies |= {f"{name}, compiled": one.compiled() for name, one in others.items()}
             times = measure(copies, timed_steps, device, lambda: progress("times"))
-        fused = deepcopy(model)
-        replace_layers(fused, fuse=True)
         batch = task.batch(0)
-        explanation = _explained(fused, batch[0] if loss is not None else batch)
+        explanation = _explained(copies["fused"].model, batch[0] if loss is not None else batch)
     told = tuple(advice(model, reports["fused"], explanation))
     return Comparison(str(device), proof, times, memory, counted, reports["fused"], explanation, told)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import optim
 from ..layers import ReplacementReport, replace_layers
-from ..layers.fusion.members import LOOKS_ON
 
-__all__ = ["Contestant", "Task", "contestants", "exact_copy", "modules_watched", "without_dropout"]
+__all__ = ["Contestant", "Task", "contestants", "exact_copy", "without_dropout"]
 
 SEED = 0
 
@@ -150,26 +147,3 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, _DropoutNd):
             module.p = 0.0
     return model
-
-
-@contextmanager
-def modules_watched(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Call back around every module that runs: with its arguments before, with its result after.
-
-    Layers that are computed by another don't run.  That these look on keeps nothing from being fused.
-    """
-
-    def before(module: nn.Module, arguments: Any) -> None:
-        enter(module, arguments)
-
-    def after(module: nn.Module, _: Any, result: Any) -> None:
-        leave(module, result)
-
-    for hook in (before, after):
-        setattr(hook, LOOKS_ON, True)
-    handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

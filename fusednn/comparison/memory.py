@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from .. import kernels
 from ..autograd.recompute import only_watches
-from .contestants import Contestant, modules_watched
+from ..layers.fusion.members import observe_modules
+from .contestants import Contestant
 
 __all__ = ["Memory", "Traffic", "kept_by_layer", "traffic"]
 
@@ -69,7 +70,7 @@ def kept_by_layer(contestant: Contestant, device: torch.device) -> Memory:
         if module in names:
             running.pop()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), modules_watched(enter, leave):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe_modules(enter, leave):
         contestant.forward(batch, 1)
     by_layer: dict[str, int] = {}
     for name, size, _ in kept.values():

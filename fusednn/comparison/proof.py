@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .contestants import Contestant, Task, contestants, exact_copy, modules_watched, without_dropout
+from ..layers.fusion.members import observe_modules
+from .contestants import Contestant, Task, contestants, exact_copy, without_dropout
 
 __all__ = ["Finding", "Proof", "prove"]
 
@@ -168,6 +169,6 @@ def _trace(contestant: Contestant) -> dict[str, list[Tensor]]:
         tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()]
         events[event if calls[event] == 1 else f"{event}, call {calls[event]}"] = [_apart(x) for x in tensors]
 
-    with modules_watched(partial(note, "what reaches"), partial(note, "result of")):
+    with observe_modules(partial(note, "what reaches"), partial(note, "result of")):
         contestant.step(0)
     return events

@@ -6,16 +6,13 @@ Operators are seen as they are dispatched, so it doesn't matter whether a layer,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..autograd.dispatch import Choice, observe_choices
-from ..layers.fusion.members import LOOKS_ON
+from ..layers.fusion.members import observe_modules
 from ..layers.twin import Layer
 
 __all__ = ["LeftOperator", "operators_left"]
@@ -65,30 +62,16 @@ class _Watch(TorchDispatchMode):
             self.seen[module, name, reason] += 1
         return function(*args, **(kwargs or {}))
 
+    def enter(self, module: nn.Module, _: Any) -> None:
+        self.running.append(module)
+        self.reasons.pop(module, None)
+
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
+
     def choose(self, choice: Choice) -> None:
         if self.running and not choice.kernel:
             self.reasons[self.running[-1]] = choice.reason
-
-
-@contextmanager
-def _following(watch: _Watch) -> Iterator[None]:
-    """Tell the watch which module runs, by hooks that leave fused neighbours fused."""
-
-    def enter(module: nn.Module, _: Any) -> None:
-        watch.running.append(module)
-        watch.reasons.pop(module, None)
-
-    def leave(*_: Any) -> None:
-        watch.running.pop()
-
-    for hook in (enter, leave):
-        setattr(hook, LOOKS_ON, True)
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def operators_left(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LeftOperator]:
@@ -99,7 +82,7 @@ def operators_left(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[LeftOp
     """
     names = {module: name for name, module in model.named_modules()}
     watch = _Watch()
-    with _following(watch), observe_choices(watch.choose), watch:
+    with observe_modules(watch.enter, watch.leave), observe_choices(watch.choose), watch:
         model(*inputs, **kwargs)
     return [
         LeftOperator(names.get(module, "-"), type(module).__name__, operator, calls, reason)

@@ -18,7 +18,6 @@ from .trace import calls_in_order, stock_of
 
 __all__ = [
     "ACTIVATIONS",
-    "LOOKS_ON",
     "STEADY",
     "Activation",
     "activated",
@@ -35,6 +34,7 @@ __all__ = [
     "know",
     "layer_refusal",
     "observe_chains",
+    "observe_modules",
 ]
 
 #: The name of each activation layer that can be fused, and its parameters in PyTorch's order.  Registered ones join.
@@ -79,8 +79,8 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     *(module._global_backward_hooks, module._global_backward_pre_hooks),
 )
 _CALL = nn.Module.__call__
-#: Whoever looks on by a hook of all modules, and takes neighbours that are computed in one for what they are.
-LOOKS_ON = "_fusednn_looks_on"
+#: Marks the hooks of `observe_modules`, which take neighbours that are computed in one for what they are.
+_LOOKS_ON = "_fusednn_looks_on"
 
 _Result = TypeVar("_Result")
 
@@ -150,7 +150,7 @@ def call_refusal(input: Tensor) -> str | None:
         return refusal
     if nn.Module.__call__ is not _CALL:
         return "calls of modules are patched"
-    heard = any(not hasattr(hook, LOOKS_ON) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
+    heard = any(not hasattr(hook, _LOOKS_ON) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
     return "a hook listens to all modules" if heard else None
 
 
@@ -181,6 +181,32 @@ def observe_chains(observer: _Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+@contextmanager
+def observe_modules(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Call back around every module that runs: with its arguments before, with its result (None, if it raised) after.
+
+    Layers that others compute don't run.  Looking on keeps nothing from being fused, as hooks of all modules else do.
+    """
+
+    def before(module: nn.Module, arguments: Any) -> None:
+        enter(module, arguments)
+
+    def after(module: nn.Module, _: Any, result: Any) -> None:
+        leave(module, result)
+
+    for hook in (before, after):
+        setattr(hook, _LOOKS_ON, True)
+    handles = [
+        module.register_module_forward_pre_hook(before),
+        module.register_module_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def computed(function: Callable[[], _Result], *layers: Any) -> _Result:

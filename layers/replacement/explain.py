@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ...autograd.dispatch import Choice, judged_as_compiled, observe_choices
 from ...autograd.recompute import observe_saved
 from ..fusion.host import recomputes
-from ..fusion.members import LOOKS_ON, observe_chains
+from ..fusion.members import observe_chains, observe_modules
 from ..table import format_table
 from ..twin import Layer
 from .register import twin_of
@@ -135,7 +134,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         if module in names:
             running.append(module)
 
-    def leave(module: nn.Module, _args: Any, _result: Any) -> None:
+    def leave(module: nn.Module, _: Any) -> None:
         if module not in names:
             return
         running.pop()
@@ -143,10 +142,6 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             row = ExplanationRow(names[module], type(module).__name__, "-", "stock", _why_stock(module))
             rows[row] = None
 
-    # Hooks of the modules themselves would keep neighbours from being fused; so would those of all, but for this mark.
-    for hook in (enter, leave):
-        setattr(hook, LOOKS_ON, True)
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
@@ -156,12 +151,11 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             torch.random.fork_rng(sorted(device.index for device in devices)),
             observe_choices(observe),
             observe_chains(observe_chain),
+            observe_modules(enter, leave),
             _uncompiled() if compiled else nullcontext(),
         ):
             model(*inputs, **kwargs)
     finally:
-        for handle in handles:
-            handle.remove()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
