@@ -33,8 +33,10 @@ __all__ = [
     "leaky_relu",
     "logsigmoid",
     "mish",
+    "quick_gelu",
     "relu",
     "relu6",
+    "relu_squared",
     "selu",
     "sigmoid",
     "silu",
@@ -215,8 +217,10 @@ STOCK: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
     "logsigmoid": lambda x, a, b: F.logsigmoid(x),
     "mish": lambda x, a, b: F.mish(x),
+    "quick_gelu": lambda x, a, b: x * F.sigmoid(1.702 * x),
     "relu": lambda x, a, b: F.relu(x),
     "relu6": lambda x, a, b: F.relu6(x),
+    "relu_squared": lambda x, a, b: torch.square(F.relu(x)),
     "selu": lambda x, a, b: F.selu(x),
     "sigmoid": lambda x, a, b: F.sigmoid(x),
     "silu": lambda x, a, b: F.silu(x),
@@ -347,6 +351,13 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+def relu_squared(input: Tensor) -> Tensor:
+    """max(0, x)^2; saves the input.  Source: So et al., "Primer" (2021)."""
+    if (activation := taken("relu_squared", input)) is None:
+        return STOCK["relu_squared"](input, 0.0, 0.0)
+    return apply_kernel(input, activation, False)
+
+
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """max(0, x) + negative_slope min(0, x).  As `torch.nn.functional.leaky_relu`; saves one bit an element."""
     if (activation := taken("leaky_relu", input, negative_slope, inplace=inplace)) is None:
@@ -419,6 +430,13 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     if not takes_kernel(name, input, refusal=lambda: refusal or _out_refusal(out)):
         return F.gelu(input, approximate=approximate, **_given_out(out))
     return apply_kernel(input, Activated(ACTIVATIONS[name]), False)
+
+
+def quick_gelu(input: Tensor) -> Tensor:
+    """x sigmoid(1.702 x); saves the input.  Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016)."""
+    if (activation := taken("quick_gelu", input)) is None:
+        return STOCK["quick_gelu"](input, 0.0, 0.0)
+    return apply_kernel(input, activation, False)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

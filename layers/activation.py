@@ -21,8 +21,10 @@ __all__ = [
     "LeakyReLU",
     "LogSigmoid",
     "Mish",
+    "QuickGELU",
     "ReLU",
     "ReLU6",
+    "ReLUSquared",
     "SiLU",
     "Sigmoid",
     "Softplus",
@@ -52,6 +54,17 @@ class ReLU6(Twin, nn.ReLU6):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class ReLUSquared(Layer):
+    """relu_squared(x) = max(0, x)^2.
+
+    Saves the input for the backward pass.  Any shape.  Source: So et al., "Primer: Searching for Efficient Transformers
+    for Language Modeling" (2021).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu_squared(input)
 
 
 class LeakyReLU(Twin, nn.LeakyReLU):
@@ -163,6 +176,17 @@ class SiLU(Twin, nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.silu(input, self.inplace)
+
+
+class QuickGELU(Layer):
+    """quick_gelu(x) = x sigmoid(1.702 x), nearly GELU.
+
+    Saves the input for the backward pass.  Any shape.  Source: Hendrycks and Gimpel, "Gaussian Error Linear Units"
+    (2016).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.quick_gelu(input)
 
 
 class Mish(Twin, nn.Mish):

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.thorough
 
 #: Every class that has a twin, by its qualified name, with options that it is tried with.
 ACTIVATIONS: dict[str, list[dict[str, Any]]] = {
-    **{f"timm.layers.activations.{name}": [{}] for name in ("GELU", "GELUTanh", "HardSigmoid", "Mish", "PReLU")},
+    **{
+        f"timm.layers.activations.{name}": [{}]
+        for name in ("GELU", "GELUTanh", "HardSigmoid", "Mish", "PReLU", "QuickGELU")
+    },
     **{
         f"timm.layers.activations.{name}": [{}, {"inplace": True}] for name in ("HardSwish", "Sigmoid", "Swish", "Tanh")
     },
@@ -36,7 +39,7 @@ ACTIVATIONS: dict[str, list[dict[str, Any]]] = {
         f"transformers.activations.{name}": [{}]
         for name in (
             *("AccurateGELUActivation", "FastGELUActivation", "GELUActivation", "GELUTanh", "MishActivation"),
-            *("NewGELUActivation", "SiLUActivation"),
+            *("NewGELUActivation", "QuickGELUActivation", "ReLUSquaredActivation", "SiLUActivation"),
         )
     },
     "transformers.models.bloom.modeling_bloom.BloomGelu": [{}],

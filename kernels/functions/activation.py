@@ -52,6 +52,16 @@ def kept_gradient(g, kept, a, b):
 
 
 @triton.jit
+def relu_squared_forward(x, a, b):
+    return tl.where(x <= 0, 0.0, x * x)
+
+
+@triton.jit
+def relu_squared_gradient(g, x, a, b):
+    return tl.where(x <= 0, 0.0, g * (2 * x))
+
+
+@triton.jit
 def leaky_relu_forward(x, a, b):
     return tl.where(x > 0, x, x * a)
 
@@ -176,6 +186,17 @@ def silu_forward(x, a, b):
 def silu_gradient(g, x, a, b):
     s = sigmoid(x)
     return g * s * (1 + x * (1 - s))
+
+
+@triton.jit
+def quick_gelu_forward(x, a, b):
+    return x / (1 + exp(-1.702 * x))
+
+
+@triton.jit
+def quick_gelu_gradient(g, x, a, b):
+    s = sigmoid(1.702 * x)
+    return g * (s + 1.702 * (x * s * (1 - s)))  # 1.702 x may overflow
 
 
 @triton.jit
@@ -408,6 +429,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             "relu6", hardtanh_forward, kept_gradient, "mask", hardtanh_mask, mask_gates=True, defaults=(0.0, 6.0)
         ),
+        Activation("relu_squared", relu_squared_forward, relu_squared_gradient, "input"),
         Activation(
             *("leaky_relu", leaky_relu_forward, leaky_relu_gradient, "mask", leaky_relu_mask),
             parameters=("negative_slope",),
@@ -445,6 +467,7 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         Activation("gelu", gelu_forward, gelu_gradient, "input"),
         Activation("gelu_tanh", gelu_tanh_forward, gelu_tanh_gradient, "input"),
+        Activation("quick_gelu", quick_gelu_forward, quick_gelu_gradient, "input"),
         Activation("silu", silu_forward, silu_gradient, "input"),
         Activation("mish", mish_forward, mish_gradient, "input"),
         Activation(

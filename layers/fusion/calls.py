@@ -40,8 +40,11 @@ _POOLING_DEFAULTS: dict[str, Any] = {
 
 
 def activation_function(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
-    """The name of an activation that is called with constants, and these: its parameters in PyTorch's order."""
-    if len(node.args) != 1:
+    """The name of an activation that is called with constants, and these: its parameters in PyTorch's order.
+
+    None also for part of a longer formula.
+    """
+    if len(node.args) != 1 or _is_squared(node):
         return None
     if node.op == "call_method":
         name = None if node.kwargs else _METHODS.get(str(node.target))
@@ -60,6 +63,14 @@ def activation_function(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
     if options.keys() - set(row.parameters) or type(inplace) is not bool or not all(map(is_number, parameters)):
         return None
     return None if resolve_activation(name, parameters).refusal(inplace) else (name, parameters)
+
+
+def _is_squared(node: fx.Node) -> bool:
+    """Whether the only use of a value is to be squared."""
+    (user,) = node.users if len(node.users) == 1 else (node,)
+    return user.target in (torch.square, "square") or (
+        user.target in (operator.pow, torch.pow, "pow") and user.args[1:] == (2,)
+    )
 
 
 def pooling_function(node: fx.Node) -> tuple[Any, Any, Any] | None:

@@ -12,7 +12,7 @@ from torch.nn.modules import module
 from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
 from ...autograd.dispatch import is_number, tensor_refusal
-from ..activation import Squareplus  # and the twins beside it
+from ..activation import QuickGELU, ReLUSquared, Squareplus  # and the twins beside it
 from ..twin import ALL_TWINS, Layer, is_untouched
 from .trace import calls_in_order, stock_of
 
@@ -55,6 +55,8 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
     nn.Sigmoid: lambda layer: ("sigmoid", ()),
     nn.Softsign: lambda layer: ("softsign", ()),
     nn.Tanh: lambda layer: ("tanh", ()),
+    QuickGELU: lambda layer: ("quick_gelu", ()),
+    ReLUSquared: lambda layer: ("relu_squared", ()),
     Squareplus: lambda layer: ("squareplus", (layer.b,)),
 }
 #: What stands for an activation: its layer, or where the code calls a function, its name and parameters.

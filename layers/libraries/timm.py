@@ -84,6 +84,7 @@ _ACTIVATIONS = "timm.layers.activations."
 for _name, _activation_name, _inplace, _fingerprint in (
     ("GELU", "gelu", None, "813bee56035c"),
     ("GELUTanh", "gelu_tanh", None, "bc91fc1a51ec"),
+    ("QuickGELU", "quick_gelu", None, "f0b0765a6e67"),
     ("HardSigmoid", "hardsigmoid", "inplace", "7424682cc827"),
     ("HardSwish", "hardswish", "inplace", "77783226d9d7"),
     ("Sigmoid", "sigmoid", "inplace", "84c0c7a699fe"),

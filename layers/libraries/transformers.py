@@ -69,6 +69,9 @@ _with_pow = written_out("gelu_tanh", in_float32=True)
 register_twin(_ACTIVATIONS + "AccurateGELUActivation", _with_pow, fingerprints="bae35ecb0c1c")
 register_twin(_ACTIVATIONS + "NewGELUActivation", _with_pow, fingerprints="ce6abf1b40b4")
 
+register_twin(_ACTIVATIONS + "QuickGELUActivation", written_out("quick_gelu"), fingerprints="d372c97a949c")
+register_twin(_ACTIVATIONS + "ReLUSquaredActivation", written_out("relu_squared"), fingerprints="b77a5331cfc1")
+
 _with_few_digits = written_out("gelu_tanh", exact=False)
 register_twin(_ACTIVATIONS + "FastGELUActivation", _with_few_digits, fingerprints="e418414e54aa")
 register_twin("transformers.models.bloom.modeling_bloom.BloomGelu", _with_few_digits, fingerprints="1e77908a506a")

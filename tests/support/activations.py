@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusednn.kernels.functions.activation import ACTIVATIONS
 
-from .samples import stock_squareplus
+from .samples import WITHOUT_FUNCTION
 
 
 def _threshold(x: Tensor, threshold: float = 0.0, value: float = 0.0) -> Tensor:
@@ -19,8 +19,8 @@ def _threshold(x: Tensor, threshold: float = 0.0, value: float = 0.0) -> Tensor:
 STOCK: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(F, name) for name in ACTIVATIONS if hasattr(F, name)},
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "squareplus": stock_squareplus,
     "threshold": _threshold,
+    **WITHOUT_FUNCTION,
 }
 
 #: Other parameters than the defaults, for each activation that has any.

@@ -91,6 +91,7 @@ OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
         "weight": random_tensor((2, 3, 4), torch.float32, "cpu", seed=1),
         "bias": torch.ones(2, 3),
     },
+    **{key: {"input": _X} for key in ("quick_gelu", "relu_squared")},
     "squareplus": {"input": _X, "b": 0.5},
     "standout": {"input": _X, "belief": _T},
 }

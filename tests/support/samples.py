@@ -16,9 +16,24 @@ from fusednn.layers.twin import TWINS
 from .standing import check_against_stock
 
 
+def stock_quick_gelu(input: Tensor) -> Tensor:
+    return STOCK["quick_gelu"](input, 0.0, 0.0)
+
+
+def stock_relu_squared(input: Tensor) -> Tensor:
+    return STOCK["relu_squared"](input, 0.0, 0.0)
+
+
 def stock_squareplus(input: Tensor, b: float = 4.0) -> Tensor:
-    """What PyTorch has no function of."""
     return STOCK["squareplus"](input, b, 0.0)
+
+
+#: What PyTorch has no function of, by name.
+WITHOUT_FUNCTION: dict[str, Callable[..., Tensor]] = {
+    "quick_gelu": stock_quick_gelu,
+    "relu_squared": stock_relu_squared,
+    "squareplus": stock_squareplus,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Case:
 
     @property
     def stock(self) -> Callable[..., Tensor]:
-        return partial(getattr(F, self.name, stock_squareplus), **self.arguments)
+        return partial(WITHOUT_FUNCTION.get(self.name) or getattr(F, self.name), **self.arguments)
 
     def check(self, operands: list[Tensor], gradient: Tensor) -> None:
         """Hold value and gradients to stock's."""
@@ -57,7 +72,8 @@ class Case:
 
     @property
     def inplace(self) -> bool:
-        return self.name not in ("gelu", "logsigmoid", "prelu", "sigmoid", "softplus", "softsign", "squareplus", "tanh")
+        without = ("gelu", "logsigmoid", "prelu", "sigmoid", "softplus", "softsign", "tanh")
+        return self.name not in (*without, *WITHOUT_FUNCTION)
 
     def operands(self, x: Tensor) -> list[Tensor]:
         if not self.slopes:
@@ -89,8 +105,10 @@ CASES = [
     Case("logsigmoid"),
     Case("mish"),
     Case("prelu", slopes=True),
+    Case("quick_gelu"),
     Case("relu"),
     Case("relu6"),
+    Case("relu_squared"),
     Case("rrelu"),
     Case("selu"),
     Case("sigmoid"),

@@ -26,12 +26,14 @@ _NAMES: dict[Any, str] = {
     **dict.fromkeys((operator.truediv, torch.div, "div"), "/"),
     **dict.fromkeys((operator.add, torch.add, "add"), "+"),
     **dict.fromkeys((operator.pow, torch.pow, "pow"), "^"),
-    **{getattr(torch, name): name for name in ("erf", "sigmoid", "tanh")},
-    **{name: name for name in ("erf", "sigmoid", "tanh")},
+    **dict.fromkeys((torch.square, "square"), "square"),
+    **{getattr(torch, name): name for name in ("erf", "relu", "sigmoid", "tanh")},
+    **{name: name for name in ("erf", "relu", "sigmoid", "tanh")},
+    F.relu: "relu",
     F.softplus: "softplus",
 }
-#: Of which autocast computes ``pow`` or ``softplus`` in float32, so that results may be of another dtype.
-_IN_FLOAT32 = ("gelu_tanh", "mish")
+#: What autocast computes in float32, so that results may be of another dtype.
+_IN_FLOAT32 = ("^", "softplus")
 #: More calls than any formula has.
 _LONGEST = 12
 
@@ -50,7 +52,12 @@ def _shape(value: Any, x: fx.Node | None, inside: list[fx.Node], root: bool = Fa
     if not isinstance(value, fx.Node):
         raise _OtherwiseError
     name = _NAMES.get(value.target) if value.op in ("call_function", "call_method") else None
-    if value is x or name is None or value.kwargs or not (root or len(value.users) == 1):
+    if (
+        value is x
+        or name is None
+        or value.kwargs not in ({}, {"inplace": False})
+        or not (root or len(value.users) == 1)
+    ):
         if x is not None and value is not x:
             raise _OtherwiseError
         return "x"
@@ -58,6 +65,8 @@ def _shape(value: Any, x: fx.Node | None, inside: list[fx.Node], root: bool = Fa
     if len(inside) > _LONGEST:
         raise _OtherwiseError
     parts = [_shape(part, x, inside) for part in value.args]
+    if name == "square":
+        name, parts = "^", [*parts, 2.0]
     if name == "^":
         base, power = parts
         if power not in (2.0, 3.0):
@@ -89,6 +98,8 @@ _FORMULAS: dict[Any, str] = {
             lambda x: 0.5 * x * (1 + F.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))),
         ),
         "mish": (lambda x: x * F.tanh(F.softplus(x)),),
+        "quick_gelu": (lambda x: x * F.sigmoid(1.702 * x),),
+        "relu_squared": (lambda x: F.relu(x) ** 2,),
         "silu": (lambda x: x * F.sigmoid(x),),
     }.items()
     for formula in formulas
@@ -109,7 +120,7 @@ def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
             nodes = [one for one in root.graph.nodes if one in inside and one is not root]
             if nodes[0] is not node or search.extend(nodes, lambda n, last=root: True if n is last else None) is None:  # type: ignore[misc]
                 return None
-            return Match(nodes, _computing(name, _apart(nodes, x)), (x,), {})
+            return Match(nodes, _computing(name, _apart(nodes, x), _is_widened(nodes)), (x,), {})
     return None
 
 
@@ -140,13 +151,17 @@ def _apart(nodes: list[fx.Node], x: fx.Node) -> Callable[[Tensor], Tensor]:
     return apart
 
 
-def _computing(name: str, apart: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _is_widened(nodes: list[fx.Node]) -> bool:
+    return any(_NAMES[node.target] in _IN_FLOAT32 for node in nodes)
+
+
+def _computing(name: str, apart: Callable[[Tensor], Tensor], widened: bool) -> Callable[[Tensor], Tensor]:
     """What is called in place of a formula.  Its constants may be rounded to float32: float64 is the code's own."""
 
     def formula(x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.dtype is torch.float64 or call_refusal(x) is not None:
             return apart(x)
-        if name in _IN_FLOAT32 and autocast_dtype(x) is not None:
+        if widened and autocast_dtype(x) is not None:
             return apart(x)
         activation = taken(name, x)
         return apart(x) if activation is None else computed(lambda: apply_kernel(x, activation, False))
