@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import fusednn
 from fusednn.autograd.dispatch import observe_choices
 from fusednn.commands.info import environment
-from fusednn.commands.interpreter import interpreting_processes
+from fusednn.commands.kernel_processes import interpreting_processes
 
 FOLDER = Path(__file__).resolve().parent
 DATA, DOCUMENT, PLOTS = FOLDER / "recipe.json", FOLDER / "recipe.md", FOLDER / "recipe"

@@ -3,24 +3,31 @@
 import argparse
 import json
 import math
+import re
 import runpy
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusednn import kernels
 from fusednn.commands import demo
+from fusednn.demonstration import training
+from fusednn.demonstration.digits import build_network, load_digits
+from fusednn.demonstration.picture import FUSED_COLOUR, STOCK_COLOUR, draw
+from fusednn.demonstration.report import summary
+from fusednn.demonstration.training import Comparison, Contestant, Scale, Training, problems, train_in_turns
 from fusednn.layers import Explanation, ExplanationRow, ReplacementReport, replace_layers
 
 STEPS = 6
-SMALL = demo.Scale(steps=STEPS, batch_size=4, test_images=8)  # the interpreter's time goes with the images
+SMALL = Scale(steps=STEPS, batch_size=4, test_images=8)  # the interpreter's time goes with the images
 CPU = torch.device("cpu")
 
 
@@ -48,7 +55,7 @@ class Outcome(NamedTuple):
 def outcome(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """One short demo on the CPU, which every test below reads."""
     folder = tmp_path_factory.mktemp("demo") / "made" / "on the way"
-    options = ["--device", "cpu", "--steps", str(STEPS), "--interpreter-steps", "2", "--output", str(folder)]
+    options = ["--device", "cpu", "--steps", str(STEPS), "--kernel-steps", "2", "--output", str(folder), "--verbose"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
         patch.setattr(demo, "INTERPRETED", SMALL)
         code = run_demo(*options)
@@ -62,9 +69,9 @@ def test_agrees(outcome: Outcome) -> None:
     assert outcome.figures["problems"] == []
     assert len(stock["losses"]) == STEPS
     assert len(set(stock["losses"])) == STEPS  # it trains
-    assert fused["losses"] == pytest.approx(stock["losses"], rel=demo.RELATIVE_TOLERANCE)
+    assert fused["losses"] == pytest.approx(stock["losses"], rel=training.RELATIVE_TOLERANCE)
     assert 0 < stock["accuracy"] <= 1
-    assert min(training["median_step_seconds"] for training in (stock, fused)) > 0
+    assert min(one[key] for one in (stock, fused) for key in ("cpu_seconds", "wall_seconds", "kept_bytes")) > 0
 
 
 @pytest.mark.stock
@@ -79,46 +86,76 @@ def test_stock_path_is_identical(outcome: Outcome) -> None:
 
 @pytest.mark.skipif(not kernels.AVAILABLE, reason="Triton is not installed")
 def test_kernels_ran(outcome: Outcome) -> None:
-    """In this process if it interprets kernels, else in one that the demo started."""
-    comparison = outcome.figures["comparison" if kernels.INTERPRETING else "interpreter"]
-    assert len(comparison["stock"]["losses"]) == (STEPS if kernels.INTERPRETING else 2)
+    """In this process if it runs kernels, else in one that the demo started."""
+    figures = outcome.figures if kernels.ON_CPU else outcome.figures["with_kernels"]
+    comparison = figures["comparison"]
+    assert len(comparison["stock"]["losses"]) == (STEPS if kernels.ON_CPU else 2)
     operations = {row["operation"] for row in comparison["explanation"]["rows"] if row["path"] == "kernel"}
-    assert {"relu", "prelu", "cross_entropy"} <= operations
-    assert ("The losses agree" in outcome.text) is not kernels.INTERPRETING  # the second part's verdict
+    assert {"batch_norm_act_pool2d", "bias_activation", "cross_entropy"} <= operations
+    assert comparison["fused"]["kept_bytes"] < 0.75 * comparison["stock"]["kept_bytes"]
 
 
 def test_prints_reports(outcome: Outcome) -> None:
-    for expected in ("Device: cpu", "Path: ", "layers replaced", "on kernels", "test accuracy", "median time per step"):
+    for expected in ("fuse=True", "test accuracy", "kept for the backward pass", "layers replaced", "stock loss"):
         assert expected in outcome.text
-    assert outcome.figures["comparison"]["peak_bytes_are"] in outcome.text
+    assert ("CPU time a step" in outcome.text) is not kernels.ON_CPU  # of a stand-in for a GPU it would mean nothing
     assert str(outcome.folder / "losses.png") in outcome.text
 
 
-def test_draws_both_curves(outcome: Outcome) -> None:
+@pytest.mark.kernels
+def test_prints_what_was_fused(outcome: Outcome) -> None:
+    assert re.search(r"Conv2d \+ BatchNorm2d \+ ReLU \+ MaxPool2d +batch_norm_act_pool2d +cuDNN", outcome.text)
+    assert re.search(r"Flatten +- +no fusednn twin", outcome.text)
+
+
+def test_one_screen(extra: None) -> None:
+    """Without ``--verbose``, for a network as it is: introduction, fused layers, figures, verdict."""
+    rows = [ExplanationRow(str(n), "ReLU", "relu", "kernel", "kernel on the GPU") for n in range(9)]
+    lines = summary(replace(comparison_of(LOSSES, LOSSES), explanation=Explanation(tuple(rows)))).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 130
+
+
+def drawn(path: Path, colour: str) -> Tensor:
+    """The columns of a picture in which a colour is."""
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    pixels = torch.from_numpy(imread(outcome.folder / "losses.png"))[..., :3]
-    for colour in (demo.STOCK_COLOUR, demo.FUSED_COLOUR):
-        close = (pixels - torch.tensor(to_rgb(colour))).abs().amax(-1) < 0.02
-        # Drawn from the left to the right of the picture, which the legend's sample alone would not be.
-        columns = close.any(0).nonzero()
-        assert columns.max() - columns.min() > 0.8 * pixels.shape[1]
+    pixels = torch.from_numpy(imread(path))[..., :3]
+    return ((pixels - torch.tensor(to_rgb(colour))).abs().amax(-1) < 0.02).any(0).nonzero()[:, 0] / pixels.shape[1]
+
+
+@pytest.mark.parametrize("colour", [STOCK_COLOUR, FUSED_COLOUR])
+def test_draws_both_curves(outcome: Outcome, colour: str) -> None:
+    columns = drawn(outcome.folder / "losses.png", colour)
+    assert columns.max() - columns.min() > 0.8  # from the left to the right, which the legend's sample would not be
+
+
+def test_draws_time_and_memory_of_a_gpu(extra: None, tmp_path: Path) -> None:
+    comparison = comparison_of(LOSSES, LOSSES)
+    bars = {name: replace(getattr(comparison, name), peak_bytes=2**20) for name in ("stock", "fused")}
+    draw(replace(comparison, **bars), tmp_path / "bars.png")
+    draw(comparison, tmp_path / "curves.png")
+    assert len(drawn(tmp_path / "bars.png", FUSED_COLOUR)) > len(drawn(tmp_path / "curves.png", FUSED_COLOUR))
 
 
 def test_starts_alike(extra: None) -> None:
-    """The network is the stock one, and the same seed gives the same weights, batches and masks."""
-    model, again = demo.build_network(3), demo.build_network(3)
+    """The network is the stock one, and the same seed gives the same weights and batches."""
+    model, again = build_network(3), build_network(3)
     assert all(type(module).__module__.startswith("torch.nn.") for module in model.modules() if module is not model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    digits, scale = demo.load_digits(CPU), demo.Scale(steps=3, batch_size=16, test_images=1)
-    losses = [demo.train(network, digits, scale, 3, "test").losses for network in (model, again)]
-    assert losses[0] == losses[1]
-    assert demo.train(demo.build_network(3), digits, scale, 4, "test").losses != losses[0]
+
+    def losses(model: nn.Module, seed: int) -> list[float]:
+        contestant = Contestant(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        train_in_turns([contestant], load_digits(CPU), Scale(steps=3, batch_size=16, test_images=1), seed)
+        return contestant.losses
+
+    assert losses(model, 3) == losses(again, 3)
+    assert losses(build_network(3), 4) != losses(build_network(3), 3)
 
 
 def wrong_forward(model: nn.Module) -> None:
-    model.get_parameter("layers.5.weight").data.add_(0.1)
+    model.get_parameter("layers.9.weight").data.add_(0.1)
 
 
 def wrong_backward(model: nn.Module) -> None:
@@ -142,25 +179,22 @@ def test_notices_wrong_layers(
         return replace_layers(model, **options)
 
     monkeypatch.setattr(demo, "INTERPRETED", SMALL)
-    monkeypatch.setattr(demo, "replace_layers", replace_badly)
-    options = ["--device", "cpu", "--steps", "2", "--interpreter-steps", "0", "--output", str(tmp_path)]
+    monkeypatch.setattr(training, "replace_layers", replace_badly)
+    options = ["--device", "cpu", "--steps", "2", "--kernel-steps", "0", "--output", str(tmp_path)]
     assert run_demo(*options) == 1
     problems = json.loads((tmp_path / "figures.json").read_text())["problems"]
     assert problems[0].startswith(f"in step {step} ")
     assert f"The networks disagree: {problems[0]}" in capsys.readouterr().err
 
 
-def comparison_of(
-    stock: list[float], fused: list[float], accuracy: float = 0.9, path: str = "stock"
-) -> demo.Comparison:
-    return demo.Comparison(
+def comparison_of(stock: list[float], fused: list[float], accuracy: float = 0.9, path: str = "stock") -> Comparison:
+    return Comparison(
         device="cpu",
         seed=0,
         scale=demo.INTERPRETED,
         parameters=0,
-        stock=demo.Training(stock, 0.9, 1.0, None),
-        fused=demo.Training(fused, accuracy, 1.0, None),
-        peak_bytes_are="",
+        stock=Training(stock, 0.9, 1.0, 1.0, 1, None),
+        fused=Training(fused, accuracy, 1.0, 1.0, 1, None),
         replacement=ReplacementReport(),
         explanation=Explanation((ExplanationRow("0", "ReLU", "relu", path, ""),)),
     )
@@ -181,8 +215,8 @@ LOSSES = [2.0, 1.5, 1.2, 1.1, 1.0, 0.5, 0.1]
         (comparison_of(LOSSES, LOSSES), True, ["no layer took a kernel"]),
     ],
 )
-def test_problems(comparison: demo.Comparison, kernels_expected: bool, expected: list[str]) -> None:
-    found = demo.problems(comparison, kernels_expected=kernels_expected)
+def test_problems(comparison: Comparison, kernels_expected: bool, expected: list[str]) -> None:
+    found = problems(comparison, kernels_expected=kernels_expected)
     assert len(found) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(found, expected, strict=True))
 
@@ -192,39 +226,6 @@ def test_largest_difference() -> None:
     difference, step = comparison_of([1.0, math.nan, 3.0], [2.0, 2.0, 3.0]).largest_difference
     assert math.isnan(difference)
     assert step == 2
-
-
-def test_resident_memory() -> None:
-    meter = demo.memory_meter(CPU)
-    if not meter.meaning.endswith("during the training"):
-        pytest.skip("this system can't reset the peak")
-    size = 64 * 2**20
-    meter.reset()
-    before = meter.read()
-    block = torch.ones(size, dtype=torch.uint8)
-    peak = meter.read()
-    del block
-    meter.reset()
-    after = meter.read()
-    assert before is not None
-    assert peak is not None
-    assert after is not None
-    assert peak > before + 0.9 * size
-    assert after < peak - 0.9 * size
-
-
-def test_memory_without_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise PermissionError
-
-    pytest.importorskip("resource")
-    monkeypatch.setattr(demo, "_reset_peak_resident", refuse)
-    meter = demo.memory_meter(CPU)
-    meter.reset()
-    peak = meter.read()
-    assert "since it started" in meter.meaning
-    assert peak is not None
-    assert 50 * 2**20 < peak < 2**40  # bytes: PyTorch alone takes more than the one, no machine has the other
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +239,7 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_json(extra: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "compare", lambda *_: comparison_of(LOSSES, LOSSES, accuracy=0.5, path="kernel"))
-    assert run_demo("--device", "cpu", "--interpreter-steps", "0", "--output", str(tmp_path), "--json") == 1
+    assert run_demo("--device", "cpu", "--kernel-steps", "0", "--output", str(tmp_path), "--json") == 1
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
     assert facts == json.loads((tmp_path / "figures.json").read_text())

@@ -11,8 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
 from .. import kernels
 from ..layers.table import format_table
 from . import self_test
@@ -65,9 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_self_test:
         results = self_test.self_test(arguments.family, arguments.jobs)
         if not arguments.json:
-            on_gpu = torch.cuda.is_available() and not kernels.INTERPRETING
-            where = "on the GPU" if on_gpu else "in Triton's interpreter"
-            print(f"\nLayers, functions and optimizers against PyTorch's, with kernels {where}")
+            print(f"\nLayers, functions and optimizers against PyTorch's, with kernels {self_test.where()}")
             print(self_test.table(results))
             print(f"{_passed(results)} of {len(results)} pass")
     if arguments.json:

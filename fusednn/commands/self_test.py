@@ -1,12 +1,15 @@
 """The second half of ``python -m fusednn check``: every layer, function and optimizer against PyTorch's, with numbers.
 
 What is tested is read off the library: every twin of a ``torch.nn`` layer, every optimizer, and the functions that
-neither has.  On a GPU compiled kernels are tested, elsewhere the same kernels in Triton's interpreter.
+neither has.  On a GPU compiled kernels are tested; elsewhere, in a checkout with gcc, on a virtual GPU;
+else they run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -24,9 +27,9 @@ from ..catalogue import ROWS, Row, normal, row_of_layer
 from ..layers.table import format_table
 from ..layers.twin import TWINS
 from ..optim.twin import TWINS as OPTIMIZER_TWINS
-from .interpreter import interpreting_processes
+from .kernel_processes import has_virtual_gpu, interpreting_processes, kernel_command
 
-__all__ = ["FUNCTIONS", "Result", "families", "function_sample", "layer_sample", "self_test", "table"]
+__all__ = ["FUNCTIONS", "Result", "families", "function_sample", "layer_sample", "self_test", "table", "where"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SEED = 0
@@ -136,12 +139,30 @@ def _family(cls: type) -> str:
 
 
 def self_test(family: str | None = None, jobs: int = 1) -> list[Result]:
-    """Test one family, or all: on the GPU, or in new processes with kernels interpreted if this one interprets none."""
+    """Test one family, or all: on the GPU, or if this process has no kernels for CPU tensors in others that do."""
     chosen = [family] if family is not None else families()
     if kernels.ON_CPU or torch.cuda.is_available():
         return [result for name in chosen for result in _test_family(name)]
+    if has_virtual_gpu():
+        return _on_virtual_gpu(() if family is None else ("--family", family))
     with interpreting_processes(min(jobs, len(chosen))) as processes:
         return [result for results in processes.map(_test_family, chosen) for result in results]
+
+
+def where() -> str:
+    """Where `self_test` runs kernels, in words."""
+    if kernels.INTERPRETING or not (kernels.ON_CPU or torch.cuda.is_available() or has_virtual_gpu()):
+        return "in Triton's interpreter"
+    return "on the GPU" if torch.cuda.is_available() and not kernels.ON_CPU else "compiled, on a virtual GPU"
+
+
+def _on_virtual_gpu(options: Sequence[str]) -> list[Result]:
+    command, variables = kernel_command("check", "--no-compile", "--json", *options)
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{' '.join(command)} failed with exit status {done.returncode}")
+    results = json.loads(done.stdout)["tested"]
+    return [Result(**{**result, "problems": tuple(result["problems"])}) for result in results]
 
 
 def _test_family(family: str) -> list[Result]:
