@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     curves, figures = arguments.output / "losses.png", arguments.output / "figures.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
     draw(comparison, curves)
-    facts = {
+    facts: dict[str, Any] = {
         "environment": environment(),
         "comparison": asdict(comparison),
         "largest_difference": dict(zip(("loss", "step"), comparison.largest_difference, strict=True)),

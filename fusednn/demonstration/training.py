@@ -135,15 +135,14 @@ def compare(device: torch.device, scale: Scale, seed: int) -> Comparison:
     digits = load_digits(device, scale.test_images)
     stock_model, fused_model = (build_network(seed).to(device) for _ in range(2))
     replacement = replace_layers(fused_model, fuse=True)
-    options = {"lr": LEARNING_RATE, "momentum": MOMENTUM}
-    stock = Contestant(stock_model, torch.optim.SGD(stock_model.parameters(), **options))
-    fused = Contestant(fused_model, optim.SGD(fused_model.parameters(), **options))
+    stock = Contestant(stock_model, torch.optim.SGD(stock_model.parameters(), LEARNING_RATE, MOMENTUM))
+    fused = Contestant(fused_model, optim.SGD(fused_model.parameters(), LEARNING_RATE, MOMENTUM))
     with _reproducible():
         train_in_turns((stock, fused), digits, scale, seed)
-        outcomes = [contestant.training(digits, scale.batch_size) for contestant in (stock, fused)]
+        outcome, fused_outcome = (contestant.training(digits, scale.batch_size) for contestant in (stock, fused))
         explanation = explain(fused_model, digits.images[: scale.batch_size], digits.labels[: scale.batch_size])
     parameters = sum(parameter.numel() for parameter in fused_model.parameters())
-    return Comparison(_describe(device), seed, scale, parameters, *outcomes, replacement, explanation)
+    return Comparison(_describe(device), seed, scale, parameters, outcome, fused_outcome, replacement, explanation)
 
 
 def train_in_turns(contestants: Sequence[Contestant], digits: Digits, scale: Scale, seed: int) -> None:
