@@ -6,15 +6,22 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate, assert_same_bits
 from support.device import FLOAT_DTYPES
-from support.layouts import LAYOUTS
-from support.samples import CASES, EXTREMES, FAR, Case, random_tensor
-from support.standing import leaf, value_and_gradients
+from support.samples import CASES, Case
 from torch import Tensor
 
 from fusednn import autograd, kernels
 from fusednn.autograd.onednn import without_onednn
+from fusednn.testing import (
+    EXTREMES,
+    FAR,
+    LAYOUTS,
+    assert_accurate,
+    assert_same_bits,
+    leaf,
+    random_tensor,
+    value_and_gradients,
+)
 
 pytestmark = pytest.mark.kernels
 

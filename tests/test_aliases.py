@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from support.device import DEVICE, KERNELS_RUN
 from support.operations import ARGUMENTS, OPERATIONS, OWN, OWN_ARGUMENTS, Operation
 from support.optimizers import SHAPES, STOCK_CALLS, parameters, set_gradients, stock_of
-from support.standing import leaf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusednn import autograd, layers, optim
+from fusednn.testing import leaf
 
 #: Where a call is made, and whether what it is given requires gradients.
 WAYS = ((nullcontext, False), (nullcontext, True), (torch.no_grad, True), (torch.inference_mode, False))

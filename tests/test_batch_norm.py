@@ -13,13 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
 from support.activations import PARAMETERS, STOCK
 from support.device import FLOAT_DTYPES, KERNELS_RUN
 from support.gpu import capture, compiled_kernels, no_synchronisation
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +23,7 @@ import fusednn
 from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import LAYOUTS, assert_accurate, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from support.activations import PARAMETERS, STOCK
 from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +19,7 @@ from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import ACTIVATIONS
 from fusednn.layers import BiasActivationDropout
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from support.layouts import LAYOUTS
-from support.samples import CASES, Case, random_tensor
-from support.standing import leaf
+from support.samples import CASES, Case
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
 from fusednn.kernels.base.random import draw_seed
+from fusednn.testing import LAYOUTS, leaf, random_tensor
 
 pytestmark = pytest.mark.kernels
 _ops = torch.ops.fusednn

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.samples import random_tensor
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd
 from fusednn.autograd.dispatch import Choice, compiler_refusal, judged_as_compiled, observe_choices
+from fusednn.testing import random_tensor
 
 pytestmark = pytest.mark.kernels
 FUSED = "fused by torch.compile"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from support.device import ON_GPU
 from support.operations import OPERATIONS, Operation
-from support.samples import random_tensor
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import kernels
 from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.testing import random_tensor
 
 pytestmark = [pytest.mark.compiles, pytest.mark.skipif(ON_GPU, reason="kernels run here, and are tested as they are")]
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate, assert_same_bits, one_rounding
 from support.operations import OPERATIONS, Operation
 from torch import Tensor, nn
 from vgpu import machine_options
 
 from fusednn import autograd
+from fusednn.testing import assert_accurate, assert_same_bits, one_rounding
 
 pytestmark = pytest.mark.compiled
 

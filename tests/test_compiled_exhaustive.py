@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import one_rounding
 from torch import Tensor
 from vgpu import VirtualGpuError, machine_options
 
 from fusednn import autograd
+from fusednn.testing import one_rounding
 
 pytestmark = [pytest.mark.compiled, pytest.mark.thorough]
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import vgpu.driver
-from support.accuracy import assert_accurate
 from support.planting import forget_compiled, planted
 from torch import Tensor
 from vgpu import VirtualGpuError
@@ -19,6 +18,7 @@ from fusednn import autograd, optim
 from fusednn.kernels import linear_maxout
 from fusednn.kernels.base import lines, numerics, tiles
 from fusednn.kernels.functions import optimizer as optimizer_functions
+from fusednn.testing import assert_accurate
 
 pytestmark = pytest.mark.compiled
 

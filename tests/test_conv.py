@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from support.activations import PARAMETERS, STOCK
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.gpu import capture, compiled_kernels, no_synchronisation
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +20,7 @@ from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.autograd.onednn import sound_convolution
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

@@ -8,17 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
 from support.activations import STOCK
 from support.device import KERNELS_RUN, ON_GPU
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import leaf, poisoned_memory
 from torch import Tensor, nn
 
 from fusednn import kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import LAYOUTS, assert_accurate, leaf, poisoned_memory, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

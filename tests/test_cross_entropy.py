@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, ON_GPU
 from support.gpu import capture, compiled_kernels, no_synchronisation
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd, kernels, layers
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.base import long_lines
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

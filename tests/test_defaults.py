@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from support.optimizers import every_name, parameters, set_gradients
-from support.standing import leaf
 from torch import Tensor, nn
 
 import fusednn
@@ -18,6 +17,7 @@ from fusednn import autograd, optim
 from fusednn.autograd.dispatch import observe_choices
 from fusednn.commands.self_test import FUNCTIONS, function_sample, layer_sample
 from fusednn.layers.twin import TWINS
+from fusednn.testing import leaf
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import DEVICE, KERNELS_RUN
-from support.samples import CASES, Case, random_tensor
+from support.samples import CASES, Case
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fusednn
 from fusednn import autograd, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.testing import random_tensor
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.device import KERNELS_RUN, ON_GPU
 from support.processes import in_two_processes
-from support.samples import random_tensor
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fusednn
 from fusednn import layers, optim
 from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.testing import random_tensor
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="gloo on the CPU")
 

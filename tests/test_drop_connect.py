@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import DEVICE, FLOAT_DTYPES
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +16,7 @@ from fusednn import kernels
 from fusednn.autograd import drop_connect_linear
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers import DropConnect
+from fusednn.testing import check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

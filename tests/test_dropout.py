@@ -9,12 +9,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_same_bits
 from support.device import DEVICE, FLOAT_DTYPES, ON_GPU
 from support.gpu import capture, compiled_kernels, no_synchronisation
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import leaf, poisoned_memory, value_and_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +23,7 @@ from fusednn.kernels.base._triton import tl, triton
 from fusednn.kernels.base.numerics import scalar
 from fusednn.kernels.base.random import draw_seed, keep_threshold, random_tile
 from fusednn.kernels.dropout import dropout_backward, dropout_forward
+from fusednn.testing import LAYOUTS, assert_same_bits, leaf, poisoned_memory, random_tensor, value_and_gradients
 
 pytestmark = pytest.mark.kernels
 

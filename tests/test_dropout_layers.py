@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.samples import random_tensor
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
 from fusednn.layers import AnnealedDropout, BiasActivationDropout, DropConnect
 from fusednn.layers.twin import TWINS
+from fusednn.testing import random_tensor
 
 CLASSES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 SHAPES = {nn.Dropout1d: (3, 4, 5), nn.Dropout3d: (2, 3, 4, 2, 2)}

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.samples import random_tensor
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
 from fusednn.layers.replacement.fold import FoldedBatchNorm
+from fusednn.testing import random_tensor
 
 
 def trained(model: nn.Module, *shape: int) -> nn.Module:

@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import KERNELS_RUN
-from support.samples import random_tensor
-from support.standing import check_against_stock
 from torch import Tensor, nn
 
 import fusednn
 from fusednn.autograd.dispatch import observe_choices
+from fusednn.testing import check_against_stock, random_tensor
 
 
 class Formula(nn.Module):

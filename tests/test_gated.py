@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from support.activations import STOCK
 from support.device import FLOAT_DTYPES, KERNELS_RUN
 from support.fusion import Halves
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 
 import fusednn
@@ -20,6 +17,7 @@ from fusednn import autograd, kernels
 from fusednn.autograd.dispatch import observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.gated import GATES
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

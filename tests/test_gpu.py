@@ -4,12 +4,12 @@ import pytest
 import torch
 from support.gpu import capture, compiled_kernels, no_synchronisation
 from support.pytorch_samples import MODULES
-from support.samples import CASES, LAYERS, Case, random_tensor
-from support.standing import leaf
+from support.samples import CASES, LAYERS, Case
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
+from fusednn.testing import leaf, random_tensor
 
 pytestmark = pytest.mark.gpu
 

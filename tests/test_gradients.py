@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import DEVICE
-from support.layouts import ARRANGEMENTS
 from support.operations import ARGUMENTS, OPERATIONS, Operation
 from torch import Tensor, nn
 
 from fusednn import autograd
 from fusednn.autograd import dispatch
 from fusednn.autograd.anchors import anchors_of
+from fusednn.testing import ARRANGEMENTS
 
 #: Stock has no second derivative of it.
 ONCE = ("Hardsigmoid",)

@@ -6,12 +6,11 @@ import pickle
 import pytest
 import torch
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
 from torch import Tensor
 
 from fusednn import layers
 from fusednn.autograd.dispatch import observe_choices
+from fusednn.testing import LAYOUTS, random_tensor
 
 
 @pytest.mark.parametrize("shape", [(20, 5), (20, 5, 3, 4)], ids=str)

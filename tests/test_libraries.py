@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 from support.device import KERNELS_RUN
-from support.samples import random_tensor
-from support.standing import check_against_stock
 from support.torchvision import mend_torchvision
 from torch import Tensor, nn
 
 import fusednn
 from fusednn.layers.replacement import register
 from fusednn.layers.twin import OTHER_TWINS
+from fusednn.testing import check_against_stock, random_tensor
 
 pytestmark = pytest.mark.thorough
 

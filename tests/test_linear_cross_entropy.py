@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_accurate
 from support.device import KERNELS_RUN, ON_GPU
-from support.samples import random_tensor
-from support.standing import leaf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +21,7 @@ from fusednn import autograd, layers
 from fusednn.autograd.chunked_cross_entropy import chunk_rows
 from fusednn.autograd.linear_cross_entropy import composed
 from fusednn.layers.twin import stock_class
+from fusednn.testing import assert_accurate, leaf, random_tensor
 
 ROWS, FEATURES, CLASSES = 13, 4, 9
 REDUCTIONS = ("none", "mean", "sum")

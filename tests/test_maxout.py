@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.gpu import capture, compiled_kernels, no_synchronisation
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf, value_and_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +17,7 @@ from fusednn.autograd import maxout, maxout_conv2d, maxout_linear
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.linear_maxout import fused_refusal, takes_fused_backward
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor, value_and_gradients
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

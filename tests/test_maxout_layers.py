@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.samples import random_tensor
-from support.standing import check_against_stock
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fusednn
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers import LeakyReLU, Maxout, MaxoutConv2d, init
+from fusednn.testing import check_against_stock, random_tensor
 
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 

@@ -7,19 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
-from support.accuracy import assert_same_bits
-from support.bounds import checked_bounds
-from support.layouts import ARRANGEMENTS
 from support.operations import OPERATIONS, OWN, Operation
 from support.optimizers import CALLS, parameters, set_gradients
-from support.samples import CASES, Case, random_tensor
-from support.standing import poisoned_memory
+from support.samples import CASES, Case
 from torch import Tensor, nn
 
 from fusednn import optim
 from fusednn.autograd import dispatch
 from fusednn.layers.twin import TWINS
 from fusednn.optim.launches import CHUNK
+from fusednn.testing import ARRANGEMENTS, assert_same_bits, checked_bounds, poisoned_memory, random_tensor
 
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 from support.device import KERNELS_RUN
-from support.layouts import LAYOUTS
 from support.optimizers import (
     CALLS,
     NAMES,
@@ -36,6 +35,7 @@ import fusednn
 from fusednn import kernels, optim
 from fusednn.kernels.functions.optimizer import ALGORITHMS
 from fusednn.optim.twin import TWINS, stock_class
+from fusednn.testing import LAYOUTS
 
 # --- PyTorch's samples ------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from support.device import DEVICE
 from support.operations import ARGUMENTS
-from support.samples import random_tensor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fusednn
 from fusednn import autograd, layers
+from fusednn.testing import random_tensor
 
 VALUES: list[Any] = [
     *(True, False, 1, -1, 2**70, 0.3, float("nan"), float("inf"), 1j),

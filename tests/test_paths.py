@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support.operations import ARGUMENTS, OWN_ARGUMENTS
-from support.samples import random_tensor
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.testing import random_tensor
 
 pytestmark = pytest.mark.kernels
 

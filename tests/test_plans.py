@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from support.accuracy import assert_same_bits
 from support.operations import OPERATIONS, Operation
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusednn import autograd
 from fusednn.autograd import activation, plans
 from fusednn.kernels.base import launch as launching
+from fusednn.testing import assert_same_bits
 
 pytestmark = pytest.mark.kernels
 

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.gpu import capture, compiled_kernels, no_synchronisation
-from support.layouts import LAYOUTS
 from support.losses import LOSSES, REDUCTIONS, Loss
-from support.samples import random_tensor
-from support.standing import leaf, value_and_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +22,7 @@ from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import LAYOUTS, leaf, random_tensor, value_and_gradients
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

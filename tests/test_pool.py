@@ -9,12 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_same_bits
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.gpu import capture, no_synchronisation
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 
 import fusednn
@@ -22,6 +18,7 @@ from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import LAYOUTS, assert_same_bits, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

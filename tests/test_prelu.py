@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock
 
 from fusednn import autograd
+from fusednn.testing import LAYOUTS, check_against_stock, random_tensor
 
 pytestmark = pytest.mark.kernels
 

@@ -2,20 +2,21 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
-from support.accuracy import assert_accurate, assert_same_bits
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_errors, module_samples, operator_samples
-from torch import Tensor, nn
+from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_samples
+from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum
-from torch.utils._pytree import tree_leaves, tree_map
 
 import fusednn
 from fusednn.layers.twin import TWINS
+from fusednn.testing import assert_same_bits
+from fusednn.testing.outcome import Outcome, assert_outcome, evaluate
+from fusednn.testing.pytorch_samples import module_errors, operator_samples
 
 every_module = pytest.mark.parametrize("stock_class", SAMPLED, ids=lambda cls: cls.__name__)
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -27,61 +28,6 @@ def _quiet() -> Iterable[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-class Outcome(NamedTuple):
-    """What a call leaves behind: outputs, gradients (None: not reached), and operands that it may have updated."""
-
-    outputs: list[Tensor]
-    gradients: list[Tensor | None]
-    updated: list[Tensor]
-
-
-def evaluate(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    options: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-    parameters: Sequence[Tensor] = (),
-    *,
-    inplace: bool = False,
-) -> Outcome:
-    """Call, and differentiate with respect to operands and parameters; computed in ``dtype``."""
-    operands: list[Tensor] = []
-
-    def convert(value: object) -> object:
-        if isinstance(value, torch.dtype) and value.is_floating_point and dtype is not None:
-            return dtype
-        if not isinstance(value, Tensor):
-            return value
-        operand = value.detach() if value.requires_grad else value.clone()
-        operand = operand.to(dtype) if operand.is_floating_point() else operand
-        operands.append(operand.requires_grad_(value.requires_grad))
-        return operand
-
-    first, *rest = tree_map(convert, tuple(arguments))
-    options = tree_map(convert, dict(options))
-    outputs = tree_leaves(function(first * 1 if inplace else first, *rest, **options))
-    wanted = [operand for operand in (*operands, *parameters) if operand.requires_grad]
-    ends = [output for output in outputs if output.requires_grad]
-    seeds = [torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).to(y) for y in ends]
-    gradients = torch.autograd.grad(ends, wanted, seeds, allow_unused=True) if ends and wanted else []
-    return Outcome(
-        [output.detach() for output in outputs],
-        list(gradients),
-        [operand for operand in operands if not operand.requires_grad],
-    )
-
-
-def compare(ours: Outcome, stock: Outcome, reference: Outcome, inherent: float) -> None:
-    for what in Outcome._fields:
-        for mine, theirs, exact in zip(*(getattr(outcome, what) for outcome in (ours, stock, reference)), strict=True):
-            if theirs is None:
-                assert mine is None, f"{what}: stock has none"
-            elif theirs.is_floating_point():
-                assert_accurate(mine, theirs, exact, what, inherent=inherent, chosen=False)
-            else:
-                assert_same_bits(mine, theirs, what)
 
 
 @every_module
@@ -105,7 +51,7 @@ def test_module_info_samples(stock_class: type[nn.Module], dtype: torch.dtype, t
             run(module, sample.forward_input, kind)
             for module, kind in ((ours, None), (stock, None), (stock, torch.float64))
         )
-        compare(mine, theirs, reference, inherent_error(stock_class.__name__, dtype))
+        assert_outcome(mine, theirs, reference, inherent_error(stock_class.__name__, dtype))
         count += 1
     assert count
 
@@ -153,7 +99,7 @@ def test_op_info_samples(info: Any, dtype: torch.dtype, device: str) -> None:
             if kind.is_floating_point:
                 options.pop("options", None)  # of how a loss is computed, for one dtype
                 reference = evaluate(info.op, operands, options, torch.float64, inplace=inplace)
-                compare(mine, theirs, reference, inherent_error(info.name, dtype))
+                assert_outcome(mine, theirs, reference, inherent_error(info.name, dtype))
             else:
                 assert_same_bits(*(outcome.outputs[0] for outcome in (mine, theirs)))
 
@@ -171,7 +117,7 @@ def test_op_info_noncontiguous_samples(info: Any, device: str) -> None:
         mine, theirs = (evaluate(f, operands, options, inplace=inplace) for f in (our_function(info), info.op))
         options.pop("options", None)  # of how a loss is computed, for one dtype
         reference = evaluate(info.op, operands, options, torch.float64, inplace=inplace)
-        compare(mine, theirs, reference, inherent_error(info.name, torch.float32))
+        assert_outcome(mine, theirs, reference, inherent_error(info.name, torch.float32))
 
 
 def our_function(info: Any) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_same_bits
 from support.operations import OPERATIONS, Operation
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,7 @@ import fusednn
 from fusednn.autograd.handles import Recipe
 from fusednn.autograd.recompute import observe_saved, reason_to_keep
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import assert_same_bits
 
 
 @contextlib.contextmanager

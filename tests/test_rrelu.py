@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from support.device import FLOAT_DTYPES
-from support.layouts import LAYOUTS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusednn import autograd, layers
+from fusednn.testing import LAYOUTS
 
 pytestmark = pytest.mark.kernels
 

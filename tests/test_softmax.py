@@ -7,9 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor, nn
 
 from fusednn import autograd, kernels, layers
@@ -17,6 +14,7 @@ from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.base import long_lines
 from fusednn.kernels.base.lines import Lines, lines_of
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

@@ -6,9 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +15,7 @@ from fusednn.autograd import standout
 from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers import Standout
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic

@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.device import ON_GPU
 from support.processes import in_two_processes
-from support.samples import random_tensor
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import layers
+from fusednn.testing import random_tensor
 
 on_the_cpu = pytest.mark.skipif(ON_GPU, reason="gloo on the CPU")
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.samples import CASES, Case, random_tensor
-from support.standing import leaf
+from support.samples import CASES, Case
 from torch import Tensor
 
 from fusednn import autograd, kernels
 from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import ACTIVATIONS
+from fusednn.testing import leaf, random_tensor
 
 pytestmark = [
     pytest.mark.kernels,

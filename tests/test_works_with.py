@@ -9,13 +9,13 @@ from types import ModuleType
 import pytest
 import torch
 from support.gpu import capture
-from support.samples import random_tensor
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.utils.checkpoint import checkpoint
 
 import fusednn
 from fusednn import optim
+from fusednn.testing import random_tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

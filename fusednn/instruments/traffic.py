@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime import interpreter
+
+from ..kernels import AVAILABLE
 
 __all__ = ["Launch", "Operation", "Traffic", "measure_traffic"]
 
@@ -100,8 +101,14 @@ def measure_traffic() -> Iterator[Traffic]:
     Kernels are only seen in the interpreter (``TRITON_INTERPRET=1``), ATen operators anywhere.
     """
     traffic = Traffic()
-    execute = interpreter.GridExecutor.__call__
     operators = _OperatorCounter(traffic)
+    if not AVAILABLE:
+        with operators:
+            yield traffic
+        return
+    from triton.runtime import interpreter
+
+    execute = interpreter.GridExecutor.__call__
 
     def counted_execute(executor: Any, *args: Any, **kwargs: Any) -> None:
         grid = executor.grid if isinstance(executor.grid, tuple) else (executor.grid,)

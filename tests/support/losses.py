@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusednn import autograd
-
-from .samples import random_tensor
-from .standing import check_against_stock
+from fusednn.testing import check_against_stock, random_tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from fusednn import autograd
 from fusednn.commands.self_test import FUNCTIONS, Sample, function_sample, layer_sample
 from fusednn.layers.twin import TWINS
+from fusednn.testing import leaf, random_tensor
 
 from .device import DEVICE
-from .samples import random_tensor
-from .standing import leaf
 
 __all__ = ["ARGUMENTS", "OPERATIONS", "OWN", "OWN_ARGUMENTS", "Operation"]
 

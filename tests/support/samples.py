@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fusednn import autograd
 from fusednn.autograd.activation import STOCK
 from fusednn.layers.twin import TWINS
-
-from .standing import check_against_stock
+from fusednn.testing import check_against_stock
 
 
 def stock_quick_gelu(input: Tensor) -> Tensor:
@@ -128,12 +127,3 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     for stock, ours in TWINS.items()
     if ours.__module__.rpartition(".")[2] in ("activation", "prelu", "rrelu")
 }
-
-EXTREMES = [0.0, -0.0, 1e-6, -1e-6, 1e-4, -1e-4, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 20.0, -20.0, 30.0, -30.0]
-FAR = [88.0, -88.0, 100.0, -100.0, 1000.0, -1000.0]
-
-
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Normal values with a deviation of 3: both branches of every activation, and its knees."""
-    generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)

@@ -1,14 +1,35 @@
-"""Deliberately broken kernels: each must make an instrument, or a standing check, fail.
+"""Deliberately broken kernels: each must make an instrument, or a check, fail.
 
-`broken_relu` is a right kernel and a launcher, with one fault at a time switched on by a constant.
+`faulty_relu` is a right kernel and a launcher, with one fault at a time switched on by a constant.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusednn.kernels.base._triton import tl, triton
-from fusednn.kernels.base.launch import Configuration, launch
+from ..kernels.base._triton import tl, triton
+from ..kernels.base.launch import Configuration, launch
+from ..kernels.base.layout import dense
 
+__all__ = [
+    "FAULTS",
+    "faulty_relu",
+    "relu_configuration",
+    "scalar_access_configuration",
+    "spilling_configuration",
+]
+
+#: Of `faulty_relu`.
+FAULTS = (
+    "a missing mask",
+    "a modified input",
+    "a wrong value",
+    "an extra pass",
+    "an unwritten tail",
+    "random gradient",
+    "wrong gradient",
+)
 BLOCK = 256
 
 
@@ -31,10 +52,10 @@ def faulty_relu_kernel(
     if READS_TWICE:
         x = (x + tl.load(x_pointer + offsets, mask=inside, other=0)) / 2
     if WRITES_INPUT:
-        tl.store(x_pointer + offsets, tl.where(x > 0, x, 0.0), mask=inside)
+        tl.store(x_pointer + offsets, tl.where(x <= 0, 0.0, x), mask=inside)
     if LOSES_TAIL:
         inside = offsets < numel - 1
-    tl.store(y_pointer + offsets, tl.where(x > 0, x, 0.0), mask=inside)
+    tl.store(y_pointer + offsets, tl.where(x <= 0, 0.0, x), mask=inside)
 
 
 @triton.jit
@@ -54,29 +75,40 @@ def scalar_access_kernel(x_pointer, y_pointer, stride, BLOCK: tl.constexpr):
     tl.store(y_pointer + offsets, tl.load(x_pointer + offsets) * 2)
 
 
-class FaultyReLU(torch.autograd.Function):
-    """ReLU with the named fault."""
+def faulty_relu(x: Tensor, fault: str = "") -> Tensor:
+    """ReLU in float32, with one of `FAULTS` or none."""
+    if not isinstance(x, Tensor) or x.dtype is not torch.float32:
+        return x.relu()
+    y: Tensor = _FaultyReLU.apply(x, fault)
+    return y
 
+
+class _FaultyReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, fault: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fault: str) -> Tensor:
+        x = dense(x)
         y = torch.empty_like(x)
         numel = x.numel()
         programs = triton.cdiv(numel, BLOCK)
         launch(relu_configuration(fault), programs, x.detach(), y, numel)
+        if fault == "a wrong value":
+            y *= 1.00001
         ctx.save_for_backward(y)
         ctx.fault = fault
         return y
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (g,) = gradients
         (y,) = ctx.saved_tensors
         slope = 1.001 if ctx.fault == "wrong gradient" else 1.0
         if ctx.fault == "random gradient":
             slope = 1.0 + torch.rand(()).item()
-        return torch.where(y > 0, g * slope, 0), None
+        return torch.where(y <= 0, 0, g * slope), None
 
 
 def relu_configuration(fault: str) -> Configuration:
+    """Of the kernel of `faulty_relu`."""
     return Configuration(
         label=f"relu with {fault}",
         kernel=faulty_relu_kernel,
@@ -93,6 +125,7 @@ def relu_configuration(fault: str) -> Configuration:
 
 
 def spilling_configuration() -> Configuration:
+    """A kernel whose registers spill."""
     return Configuration(
         label="a spilling tile",
         kernel=spilling_kernel,
@@ -103,6 +136,7 @@ def spilling_configuration() -> Configuration:
 
 
 def scalar_access_configuration() -> Configuration:
+    """A kernel that loads and stores one element at a time."""
     return Configuration(
         label="narrow accesses",
         kernel=scalar_access_kernel,

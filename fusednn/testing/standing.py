@@ -1,4 +1,6 @@
-"""The standing checks of every operator test, and the comparison with stock."""
+"""What every comparison with stock also checks: operands untouched, outputs fully written, the same bits twice."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,8 +13,10 @@ from torch import Tensor
 from .accuracy import assert_accurate, assert_same_bits, one_rounding
 from .bounds import checked_bounds
 
+__all__ = ["check_against_stock", "leaf", "poisoned_memory", "value_and_gradients"]
+
 #: Every function that gives memory as it comes.
-_ALLOCATORS = [
+_ALLOCATORS: list[tuple[Any, str]] = [
     *((torch, name) for name in ("empty", "empty_like", "empty_permuted", "empty_strided")),
     *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
 ]
@@ -46,6 +50,7 @@ def leaf(tensor: Tensor) -> Tensor:
 def value_and_gradients(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], gradient: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The value at ``tensors``, and their gradients where the value's is ``gradient``."""
     leaves = [leaf(tensor) for tensor in tensors]
     y = function(*leaves)
     return y.detach(), torch.autograd.grad(y, leaves, gradient)
@@ -61,7 +66,7 @@ def check_against_stock(
     saved_output_scale: float = 0.0,
 ) -> None:
     """Value and gradients of ``ours(*tensors)``: accurate, in the input's memory format, fully written, the same twice;
-    the operands untouched, and nothing touched beside them.
+    the operands untouched, and nothing touched beside them.  Raises AssertionError.
 
     ``saved_output_scale`` is |d gradient / d output| where the operation reads its gradient off its saved output, whose
     rounding is then an error inherent to the gradient.  ``float32_constants`` says that stock computes with constants
@@ -84,7 +89,8 @@ def check_against_stock(
     assert_accurate(y, y_stock, y_reference, "value", inherent=float64_error * y_reference.abs().nan_to_num())
     if y.shape == tensors[0].shape:
         kept = torch.empty_like(tensors[0]).stride()  # the input's memory format; stock's own results mostly keep it
-        assert y.stride() == kept, f"strides {y.stride()}, not {kept}"
+        if y.stride() != kept:
+            raise AssertionError(f"strides {y.stride()}, not {kept}")
     rounding = saved_output_scale * one_rounding(y.double(), y.dtype).nan_to_num() + float64_error
     for ours_, stock_, reference in zip(gradients, gradients_stock, gradients_reference, strict=True):
         inherent = rounding * gradient.abs().double() if ours_.shape == gradient.shape else 0.0

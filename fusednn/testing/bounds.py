@@ -4,6 +4,8 @@ Addresses have 48 bits: the check writes the number of its operand into the othe
 it alone.  So a lane that strays from one operand into another is seen as well.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +14,10 @@ from unittest import mock
 import numpy as np
 from torch import Tensor
 
-from fusednn.kernels import INTERPRETING
-from fusednn.kernels.base.multi_tensor import FlatOperands
+from ..kernels import INTERPRETING
+from ..kernels.base.multi_tensor import FlatOperands
+
+__all__ = ["OutOfBoundsError", "checked_bounds"]
 
 _ADDRESS_BITS = 48
 

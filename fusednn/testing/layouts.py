@@ -1,9 +1,13 @@
 """Memory layouts that inputs and incoming gradients may have: every one is legal."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+__all__ = ["ARRANGEMENTS", "LAYOUTS"]
 
 #: Each takes a contiguous 4-d tensor and returns the same values in another layout (or repeated values, expanded).
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,8 +8,12 @@ the reference is stock's own result, whose error isn't known: there it is taken 
 value, or of 1.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
+
+__all__ = ["assert_accurate", "assert_same_bits", "one_rounding"]
 
 FLOAT64_ROUNDINGS = 16
 MOST_ROUNDINGS = 10
@@ -32,17 +36,20 @@ def assert_accurate(
     that follows from rounding what the operation is specified to save for its backward pass.  ``chosen`` says that the
     test chose its inputs, and could take others where stock's error, and so ours, is large.
     """
-    assert ours.dtype == stock.dtype, f"{what}: dtype {ours.dtype}, stock {stock.dtype}"
-    assert ours.shape == stock.shape, f"{what}: shape {tuple(ours.shape)}, stock {tuple(stock.shape)}"
+    if ours.dtype != stock.dtype:
+        raise AssertionError(f"{what}: dtype {ours.dtype}, stock {stock.dtype}")
+    if ours.shape != stock.shape:
+        raise AssertionError(f"{what}: shape {tuple(ours.shape)}, stock {tuple(stock.shape)}")
     ours64, stock64, reference = ours.detach().double(), stock.detach().double(), reference.detach().double()
     finite = ours64.isfinite() & stock64.isfinite() & reference.isfinite()
     same_as_stock = (ours64 == stock64) | (ours64.isnan() & stock64.isnan())
     same_as_reference = (ours64 == reference) | (ours64.isnan() & reference.isnan())
     odd = ~(finite | same_as_stock | same_as_reference)
-    assert not odd.any(), (
-        f"{what}: {int(odd.sum())} values that are not finite differ from stock: ours {ours64[odd][:4].tolist()}, "
-        f"stock {stock64[odd][:4].tolist()}, float64 {reference[odd][:4].tolist()}"
-    )
+    if odd.any():
+        raise AssertionError(
+            f"{what}: {int(odd.sum())} values that are not finite differ from stock: ours {ours64[odd][:4].tolist()}, "
+            f"stock {stock64[odd][:4].tolist()}, float64 {reference[odd][:4].tolist()}"
+        )
     if not finite.any():
         return
     error = (ours64 - reference)[finite].abs()
@@ -56,10 +63,11 @@ def assert_accurate(
     allowed = 2 * stock_error + one_rounding(reference[finite], ours.dtype)
     allowed = allowed + torch.as_tensor(inherent).double().expand(reference.shape)[finite]
     worst = int((error - allowed).argmax())
-    assert error[worst] <= allowed[worst], (
-        f"{what}: error {error[worst]:.3g} at {reference[finite][worst]:.6g} in {ours.dtype}, "
-        f"{allowed[worst]:.3g} allowed"
-    )
+    if not error[worst] <= allowed[worst]:
+        raise AssertionError(
+            f"{what}: error {error[worst]:.3g} at {reference[finite][worst]:.6g} in {ours.dtype}, "
+            f"{allowed[worst]:.3g} allowed"
+        )
 
 
 def one_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,5 +78,7 @@ def one_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def assert_same_bits(first: Tensor, second: Tensor, what: str = "result") -> None:
     """Bit for bit the same values, NaN payloads apart."""
-    assert torch.equal(first.isnan(), second.isnan()), f"{what}: different NaNs"
-    assert torch.equal(first.nan_to_num(), second.nan_to_num()), f"{what}: different bits"
+    if not torch.equal(first.isnan(), second.isnan()):
+        raise AssertionError(f"{what}: different NaNs")
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise AssertionError(f"{what}: different bits")
