@@ -1,7 +1,8 @@
 """Compile each kernel for each GPU and write down what it takes: ``python -m fusednn bench resources [-o FILE]``.
 
-Of each kernel one shipped configuration: the first in bfloat16, or else the first.  With ``--executed`` it tells what
-kernels do instead: see `executed`.  Needs no GPU.
+Of each kernel one shipped configuration: the first in bfloat16, or else the first.  Then what the launches of
+representative calls execute, with ``--instructions relu`` for those named so, and nothing written: see `instructions`.
+With ``--executed`` it counts on the virtual GPU instead: see `executed`.  Needs no GPU.
 """
 
 # ruff: noqa: E402
@@ -32,16 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="fusednn bench resources", description="What the compiler says of each kernel."
     )
     parser.add_argument("-o", "--output", type=Path, default=BENCH / "results" / "compiled.json", help="%(default)s")
+    parser.add_argument("--instructions", nargs="+", metavar="NAME", help="print what launches of these execute")
     parser.add_argument("--executed", action="store_true", help="count on the virtual GPU instead; needs gcc")
     parsed = parser.parse_args(arguments)
     if parsed.executed:
-        return subprocess.run([sys.executable, str(BENCH / "executed.py")], check=False).returncode
+        return _run("executed.py")
+    if parsed.instructions:
+        return _run("instructions.py", *parsed.instructions)
     result = new_result("compiled", describe_environment(), describe_sources(), {})
     result["cases"] = list(records())
     result["complete"] = True
     save_result(result, parsed.output)
     print(f"{len(result['cases'])} compiled kernels: {parsed.output}")
-    return 0
+    return _run("instructions.py", "-o", str(parsed.output.with_name("instructions.json")))
+
+
+def _run(program: str, *arguments: str) -> int:
+    """In a process of its own, since where kernels run is settled in this one."""
+    return subprocess.run([sys.executable, str(BENCH / program), *arguments], check=False).returncode
 
 
 def representatives() -> dict[str, kernels.Configuration]:

@@ -15,6 +15,7 @@ from .tables import (
     counted_tables,
     host_table,
     inductor_table,
+    instructions_table,
     markdown_table,
     network_table,
     predicted_table,
@@ -26,7 +27,18 @@ __all__ = ["render", "summary"]
 
 Results = Mapping[str, Mapping[str, Any]]  # by the name of the file
 
-_ORDER = ("timed", "thresholds", "counters", "host", "memory", "inductor", "counted", "predicted", "compiled")
+_ORDER = (
+    "timed",
+    "thresholds",
+    "counters",
+    "host",
+    "memory",
+    "inductor",
+    "counted",
+    "predicted",
+    "instructions",
+    "compiled",
+)
 
 
 def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
@@ -188,6 +200,16 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "timed": _timed,
     "counted": _counted,
     "predicted": _predicted,
+    "instructions": _Section(
+        "What kernels execute for what they move",
+        "Instructions of the path that a whole tile takes, from the machine code for an H100, for every launch that "
+        "moves a part of its call's bytes worth mentioning. Issue/bytes: the time that the instructions need if one is "
+        "issued in every cycle, over the time of the operands' bytes, each once, at the rates of {machine[name]}; the "
+        "same for the pipe that is busy the longest. Bold: more than 0.7, where memory doesn't bind the kernel any "
+        "more (matrix products aside, which mean to be bound otherwise). Instructions of a warp once a program, and "
+        "for each tile; what is in flight is what the programs load before they wait.",
+        _of_cases(instructions_table),
+    ),
     "compiled": _Section(
         "What the compiler says",
         "One shipped configuration of each kernel, compiled ahead of time. Occupancy is computed: the share of a "

@@ -17,8 +17,12 @@ SCHEMA_VERSION = 2
 #: ``timed`` on a GPU; ``counted`` in Triton's interpreter; ``predicted`` from counts and a machine's rates;
 #: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
 #: one for the other; ``counters``: what the GPU itself counts of each launch; ``memory``: what networks keep for the
-#: backward pass; ``inductor``: what compiled training steps launch and move; ``host``: what calls cost the host.
-KINDS = ("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor", "host")
+#: backward pass; ``inductor``: what compiled training steps launch and move; ``host``: what calls cost the host;
+#: ``instructions``: what each launch executes for what it moves.
+KINDS = (
+    *("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor", "host"),
+    "instructions",
+)
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.
 SAMPLED = ("device", "host", "wall")
@@ -40,6 +44,10 @@ _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "inductor": (
         ("bytes", "launches"),
         tuple(f"{maker}_{what}" for maker in ("inductor", "library", "fusednn") for what in ("bytes", "launches")),
+    ),
+    "instructions": (
+        ("programs", "threads", "registers", "bytes", "elements", "instructions", "issue_over_bytes"),
+        ("spills", "once", "each", "trips", "busiest_over_bytes", "programs_at_once", "bytes_in_flight"),
     ),
     "compiled": (("registers", "threads"), ("occupancy", "spills", "shared_bytes", "access_bits")),
 }
@@ -144,6 +152,8 @@ def _case_problems(case: Mapping[str, Any], kind: str, result: Mapping[str, Any]
         for what in ("bytes", "launches"):
             if case.get(what) != sum(case.get(f"{maker}_{what}", 0) for maker in ("inductor", "library", "fusednn")):
                 yield f"{what} are not those of Inductor, libraries and fusednn"
+    if kind == "instructions" and not _close(case.get("instructions"), _sum(case.get("instructions_by_pipe"))):
+        yield "instructions are not those of the pipes"
     if kind == "counted" and case.get("launches") != sum(
         value for key in ("kernel_launches", "aten_operations") if _is_number(value := case.get(key))
     ):
@@ -181,6 +191,12 @@ def _prediction_problems(case: Mapping[str, Any], result: Mapping[str, Any]) -> 
 
 def _close(stated: Any, value: float) -> bool:
     return _is_number(stated) and math.isclose(stated, value, rel_tol=2e-5)
+
+
+def _sum(values: Any) -> float:
+    return (
+        math.fsum(values.values()) if isinstance(values, dict) and all(map(_is_number, values.values())) else math.nan
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -8,11 +8,14 @@ from typing import Any
 from .quantiles import median, quiet, spread
 
 __all__ = [
+    "MOST_ISSUE",
     "by_contestant",
     "compiled_table",
     "copy_rate",
     "counted_tables",
     "host_table",
+    "inductor_table",
+    "instructions_table",
     "markdown_table",
     "network_table",
     "predicted_table",
@@ -24,6 +27,10 @@ __all__ = [
 Cell = str | float | int | None
 _Key = tuple[Any, ...]
 _Record = Mapping[str, Any]
+
+#: The share of its bytes' time that a kernel's instructions may take, if memory is to bind it: no kernel issues one in
+#: every cycle.
+MOST_ISSUE = 0.7
 
 _SAVING = ("forward", "training_step")  # the directions in which autograd saves what it needs later
 
@@ -132,6 +139,31 @@ def compiled_table(cases: Iterable[_Record]) -> str:
             for case in cases
         ],
     )
+
+
+def instructions_table(cases: Iterable[_Record]) -> str:
+    """What each launch executes for what it moves.  Bold: too much for a kernel that is bound by memory."""
+    head = ("launch", "kernel", "programs", "instructions/element", "ALU", "issue/bytes", "busiest pipe", "its/bytes")
+    rows = []
+    for case in cases:
+        key = (case["operation"], case["dtype"], "", tuple(case["shape"]), case["direction"])
+        name = " ".join(_name(key).split())
+        ratios = [
+            f"**{r:.2f}**" if r > MOST_ISSUE else f"{r:.2f}"
+            for r in (case["issue_over_bytes"], case["busiest_over_bytes"])
+        ]
+        steps = f"{case['each']} x {case['trips']}" if case["trips"] else ""
+        spills = f"**{case['spills']}**" if case["spills"] else "0"
+        rows.append(
+            (
+                *(name, case["configuration"], case["programs"], case["instructions"]),
+                case["instructions_by_pipe"].get("ALU", 0.0),
+                *(ratios[0], case["busiest_pipe"], ratios[1], case["once"], steps, case["registers"], spills),
+                *(case["programs_at_once"], case["bytes_in_flight"] / 1024),
+            )
+        )
+    more = ("once", "each tile", "registers", "spills", "programs an SM", "KB in flight an SM")
+    return markdown_table((*head, *more), rows)
 
 
 def inductor_table(cases: Iterable[_Record]) -> str:

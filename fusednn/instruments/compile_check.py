@@ -32,6 +32,7 @@ __all__ = [
     "arguments_of",
     "compile_configuration",
     "compile_for",
+    "disassembled",
     "read_machine_code",
     "translate",
 ]
@@ -148,6 +149,7 @@ class Arguments:
     ones: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     aligned: bool = True
+    divisible: tuple[str, ...] | None = None  # the multiples of 16, pointers and integers, where that is known
 
     def __str__(self) -> str:
         described = [f"{name} = 1" for name in self.ones] + [f"{name} > 2^31" for name in self.wide]
@@ -197,7 +199,8 @@ def _source(configuration: Configuration, arguments: Arguments) -> Any:
     constants = {**dict(configuration.constants), **dict.fromkeys(arguments.ones, 1)}
     names = configuration.kernel.arg_names
     pointers = {name for name, kind in types.items() if kind.startswith("*")}
-    aligned = (pointers | set(configuration.divisible)) - {*arguments.ones} if arguments.aligned else set()
+    promised = pointers | set(configuration.divisible) if arguments.divisible is None else set(arguments.divisible)
+    aligned = promised - {*arguments.ones} if arguments.aligned else set()
     return ASTSource(
         configuration.kernel,
         {name: "constexpr" if name in constants else types[name] for name in names},
@@ -228,14 +231,19 @@ def _broken_promises(configuration: Configuration, code: MachineCode) -> list[st
 
 
 def read_machine_code(cubin: bytes) -> MachineCode:
-    """Disassemble a cubin with the ``cuobjdump`` of Triton's wheel."""
+    """What the disassembled cubin shows."""
+    listing = disassembled(cubin)
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", listing)}
+    # An instruction's line: its address in a comment, a predicate perhaps, then the opcode with its modifiers.
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
+    return MachineCode(resources["REG"], resources["STACK"], resources["SHARED"], Counter(opcodes))
+
+
+def disassembled(cubin: bytes) -> str:
+    """The listing of a cubin, by the ``cuobjdump`` of Triton's wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         flags = ["--dump-resource-usage", "--dump-sass"]
-        listing = subprocess.run([tool, *flags, path], check=True, capture_output=True, text=True).stdout
-    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", listing)}
-    # An instruction's line: its address in a comment, a predicate perhaps, then the opcode with its modifiers.
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
-    return MachineCode(resources["REG"], resources["STACK"], resources["SHARED"], Counter(opcodes))
+        return subprocess.run([tool, *flags, path], check=True, capture_output=True, text=True).stdout

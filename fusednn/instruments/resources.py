@@ -13,7 +13,7 @@ from typing import Any
 from ..kernels.base.launch import Configuration
 from .compile_check import TARGETS, MachineCode, compile_for, read_machine_code
 
-__all__ = ["Resources", "occupancy", "resources_for"]
+__all__ = ["Resources", "occupancy", "programs_at_once", "resources_for"]
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,22 @@ class Resources:
 
 def occupancy(target: str, threads: int, registers: int, shared_bytes: int) -> float:
     """The share of a multiprocessor's warps that programs with these needs can fill; 0 where none fits."""
+    warps = -(-threads // TARGETS[target].warp_size)
+    programs = programs_at_once(target, threads, registers, shared_bytes)
+    return programs * warps / _MULTIPROCESSORS[target].warps
+
+
+def programs_at_once(target: str, threads: int, registers: int, shared_bytes: int) -> int:
+    """Programs with these needs that a multiprocessor has room for."""
     processor, warp_size = _MULTIPROCESSORS[target], TARGETS[target].warp_size
     warps = -(-threads // warp_size)
     of_a_warp = -(-registers // processor.register_unit) * processor.register_unit * warp_size
-    programs = min(
+    return min(
         processor.programs,
         processor.warps // warps,
         _PARTS * (processor.registers // of_a_warp) // warps,
         processor.shared_bytes // max(1, shared_bytes + processor.shared_overhead),
     )
-    return float(programs * warps / processor.warps)
 
 
 def resources_for(configuration: Configuration, target: str) -> Resources:
