@@ -153,6 +153,115 @@ def test_what_they_raise_and_promote(name: str, options: dict[str, Any], dtype: 
             assert outcomes[0][1] == outcomes[1][1]
 
 
+class Inverted(nn.Module):
+    """As timm's inverted residual: a norm without activation, a path that isn't dropped, a residual."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 6, 1, bias=False), norm(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 4, 1, bias=False), norm(4, apply_act=False)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.bn1(self.conv1(x))
+        x = self.bn2(self.conv2(x))
+        return self.drop_path(x) + shortcut
+
+
+class Frozen(nn.Module):
+    """As torchvision's detectors: a frozen norm, a residual, an activation."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        y += x
+        return self.relu(y)
+
+
+CHAINS: list[tuple[str, Callable[[Any], nn.Module], dict[str, str]]] = [
+    (
+        "timm.layers.norm_act.BatchNormAct2d",
+        Inverted,
+        {"conv1": "fused with bn1", "conv2": "fused with bn2, drop_path"},
+    ),
+    ("timm.layers.norm_act.BatchNormAct2d", lambda norm: nn.Sequential(norm(4)), {}),
+    (
+        "timm.layers.norm_act.BatchNormAct2d",
+        lambda norm: nn.Sequential(nn.Conv2d(4, 4, 1), norm(4, act_layer="silu"), nn.MaxPool2d(2)),
+        {"0": "fused with 1, 2"},
+    ),
+    ("timm.layers.norm_act.FrozenBatchNormAct2d", Inverted, {"conv2": "fused with bn2, drop_path"}),
+    ("torchvision.ops.misc.FrozenBatchNorm2d", Frozen, {"conv": "fused with bn, relu"}),
+    (
+        "torchvision.ops.misc.FrozenBatchNorm2d",
+        lambda norm: nn.Sequential(norm(4), nn.Hardtanh()),
+        {"0": "fused with 1"},
+    ),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "build_block", "fused"), CHAINS)
+def test_norms_in_chains(
+    name: str, build_block: Callable[[Any], nn.Module], fused: dict[str, str], training: bool, device: str
+) -> None:
+    stock = build_block(their_class(name)).to(device).train(training)
+    for key, tensor in stock.state_dict().items():
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 2) if "var" in key else nn.init.normal_(tensor)
+    model = copy.deepcopy(stock)
+    reasons = {row.names[0]: row.reason for row in fusednn.replace_layers(model, fuse=True).rows}
+    assert {key: reasons[key] for key in fused} == fused
+    x = random_tensor((2, 4, 4, 4), torch.float32, device)
+    gradient = random_tensor(copy.deepcopy(stock)(x * 1).shape, torch.float32, device, 1)
+    check_against_stock(of_fresh(model, x.dtype), of_fresh(stock, x.dtype), [x], gradient)
+    model(x), stock(x)
+    for (key, ours), theirs in zip(model.state_dict().items(), stock.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=key, rtol=1e-5, atol=1e-5)
+
+
+def test_what_changes_in_a_norm_of_a_chain_is_seen(device: str) -> None:
+    """A layer that drops, an activation that wasn't there, a hook on one that is, another dtype."""
+    stock = Inverted(their_class("timm.layers.norm_act.BatchNormAct2d")).to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    heard: list[Tensor] = []
+
+    def hear(_: nn.Module, args: Any, y: Tensor) -> None:
+        heard.append(y.detach().clone())
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda one: setattr(one.bn1, "drop", nn.Dropout(1.0)),
+        lambda one: setattr(one.bn2, "act", nn.Tanh()),
+        lambda one: one.bn1.act.register_forward_hook(hear),
+        lambda one: one.drop_path.register_forward_hook(hear),
+        lambda one: setattr(one.bn1, "training", False),
+    ]
+    x = random_tensor((2, 4, 4, 4), torch.float32, device)
+    for change in changes:
+        heard.clear()
+        ours, theirs = copy.deepcopy(model), copy.deepcopy(stock)
+        for one in (ours, theirs):
+            change(one)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(heard[: len(heard) // 2], heard[len(heard) // 2 :], rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_norms_promote_under_autocast(device: str) -> None:
+    stock = Frozen(their_class("torchvision.ops.misc.FrozenBatchNorm2d")).to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor((2, 4, 4, 4), torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        y, expected = model(x), stock(x)
+    assert y.dtype is expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
 def test_options_that_have_no_kernel_are_left() -> None:
     cls = their_class("transformers.activations.GELUActivation")
     report = fusednn.replace_layers(nn.Sequential(cls(use_gelu_python=True)))

@@ -25,6 +25,7 @@ __all__ = [
     "activation_refusal",
     "apart",
     "call_refusal",
+    "class_of",
     "computed",
     "is_known",
     "is_one_of",
@@ -108,11 +109,16 @@ def is_one_of(layer: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
     return stock is not None and stock in classes and cls.forward is _FORWARD[cls]
 
 
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """The stock class of a layer that `is_one_of` some."""
+    return _STOCK[type(layer)]
+
+
 def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
     """An activation's name in the table, and its parameters; None and none where there is no activation."""
     if not isinstance(activation, nn.Module):
         return activation or (None, ())
-    return ACTIVATIONS[_STOCK[type(activation)]](activation)
+    return ACTIVATIONS[class_of(activation)](activation)
 
 
 def is_known(module: nn.Module) -> bool:

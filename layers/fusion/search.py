@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from .calls import activation_function, changes_more, pooling_function, summand
 from .members import ACTIVATIONS, STEADY, Activation, is_one_of, is_plain_container, is_steady, keeps_to_itself, know
+from .norms import IMAGE_NORMS
 from .patterns import PATTERNS
 from .patterns.pattern import Match
 from .trace import IN_PLACE
@@ -22,13 +23,24 @@ __all__ = ["Refusal", "Search", "begins_a_chain"]
 #: Why a layer, given its name in the module, must not be fused, or None.
 Refusal = Callable[[str, nn.Module], str | None]
 
-#: The layers that patterns begin with, those that follow, and all.
-_FIRST = tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.first))
-_FOLLOWING = tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.following))
-_CHAINED = (*_FIRST, *_FOLLOWING)
-know((*_CHAINED, *STEADY))
-
 _Found = TypeVar("_Found")
+
+
+def _first() -> tuple[type[nn.Module], ...]:
+    """The layers that patterns begin with; registered ones join them."""
+    return tuple(dict.fromkeys(cls for pattern in PATTERNS for cls in pattern.first))
+
+
+def _following() -> tuple[type[nn.Module], ...]:
+    """Those that follow; registered ones, too."""
+    return tuple({cls for pattern in PATTERNS for cls in pattern.following} | ACTIVATIONS.keys() | IMAGE_NORMS.keys())
+
+
+def _chained() -> tuple[type[nn.Module], ...]:
+    return (*_first(), *_following())
+
+
+know((*_chained(), *STEADY))
 
 
 class Search:
@@ -90,7 +102,7 @@ class Search:
 
     def _reaches_behind(self, node: fx.Node, container: nn.Module) -> bool:
         """Whether a chain may begin in a container and end behind it."""
-        if not is_one_of(_end(container, -1), _CHAINED) or len(node.users) != 1:
+        if not is_one_of(_end(container, -1), _chained()) or len(node.users) != 1:
             return False
         (user,) = node.users
         if user.op == "call_module":
@@ -99,19 +111,19 @@ class Search:
             return activation_function(user) is not None or pooling_function(user) is not None
         # The last summand, and only where the other isn't the end of a chain that can take the sum.
         others = [operand for operand in user.all_input_nodes if operand is not node and operand.op == "call_module"]
-        return not others or not (is_one_of(self.callee(others[0]), _CHAINED) or _comes_after(others[0], node))
+        return not others or not (is_one_of(self.callee(others[0]), _chained()) or _comes_after(others[0], node))
 
     def _reaches_before(self, node: fx.Node, container: nn.Module) -> bool:
         """Whether a chain may begin before a container and end in it."""
         before = node.args[0]
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             return False
-        return _follows(_end(container, 0)) and is_one_of(_end(self.callee(before), -1), _CHAINED)
+        return _follows(_end(container, 0)) and is_one_of(_end(self.callee(before), -1), _chained())
 
     # A pattern grows from its first node: each step looks at the only use of the last one's value.
 
     def _match(self, node: fx.Node) -> Match | None:
-        first = self.layer(node, *_FIRST)
+        first = self.layer(node, *_first())
         for pattern in PATTERNS:
             begins = not pattern.first or (first is not None and is_one_of(first, pattern.first))
             match = pattern.match(self, node, first) if begins else None
@@ -187,6 +199,10 @@ class Search:
         """The activation that a call is: its layer, or the name of its function and its parameters."""
         return self.layer(node, *ACTIVATIONS) or activation_function(node)
 
+    def identity(self, nodes: list[fx.Node]) -> nn.Module | None:
+        """The identity that comes next, where one stands for dropout or a path that isn't there."""
+        return self.extend(nodes, lambda node: self.layer(node, nn.Identity))
+
     def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What is added next, if something is, and whether in place."""
         return self.extend(nodes, lambda node: summand(node, nodes[-1]), waits=True) or (None, False)
@@ -194,12 +210,12 @@ class Search:
 
 def begins_a_chain(layer: nn.Module) -> bool:
     """Whether a chain can begin with such a layer."""
-    return is_one_of(layer, _FIRST)
+    return is_one_of(layer, _first())
 
 
 def _follows(layer: nn.Module) -> bool:
     """Whether such a layer can be in a chain, behind its first."""
-    return is_one_of(layer, _FOLLOWING) or is_one_of(layer, ACTIVATIONS)
+    return is_one_of(layer, _following())
 
 
 def _end(module: nn.Module, place: int) -> nn.Module:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...autograd.dispatch import tensor_refusal
 from ...autograd.prelu import prelu
 from .. import batch_norm
-from ..fusion.members import (
-    ACTIVATIONS,
-    Activation,
-    activation_of,
-    activation_refusal,
-    call_refusal,
-    computed,
-    is_one_of,
-)
-from ..replacement.register import register_activation, register_twin
-from ..twin import is_untouched, stock_class
+from ..fusion.members import activation_of, call_refusal, computed
+from ..fusion.norms import Norm, activation_within, refusal_within
+from ..replacement.register import register_activation, register_norm, register_twin
+from ..twin import stock_class
 from .torchvision import frozen, takes_frozen
 from .transformers import written_out
 
@@ -28,31 +21,13 @@ __all__: list[str] = []
 # --- Norms ------------------------------------------------------------------------------------------------------------
 
 
-def _is_identity(layer: Any) -> bool:
-    return type(layer) is nn.Identity and is_untouched(layer)
-
-
-def _is_fused(layer: Any, input: Tensor) -> bool:
-    """Whether what a norm does besides can be computed with it: nothing is dropped, and its activation has a row."""
-    if call_refusal(input) or not _is_identity(layer.drop):
-        return False
-    if _is_identity(layer.act):
-        return True
-    return is_one_of(layer.act, ACTIVATIONS) and activation_refusal(layer.act) is None
-
-
-def _activation(layer: Any) -> Activation:
-    act: nn.Module = layer.act
-    return None if _is_identity(act) else act
-
-
 def _batch_norm_act(layer: Any, x: Tensor) -> Tensor:
     """act(drop(batch_norm(x))), in one where nothing is dropped."""
     result: Tensor
     if x.dim() != 4 or tensor_refusal(x):
         result = stock_class(type(layer)).forward(layer, x)
-    elif _is_fused(layer, x):
-        activation = _activation(layer)
+    elif call_refusal(x) is None and refusal_within(layer, x, ends=True) is None:
+        activation = activation_within(layer)
         result = computed(lambda: batch_norm.forward(layer, x, None, *activation_of(activation)), layer, activation)
     else:
         result = layer.act(layer.drop(batch_norm.forward(layer, x)))
@@ -64,8 +39,8 @@ def _frozen_batch_norm_act(layer: Any, x: Tensor) -> Tensor:
     result: Tensor
     if not takes_frozen(layer, x):
         result = stock_class(type(layer)).forward(layer, x)
-    elif _is_fused(layer, x):
-        activation = _activation(layer)
+    elif call_refusal(x) is None and refusal_within(layer, x, ends=True) is None:
+        activation = activation_within(layer)
         result = computed(lambda: frozen(layer, x, activation), layer, activation)
     else:
         result = layer.act(layer.drop(frozen(layer, x)))
@@ -73,8 +48,8 @@ def _frozen_batch_norm_act(layer: Any, x: Tensor) -> Tensor:
 
 
 _NORMS = "timm.layers.norm_act."
-register_twin(_NORMS + "BatchNormAct2d", _batch_norm_act, fingerprints="a8c4bd1b74dc")
-register_twin(_NORMS + "FrozenBatchNormAct2d", _frozen_batch_norm_act, fingerprints="4dcff3a8b7b8")
+register_norm(_NORMS + "BatchNormAct2d", _batch_norm_act, Norm(activates=True), fingerprints="a8c4bd1b74dc")
+register_norm(_NORMS + "FrozenBatchNormAct2d", _frozen_batch_norm_act, Norm(True, True), fingerprints="4dcff3a8b7b8")
 
 # --- Activations ------------------------------------------------------------------------------------------------------
 #

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...autograd.batch_norm import batch_norm_act
 from ...autograd.dispatch import tensor_refusal
+from .. import batch_norm
 from ..fusion.members import Activation, activation_of
-from ..replacement.register import register_twin
+from ..fusion.norms import FrozenState, Norm
+from ..replacement.register import register_norm
 from ..twin import stock_class
 
 __all__ = ["frozen", "takes_frozen"]
@@ -17,10 +18,7 @@ __all__ = ["frozen", "takes_frozen"]
 
 def frozen(layer: Any, input: Tensor, activation: Activation = None) -> Tensor:
     """activation((x - running_mean) / sqrt(running_var + eps) * weight + bias), which neither measures nor learns."""
-    name, parameters = activation_of(activation)
-    vectors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    options: dict[str, Any] = {"activation": name, "activation_parameters": parameters}
-    return batch_norm_act(input, *vectors, False, 0.0, layer.eps, **options)
+    return batch_norm.forward(FrozenState(layer), input, None, *activation_of(activation))  # type: ignore[arg-type]
 
 
 def takes_frozen(layer: Any, input: Tensor) -> bool:
@@ -35,4 +33,4 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return result
 
 
-register_twin("torchvision.ops.misc.FrozenBatchNorm2d", _forward, fingerprints="4dab14347f6e")
+register_norm("torchvision.ops.misc.FrozenBatchNorm2d", _forward, Norm(frozen=True), fingerprints="4dab14347f6e")

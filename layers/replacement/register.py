@@ -20,9 +20,18 @@ from torch import Tensor, nn
 
 from ...autograd.activation import apply_kernel, resolve_activation, taken
 from ..fusion.members import ACTIVATIONS, know
+from ..fusion.norms import Norm, join
 from ..twin import ALL_TWINS, OTHER_TWINS, TWINS, Twin, stock_class
 
-__all__ = ["fingerprint", "is_registered", "refusal_of", "register_activation", "register_twin", "twin_of"]
+__all__ = [
+    "fingerprint",
+    "is_registered",
+    "refusal_of",
+    "register_activation",
+    "register_norm",
+    "register_twin",
+    "twin_of",
+]
 
 
 class Registration(NamedTuple):
@@ -31,7 +40,8 @@ class Registration(NamedTuple):
     forward: Callable[..., Any]
     refuses: Callable[[Any], str | None] | None
     fingerprints: tuple[str, ...]  # of the versions of the class that it was written for; any, where there are none
-    activation: Callable[[Any], tuple[str, tuple[float, ...]]] | None  # what a layer of it is to those before it
+    activation: Callable[[Any], tuple[str, tuple[float, ...]]] | None = None  # what a layer of it is to those before it
+    norm: Norm | None = None  # that it is a batch norm of images, to its neighbours
 
 
 _registered: dict[type[nn.Module] | str, Registration] = {}
@@ -65,7 +75,12 @@ def register_twin(
     Raises ValueError for classes of ``torch.nn`` that have a twin.  The last registration of a class counts, until its
     twin is made.
     """
-    _register(their_class, Registration(forward, refuses, _all(fingerprints), None))
+    _register(their_class, Registration(forward, refuses, _all(fingerprints)))
+
+
+def register_norm(their_class: str, forward: Callable[..., Any], norm: Norm, *, fingerprints: str) -> None:
+    """As `register_twin`, for batch norms of images that chains may be made of."""
+    _register(their_class, Registration(forward, None, _all(fingerprints), norm=norm))
 
 
 def register_activation(
@@ -159,6 +174,8 @@ def twin_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     if registration.activation is not None:
         ACTIVATIONS[cls] = registration.activation
         know((cls,))
+    if registration.norm is not None:
+        join(cls, registration.norm)
     return twin
 
 

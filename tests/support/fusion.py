@@ -239,6 +239,13 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         IMAGES,
         {"0": "1"},
     ),
+    "conv, norm, identity, act": (
+        lambda: Block(
+            nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Identity(), nn.ReLU(), nn.BatchNorm2d(3), nn.Identity()
+        ),
+        IMAGES,
+        {"0": "1, 2, 3"},
+    ),
     "norm, act": (lambda: Block(nn.BatchNorm1d(6), nn.Sigmoid(), nn.BatchNorm1d(6)), ROWS, {"0": "1"}),
     "synchronised norm, act": (lambda: Block(nn.SyncBatchNorm(6), nn.ReLU()), ROWS, {"0": "1"}),
     "linear, act, dropout": (

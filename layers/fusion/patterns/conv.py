@@ -30,7 +30,8 @@ from ..members import (
     is_steady,
     layer_refusal,
 )
-from .pattern import Finder, Match, Pattern, added, are_alike, distinct, finished
+from ..norms import IMAGE_NORMS, activation_within, norm_refusal, state_of
+from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 
 __all__ = ["PATTERN"]
 
@@ -43,15 +44,15 @@ _EXCHANGEABLE = ("hardtanh", "relu", "relu6")
 
 def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
     nodes = [node]
-    norm = search.extend(nodes, lambda n: search.layer(n, nn.BatchNorm2d))
+    norm = search.extend(nodes, lambda n: search.layer(n, *IMAGE_NORMS))
     begun = len(nodes)
-    residual, in_place = search.sum(nodes)
-    activation = search.extend(nodes, search.activation)
+    identity, residual, in_place, activation = behind(search, nodes, norm)
+    begun += identity is not None
     pool = search.extend(nodes, lambda n: _pooling(search, n))
-    pools_first = activation is None and pool is not None
+    pools_first = activation is None and activation_within(norm) is None and pool is not None
     if pools_first:
         activation = search.extend(nodes, lambda n: _exchangeable(search, n))
-    members = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
+    members = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, "pool": pool}
     members |= {"in_place": in_place, "pools_first": pools_first}
     return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)
 
@@ -79,17 +80,19 @@ def _compute(
     residual: Tensor | None,
     *,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
+    norm: nn.Module | None,
+    identity: nn.Module | None,
     activation: Activation,
     pool: Pooling,
     in_place: bool,
     pools_first: bool,
 ) -> Tensor:
     """``in_place``: the code adds the residual in place.  ``pools_first``: it pools before it activates."""
-    if not apart(_refusal(input, residual, conv, norm, activation, pool), conv, norm, activation, pool):
+    if not apart(_refusal(input, residual, conv, norm, identity, activation, pool), conv, norm, activation, pool):
+        activation = activation_within(norm) or activation
         return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
     y = conv(input)
-    y = y if norm is None else norm(y)
+    y = y if norm is None else passed_on(norm(y), identity)
     return _rest(added(y, residual, in_place), activation, pool, pools_first)
 
 
@@ -103,7 +106,8 @@ def _begin(
     input: Tensor,
     *,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
+    norm: nn.Module | None,
+    identity: nn.Module | None,
     activation: Activation,
     pool: Pooling,
     in_place: bool,
@@ -112,14 +116,14 @@ def _begin(
 ) -> Callable[[Tensor], Tensor]:
     """`_compute` up to where it needs the residual: what its layers change comes before what layers ``between`` do."""
     if all(is_steady(layer, ever=False) for layer in between):
-        members: Any = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
+        members: Any = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, "pool": pool}
         return partial(_compute, input, in_place=in_place, pools_first=pools_first, **members)
-    plain = _refusal(input, None, conv, norm, None, None) is None
-    if norm is None or not plain or not uses_batch_statistics(norm):
+    plain = _refusal(input, None, conv, norm, identity, None, None, ends=False) is None
+    if norm is None or not plain or not uses_batch_statistics(state_of(norm)):
         y = conv(input)
-        y = y if norm is None else norm(y)
+        y = y if norm is None else passed_on(norm(y), identity)
         return lambda residual: _rest(added(y, residual, in_place), activation, pool, pools_first)
-    finish = computed(lambda: conv_batch_norm.begin(conv, norm, input), conv, norm)
+    finish = computed(lambda: conv_batch_norm.begin(conv, state_of(norm), input), conv, norm)
 
     def rest(residual: Tensor) -> Tensor:
         return _pooled(finished(finish, residual, norm, activation, in_place, _fits(residual, input, conv)), pool)
@@ -131,7 +135,7 @@ def _together(
     input: Tensor,
     residual: Tensor | None,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
+    norm: nn.Module | None,
     activation: Activation,
     pool: Pooling,
 ) -> Tensor:
@@ -140,7 +144,7 @@ def _together(
     sizes: Any = dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True))
     residual = distinct(residual, input)
     if norm is not None:
-        return conv_batch_norm.forward(conv, norm, input, residual, name, parameters, **sizes)
+        return conv_batch_norm.forward(conv, state_of(norm), input, residual, name, parameters, **sizes)
     x, padding = padded(conv, input)
     geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
@@ -151,18 +155,22 @@ def _refusal(
     input: Tensor,
     residual: Tensor | None,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
+    norm: nn.Module | None,
+    identity: nn.Module | None,
     activation: Activation,
     pool: Pooling,
+    ends: bool = True,
 ) -> str | None:
-    """Why the layers are called one by one, or None."""
+    """Why the layers are called one by one, or None; ``ends``: but for pooling there is nothing behind these."""
+    ends = ends and residual is None and activation is None
     refusal = call_refusal(input)
     if refusal is None and input.dim() != 4 and (input.dim() != 3 or norm is not None):
         refusal = "not a batch of images"
     refusal = (
         refusal
         or layer_refusal(conv, nn.Conv2d)
-        or layer_refusal(norm, nn.BatchNorm2d)
+        or norm_refusal(norm, input, ends)
+        or layer_refusal(identity, nn.Identity)
         or activation_refusal(activation)
         or layer_refusal(pool, nn.MaxPool2d)
     )

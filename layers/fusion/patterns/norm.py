@@ -21,43 +21,58 @@ from ..members import (
     is_steady,
     layer_refusal,
 )
-from .pattern import Finder, Match, Pattern, added, are_alike, distinct, finished
+from ..norms import NORMS, activation_within, norm_refusal, state_of
+from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 
 __all__ = ["PATTERN"]
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _match(search: Finder, node: fx.Node, norm: nn.Module) -> Match:
     nodes = [node]
-    begun = len(nodes)
-    residual, in_place = search.sum(nodes)
-    activation = search.extend(nodes, search.activation)
-    members = {"norm": norm, "activation": activation, "in_place": in_place}
+    identity, residual, in_place, activation = behind(search, nodes, norm)
+    begun = 1 if identity is None else 2
+    members = {"norm": norm, "identity": identity, "activation": activation, "in_place": in_place}
     return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)
 
 
 PATTERN = Pattern(NORMS, tuple(ACTIVATIONS), _match)
 
 
-def _compute(input: Tensor, residual: Tensor | None, *, norm: Any, activation: Activation, in_place: bool) -> Tensor:
+def _compute(
+    input: Tensor,
+    residual: Tensor | None,
+    *,
+    norm: Any,
+    identity: nn.Module | None,
+    activation: Activation,
+    in_place: bool,
+) -> Tensor:
     """``in_place``: the code adds the residual in place."""
-    if apart(_refusal(input, residual, norm, activation), norm, activation):
-        return activated(added(norm(input), residual, in_place), activation)
+    if apart(_refusal(input, residual, norm, identity, activation), norm, activation):
+        return activated(added(passed_on(norm(input), identity), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
+    activation = activation_within(norm) or activation
     name, parameters = activation_of(activation)
-    return computed(lambda: forward(norm, input, distinct(residual, input), name, parameters), norm, activation)
+    state = state_of(norm)
+    return computed(lambda: forward(state, input, distinct(residual, input), name, parameters), norm, activation)
 
 
 def _begin(
-    input: Tensor, *, norm: Any, activation: Activation, in_place: bool, between: tuple[nn.Module, ...]
+    input: Tensor,
+    *,
+    norm: Any,
+    identity: nn.Module | None,
+    activation: Activation,
+    in_place: bool,
+    between: tuple[nn.Module, ...],
 ) -> Callable[[Tensor], Tensor]:
     """`_compute` up to where it needs the residual: what the norm changes comes before what layers ``between`` do."""
     if all(is_steady(layer, ever=False) for layer in between):
-        return partial(_compute, input, norm=norm, activation=activation, in_place=in_place)
-    plain = _refusal(input, None, norm, None) is None and not isinstance(norm, nn.SyncBatchNorm)
-    if not plain or not batch_norm.uses_batch_statistics(norm):
-        y = norm(input)
+        members: Any = {"norm": norm, "identity": identity, "activation": activation}
+        return partial(_compute, input, in_place=in_place, **members)
+    plain = _refusal(input, None, norm, identity, None, ends=False) is None and not isinstance(norm, nn.SyncBatchNorm)
+    if not plain or not batch_norm.uses_batch_statistics(state_of(norm)):
+        y = passed_on(norm(input), identity)
         return lambda residual: activated(added(y, residual, in_place), activation)
     finish = computed(lambda: batch_norm.begin(norm, input), norm)
 
@@ -68,9 +83,18 @@ def _begin(
     return rest
 
 
-def _refusal(input: Tensor, residual: Tensor | None, norm: Any, activation: Activation) -> str | None:
-    """Why the layers are called one by one, or None."""
-    refusal = call_refusal(input) or layer_refusal(norm, *NORMS) or activation_refusal(activation)
+def _refusal(
+    input: Tensor,
+    residual: Tensor | None,
+    norm: Any,
+    identity: nn.Module | None,
+    activation: Activation,
+    ends: bool = True,
+) -> str | None:
+    """Why the layers are called one by one, or None; ``ends``: there is nothing behind these."""
+    ends = ends and residual is None and activation is None
+    refusal = call_refusal(input) or norm_refusal(norm, input, ends) or activation_refusal(activation)
+    refusal = refusal or layer_refusal(identity, nn.Identity)
     if refusal is None and residual is not None and not are_alike(residual, input.shape, input.dtype):
         refusal = "the residual is unlike the input"
     return refusal

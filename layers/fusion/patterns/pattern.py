@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -10,8 +10,20 @@ from torch import Tensor, fx, nn
 
 from ....autograd.activation import resolve_activation
 from ..members import Activation, activated, activation_of, activation_refusal, computed
+from ..norms import activation_within
 
-__all__ = ["Finder", "Match", "Pattern", "added", "are_alike", "complete", "distinct", "finished"]
+__all__ = [
+    "Finder",
+    "Match",
+    "Pattern",
+    "added",
+    "are_alike",
+    "behind",
+    "complete",
+    "distinct",
+    "finished",
+    "passed_on",
+]
 
 
 _Found = TypeVar("_Found")
@@ -27,6 +39,9 @@ class Finder(Protocol):
 
     def activation(self, node: fx.Node) -> Activation:
         """The activation that a call is: its layer, or the name of its function and its parameters."""
+
+    def identity(self, nodes: list[fx.Node]) -> nn.Module | None:
+        """The identity that comes next, if the pattern goes on behind it."""
 
     def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What is added next, if something is, and whether in place."""
@@ -59,7 +74,7 @@ class Pattern(NamedTuple):
     Without classes it may begin with any call, also of a function: its match is asked of each.
     """
 
-    first: tuple[type[nn.Module], ...]
+    first: Collection[type[nn.Module]]
     following: tuple[type[nn.Module], ...]
     match: Callable[[Finder, fx.Node, Any], Match | None]
 
@@ -72,6 +87,31 @@ def are_alike(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
 def distinct(residual: Tensor | None, input: Tensor) -> Tensor | None:
     """The residual as a tensor of its own: torch.compile doesn't trace functions of the same tensor twice."""
     return residual.view_as(residual) if residual is input else residual
+
+
+def behind(
+    search: Finder, nodes: list[fx.Node], norm: nn.Module | None
+) -> tuple[nn.Module | None, fx.Node | None, bool, Any]:
+    """What comes behind a norm: an identity, a residual, whether that is added in place, and an activation.
+
+    Any may be missing; all are, where the norm has an activation of its own.
+    """
+    if activation_within(norm) is not None:
+        return None, None, False, None
+    length = len(nodes)
+    identity = None if norm is None else search.identity(nodes)
+    residual, in_place = search.sum(nodes)
+    activation: Any = search.extend(nodes, search.activation)
+    if residual is None and activation is None:
+        del nodes[length:]
+        identity = None
+    return identity, residual, in_place, activation
+
+
+def passed_on(y: Tensor, identity: nn.Module | None) -> Tensor:
+    """What a layer that was an identity makes of y, apart."""
+    result: Tensor = y if identity is None else identity(y)
+    return result
 
 
 def complete(begun: Callable[[Tensor], Tensor], residual: Tensor) -> Tensor:
