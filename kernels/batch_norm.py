@@ -28,7 +28,7 @@ from .base.channels import (
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import divide, scalar, square_root
-from .base.tiles import MASK_BYTES, TILE, load, load_bits, store, store_bits
+from .base.tiles import MASK_BYTES, TILE, aligned, load, load_bits, store, store_bits
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_norm_reduce", "mask_bytes"]
@@ -86,7 +86,9 @@ def batch_norm_forward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
     channel_block, track, first, end, _split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
     mean, _, scale, bias = normalisation(
@@ -138,7 +140,9 @@ def batch_norm_reduce_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
     mean, inverse_deviation, scale, bias = normalisation(
@@ -204,7 +208,9 @@ def batch_norm_backward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
     channel_block, track, first, end, _split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
     mean, inverse_deviation, scale, bias = normalisation(

@@ -33,7 +33,7 @@ from .base.channels import (
 from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense
 from .base.numerics import divide, scalar
-from .base.tiles import cdiv, load
+from .base.tiles import aligned, cdiv, load
 
 __all__ = ["merge_statistics", "partial_statistics", "store_statistics"]
 
@@ -67,7 +67,9 @@ def batch_norm_statistics_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
     mean = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)

@@ -32,6 +32,7 @@ from .base.random import keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     MASK_BYTES,
     TILE,
+    aligned,
     load,
     load_bits,
     matrix_tile,
@@ -100,8 +101,10 @@ def bias_activation_dropout_forward_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    columns = aligned(columns, ALIGN)
     block_column = program % column_blocks
     first = program // column_blocks * steps
     scale = scalar(scale, COMPUTE)
@@ -159,8 +162,10 @@ def bias_activation_dropout_backward_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    columns = aligned(columns, ALIGN)
     block_column = program % column_blocks
     first = program // column_blocks * steps
     scale = scalar(scale, COMPUTE)
@@ -235,6 +240,7 @@ def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> C
         dtype,
         _constants(row, dtype, by_row, width),
         pointers={"mask": torch.uint8, "seed": torch.int64},
+        aligned=("columns",),
         threads=threads_for(dtype),
         wide_loads=2 * wide,
         wide_stores=wide,
@@ -255,6 +261,7 @@ def _backward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> 
             "partial": ACCUMULATOR[dtype],
             "seed": torch.int64,
         },
+        aligned=("columns",),
         threads=threads_for(dtype),
         wide_loads=wide if masked else 2 * wide,
         wide_stores=wide,

@@ -32,6 +32,7 @@ from .base.lines import (
     ACROSS,
     ALONG,
     LineTiling,
+    contiguous_extent,
     line_block,
     line_tile,
     line_tiling,
@@ -133,20 +134,22 @@ def cross_entropy_forward_kernel(
     COMPUTE: tl.constexpr,
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
-    PACK: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements of a thread's access
+    ALIGN: tl.constexpr,
 ):
+    packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
     program = tl.program_id(0).to(tl.int64)
-    lines = line_block(program, count, dim_size, inner_size, AXIS, LINES)
+    lines = line_block(program, count, dim_size, inner_size, AXIS, LINES, ALIGN)
     line, exists = lines.line, lines.exists
     smoothing = scalar(smoothing, COMPUTE)
 
-    maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, PACK)
+    maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, packed)
     mass = tl.zeros_like(total)  # sum of the weights of log p
     moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
     for first in range(0, dim_size, WIDTH):
-        tile, place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+        tile, place = line_tile(lines, first, AXIS, WIDTH)
         x = load(x_pointer, tile, COMPUTE, float("-inf"))
-        x = pack(x, AXIS, LINES, WIDTH, PACK)
+        x = pack(x, AXIS, LINES, WIDTH, packed)
         previous = reference_point(maximum)
         maximum, total = online_softmax_update(maximum, total, x, AXIS)
         if TARGETS != _INDICES:
@@ -154,10 +157,10 @@ def cross_entropy_forward_kernel(
             if TARGETS == _PROBABILITIES:
                 q = load(target_pointer, tile, COMPUTE)
                 weight *= q * (1 - smoothing) + smoothing / dim_size
-            weight = pack(tl.where(tile.inside, weight, 0.0), AXIS, LINES, WIDTH, PACK)
+            weight = pack(tl.where(tile.inside, weight, 0.0), AXIS, LINES, WIDTH, packed)
             reference = reference_point(maximum)
             weighted_x = weight * (x - tl.expand_dims(reference, 2 * AXIS))
-            weighted_x = tl.where(pack(tile.inside, AXIS, LINES, WIDTH, PACK), weighted_x, 0.0)
+            weighted_x = tl.where(pack(tile.inside, AXIS, LINES, WIDTH, packed), weighted_x, 0.0)
             moment += (previous - reference) * mass + tl.sum(weighted_x, 2 * AXIS)
             mass += tl.sum(weight, 2 * AXIS)
 
@@ -261,12 +264,13 @@ def cross_entropy_backward_kernel(
     COMPUTE: tl.constexpr,
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    lines = line_block(program // chunks, count, dim_size, inner_size, AXIS, LINES)
+    lines = line_block(program // chunks, count, dim_size, inner_size, AXIS, LINES, ALIGN)
     line, exists = lines.line, lines.exists
     first = (program % chunks).to(tl.int32) * WIDTH
-    tile, place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+    tile, place = line_tile(lines, first, AXIS, WIDTH)
     smoothing = scalar(smoothing, COMPUTE)
 
     g = tl.load(g_pointer + tl.where(reduced != 0, 0, line), mask=exists, other=0)
@@ -338,11 +342,10 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
     threads = max(elements // 16, threads_for(dtype))
     if targets is Targets.PROBABILITIES and axis == ACROSS:
         threads *= 2  # else Triton 3.6 runs out of registers
-    vector = 16 // dtype.itemsize
     reads = 2 if targets is Targets.PROBABILITIES else 1
-    wide = elements // (threads * vector)
+    wide = elements * dtype.itemsize // (threads * 16)
     if direction == "forward":
-        code, own, stores = cross_entropy_forward_kernel, {"PACK": vector}, 0
+        code, own, stores = cross_entropy_forward_kernel, {"VECTOR": 16 // dtype.itemsize}, 0
     else:
         code, own, stores = cross_entropy_backward_kernel, {}, wide
     place = "along" if axis == ALONG else "across"
@@ -356,6 +359,7 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: i
             "COMPUTE": COMPUTE[dtype],
             **own,
         },
+        aligned=(contiguous_extent(axis),),
         pointers=_elements(direction, dtype, targets),
         threads=threads,
         wide_loads=reads * wide,

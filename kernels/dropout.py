@@ -28,6 +28,7 @@ from .base.numerics import scalar
 from .base.random import channel_bits, keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     TILE,
+    aligned,
     cdiv,
     configure_flat,
     flat_tile,
@@ -88,8 +89,10 @@ def row_dropout_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    columns = aligned(columns, ALIGN)
     block_row = program // column_blocks
     tile = matrix_tile(block_row, program % column_blocks, rows, columns, HEIGHT, WIDTH)
 
@@ -117,8 +120,10 @@ def column_dropout_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    columns = aligned(columns, ALIGN)
     block_column = program % column_blocks
     row_programs = tl.cdiv(row_blocks, steps)
     sample = program // column_blocks // row_programs
@@ -159,6 +164,7 @@ def _channels(dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
         dtype,
         {"COMPUTE": COMPUTE[dtype], "HEIGHT": TILE // width, "WIDTH": width},
         pointers={"seed": torch.int64},
+        aligned=("columns",),
         threads=threads_for(dtype),
         wide_loads=wide,
         wide_stores=wide,

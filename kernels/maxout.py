@@ -39,7 +39,19 @@ from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuratio
 from .base.layout import dense, dense_like
 from .base.numerics import scalar, widen
 from .base.random import uniform_tile
-from .base.tiles import TILE, Tile, cdiv, flat_tile, load, programs_for, store, threads_for, tile_shape, width_for
+from .base.tiles import (
+    TILE,
+    Tile,
+    aligned,
+    cdiv,
+    flat_tile,
+    load,
+    programs_for,
+    store,
+    threads_for,
+    tile_shape,
+    width_for,
+)
 
 __all__ = [
     "MOST_PIECES",
@@ -128,7 +140,9 @@ def maxout_forward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
     _, _, row, column, inside, whole = tile_place(rows, columns, column_blocks, HEIGHT, WIDTH)
     source = first_piece(row, units, pieces)[:, None] * columns + column[None, :]
 
@@ -169,7 +183,9 @@ def maxout_backward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
     block_row, block_column, row, column, inside, whole = tile_place(rows, columns, column_blocks, HEIGHT, WIDTH)
     first = first_piece(row, units, pieces)
     maxima = Tile(0, row[:, None] * columns + column[None, :], inside, whole)
@@ -305,6 +321,7 @@ def _separate_configuration(direction: str, dtype: torch.dtype, width: int, by_c
         dtype,
         {"BY_COLUMN": by_column, "COMPUTE": COMPUTE[dtype], "HEIGHT": height, "WIDTH": width},
         pointers={"winner": torch.uint8, "seed": torch.int64, "partial": ACCUMULATOR[dtype]},
+        aligned=("columns",),
         threads=threads,
         wide_loads=wide * (2 if direction == "forward" else 1),
         wide_stores=wide,

@@ -24,7 +24,7 @@ from .base.channels import ChannelMatrix, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense_like
 from .base.numerics import narrow, scalar, widen
-from .base.tiles import cdiv, store
+from .base.tiles import aligned, cdiv, store
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .pool_window import (
     FIXED_WINDOWS,
@@ -114,7 +114,11 @@ def pool_forward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
+    if not CHANNELS_LAST:
+        width = aligned(width, ALIGN)
     _, first_column, row, column, plane, line, place, inside = tile_place(
         rows, columns, pooled_height, pooled_width, CHANNELS_LAST, HEIGHT, WIDTH
     )
@@ -237,7 +241,12 @@ def pool_backward_cells_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
+    if not CHANNELS_LAST:
+        width = aligned(width, ALIGN)
+        pooled_width = aligned(pooled_width, ALIGN)
     first_row, first_column, row, column, plane, line, place, inside = tile_place(
         rows, columns, cells_height, cells_width, CHANNELS_LAST, HEIGHT, WIDTH
     )
@@ -311,7 +320,7 @@ def pool_backward_kernel(
     height: tl.int32,
     width,
     pooled_height: tl.int32,
-    pooled_width: tl.int32,
+    pooled_width,
     kernel_height: tl.int32,
     kernel_width: tl.int32,
     stride_height: tl.int32,
@@ -329,7 +338,12 @@ def pool_backward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    columns = aligned(columns, ALIGN)
+    if not CHANNELS_LAST:
+        width = aligned(width, ALIGN)
+        pooled_width = aligned(pooled_width, ALIGN)
     first_row, first_column, row, column, plane, line, place, inside = tile_place(
         rows, columns, height, width, CHANNELS_LAST, HEIGHT, WIDTH
     )
@@ -341,10 +355,10 @@ def pool_backward_kernel(
         # The window in which the element has this position, if there is one.
         top = line + padding_height - tap // kernel_width * dilation_height
         left = place + padding_width - tap % kernel_width * dilation_width
-        aligned = (top >= 0) & (left >= 0) & (top % stride_height == 0) & (left % stride_width == 0)
+        begins = (top >= 0) & (left >= 0) & (top % stride_height == 0) & (left % stride_width == 0)
         position, g = load_gradient(
             *(g_pointer, code_pointer, saved_pointer, plane, top // stride_height, left // stride_width),
-            *(column, columns, pooled_height, pooled_width, inside & aligned, a, b),
+            *(column, columns, pooled_height, pooled_width, inside & begins, a, b),
             *(ACTIVATION, KEPT, BITS, CHANNELS_LAST, COMPUTE),
         )
         dx += tl.where(position == tap, g, 0.0)
@@ -377,12 +391,12 @@ def _configuration(
     kernel, stride = fixed
     statistic = ACCUMULATOR[dtype]
     # Along a line, larger windows are met in strides.
-    aligned = channels_last or kernel in (1, 2)
+    contiguous = channels_last or kernel in (1, 2)
     wide = _HEIGHT * _WIDTH * dtype.itemsize // 16 // _THREADS
     constants: dict[str, Any] = {"ACTIVATION": row}
     if direction == "forward":
         function = pool_forward_kernel
-        wide_loads, wide_stores = max(kernel * kernel, 1) if aligned else 0, 1
+        wide_loads, wide_stores = max(kernel * kernel, 1) if contiguous else 0, 1
         constants |= {"KERNEL": kernel}
         present = {"residual": residual, "mean": normalises, "scale": normalises, "bias": biased}
         present |= {"pre_activation": keeps_pre_activation}
@@ -392,11 +406,11 @@ def _configuration(
         if kernel:
             function = pool_backward_cells_kernel
             reach = cdiv(kernel, stride)
-            wide_loads, wide_stores = (reach * reach, stride * stride) if aligned else (0, 0)
+            wide_loads, wide_stores = (reach * reach, stride * stride) if contiguous else (0, 0)
             constants |= {"KERNEL": kernel, "STRIDE": stride}
         else:
             function = pool_backward_kernel
-            wide_loads, wide_stores = 1 if aligned else 0, 1
+            wide_loads, wide_stores = 1 if contiguous else 0, 1
     parts = (
         f"pool {direction}",
         f"{kernel}x{kernel}" if kernel else "any",
@@ -429,7 +443,7 @@ def _configuration(
             "bias": statistic if normalises else dtype,
         },
         threads=_THREADS,
-        divisible=("columns",) if channels_last else ("columns", "width", "pooled_width"),
+        aligned=("columns",) if channels_last else ("columns", "width", "pooled_width"),
         wide_loads=wide * wide_loads,
         wide_stores=wide * wide_stores,
     )

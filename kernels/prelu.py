@@ -17,7 +17,7 @@ from .base._triton import tl
 from .base.channels import ChannelMatrix, channel_matrix, channel_values, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.tiles import TILE, load, matrix_tile, store, threads_for, tile_shape
+from .base.tiles import TILE, aligned, load, matrix_tile, store, threads_for, tile_shape
 from .functions.activation import leaky_relu_forward, leaky_relu_gradient, leaky_relu_mask
 
 __all__ = ["prelu_backward", "prelu_forward"]
@@ -37,8 +37,10 @@ def prelu_forward_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,  # row blocks per program
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    columns = aligned(columns, ALIGN)
     block_column = program % column_blocks
     for step in range(STEPS):
         block_row = program // column_blocks * STEPS + step
@@ -65,8 +67,10 @@ def prelu_backward_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,  # row blocks per program
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    columns = aligned(columns, ALIGN)
     block_column = program % column_blocks
     by_column = tl.zeros((WIDTH,), COMPUTE)
     for step in range(STEPS):
@@ -116,6 +120,7 @@ def _configuration(direction: str, dtype: torch.dtype, by_row: bool, width: int)
             "STEPS": 1 if by_row else _STEPS,
         },
         pointers={"partial": ACCUMULATOR[dtype]},
+        aligned=("columns",),
         threads=threads_for(dtype),
         wide_loads=reads * wide,
         wide_stores=wide,

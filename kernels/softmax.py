@@ -21,6 +21,7 @@ from .base.lines import (
     ALONG,
     Lines,
     LineTiling,
+    contiguous_extent,
     line_block,
     line_tile,
     line_tiling,
@@ -69,29 +70,31 @@ def softmax_forward_kernel(
     COMPUTE: tl.constexpr,
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
-    PACK: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements of a thread's access
     WHOLE: tl.constexpr,  # WIDTH holds a line
+    ALIGN: tl.constexpr,
 ):
+    packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
     block = tl.program_id(0).to(tl.int64)
-    lines = line_block(block, count, dim_size, inner_size, AXIS, LINES)
+    lines = line_block(block, count, dim_size, inner_size, AXIS, LINES, ALIGN)
     if WHOLE:
-        tile, _place = line_tile(lines, 0, dim_size, inner_size, AXIS, WIDTH)
+        tile, _place = line_tile(lines, 0, AXIS, WIDTH)
         x = load_signed(x_pointer, tile, negated, COMPUTE)
         shifted = x - tl.expand_dims(tl.max(x, AXIS), AXIS)
         total = tl.expand_dims(tl.sum(fast_exp(shifted), AXIS), AXIS)
         y = normalised(shifted, total, LOGARITHM)
         store(y_pointer, tile, y)
     else:
-        maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, PACK)
+        maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, packed)
         for first in range(0, dim_size, WIDTH):
-            tile, _place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+            tile, _place = line_tile(lines, first, AXIS, WIDTH)
             x = load_signed(x_pointer, tile, negated, COMPUTE)
-            maximum, total = online_softmax_update(maximum, total, pack(x, AXIS, LINES, WIDTH, PACK), AXIS)
+            maximum, total = online_softmax_update(maximum, total, pack(x, AXIS, LINES, WIDTH, packed), AXIS)
         maximum, total = online_softmax_reduce(maximum, total, AXIS)
         maximum = tl.expand_dims(maximum, AXIS)
         total = tl.expand_dims(total, AXIS)
         for first in range(0, dim_size, WIDTH):
-            tile, _place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+            tile, _place = line_tile(lines, first, AXIS, WIDTH)
             shifted = load_signed(x_pointer, tile, negated, COMPUTE) - maximum
             y = normalised(shifted, total, LOGARITHM)
             store(y_pointer, tile, y)
@@ -120,11 +123,12 @@ def softmax_backward_kernel(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    lines = line_block(block, count, dim_size, inner_size, AXIS, LINES)
+    lines = line_block(block, count, dim_size, inner_size, AXIS, LINES, ALIGN)
     if WHOLE:
-        tile, _place = line_tile(lines, 0, dim_size, inner_size, AXIS, WIDTH)
+        tile, _place = line_tile(lines, 0, AXIS, WIDTH)
         g = load(g_pointer, tile, COMPUTE)
         y = load(y_pointer, tile, COMPUTE)
         total = tl.expand_dims(tl.sum(summand(g, y, logarithm), AXIS), AXIS)
@@ -136,7 +140,7 @@ def softmax_backward_kernel(
         else:
             summands = tl.zeros((WIDTH, LINES), COMPUTE)
         for first in range(0, dim_size, WIDTH):
-            tile, _place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+            tile, _place = line_tile(lines, first, AXIS, WIDTH)
             g = load(g_pointer, tile, COMPUTE)
             # A logarithm's summand is the gradient alone.
             needed = Tile(tile.start, tile.offsets, tile.inside & (logarithm == 0))
@@ -144,7 +148,7 @@ def softmax_backward_kernel(
             summands += summand(g, y, logarithm)
         total = tl.expand_dims(tl.sum(summands, AXIS), AXIS)
         for first in range(0, dim_size, WIDTH):
-            tile, _place = line_tile(lines, first, dim_size, inner_size, AXIS, WIDTH)
+            tile, _place = line_tile(lines, first, AXIS, WIDTH)
             g = load(g_pointer, tile, COMPUTE)
             y = load(y_pointer, tile, COMPUTE)
             dx = input_gradient(g, y, total, logarithm, negated)
@@ -182,13 +186,14 @@ def long_softmax_forward_kernel(
     negated: tl.int32,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    line = long_line(program // chunks, count, dim_size)
+    line = long_line(program // chunks, count, dim_size, ALIGN)
     maxima, totals = join_splits(partial_pointer, line.line, line.exists, count, splits, SPLITS)
     maximum, total = tl.max(maxima, 0), tl.sum(totals, 0)  # of the one line
     first = (program % chunks).to(tl.int32) * WIDTH
-    tile = long_line_tile(line, first, dim_size, WIDTH)
+    tile = long_line_tile(line, first, WIDTH)
     shifted = load_signed(x_pointer, tile, negated, tl.float32) - maximum
     if logarithm:
         y = normalised(shifted, total, True)
@@ -205,15 +210,16 @@ def long_softmax_sums_kernel(
     count: tl.int64,
     dim_size,
     splits: tl.int32,
-    split_size,
+    split_size: tl.int32,
     logarithm: tl.int32,
     WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size)
+    line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size, ALIGN)
     summands = tl.zeros((1, WIDTH), tl.float32)
     for first in range(begin, end, WIDTH):
-        tile = long_line_tile(line, first, dim_size, WIDTH)
+        tile = long_line_tile(line, first, WIDTH)
         needed = Tile(tile.start, tile.offsets, tile.inside & (logarithm == 0))
         g = load(g_pointer, tile, tl.float32)
         y = load(y_pointer, needed, tl.float32)
@@ -235,12 +241,13 @@ def long_softmax_backward_kernel(
     negated: tl.int32,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     total = tl.sum(tl.load(partial_pointer + split * count + program // chunks, mask=split < splits, other=0), 0)
     first = (program % chunks).to(tl.int32) * WIDTH
-    tile = long_line_tile(long_line(program // chunks, count, dim_size), first, dim_size, WIDTH)
+    tile = long_line_tile(long_line(program // chunks, count, dim_size, ALIGN), first, WIDTH)
     g = load(g_pointer, tile, tl.float32)
     y = load(y_pointer, tile, tl.float32)
     dx = input_gradient(g, y, total, logarithm, negated)
@@ -272,7 +279,7 @@ def _tiling(axis: int, width: int | None) -> LineTiling:
 def _forward(dtype: torch.dtype, axis: int, width: int | None, logarithm: bool) -> Configuration:
     """For lines of up to ``width`` elements; without, for longer ones, in chunks."""
     # One kernel for both would hold what either needs: too much for the registers, in the widest tile.
-    constants = {"LOGARITHM": logarithm, "PACK": 16 // dtype.itemsize}
+    constants = {"LOGARITHM": logarithm, "VECTOR": 16 // dtype.itemsize}
     name = "log_softmax" if logarithm else "softmax"
     return _configuration(softmax_forward_kernel, f"{name} forward", 1, constants, dtype, axis, width)
 
@@ -305,6 +312,7 @@ def _configuration(
             "COMPUTE": COMPUTE[dtype],
             "WHOLE": width is not None,
         },
+        aligned=(contiguous_extent(axis),),
         threads=threads,
         wide_loads=reads * wide,
         wide_stores=wide,
@@ -328,6 +336,7 @@ def _long(kind: str, dtype: torch.dtype) -> Configuration:
         dtype,
         {"WIDTH": CHUNK, **({"SPLITS": SPLITS} if joins else {})},
         pointers={"partial": torch.float32},
+        aligned=("dim_size",),
         threads=threads,
         wide_loads=wide * (1 if kind == "forward" else 2),
         wide_stores=wide if joins else 0,

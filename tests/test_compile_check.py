@@ -68,8 +68,44 @@ def test_any_arguments_compile(configuration: kernels.Configuration) -> None:
         compile_for(configuration, "sm_90", arguments)
 
 
+#: One of each kernel that is told how its extents are aligned.
+ALIGNED = [c for c in OF_EACH_KERNEL.values() if c.aligned]
+
+
+@pytest.mark.parametrize("configuration", ALIGNED, ids=lambda c: c.label)
+def test_compiles_for_any_extents(configuration: kernels.Configuration) -> None:
+    *_, unaligned = configuration.variants
+    check(unaligned, "sm_90")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "configuration", [v for c in CONFIGURATIONS if c.label not in THOROUGH for v in c.variants], ids=lambda c: c.label
+)
+def test_compiles_for_extents_like_these(configuration: kernels.Configuration) -> None:
+    check(configuration, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("label", "extent", "bits"),
+    [
+        ("softmax forward along x1024 bf16", 1000, 128),
+        ("cross_entropy backward indices along x1024 fp32", 100, 128),
+        ("prelu backward by_row x256 bf16", 14 * 14, 64),
+        ("pool backward 2x2 contiguous bf16", 28, 64),
+        ("maxout forward by row x64 fp32", 10, 64),
+    ],
+)
+def test_accesses_are_as_wide_as_extents_allow(label: str, extent: int, bits: int) -> None:
+    (configuration,) = (candidate for candidate in CONFIGURATIONS if candidate.label == label)
+    extents = [extent if name in configuration.aligned else 1 for name in configuration.names]
+    alignment = configuration.keywords_for(extents)["ALIGN"]
+    variant = next(each for each in configuration.variants if dict(each.constants)["ALIGN"] == alignment)
+    assert check(variant, "sm_90").access_bits == bits
+
+
 def test_labels_are_unique() -> None:
-    labels = [configuration.label for configuration in CONFIGURATIONS]
+    labels = [configuration.label for configuration in kernels.shipped(variants=True)]
     assert len(set(labels)) == len(labels)
 
 

@@ -102,7 +102,7 @@ def key_of(configuration: Configuration, arguments: list[Any]) -> str:
     given = dict(zip(configuration.names, arguments, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(configuration.kernel), "_do_compile", lambda function, key, *_: SimpleNamespace(key=key))
-        compiled = configuration.kernel.run(grid=None, warmup=True, **given, **configuration.keywords)
+        compiled = configuration.kernel.run(grid=None, warmup=True, **given, **configuration.keywords_for(arguments))
     return str(compiled.key)
 
 

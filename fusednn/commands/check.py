@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from .. import kernels
@@ -40,6 +41,7 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", help="only this family's kernels (activation, prelu, ...)")
     parser.add_argument("--target", action="append", help="only this GPU (sm_80, sm_90, sm_100, gfx942); repeatable")
+    parser.add_argument("--variants", action="store_true", help="also compile for extents that 16 doesn't divide")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes to run side by side")
     parser.add_argument("--no-compile", action="store_true", help="don't compile: only test the results")
     parser.add_argument("--no-self-test", action="store_true", help="don't test the results: only compile")
@@ -55,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[self_test.Result] = []
     if not arguments.no_compile:
         targets = arguments.target or _targets()
-        count = sum(1 for _ in kernels.shipped(arguments.family))
-        outcomes = list(_compile_all(arguments.family, count, targets, arguments.jobs))
+        outcomes = list(_compile_all(arguments.family, arguments.variants, targets, arguments.jobs))
         if not arguments.json:
             print(_table(outcomes))
             print(f"{_passed(outcomes)} of {len(outcomes)} pass")
@@ -100,17 +101,18 @@ def _passed(checked: Sequence[Outcome] | Sequence[self_test.Result]) -> int:
     return sum(not one.problems for one in checked)
 
 
-def _compile_all(family: str | None, count: int, targets: list[str], jobs: int) -> Iterator[Outcome]:
+def _compile_all(family: str | None, variants: bool, targets: list[str], jobs: int) -> Iterator[Outcome]:
+    count = sum(1 for _ in kernels.shipped(family, variants=variants))
     work = list(product(range(count), targets))
     with ProcessPoolExecutor(max_workers=jobs) as pool:
-        yield from pool.map(_compile_one, [family] * len(work), *zip(*work, strict=True))
+        yield from pool.map(partial(_compile_one, family, variants), *zip(*work, strict=True))
 
 
-def _compile_one(family: str | None, index: int, target: str) -> Outcome:
+def _compile_one(family: str | None, variants: bool, index: int, target: str) -> Outcome:
     # Kernels can't be sent to another process; their place in the list can.
     from ..instruments.compile_check import compile_configuration
 
-    result = compile_configuration(list(kernels.shipped(family))[index], target)
+    result = compile_configuration(list(kernels.shipped(family, variants=variants))[index], target)
     code = result.machine_code
     figures: Figures = (None, None, None, None, None, None)
     if code:

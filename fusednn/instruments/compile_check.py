@@ -197,6 +197,8 @@ def _source(configuration: Configuration, arguments: Arguments) -> Any:
     types = dict(configuration.signature)
     types.update((name, "i64") for name in arguments.wide)
     constants = {**dict(configuration.constants), **dict.fromkeys(arguments.ones, 1)}
+    if configuration.aligned and not arguments.aligned:
+        constants["ALIGN"] = 1
     names = configuration.kernel.arg_names
     pointers = {name for name, kind in types.items() if kind.startswith("*")}
     promised = pointers | set(configuration.divisible) if arguments.divisible is None else set(arguments.divisible)

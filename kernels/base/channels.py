@@ -231,7 +231,7 @@ def configure_channels(
             "WIDTH": tiling.width,
         },
         pointers=pointers,
-        divisible=("columns",),
+        aligned=("columns",),
         threads=threads_for(dtype),
         wide_loads=wide_loads * rows,
         wide_stores=wide_stores * rows,

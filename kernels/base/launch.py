@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ._triton import ON_CPU, tl, triton
 
 __all__ = [
     "ACCUMULATOR",
+    "ALIGNMENT",
     "COMPUTE",
     "DTYPES",
     "TRITON_TYPE",
@@ -57,6 +59,9 @@ ACCUMULATOR = {dtype: torch.float64 if dtype is torch.float64 else torch.float32
 #: Triton's name of the types that kernels' arguments are annotated with.
 _ANNOTATED = {tl.int32: "i32", tl.int64: "i64", tl.float64: "fp64"}
 
+#: The most that kernels are told of an integer's divisors, as Triton tells them: more makes no access wider.
+ALIGNMENT = 16
+
 _WARP_SIZE = 64 if torch.version.hip else 32
 
 
@@ -66,7 +71,9 @@ class Configuration:
 
     ``signature`` gives each run-time argument's Triton type in order (``"*fp32"`` for a pointer), ``constants`` the
     values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
-    are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  ``wide_loads`` and
+    are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  The integers named in
+    ``aligned`` are multiples of the constant ``ALIGN``, by default 16; a launch with others has a smaller one, their
+    greatest common divisor with 16: see `variants`.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
     says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`,
     ``keeps_subnormals`` that elementary functions don't flush them to 0; ``rare`` ones are left to the compile check's
@@ -80,6 +87,7 @@ class Configuration:
     threads: int
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
+    aligned: tuple[str, ...] = ()
     wide_loads: int = 0
     wide_stores: int = 0
     tensor_cores: bool = False
@@ -119,14 +127,42 @@ class Configuration:
             "num_stages": self.num_stages,
         }
 
+    def keywords_for(self, arguments: Sequence[Any]) -> dict[str, Any]:
+        """The same, for these run-time arguments."""
+        if not self.aligned:
+            return self.keywords
+        extents = (arguments[self.names.index(name)] for name in self.aligned)
+        return {**self.keywords, "ALIGN": gcd(self.keywords["ALIGN"], *extents)}
+
+    @property
+    def variants(self) -> Iterator[Configuration]:
+        """What launches whose extents are less aligned take in its place."""
+        alignment = dict(self.constants).get("ALIGN", 1)
+        while alignment > 1:
+            alignment //= 2
+            constants = {**dict(self.constants), "ALIGN": alignment}
+            label = f"{self.label} aligned to {alignment}"
+            yield replace(self, label=label, constants=tuple(constants.items()), wide_loads=0, wide_stores=0, rare=True)
+
 
 def kernel(function: Callable[..., Any], *, unaligned: Iterable[str] = ()) -> Any:
     """A Triton kernel.  Triton compiles it anew where an integer is 1 or a multiple of 16, or a pointer aligned to 16
     bytes, and gains by it: not for integers of an annotated type, and ``unaligned`` pointers, which are what they are
-    at run time.
+    at run time; nor for any integer where the kernel has a constant ``ALIGN``, which tells more of them.
     """
     fixed = [name for name, annotation in function.__annotations__.items() if annotation in (tl.int32, tl.int64)]
+    if "ALIGN" in inspect.signature(function).parameters:
+        fixed += _untyped_integers(function)
     return triton.jit(do_not_specialize=[*unaligned, *fixed])(function)
+
+
+def _untyped_integers(function: Callable[..., Any]) -> list[str]:
+    """A kernel's arguments whose type isn't annotated, but for pointers."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.annotation is inspect.Parameter.empty and not parameter.name.endswith("_pointer")
+    ]
 
 
 def configure(
@@ -137,18 +173,23 @@ def configure(
     *,
     pointers: Mapping[str, torch.dtype] | None = None,
     divisible: Iterable[str] | None = None,
+    aligned: Iterable[str] = (),
     **promises: Any,
 ) -> Configuration:
     """The configuration of ``kernel`` for ``dtype``, with the signature that the kernel itself describes.
 
     Arguments without an annotation are pointers, where their name ends in ``_pointer``, to elements of ``dtype`` or of
     what ``pointers`` has for the rest of the name; or else integers that Triton specialises, and ``divisible``, unless
-    these are given.  What ``constants`` names is no run-time argument: a pointer that is None there is missing.
-    ``promises`` are further fields of `Configuration`.
+    these are given, or some are ``aligned``.  What ``constants`` names is no run-time argument: a pointer that is None
+    there is missing.  ``promises`` are further fields of `Configuration`.
     """
+    aligned = tuple(aligned)
+    if aligned:
+        constants, divisible = {**constants, "ALIGN": ALIGNMENT}, ()
+    elif divisible is None:
+        divisible = (name for name in _untyped_integers(kernel.fn) if name not in constants)
     elements = {f"{name}_pointer": element for name, element in (pointers or {}).items()}
     signature = {}
-    integers = []
     for parameter in inspect.signature(kernel.fn).parameters.values():
         name = parameter.name
         if name in constants:
@@ -159,13 +200,13 @@ def configure(
             signature[name] = _ANNOTATED[parameter.annotation]
         else:
             signature[name] = "i32"
-            integers.append(name)
     return Configuration(
         label,
         kernel,
         tuple(signature.items()),
         tuple(constants.items()),
-        divisible=tuple(integers if divisible is None else divisible),
+        divisible=tuple(divisible),
+        aligned=aligned,
         **promises,
     )
 
@@ -185,12 +226,15 @@ def ships(
     return register
 
 
-def shipped(family: str | None = None) -> Iterator[Configuration]:
-    """All registered configurations, or those of one family."""
+def shipped(family: str | None = None, *, variants: bool = False) -> Iterator[Configuration]:
+    """All registered configurations, or those of one family; with ``variants``, each is followed by its own."""
     for name, modules in _FAMILIES.items():
         if family is None or family == name:
             for configurations in modules:
-                yield from configurations()
+                for configuration in configurations():
+                    yield configuration
+                    if variants:
+                        yield from configuration.variants
 
 
 class DeviceAssertionError(RuntimeError):
@@ -222,7 +266,7 @@ def _launch(configuration: Configuration, programs: int, *arguments: Any) -> Any
     with torch.cuda.device(tensor.device) if elsewhere else nullcontext():
         try:
             return configuration.kernel[(programs,)](
-                **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords
+                **dict(zip(configuration.names, arguments, strict=True)), **configuration.keywords_for(arguments)
             )
         except Exception as error:
             checked = ON_CPU and configuration.asserts

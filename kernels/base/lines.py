@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .numerics import fast_exp
-from .tiles import TILE, Tile, cdiv
+from .tiles import TILE, Tile, aligned, cdiv
 
 __all__ = [
     "ACROSS",
     "ALONG",
     "LineTiling",
     "Lines",
+    "contiguous_extent",
     "line_block",
     "line_tile",
     "line_tiling",
@@ -73,6 +74,11 @@ def lines_of(tensor: Tensor, dim: int) -> Lines:
     return Lines(tensor.numel() // max(dim_size, 1), dim_size, inner_size)
 
 
+def contiguous_extent(axis: int) -> str:
+    """The kernels' argument whose alignment is that of the rows of a tile in memory."""
+    return "dim_size" if axis == ALONG else "inner_size"
+
+
 class LineTiling(NamedTuple):
     """A tile: so many neighbouring lines, and ``width`` elements of each."""
 
@@ -95,38 +101,43 @@ class LineBlock(NamedTuple):
     """Neighbouring lines, as device functions see them.
 
     ``start`` is where the block starts in memory, ``offsets`` where each line does from there, ``line`` its number in
-    memory order, and ``exists`` whether there is one.
+    memory order, and ``exists`` whether there is one.  The extents are those of `Lines`.
     """
 
     start: Any
     offsets: Any
     line: Any
     exists: Any
+    dim_size: Any
+    inner_size: Any
 
 
 @triton.jit
-def line_block(block, count, dim_size, inner_size, AXIS: tl.constexpr, LINES: tl.constexpr):
+def line_block(block, count, dim_size, inner_size, AXIS: tl.constexpr, LINES: tl.constexpr, ALIGN: tl.constexpr):
     """Block number ``block`` of the lines."""
     within = tl.arange(0, LINES)
     if AXIS == _ALONG:
+        dim_size = aligned(dim_size, ALIGN)
         line = block * LINES + within
-        return LineBlock(block * LINES * dim_size, within * dim_size, line, line < count)
+        return LineBlock(block * LINES * dim_size, within * dim_size, line, line < count, dim_size, inner_size)
     else:
+        inner_size = aligned(inner_size, ALIGN)
         blocks = tl.cdiv(inner_size, LINES)
         first = block % blocks * LINES
         outer = block // blocks * inner_size
-        return LineBlock(outer * dim_size + first, within, outer + first + within, first + within < inner_size)
+        line = outer + first + within
+        return LineBlock(outer * dim_size + first, within, line, first + within < inner_size, dim_size, inner_size)
 
 
 @triton.jit
-def line_tile(lines, first, dim_size, inner_size, AXIS: tl.constexpr, WIDTH: tl.constexpr):
+def line_tile(lines, first, AXIS: tl.constexpr, WIDTH: tl.constexpr):
     """Elements ``first`` to ``first + WIDTH`` of a block's lines: their tile, and their places in the line."""
     place = tl.expand_dims(first + tl.arange(0, WIDTH), 1 - AXIS)
     step = place
     if AXIS != _ALONG:
-        step = place.to(tl.int64) * inner_size
+        step = place.to(tl.int64) * lines.inner_size
     offsets = tl.expand_dims(lines.offsets, AXIS) + step
-    return Tile(lines.start, offsets, tl.expand_dims(lines.exists, AXIS) & (place < dim_size)), place
+    return Tile(lines.start, offsets, tl.expand_dims(lines.exists, AXIS) & (place < lines.dim_size)), place
 
 
 # --- Running maximum and sum of exponentials --------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .lines import (
     reference_point,
 )
 from .numerics import fast_exp
-from .tiles import cdiv, load, threads_for
+from .tiles import aligned, cdiv, load, threads_for
 
 __all__ = [
     "CHUNK",
@@ -67,24 +67,25 @@ def are_shared(lines: Lines, dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def long_line(line, count, dim_size):
+def long_line(line, count, dim_size, ALIGN: tl.constexpr):
     """A block of one line."""
-    return line_block(line, count, dim_size, 1, _ALONG, 1)
+    return line_block(line, count, dim_size, 1, _ALONG, 1, ALIGN)
 
 
 @triton.jit
-def long_line_tile(line, first, dim_size, WIDTH: tl.constexpr):
+def long_line_tile(line, first, WIDTH: tl.constexpr):
     """Elements ``first`` to ``first + WIDTH`` of it."""
-    tile, _place = line_tile(line, first, dim_size, 1, _ALONG, WIDTH)
+    tile, _place = line_tile(line, first, _ALONG, WIDTH)
     return tile
 
 
 @triton.jit
-def split_of_line(program, count, dim_size, splits, split_size):
+def split_of_line(program, count, dim_size, splits, split_size, ALIGN: tl.constexpr):
     """The split that a program works on: its line, its number, first element, and end."""
     split = (program % splits).to(tl.int32)
-    first = split * split_size
-    return long_line(program // splits, count, dim_size), split, first, tl.minimum(first + split_size, dim_size)
+    first = split * aligned(split_size, ALIGN)  # chunks are
+    line = long_line(program // splits, count, dim_size, ALIGN)
+    return line, split, first, tl.minimum(first + split_size, line.dim_size)
 
 
 @triton.jit
@@ -101,17 +102,19 @@ def split_statistics_kernel(
     count: tl.int64,
     dim_size,
     splits: tl.int32,
-    split_size,
+    split_size: tl.int32,
     negated: tl.int32,
     WIDTH: tl.constexpr,
-    PACK: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements of a thread's access
+    ALIGN: tl.constexpr,
 ):
+    packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
     program = tl.program_id(0).to(tl.int64)
-    line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size)
-    maximum, total = online_softmax_init(tl.float32, _ALONG, 1, WIDTH, PACK)
+    line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size, ALIGN)
+    maximum, total = online_softmax_init(tl.float32, _ALONG, 1, WIDTH, packed)
     for first in range(begin, end, WIDTH):
-        x = load_signed(x_pointer, long_line_tile(line, first, dim_size, WIDTH), negated, tl.float32)
-        maximum, total = online_softmax_update(maximum, total, pack(x, _ALONG, 1, WIDTH, PACK), _ALONG)
+        x = load_signed(x_pointer, long_line_tile(line, first, WIDTH), negated, tl.float32)
+        maximum, total = online_softmax_update(maximum, total, pack(x, _ALONG, 1, WIDTH, packed), _ALONG)
     maximum, total = online_softmax_reduce(maximum, total, _ALONG)
     tl.store(partial_pointer + split * count + line.line, maximum)
     tl.store(partial_pointer + (splits + split) * count + line.line, total)
@@ -138,8 +141,9 @@ def splits_configuration(dtype: torch.dtype) -> Configuration:
         split_statistics_kernel,
         f"splits of lines {TRITON_TYPE[dtype]}",
         dtype,
-        {"WIDTH": CHUNK, "PACK": 16 // dtype.itemsize},
+        {"WIDTH": CHUNK, "VECTOR": 16 // dtype.itemsize},
         pointers={"partial": torch.float32},
+        aligned=("dim_size",),
         threads=threads,
         wide_loads=CHUNK * dtype.itemsize // (threads * 16),
         rare=dtype is torch.float16,

@@ -22,6 +22,7 @@ __all__ = [
     "MASK_BYTES",
     "TILE",
     "Tile",
+    "aligned",
     "cdiv",
     "configure_flat",
     "flat_tile",
@@ -117,6 +118,12 @@ class Tile(NamedTuple):
     offsets: Any
     inside: Any
     whole: Any = False
+
+
+@triton.jit
+def aligned(extent, ALIGN: tl.constexpr):
+    """The extent itself, which is a multiple of ALIGN: so the compiler knows it, too."""
+    return extent // ALIGN * ALIGN
 
 
 @triton.jit
