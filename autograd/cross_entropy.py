@@ -188,6 +188,18 @@ def cross_entropy(
     return loss
 
 
+def cross_entropy_in_float32(
+    input: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """cross_entropy(input.float(), target), without the copy: logits of 16 bits are widened in registers."""
+    described = (target, None, reduction, ignore_index, 0.0)
+    if not takes_kernel("cross_entropy", input, refusal=lambda: refusal_of(input.shape, input, *described)):
+        return F.cross_entropy(input.float(), target, ignore_index=ignore_index, reduction=reduction)
+    arguments = (input, target, None, reduction, ignore_index, 0.0, torch.float32)
+    loss: Tensor = CrossEntropy.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
+    return loss
+
+
 def refusal_of(
     shape: Sequence[int],
     x: Tensor,

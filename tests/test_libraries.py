@@ -5,10 +5,12 @@ against.
 """
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from support.torchvision import mend_torchvision
 from torch import Tensor, nn
 
 import fusednn
+from fusednn.autograd.dispatch import observe_choices
+from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.layers.replacement import register
 from fusednn.layers.twin import OTHER_TWINS
 from fusednn.testing import check_against_stock, random_tensor
@@ -57,6 +61,17 @@ NORMS: dict[str, list[dict[str, Any]]] = {
     ],
     "torchvision.ops.misc.FrozenBatchNorm2d": [{"num_features": 6}],
 }
+LOSSES: list[tuple[str, dict[str, Any], str]] = [
+    ("timm.loss.cross_entropy.LabelSmoothingCrossEntropy", {}, "classes"),
+    ("timm.loss.cross_entropy.SoftTargetCrossEntropy", {}, "soft"),
+    ("timm.loss.binary_cross_entropy.BinaryCrossEntropy", {"sum_classes": True}, "classes"),
+    (
+        "timm.loss.binary_cross_entropy.BinaryCrossEntropy",
+        {"target_threshold": 0.2, "pos_weight": 2.0, "smoothing": 0.3},
+        "soft",
+    ),
+    ("timm.loss.binary_cross_entropy.BinaryCrossEntropy", {"smooth_dense": True, "reduction": "sum"}, "soft"),
+]
 EVERY = [
     pytest.param(name, options, id=f"{name.rpartition('.')[2]}{index or ''}")
     for name, several in (ACTIVATIONS | NORMS).items()
@@ -92,7 +107,8 @@ def of_fresh(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
 
 
 def test_every_class_with_a_twin_is_tried() -> None:
-    assert {name for name in register._registered if isinstance(name, str)} == {*ACTIVATIONS, *NORMS}
+    tried = {*ACTIVATIONS, *NORMS, *(name for name, _, _ in LOSSES)}
+    assert {name for name in register._registered if isinstance(name, str)} == tried
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -276,3 +292,82 @@ def test_norm_act_is_heard_apart(device: str) -> None:
     model[0].act.register_forward_hook(lambda _, args, y: heard.append(y.detach().clone()))
     y = model(random_tensor((3, 6, 5, 4), torch.float32, device))
     torch.testing.assert_close(heard, [y.detach()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options", "targets"), LOSSES)
+def test_losses(name: str, options: dict[str, Any], targets: str, dtype: torch.dtype, device: str) -> None:
+    stock = their_class(name)(**options).to(device)
+    loss = fusednn.replace_layers(nn.Sequential(copy.deepcopy(stock)))
+    assert loss.rows[0].replaced, loss
+    ours = nn.Sequential(copy.deepcopy(stock))
+    fusednn.replace_layers(ours)
+    x = random_tensor((7, 5), dtype, device)
+    target = torch.arange(7, device=device) % 5
+    soft = random_tensor((7, 5), torch.float64, device, 1).softmax(1)
+
+    def of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: copy.deepcopy(layer).to(x.dtype)(x, target if targets == "classes" else soft.to(x.dtype))
+
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(choice.path)):
+        of(ours[0])(x)
+    assert chosen == ["kernel"] or not KERNELS_RUN
+    check_against_stock(of(ours[0]), of(stock), [x], random_tensor((), dtype, device, 2))
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([0, 5]), torch.tensor([0, -100]), torch.tensor([0.0, 1.0])], ids=str)
+def test_losses_refuse_what_theirs_refuse(bad: Tensor, device: str) -> None:
+    stock = their_class("timm.loss.cross_entropy.LabelSmoothingCrossEntropy")()
+    ours = nn.Sequential(copy.deepcopy(stock))
+    fusednn.replace_layers(ours)
+    for loss in (stock, ours[0]):
+        with pytest.raises((IndexError, RuntimeError)):
+            loss(torch.zeros(2, 5), bad)
+
+
+def loss_functions(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours, and transformers'."""
+    mend_torchvision()
+    theirs = pytest.importorskip("transformers.loss.loss_utils")
+    names = {"causal_lm_loss": "ForCausalLMLoss", "masked_lm_loss": "ForMaskedLMLoss"}
+    ours = getattr(fusednn.layers.libraries.transformers, name)
+    return ours, getattr(theirs, names.get(name, "ForTokenClassification"))
+
+
+@pytest.mark.parametrize("items", [None, 3, torch.tensor(3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal_lm_loss", "masked_lm_loss", "token_classification_loss"])
+def test_loss_functions(name: str, dtype: torch.dtype, items: Any, device: str) -> None:
+    ours, theirs = loss_functions(name)
+    assert {*inspect.signature(ours).parameters} == {*inspect.signature(theirs).parameters}
+    labels = torch.tensor([[0, 2, -100, 1], [4, 3, 2, -100]], device=device)
+    classes: Any = SimpleNamespace(num_labels=5) if name == "token_classification_loss" else 5
+    results = []
+    for function in (theirs, ours):
+        logits = random_tensor((2, 4, 5), dtype, device).requires_grad_()
+        loss = function(logits, labels, classes, num_items_in_batch=items)
+        assert loss.dtype is torch.float32
+        (gradient,) = torch.autograd.grad(loss, logits)
+        results.append((loss, gradient))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[1][1], results[0][1])
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+def test_logits_are_not_copied(device: str) -> None:
+    """2 bytes a logit forward, 4 backward; theirs would move 6 for the copy alone, and keep it."""
+    from fusednn.instruments.traffic import measure_traffic
+
+    ours, _ = loss_functions("masked_lm_loss")
+    logits = random_tensor((64, 1024), torch.bfloat16, device).requires_grad_()
+    labels = torch.arange(64, device=device)
+    with measure_traffic() as forward, saved_tensors() as saved:
+        loss = ours(logits, labels, 1024)
+    with measure_traffic() as backward:
+        torch.autograd.grad(loss, logits)
+    assert not forward.operations
+    assert forward.bytes == pytest.approx(2 * logits.numel(), rel=0.03)
+    assert backward.bytes == pytest.approx(4 * logits.numel(), rel=0.03)
+    assert saved.bytes == pytest.approx(2 * logits.numel(), rel=0.03)

@@ -1,12 +1,15 @@
-"""timm: batch norm with an activation, also frozen, and the activations that it defines itself."""
+"""timm: batch norm with an activation, also frozen, the activations that it defines itself, and losses."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ...autograd.cross_entropy import cross_entropy
 from ...autograd.dispatch import tensor_refusal
+from ...autograd.pointwise_loss import binary_cross_entropy_with_logits
 from ...autograd.prelu import prelu
 from .. import batch_norm
 from ..fusion.members import activation_of, call_refusal, computed
@@ -78,3 +81,51 @@ def _prelu(layer: Any, input: Tensor) -> Tensor:
 
 
 register_twin(_ACTIVATIONS + "PReLU", _prelu, fingerprints="9e5c902152ab")
+
+# --- Losses -----------------------------------------------------------------------------------------------------------
+#
+# `JsdCrossEntropy` computes in ``__call__``; the loss within it is one of these.
+
+#: No index is ignored.
+_NONE = -(2**62)
+
+
+def _smoothed(layer: Any, x: Tensor, target: Tensor) -> Tensor:
+    """(1 - smoothing) times the negative log-likelihood, and smoothing times the mean over all classes."""
+    plain = x.dim() == 2 and target.dim() == 1 and target.dtype is torch.int64
+    if not plain or layer.smoothing < 0 or layer.confidence != 1.0 - layer.smoothing:
+        result: Tensor = stock_class(type(layer)).forward(layer, x, target)
+        return result
+    return cross_entropy(x, target, ignore_index=_NONE, label_smoothing=layer.smoothing)
+
+
+def _soft(layer: Any, x: Tensor, target: Tensor) -> Tensor:
+    if x.dim() != 2 or x.shape != target.shape or x.dtype is not target.dtype:
+        result: Tensor = stock_class(type(layer)).forward(layer, x, target)
+        return result
+    return cross_entropy(x, target)
+
+
+def _binary(layer: Any, x: Tensor, target: Tensor) -> Tensor:
+    """With targets made as the class makes them."""
+    if target.shape != x.shape and (x.dim() != 2 or target.shape != x.shape[:1]):
+        result: Tensor = stock_class(type(layer)).forward(layer, x, target)
+        return result
+    if target.shape != x.shape:
+        off = layer.smoothing / x.shape[-1]
+        one_hot = torch.full_like(x, off, memory_format=torch.contiguous_format, requires_grad=False)
+        target = one_hot.scatter_(1, target.long().view(-1, 1), 1.0 - layer.smoothing + off)
+    elif layer.smooth_dense and layer.smoothing:
+        target = target * (1.0 - layer.smoothing) + 0.5 * layer.smoothing
+    if layer.target_threshold is not None:
+        target = target.gt(layer.target_threshold).to(dtype=target.dtype)
+    loss = binary_cross_entropy_with_logits(
+        x, target, layer.weight, pos_weight=layer.pos_weight, reduction=layer.reduction
+    )
+    return loss.sum(-1).mean() if layer.sum_classes else loss
+
+
+_LOSSES = "timm.loss."
+register_twin(_LOSSES + "cross_entropy.LabelSmoothingCrossEntropy", _smoothed, fingerprints="75ac7699218b")
+register_twin(_LOSSES + "cross_entropy.SoftTargetCrossEntropy", _soft, fingerprints="c570d3125807")
+register_twin(_LOSSES + "binary_cross_entropy.BinaryCrossEntropy", _binary, fingerprints="ccb1da68b02d")
