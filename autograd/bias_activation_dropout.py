@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.autograd import Function
 from ..kernels import bias_activation_dropout as kernels
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.base.random import with_seed
-from ..kernels.functions.activation import ACTIVATIONS, Activated, activated
+from ..kernels.functions.activation import ACTIVATIONS, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .anchors import anchors_of
@@ -28,21 +28,23 @@ def _fake_forward(
     bias: Tensor | None,
     residual: Tensor | None,
     seed: Tensor | None,
+    slopes: Tensor | None,
     name: str,
     a: float,
     b: float,
     p: float,
     dim: int,
+    of_channels: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
-    masked = save and ACTIVATIONS[name].saves == "mask"
+    masked = save and activated(name, a, b).saves == "mask"
     return y, x.new_empty(kernels.saved_mask_bytes(y.shape, y.stride(), dim) if masked else 0, dtype=torch.uint8)
 
 
 @operator(
-    "bias_activation_dropout(Tensor x, Tensor? bias, Tensor? residual, Tensor? seed, str name, float a, float b,"
-    " float p, int dim, bool save) -> (Tensor, Tensor)",
+    "bias_activation_dropout(Tensor x, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? slopes, str name, float a,"
+    " float b, float p, int dim, bool of_channels, bool save) -> (Tensor, Tensor)",
     fake=_fake_forward,
 )
 def _forward(
@@ -50,23 +52,26 @@ def _forward(
     bias: Tensor | None,
     residual: Tensor | None,
     seed: Tensor | None,
+    slopes: Tensor | None,
     name: str,
     a: float,
     b: float,
     p: float,
     dim: int,
+    of_channels: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, mask = kernels.bias_activation_dropout_forward(x, bias, residual, seed, activated(name, a, b), p, dim, save=save)
+    operands = (x, bias, residual, seed, activated(name, a, b), p, dim)
+    y, mask = kernels.bias_activation_dropout_forward(*operands, slopes=slopes, of_channels=of_channels, save=save)
     return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
 @operator(
-    "bias_activation_dropout_backward(Tensor g, Tensor saved, Tensor? bias, Tensor? seed, SymInt[] strides, str name,"
-    " float a, float b, float p, int dim, bool bias_gradient) -> (Tensor, Tensor)",
-    fake=lambda g, saved, bias, seed, strides, name, a, b, p, dim, bias_gradient: (
+    "bias_activation_dropout_backward(Tensor g, Tensor saved, Tensor? bias, Tensor? seed, Tensor? slopes,"
+    " SymInt[] strides, str name, float a, float b, float p, int dim, bool of_channels, bool sums) -> (Tensor, Tensor)",
+    fake=lambda g, saved, bias, seed, slopes, strides, name, a, b, p, dim, of_channels, sums: (
         g.new_empty_strided(g.shape, strides),
-        g.new_empty(kernels.bias_sums_shape(g.shape, strides, dim) if bias_gradient else 0, dtype=ACCUMULATOR[g.dtype]),
+        g.new_empty(kernels.sums_shape(g.shape, strides, dim, slopes) if sums else 0, dtype=ACCUMULATOR[g.dtype]),
     ),
 )
 def _backward(
@@ -74,22 +79,40 @@ def _backward(
     saved: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
+    slopes: Tensor | None,
     strides: Sequence[int],
     name: str,
     a: float,
     b: float,
     p: float,
     dim: int,
-    bias_gradient: bool,
+    of_channels: bool,
+    sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    dx, sums = kernels.bias_activation_dropout_backward(
-        g, saved, bias, seed, strides, activated(name, a, b), p, dim, bias_gradient=bias_gradient
-    )
-    return dx, g.new_empty(0, dtype=ACCUMULATOR[g.dtype]) if sums is None else sums
+    operands = (g, saved, bias, seed, strides, activated(name, a, b), p, dim)
+    dx, partial = kernels.bias_activation_dropout_backward(*operands, slopes=slopes, of_channels=of_channels, sums=sums)
+    return dx, g.new_empty(0, dtype=ACCUMULATOR[g.dtype]) if partial is None else partial
+
+
+class Chain(NamedTuple):
+    """What is done to an input and its operands: activation, dropout, and the dimension that the bias lies along.
+
+    ``of_channels``: dropout drops those of dimension 1 as a whole.
+    """
+
+    activation: Activated
+    p: float
+    dim: int
+    of_channels: bool
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What operators are given in its place."""
+        return *self.activation.arguments, self.p, self.dim, self.of_channels
 
 
 class BiasActivationDropout(Function):
-    """Saves one bit an element (and the seed, for LeakyReLU), or the input, the bias and the seed.
+    """Saves one bit an element (and the seed, for LeakyReLU), or the input, the bias, the slopes and the seed.
 
     Where the bias is ``added`` to the input already, without its gradient, it is an operand for its gradient alone.
     ``anchors`` are those of the input and the bias, where bits are saved.
@@ -101,90 +124,102 @@ class BiasActivationDropout(Function):
         x: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
+        slopes: Tensor | None,
         seed: Tensor | None,
-        activation: Activated,
-        p: float,
-        dim: int,
+        chain: Chain,
         added: bool,
         anchors: tuple[Tensor, ...],
     ) -> Tensor:
         y: Tensor
-        y, mask = _forward(x, None if added else bias, residual, seed, *activation.arguments, p, dim, True)
-        if activation.saves == "mask":
-            ctx.save_for_backward(mask, None, None if activation.row.mask_gates else seed)
+        y, mask = _forward(x, None if added else bias, residual, seed, slopes, *chain.arguments, True)
+        if chain.activation.saves == "mask":
+            ctx.save_for_backward(mask, None, None if chain.activation.row.mask_gates else seed, None)
         else:
-            ctx.save_for_backward(x, bias, seed)
+            ctx.save_for_backward(x, bias, seed, slopes)
             needs(ctx, residual)
         ctx.strides = y.stride()
-        ctx.arguments = (activation, p, dim)
+        ctx.chain = chain
         ctx.added = added
         ctx.anchors = anchors
         return y
 
     @staticmethod
     def recipe(ctx: Any) -> Callable[..., Tensor] | None:
-        activation, p, dim = ctx.arguments
-        if activation.saves == "mask":
+        chain = ctx.chain
+        if chain.activation.saves == "mask":
             return None
         added = ctx.added
 
-        def again(x: Tensor, bias: Tensor | None, seed: Tensor | None, residual: Tensor | None) -> Tensor:
-            y: Tensor = _forward(x, None if added else bias, residual, seed, *activation.arguments, p, dim, False)[0]
+        def again(
+            x: Tensor, bias: Tensor | None, seed: Tensor | None, slopes: Tensor | None, residual: Tensor | None
+        ) -> Tensor:
+            y: Tensor = _forward(x, None if added else bias, residual, seed, slopes, *chain.arguments, False)[0]
             return y
 
         return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved, bias, seed = ctx.saved_tensors
-        activation, p, dim = ctx.arguments
-        arguments = (ctx.strides, *activation.arguments, p, dim)
-        needs_dx, needs_db, needs_dr = ctx.needs_input_grad[:3]
+        saved, bias, seed, slopes = ctx.saved_tensors
+        chain = ctx.chain
+        needs_dx, needs_db, needs_dr, needs_dslopes = ctx.needs_input_grad[:4]
         dx: Tensor | None = None
         db: Tensor | None = None
-        if not (needs_dx or needs_db):
+        dslopes: Tensor | None = None
+        if not (needs_dx or needs_db or needs_dslopes):
             pass
         elif not torch.is_grad_enabled():
-            dx, sums = _backward(g, saved, None if ctx.added else bias, seed, *arguments, needs_db)
-            db = sums.sum((0, 2)).to(dx.dtype) if needs_db else None  # here, where a compiler sees it
-        elif activation.saves == "mask":
+            rest = (seed, slopes, ctx.strides, *chain.arguments, needs_db or needs_dslopes)
+            dx, partial = _backward(g, saved, None if ctx.added else bias, *rest)
+            sums = partial.sum((-3, -1)).to(dx.dtype) if needs_db or needs_dslopes else None  # where a compiler sees it
+            db, dslopes = (sums, None) if sums is None or slopes is None else sums.unbind()
+            if dslopes is not None:
+                dslopes = (dslopes.sum() if slopes.numel() == 1 else dslopes).view(slopes.shape)
+        elif chain.activation.saves == "mask":
+            arguments = (ctx.strides, *chain.arguments)
             dx = LinearGradient.apply(g, saved, seed, _masked_gradient, arguments, *ctx.anchors)
-            db = dx.sum([other for other in range(dx.dim()) if other != dim])
+            db = dx.sum([other for other in range(dx.dim()) if other != chain.dim])
         else:
             if ctx.added and bias is not None:
                 bias = bias - bias.detach()  # nothing, but for its gradient
-            dx, db = _differentiable_gradients(g, saved, bias, seed, *ctx.arguments)
+            dx, db, dslopes = _differentiable_gradients(g, saved, bias, slopes, seed, chain)
         return (
             dx if needs_dx else None,
             db if needs_db else None,
             g if needs_dr else None,
-            *(None,) * 6,
+            dslopes if needs_dslopes else None,
+            *(None,) * 4,
         )
 
 
 def _masked_gradient(g: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Any) -> Tensor:
     """The gradient of the input where bits are saved, linear in that of the output."""
     dx: Tensor
-    dx, _ = _backward(g, mask, None, seed, *arguments, False)
+    dx, _ = _backward(g, mask, None, seed, None, *arguments, False)
     return dx
 
 
 def _differentiable_gradients(
-    g: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: Activated,
-    p: float,
-    dim: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the input and the bias, from stock operators that can be differentiated again."""
-    noise, _ = _forward(torch.ones_like(x), None, None, seed, "relu", 0.0, 0.0, p, dim, False)
-    needed = [t is not None and t.requires_grad for t in (x, bias)]
-    dx, db = stock_gradients(
-        lambda x, bias: stock_activation(_biased(x, bias, dim), activation) * noise, (x, bias), needed, g
+    g: Tensor, x: Tensor, bias: Tensor | None, slopes: Tensor | None, seed: Tensor | None, chain: Chain
+) -> list[Tensor | None]:
+    """The gradients of the input, the bias and the slopes, from stock operators that can be differentiated again."""
+    noise, _ = _forward(torch.ones_like(x), None, None, seed, None, *chain._replace(activation=_NOISE).arguments, False)
+    operands = (x, bias, slopes)
+    needed = [t is not None and t.requires_grad for t in operands]
+    return stock_gradients(
+        lambda x, bias, slopes: _activated(_biased(x, bias, chain.dim), chain.activation, slopes) * noise,
+        operands,
+        needed,
+        g,
     )
-    return dx, db
+
+
+#: What leaves of ones the numbers that dropout multiplies by.
+_NOISE = Activated(ACTIVATIONS["relu"])
+
+
+def _activated(x: Tensor, activation: Activated, slopes: Tensor | None) -> Tensor:
+    return stock_activation(x, activation) if slopes is None else F.prelu(x, slopes)
 
 
 def _biased(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
@@ -200,10 +235,13 @@ def bias_activation_dropout(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     p: float = 0.5,
-    activation: str = "relu",
+    activation: str | None = "relu",
     parameters: Sequence[float] = (),
     training: bool = True,
     dim: int = -1,
+    *,
+    slopes: Tensor | None = None,
+    of_channels: bool = False,
 ) -> Tensor:
     """dropout(activation(input + bias)) + residual, in one kernel each way.
 
@@ -214,25 +252,32 @@ def bias_activation_dropout(
         bias: (input.shape[dim],), or None.  Under autocast it is taken in the input's dtype.
         residual: of the input's shape, or None.
         p: probability to drop an element.
-        activation: a name of `torch.nn.functional` (``"relu"``, ``"gelu"``, ...), or ``"gelu_tanh"``.
+        activation: a name of `torch.nn.functional` (``"relu"``, ``"gelu"``, ...), ``"gelu_tanh"``, or None for none.
         parameters: the activation's scalar parameters in PyTorch's order; its defaults, where they are missing.
         training: whether to drop at all.
         dim: the dimension that the bias lies along: -1 after a linear layer, 1 after a convolution.
+        slopes: those of PReLU, which then is the activation: one, or one for each channel of dimension 1.
+        of_channels: whether dropout drops whole channels, those of dimension 1, as `dropout2d` does.
 
     Saves one bit an element where the activation's gradient is 0 or 1 (ReLU, ReLU6, Hardtanh, Threshold, Hardsigmoid),
-    one bit and a seed for LeakyReLU, and otherwise the input and a seed.  Raises ValueError for an unknown activation
-    or too many parameters, and stock's errors.  Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural
-    Networks from Overfitting" (JMLR 2014).
+    one bit and a seed for LeakyReLU, and otherwise the input and a seed; of PReLU the slopes, too.  Raises ValueError
+    for an unknown activation or too many parameters, and stock's errors.  Source: Srivastava et al., "Dropout: A Simple
+    Way to Prevent Neural Networks from Overfitting" (JMLR 2014).
     """
-    resolved = resolve_activation(activation, parameters)
-    if bias is not None and isinstance(input, Tensor) and autocast_dtype(input):
-        bias = bias.to(input.dtype)
-    operands = [operand for operand in (input, bias, residual) if operand is not None]
-    described = (input, bias, residual, p, resolved, training, dim)
+    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
+    if isinstance(input, Tensor) and autocast_dtype(input):
+        bias, slopes = (None if one is None else one.to(input.dtype) for one in (bias, slopes))
+    operands = [operand for operand in (input, bias, residual, slopes) if operand is not None]
+    described = (input, bias, residual, slopes, p, resolved, training, dim, of_channels)
     if not takes_kernel(_name(p, training), *operands, refusal=lambda: _refusal(*described)):
-        y: Tensor = F.dropout(stock_activation(_biased(input, bias, dim), resolved), p, training)
+        drop = _CHANNELS.get(input.dim(), F.dropout2d) if of_channels else F.dropout
+        y: Tensor = drop(_activated(_biased(input, bias, dim), resolved, slopes), p, training)
         return y if residual is None else y + residual
-    return _apply(input, bias, residual, p if training else 0.0, resolved, dim, added=False)
+    return _apply(input, bias, residual, slopes, _chain(input, resolved, p, training, dim, of_channels), added=False)
+
+
+#: Stock's dropout of channels by the number of dimensions.
+_CHANNELS = {3: F.dropout1d, 4: F.dropout2d, 5: F.dropout3d}
 
 
 def linear_activation_dropout(
@@ -240,9 +285,11 @@ def linear_activation_dropout(
     weight: Tensor,
     bias: Tensor | None,
     p: float,
-    activation: str,
+    activation: str | None,
     parameters: Sequence[float],
     training: bool,
+    *,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """dropout(activation(x weight^T + bias)): `bias_activation_dropout` behind a product that holds the bias.
 
@@ -250,14 +297,23 @@ def linear_activation_dropout(
     product is made.
     """
     if bias is None:
-        return bias_activation_dropout(F.linear(input, weight), None, None, p, activation, parameters, training)
-    resolved = resolve_activation(activation, parameters)
+        product = F.linear(input, weight)
+        return bias_activation_dropout(product, None, None, p, activation, parameters, training, slopes=slopes)
+    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
     product = F.linear(input, weight, bias.detach())
-    addend = bias.to(product.dtype) if autocast_dtype(input) else bias
-    described = (product, addend, None, p, resolved, training, -1)
-    if not takes_kernel(_name(p, training), product, addend, refusal=lambda: _refusal(*described)):
-        return F.dropout(stock_activation(F.linear(input, weight, bias), resolved), p, training)
-    return _apply(product, addend, None, p if training else 0.0, resolved, -1, added=True)
+    addend = bias
+    if autocast_dtype(input):
+        addend, slopes = bias.to(product.dtype), None if slopes is None else slopes.to(product.dtype)
+    operands = [product, addend] if slopes is None else [product, addend, slopes]
+    described = (product, addend, None, slopes, p, resolved, training, -1, False)
+    if not takes_kernel(_name(p, training), *operands, refusal=lambda: _refusal(*described)):
+        return F.dropout(_activated(F.linear(input, weight, bias), resolved, slopes), p, training)
+    return _apply(product, addend, None, slopes, _chain(product, resolved, p, training, -1, False), added=True)
+
+
+def _chain(input: Tensor, activation: Activated, p: float, training: bool, dim: int, of_channels: bool) -> Chain:
+    p = float(p) if training else 0.0
+    return Chain(activation, p, dim % input.dim(), of_channels and p > 0)
 
 
 def _name(p: object, training: object) -> str:
@@ -269,39 +325,38 @@ def _apply(
     input: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    p: float,
-    activation: Activated,
-    dim: int,
+    slopes: Tensor | None,
+    chain: Chain,
     *,
     added: bool,
 ) -> Tensor:
     """The operation, by its kernels; ``added`` as of `BiasActivationDropout`."""
-    operands = [operand for operand in (input, bias, residual) if operand is not None]
-    dim %= input.dim()
+    operands = [operand for operand in (input, bias, residual, slopes) if operand is not None]
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            anchors = anchors_of(input, bias) if activation.saves == "mask" else ()
-            y = BiasActivationDropout.apply(input, bias, residual, seed, activation, float(p), dim, added, anchors)
+            anchors = anchors_of(input, bias) if chain.activation.saves == "mask" else ()
+            y = BiasActivationDropout.apply(input, bias, residual, slopes, seed, chain, added, anchors)
         else:
-            rest = (*activation.arguments, float(p), dim, False)
-            y, _ = _forward(input, None if added else bias, residual, seed, *rest)
+            y, _ = _forward(input, None if added else bias, residual, seed, slopes, *chain.arguments, False)
         return y
 
-    return with_seed(input.device, compute) if p > 0 else compute(None)
+    return with_seed(input.device, compute) if chain.p > 0 else compute(None)
 
 
 def _refusal(
     input: object,
     bias: object,
     residual: object,
+    slopes: Tensor | None,
     p: object,
     activation: Activated,
     training: object,
     dim: int,
+    of_channels: bool,
 ) -> str | None:
-    if not isinstance(input, Tensor) or not all(isinstance(t, Tensor | None) for t in (bias, residual)):
+    if not isinstance(input, Tensor) or not all(isinstance(t, Tensor | None) for t in (bias, residual, slopes)):
         return "not a tensor"
     if input.dim() == 0 or not -input.dim() <= dim < input.dim():
         return "no such dimension"
@@ -309,6 +364,10 @@ def _refusal(
         return "the bias is not one number for each channel"
     if isinstance(residual, Tensor) and residual.shape != input.shape:
         return "the residual is of another shape"
+    if slopes is not None and (slopes.dim() > 1 or (slopes.numel() != 1 and not _are_channels(slopes, input, dim))):
+        return "the slopes are neither one nor one per channel"
+    if of_channels and not (2 < input.dim() < 6 and input.numel() and kernels.has_channels(input)):
+        return "the channels that are dropped don't lie one after another, or last"
     if not (-inf < activation.a < inf and -inf < activation.b < inf):
         return "a parameter is not finite"
     if not isinstance(p, float | int) or not 0 <= p <= 1:
@@ -316,3 +375,8 @@ def _refusal(
     if type(training) is not bool:
         return "training is not a boolean"
     return activation.refusal()
+
+
+def _are_channels(slopes: Tensor, input: Tensor, dim: int) -> bool:
+    """Whether there is a slope for each channel, and these lie along dimension 1, as those of the bias do."""
+    return dim % input.dim() == 1 and slopes.numel() == input.shape[1]

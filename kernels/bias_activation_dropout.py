@@ -10,11 +10,13 @@ its gradient is 0 where its mask   1 bit an element: alive in the activation and
 is (ReLU, Hardtanh, ...)
 LeakyReLU                          1 bit an element (the sign), and the seed: dropout is drawn again
 any other                          the input, the bias and the seed: x + bias is computed again
+PReLU                              these, and the slopes
 =================================  ================================================================
 
-The gradient of the bias leaves the kernel as partial sums, one for each channel and program; PyTorch's ``sum`` adds
-them in a fixed order.  What varies from call to call (whether there are a bias, a residual and dropout, and whether the
-bits are wanted) is decided at run time, by branches that a whole program takes alike, so that one configuration serves.
+The gradients of the bias and of PReLU's slopes leave the kernel as partial sums, one for each channel and program;
+PyTorch's ``sum`` adds them in a fixed order.  What varies from call to call (whether there are a bias, a residual and
+dropout, and whether the bits are wanted) is decided at run time, by branches that a whole program takes alike, so that
+one configuration serves; PReLU, and dropout of whole channels, have their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +28,9 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.channels import ChannelMatrix, channel_matrix, channel_values, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .base.layout import dense, dense_like
-from .base.numerics import scalar
-from .base.random import keep_threshold, keep_tile, serves_eight
+from .base.layout import dense, dense_like, is_dense
+from .base.numerics import scalar, widen
+from .base.random import channel_bits, keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     MASK_BYTES,
     TILE,
@@ -41,30 +43,91 @@ from .base.tiles import (
     threads_for,
     tile_shape,
 )
-from .functions.activation import ACTIVATIONS, Activated, Activation
+from .functions.activation import ACTIVATIONS, PRELU, Activated, Activation, prelu_slope_gradient
 
 __all__ = [
     "bias_activation_dropout_backward",
     "bias_activation_dropout_forward",
-    "bias_sums_shape",
+    "has_channels",
     "saved_mask_bytes",
+    "sums_shape",
 ]
+
+
+@triton.jit
+def slope_values(
+    pointer,
+    block_row,
+    block_column,
+    slopes,
+    BY_ROW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """PReLU's slopes, of which there is one or one for each channel, broadcastable to (HEIGHT, WIDTH)."""
+    if BY_ROW:
+        values = tl.load(pointer + (block_row * HEIGHT + tl.arange(0, HEIGHT)) % slopes)[:, None]
+    else:
+        values = tl.load(pointer + (block_column * WIDTH + tl.arange(0, WIDTH)) % slopes)[None, :]
+    return widen(values, COMPUTE)
+
+
+@triton.jit
+def channels_kept(
+    seed_pointer,
+    last,
+    block_row,
+    block_column,
+    columns,
+    spatial,
+    BY_ROW: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Which elements of a tile are kept, (HEIGHT, WIDTH), where channel c of sample n has one number, that of n C + c.
+
+    ``spatial`` rows are a sample where channels are columns, and most tiles lie in one.
+    """
+    seed = tl.load(seed_pointer)
+    largest = scalar(last, tl.uint32)
+    row = block_row * HEIGHT + tl.arange(0, HEIGHT)
+    column = block_column * WIDTH + tl.arange(0, WIDTH)
+    if BY_ROW:
+        kept = (channel_bits(seed, row) <= largest)[:, None] & (column >= 0)[None, :]
+    elif block_row * HEIGHT // spatial == (block_row * HEIGHT + HEIGHT - 1) // spatial:
+        sample = block_row * HEIGHT // spatial
+        kept = (channel_bits(seed, sample * columns + column) <= largest)[None, :] & (row >= 0)[:, None]
+    else:
+        kept = channel_bits(seed, (row // spatial)[:, None] * columns + column[None, :]) <= largest
+    return kept
 
 
 @triton.jit
 def noise_tile(
     seed_pointer,
     tile_index,
+    block_row,
+    block_column,
+    columns,
+    spatial,
     last,
     scale,
     has_seed,
+    BY_ROW: tl.constexpr,
     SERVES_EIGHT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """What dropout multiplies the flat tile by, (ROWS, COLUMNS): ``scale`` or 0; 1 where nothing drops."""
     if has_seed:
-        keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
+        if spatial is None:
+            keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
+        else:
+            keep = channels_kept(seed_pointer, last, block_row, block_column, columns, spatial, BY_ROW, HEIGHT, WIDTH)
+            keep = tl.reshape(keep, (ROWS, COLUMNS))
         noise = tl.where(keep, scale, scale * 0)
     else:
         noise = tl.zeros((ROWS, COLUMNS), scale.dtype) + 1
@@ -79,6 +142,7 @@ def bias_activation_dropout_forward_kernel(
     y_pointer,  # output, (rows, columns)
     mask_pointer,  # packed bits, a tile's as for flat tiles
     seed_pointer,  # one int64
+    slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
     rows: tl.int64,
     columns,
     channels: tl.int32,
@@ -93,6 +157,8 @@ def bias_activation_dropout_forward_kernel(
     scale: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    slopes,  # one, or one for each channel; or None
+    spatial,  # the elements of a channel, if they are dropped together; or None
     ACTIVATION: tl.constexpr,  # whose bits, where its mask gates, tell of dropout too
     BY_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -119,8 +185,27 @@ def bias_activation_dropout_forward_kernel(
             h += channel_values(
                 bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
             )
-        y = ACTIVATION.forward(h, a, b)
-        noise = noise_tile(seed_pointer, tile_index, last, scale, has_seed, SERVES_EIGHT, ROWS, COLUMNS)
+        slope = a
+        if slope_pointer is not None:
+            slope = slope_values(slope_pointer, block_row, block_column, slopes, BY_ROW, COMPUTE, HEIGHT, WIDTH)
+        y = ACTIVATION.forward(h, slope, b)
+        noise = noise_tile(
+            seed_pointer,
+            tile_index,
+            block_row,
+            block_column,
+            columns,
+            spatial,
+            last,
+            scale,
+            has_seed,
+            BY_ROW,
+            SERVES_EIGHT,
+            HEIGHT,
+            WIDTH,
+            ROWS,
+            COLUMNS,
+        )
         y = y * tl.reshape(noise, (HEIGHT, WIDTH))
         if has_residual:
             y += load(residual_pointer, tile, COMPUTE)
@@ -141,6 +226,7 @@ def bias_activation_dropout_backward_kernel(
     dx_pointer,  # gradient of the input, (rows, columns)
     partial_pointer,  # partial sums of the bias's gradient, see `ChannelMatrix`
     seed_pointer,  # the forward pass's; not read where the activation's mask gates
+    slope_pointer,  # PReLU's slopes, whose gradient's partial sums lie behind the bias's; or None
     rows: tl.int64,
     columns,
     channels: tl.int32,
@@ -154,6 +240,8 @@ def bias_activation_dropout_backward_kernel(
     scale: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    slopes,  # one, or one for each channel; or None
+    spatial,  # the elements of a channel, if they are dropped together; or None
     ACTIVATION: tl.constexpr,
     BY_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -172,6 +260,9 @@ def bias_activation_dropout_backward_kernel(
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
     totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    if slope_pointer is not None:
+        slope_totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+        behind = rows * column_blocks if BY_ROW else tl.cdiv(row_blocks, steps) * columns
     for block_row in range(first, tl.minimum(first + steps, row_blocks)):
         tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
         tile_index = block_row * column_blocks + block_column
@@ -190,9 +281,28 @@ def bias_activation_dropout_backward_kernel(
         if ACTIVATION.mask_gates:
             g = g * scale
         else:
-            noise = noise_tile(seed_pointer, tile_index, last, scale, has_seed, SERVES_EIGHT, ROWS, COLUMNS)
+            noise = noise_tile(
+                seed_pointer,
+                tile_index,
+                block_row,
+                block_column,
+                columns,
+                spatial,
+                last,
+                scale,
+                has_seed,
+                BY_ROW,
+                SERVES_EIGHT,
+                HEIGHT,
+                WIDTH,
+                ROWS,
+                COLUMNS,
+            )
             g = g * tl.reshape(noise, (HEIGHT, WIDTH))
-        dx = ACTIVATION.gradient(g, saved, a, b)
+        slope = a
+        if slope_pointer is not None:
+            slope = slope_values(slope_pointer, block_row, block_column, slopes, BY_ROW, COMPUTE, HEIGHT, WIDTH)
+        dx = ACTIVATION.gradient(g, saved, slope, b)
         store(dx_pointer, tile, dx)
 
         if wants_sums:
@@ -202,6 +312,12 @@ def bias_activation_dropout_backward_kernel(
                 store(partial_pointer, sums, tl.sum(addend, axis=1))
             else:
                 totals += addend
+            if slope_pointer is not None:
+                slope_addend = tl.where(tile.inside, prelu_slope_gradient(g, saved), 0.0)
+                if BY_ROW:
+                    store(partial_pointer + behind, sums, tl.sum(slope_addend, axis=1))
+                else:
+                    slope_totals += slope_addend
     if not BY_ROW:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
         if wants_sums:
             # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
@@ -209,6 +325,8 @@ def bias_activation_dropout_backward_kernel(
             part = program // column_blocks
             sums = sums_tile(part, block_column, rows, columns, column_blocks, False, HEIGHT, WIDTH)
             store(partial_pointer, sums, total)
+            if slope_pointer is not None:
+                store(partial_pointer + behind, sums, tl.sum(slope_totals.to(tl.float64), axis=0).to(COMPUTE))
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -217,9 +335,11 @@ _ROW_WIDTHS = (16, 256, TILE)
 _COLUMN_WIDTHS = (16, 64, 256)
 
 
-def _constants(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> dict[str, object]:
+def _constants(row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool) -> dict[str, object]:
     tile_rows, tile_columns = tile_shape(dtype)
     return {
+        **({} if row is PRELU.row else {"slope_pointer": None, "slopes": None}),
+        **({} if of_channels else {"spatial": None}),
         "ACTIVATION": row,
         "BY_ROW": by_row,
         "COMPUTE": COMPUTE[dtype],
@@ -231,14 +351,19 @@ def _constants(row: Activation, dtype: torch.dtype, by_row: bool, width: int) ->
     }
 
 
+def _label(row: Activation, direction: str, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool) -> str:
+    dropout = "dropout of channels" if of_channels else "dropout"
+    return f"bias + {row.name} + {dropout} {direction} {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}"
+
+
 @cache
-def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
+def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool = False) -> Configuration:
     wide = tile_shape(dtype)[0] if width > 16 else 0
     return configure(
         bias_activation_dropout_forward_kernel,
-        f"bias + {row.name} + dropout forward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        _label(row, "forward", dtype, by_row, width, of_channels),
         dtype,
-        _constants(row, dtype, by_row, width),
+        _constants(row, dtype, by_row, width, of_channels),
         pointers={"mask": torch.uint8, "seed": torch.int64},
         aligned=("columns",),
         threads=threads_for(dtype),
@@ -248,14 +373,16 @@ def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> C
 
 
 @cache
-def _backward(row: Activation, dtype: torch.dtype, by_row: bool, width: int) -> Configuration:
+def _backward(
+    row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool = False
+) -> Configuration:
     masked = row.saves == "mask"
     wide = tile_shape(dtype)[0] if width > 16 else 0
     return configure(
         bias_activation_dropout_backward_kernel,
-        f"bias + {row.name} + dropout backward {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
+        _label(row, "backward", dtype, by_row, width, of_channels),
         dtype,
-        _constants(row, dtype, by_row, width),
+        _constants(row, dtype, by_row, width, of_channels),
         pointers={
             **({"saved": torch.uint8} if masked else {}),
             "partial": ACCUMULATOR[dtype],
@@ -279,10 +406,14 @@ def configurations() -> Iterator[Configuration]:
             for dtype in DTYPES if (by_row, width) == (False, 256) else (torch.bfloat16, torch.float32):
                 yield _forward(relu, dtype, by_row, width)
                 yield _backward(relu, dtype, by_row, width)
-    for row in ACTIVATIONS.values():
+    for row in (*ACTIVATIONS.values(), PRELU.row):
         if row is not relu:
             yield _forward(row, torch.bfloat16, False, 256)
             yield _backward(row, torch.bfloat16, False, 256)
+    for configuration in (_forward, _backward):
+        yield configuration(PRELU.row, torch.bfloat16, True, 256)
+        for by_row in (True, False):
+            yield configuration(ACTIVATIONS["gelu"], torch.bfloat16, by_row, 256, True)
 
 
 def _matrix(shape: Sequence[int], strides: Sequence[int], dim: int) -> ChannelMatrix:
@@ -306,6 +437,23 @@ def _noise(p: float) -> tuple[int, float]:
     return keep_threshold(p), 0.0 if p == 1 else 1 / (1 - p)
 
 
+def has_channels(x: Tensor) -> bool:
+    """Whether a tensor's samples lie one after another, and its channels (dimension 1) next to one another or last.
+
+    That is how kernels find the channel that an element is dropped with.
+    """
+    samples, channels = x.shape[:2]
+    spatial = x[0, 0].numel()
+    inner = x.stride(1) in (1, spatial)
+    return channels > 1 and inner and (samples == 1 or x.stride(0) == channels * spatial) and is_dense(x)
+
+
+def _counts(x: Tensor, slopes: Tensor | None, of_channels: bool) -> tuple[int, ...]:
+    """The kernels' ``slopes`` and ``spatial``."""
+    spatial = (x.numel() // (x.shape[0] * x.shape[1]),) if of_channels else ()
+    return (*(() if slopes is None else (slopes.numel(),)), *spatial)
+
+
 def bias_activation_dropout_forward(
     x: Tensor,
     bias: Tensor | None,
@@ -315,11 +463,14 @@ def bias_activation_dropout_forward(
     p: float,
     dim: int,
     *,
+    slopes: Tensor | None = None,
+    of_channels: bool = False,
     save: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """dropout(activation(x + bias)) + residual, and the packed mask where the activation has one and ``save`` wants it.
 
-    ``bias`` lies along ``dim``; ``residual`` has the shape of ``x``.  Without a ``seed``, ``p`` has to be 0.
+    ``bias`` and PReLU's ``slopes`` lie along ``dim``; ``residual`` has the shape of ``x``.  Without a ``seed``, ``p``
+    has to be 0.  With ``of_channels``, those of dimension 1 are dropped as a whole; see `has_channels`.
     """
     x = dense(x)
     y = torch.empty_like(x)
@@ -332,18 +483,20 @@ def bias_activation_dropout_forward(
         residual = dense_like(residual, x.stride())
     matrix = _matrix(x.shape, x.stride(), dim)
     launch(
-        _forward(activation.row, x.dtype, matrix.by_row, matrix.width),
+        _forward(activation.row, x.dtype, matrix.by_row, matrix.width, of_channels),
         matrix.programs,
         x,
         *(x if operand is None else operand for operand in (bias, residual)),  # what isn't there isn't read
         y,
         x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
         x.new_empty(0, dtype=torch.int64) if seed is None else seed,
+        *(() if slopes is None else (slopes.contiguous(),)),
         *matrix.extents,
         *_there(bias, residual, seed, mask),
         *_noise(p),
         activation.a,
         activation.b,
+        *_counts(x, slopes, of_channels),
     )
     return y, mask
 
@@ -358,11 +511,13 @@ def bias_activation_dropout_backward(
     p: float,
     dim: int,
     *,
-    bias_gradient: bool = True,
+    slopes: Tensor | None = None,
+    of_channels: bool = False,
+    sums: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the input, whose dense strides were ``strides``, and the bias's where ``bias_gradient`` wants it.
+    """The gradient of the input, whose dense strides were ``strides``, and the bias's where ``sums`` are wanted.
 
-    The latter is partial sums, of the shape of `bias_sums_shape`.
+    The latter is partial sums, of the shape of `sums_shape`: with ``slopes`` these of theirs, too.
 
     ``saved`` is the packed mask where the activation has one, and ``bias`` isn't needed; otherwise it is the input.
     Where the mask tells of dropout, too, ``seed`` isn't needed.
@@ -373,12 +528,12 @@ def bias_activation_dropout_backward(
     dx = g.new_empty_strided(g.shape, strides)
     matrix = _matrix(g.shape, strides, dim)
     accumulator = ACCUMULATOR[g.dtype]
-    sums = matrix.grouped_shape if bias_gradient else None
-    partial = None if sums is None else torch.empty(sums, dtype=accumulator, device=g.device)
+    shape = sums_shape(g.shape, strides, dim, slopes)
+    partial = torch.empty(shape, dtype=accumulator, device=g.device) if sums else None
     if bias is not None:
         bias = bias.contiguous()
     launch(
-        _backward(activation.row, g.dtype, matrix.by_row, matrix.width),
+        _backward(activation.row, g.dtype, matrix.by_row, matrix.width, of_channels),
         matrix.programs,
         g,
         saved,
@@ -386,15 +541,18 @@ def bias_activation_dropout_backward(
         dx,
         g.new_empty(0, dtype=accumulator) if partial is None else partial,
         g.new_empty(0, dtype=torch.int64) if seed is None else seed,
+        *(() if slopes is None else (slopes.contiguous(),)),
         *matrix.extents,
         *_there(bias, seed, partial),
         *_noise(p),
         activation.a,
         activation.b,
+        *_counts(g, slopes, of_channels),
     )
     return dx, partial
 
 
-def bias_sums_shape(shape: Sequence[int], strides: Sequence[int], dim: int) -> tuple[int, int, int]:
-    """That of the partial sums of the bias's gradient, whose channels lie along dimension 1."""
-    return _matrix(shape, strides, dim).grouped_shape
+def sums_shape(shape: Sequence[int], strides: Sequence[int], dim: int, slopes: Tensor | None) -> tuple[int, ...]:
+    """That of the partial sums of the bias's gradient, (programs, channels, programs); with ``slopes`` two of these."""
+    of_bias = _matrix(shape, strides, dim).grouped_shape
+    return of_bias if slopes is None else (2, *of_bias)

@@ -333,6 +333,11 @@ def test_launched_configurations_are_compilable(monkeypatch: pytest.MonkeyPatch,
             for name in NAMES:
                 leaves = [leaf(tensor) for tensor in operands(shape, dtype, dim)]
                 bias_activation_dropout(*leaves, activation=name, dim=dim).sum().backward()
+            if dim == 1 and dtype is torch.bfloat16:
+                bias_activation_dropout(*leaves, slopes=leaf(leaves[1]), dim=dim).sum().backward()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.ones(2, 256, 16, 16, dtype=torch.bfloat16, device=device).to(memory_format=memory_format)
+        bias_activation_dropout(leaf(x), activation="gelu", of_channels=True).sum().backward()
     assert {configuration.label for configuration in kernels.shipped("bias_activation_dropout")} < launched
 
 
@@ -436,16 +441,20 @@ def test_compiled_results_equal_eager(name: str, device: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("name", "layout"), [("relu", "transposed"), ("silu", "contiguous"), ("leaky_relu", "sliced")])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("relu", "transposed"), ("silu", "contiguous"), ("leaky_relu", "sliced"), ("prelu", "contiguous")],
+)
 def test_opcheck(name: str, layout: str, device: str) -> None:
     x, bias, residual = operands((3, 4, 5, 2), torch.float32, 1)
     x = LAYOUTS[layout](x)
     seed = torch.tensor([7], device=device)
-    arguments = (x, bias, residual, seed, name, 0.1, 0.0, P, 1, True)
+    slopes = torch.ones(1, device=device) if name == "prelu" else None
+    arguments = (x, bias, residual, seed, slopes, name, 0.1, 0.0, P, 1, False, True)
     torch.library.opcheck(torch.ops.fusednn.bias_activation_dropout.default, arguments)
     y, mask = torch.ops.fusednn.bias_activation_dropout(*arguments)
     saved = (mask, None) if mask.numel() else (x, bias)
     torch.library.opcheck(
         torch.ops.fusednn.bias_activation_dropout_backward.default,
-        (x, *saved, seed, y.stride(), name, 0.1, 0.0, P, 1, True),
+        (x, *saved, seed, slopes, y.stride(), name, 0.1, 0.0, P, 1, False, True),
     )

@@ -18,7 +18,7 @@ import torch
 from ..base._triton import tl, triton
 from ..base.numerics import erf, exp, expm1, log1p, sigmoid, square_root, tanh
 
-__all__ = ["ACTIVATIONS", "IDENTITY", "OVERWRITING", "Activated", "Activation", "activated"]
+__all__ = ["ACTIVATIONS", "IDENTITY", "OVERWRITING", "PRELU", "Activated", "Activation", "activated"]
 
 # --- Device functions: forward(x, a, b); mask(x, a, b); gradient(g, saved, a, b) ------------------------------------
 #
@@ -74,6 +74,17 @@ def leaky_relu_mask(x, a, b):
 @triton.jit
 def leaky_relu_gradient(g, kept, a, b):
     return tl.where(kept, g, g * a)
+
+
+@triton.jit
+def prelu_gradient(g, x, a, b):
+    return leaky_relu_gradient(g, leaky_relu_mask(x, a, b), a, b)
+
+
+@triton.jit
+def prelu_slope_gradient(g, x):
+    """What an element adds to the gradient of its slope."""
+    return tl.where(x > 0, 0.0, g * x)
 
 
 @triton.jit
@@ -501,7 +512,10 @@ OVERWRITING: dict[str, Activation] = {
 #: No activation.
 IDENTITY = Activated(Activation("identity", identity_forward, identity_gradient, "nothing"))
 
-_ROWS = {**ACTIVATIONS, **OVERWRITING, IDENTITY.row.name: IDENTITY.row}
+#: PReLU, whose ``a`` kernels read from memory: a tensor of slopes is no parameter.
+PRELU = Activated(Activation("prelu", leaky_relu_forward, prelu_gradient, "input"))
+
+_ROWS = {**ACTIVATIONS, **OVERWRITING, **{one.row.name: one.row for one in (IDENTITY, PRELU)}}
 
 
 def activated(name: str, a: float, b: float) -> Activated:

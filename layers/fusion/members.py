@@ -18,6 +18,7 @@ from .trace import calls_in_order, stock_of
 
 __all__ = [
     "ACTIVATIONS",
+    "SLOPED",
     "STEADY",
     "Activation",
     "activated",
@@ -36,6 +37,7 @@ __all__ = [
     "layer_refusal",
     "observe_chains",
     "observe_modules",
+    "slopes_of",
 ]
 
 #: The name of each activation layer that can be fused, and its parameters in PyTorch's order.  Registered ones join.
@@ -60,6 +62,8 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
     ReLUSquared: lambda layer: ("relu_squared", ()),
     Squareplus: lambda layer: ("squareplus", (layer.b,)),
 }
+#: Activations with slopes that are learnt; patterns name those that they take.
+SLOPED: tuple[type[nn.Module], ...] = (nn.PReLU,)
 #: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
 Activation = nn.Module | tuple[str, tuple[float, ...]] | None
 
@@ -71,7 +75,7 @@ _FORWARD: dict[type[nn.Module], Any] = {}
 STEADY: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.Flatten, nn.ZeroPad2d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
-    *ACTIVATIONS,
+    *(*ACTIVATIONS, *SLOPED),
 )
 #: Those that change nothing in evaluation.
 _STEADY_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
@@ -115,10 +119,18 @@ def class_of(layer: nn.Module) -> type[nn.Module]:
 
 
 def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
-    """An activation's name in the table, and its parameters; None and none where there is no activation."""
+    """An activation's name in the table, and its parameters; None and none where there is none, or a PReLU."""
     if not isinstance(activation, nn.Module):
         return activation or (None, ())
-    return ACTIVATIONS[class_of(activation)](activation)
+    return (None, ()) if is_one_of(activation, SLOPED) else ACTIVATIONS[class_of(activation)](activation)
+
+
+def slopes_of(activation: Activation) -> Tensor | None:
+    """The slopes of a PReLU: a parameter, and none of the table's numbers."""
+    if not isinstance(activation, nn.Module) or not is_one_of(activation, SLOPED):
+        return None
+    slopes: Tensor = activation.weight  # type: ignore[assignment]
+    return slopes
 
 
 def is_known(module: nn.Module) -> bool:
@@ -171,9 +183,11 @@ def layer_refusal(layer: Any, *classes: type[nn.Module]) -> str | None:
     return None if is_untouched(layer) else "a layer has hooks, or code of its own"
 
 
-def activation_refusal(activation: Activation) -> str | None:
-    """As of `layer_refusal`; its parameters may have been changed to what only stock takes."""
-    if refusal := layer_refusal(activation, *ACTIVATIONS):
+def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str | None:
+    """As of `layer_refusal`, of an activation of the table, or one of ``others``; its parameters may have been changed
+    to what only stock takes.
+    """
+    if refusal := layer_refusal(activation, *ACTIVATIONS, *others):
         return refusal
     return None if all(map(is_number, activation_of(activation)[1])) else "a parameter isn't a number"
 

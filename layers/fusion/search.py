@@ -195,9 +195,9 @@ class Search:
         self.stops[layer] = reason
         return None
 
-    def activation(self, node: fx.Node) -> Activation:
-        """The activation that a call is: its layer, or the name of its function and its parameters."""
-        return self.layer(node, *ACTIVATIONS) or activation_function(node)
+    def activation(self, node: fx.Node, *others: type[nn.Module]) -> Activation:
+        """The activation that a call is: its layer, also of ``others``, or its function's name and parameters."""
+        return self.layer(node, *ACTIVATIONS, *others) or activation_function(node)
 
     def identity(self, nodes: list[fx.Node]) -> nn.Module | None:
         """The identity that comes next, where one stands for dropout or a path that isn't there."""

@@ -42,7 +42,7 @@ def replace_layers(
 
             - Conv2d, BatchNorm2d, a residual that is added, an activation, MaxPool2d, of which any may be missing;
             - a batch norm, a residual that is added, an activation;
-            - Linear, an activation, Dropout;
+            - Linear or a convolution, an activation or PReLU, dropout of elements, or of a convolution's channels;
             - Linear, and the maximum over pieces of its features;
             - an activation, and the product with what it gates (SwiGLU, GEGLU);
             - GELU, SiLU and Mish that code writes out in operators.

@@ -253,6 +253,21 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         ROWS,
         {"0": "1, 2", "3": "4"},
     ),
+    "linear, PReLU, dropout": (
+        lambda: Block(nn.Linear(6, 4), nn.PReLU(4), nn.Dropout(0.0), nn.Linear(4, 3, bias=False), nn.PReLU()),
+        ROWS,
+        {"0": "1, 2", "3": "4"},
+    ),
+    "conv, PReLU": (
+        lambda: Block(nn.Conv2d(4, 3, 3), nn.PReLU(3), nn.Conv2d(3, 2, 1, bias=False), nn.PReLU()),
+        IMAGES,
+        {"0": "1", "2": "3"},
+    ),
+    "conv, act, dropout": (
+        lambda: Block(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Dropout2d(0.0), nn.Conv2d(3, 2, 1), nn.SiLU(), nn.Dropout(0.0)),
+        IMAGES,
+        {"0": "1, 2", "3": "4, 5"},
+    ),
     "gate": (GatedLinear, ROWS, {"act": "the functions behind it"}),
     "gate of halves": (lambda: Halves(), ROWS, {"act": "the functions behind it"}),
     "linear, norm": (lambda: Block(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()), ROWS, {"1": "2"}),

@@ -3,12 +3,12 @@
 They are tried in this order, as of ``docs/adding-a-pattern.md``.
 """
 
-from . import conv, formula, gate, linear, maxout, norm
+from . import conv, conv_dropout, formula, gate, linear, maxout, norm
 from .pattern import Pattern
 
 __all__ = ["PATTERNS"]
 
 PATTERNS: tuple[Pattern, ...] = (
-    *(conv.PATTERN, norm.PATTERN, linear.PATTERN, maxout.POOLING, maxout.VIEW),
+    *(conv_dropout.PATTERN, conv.PATTERN, norm.PATTERN, linear.PATTERN, maxout.POOLING, maxout.VIEW),
     *(formula.PATTERN, gate.PATTERN),
 )

@@ -37,8 +37,8 @@ class Finder(Protocol):
     def layer(self, node: fx.Node, *classes: type[nn.Module]) -> nn.Module | None:
         """The layer that a call is of, if it is of these classes and may be fused."""
 
-    def activation(self, node: fx.Node) -> Activation:
-        """The activation that a call is: its layer, or the name of its function and its parameters."""
+    def activation(self, node: fx.Node, *others: type[nn.Module]) -> Activation:
+        """The activation that a call is: its layer, also of ``others``, or its function's name and parameters."""
 
     def identity(self, nodes: list[fx.Node]) -> nn.Module | None:
         """The identity that comes next, if the pattern goes on behind it."""

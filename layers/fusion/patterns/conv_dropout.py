@@ -1,0 +1,78 @@
+"""dropout(activation(conv(x))): the bias, PReLU or an activation of the table, and dropout in one pass.
+
+Without dropout and PReLU it is what `conv` computes, which keeps less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ....autograd.bias_activation_dropout import bias_activation_dropout
+from ... import prelu as _prelu  # noqa: F401 (for its twin)
+from ..members import (
+    ACTIVATIONS,
+    SLOPED,
+    Activation,
+    activated,
+    activation_of,
+    activation_refusal,
+    apart,
+    call_refusal,
+    computed,
+    layer_refusal,
+    slopes_of,
+)
+from .dropping import CHANNELS, Dropping, dropped, dropping, drops_channels, options_of
+from .pattern import Finder, Match, Pattern
+
+__all__ = ["PATTERN"]
+
+#: By the number of directions.
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def _match(search: Finder, node: fx.Node, conv: Any) -> Match | None:
+    nodes = [node]
+    activation: Any = search.extend(nodes, lambda n: search.activation(n, *SLOPED))
+    if activation is None:
+        return None
+    drop = search.extend(nodes, lambda n: dropping(search, n, CHANNELS[len(conv.kernel_size)]))
+    if drop is None and slopes_of(activation) is None:
+        return None
+    return Match(nodes, _compute, (node.args[0],), {"conv": conv, "activation": activation, "drop": drop})
+
+
+PATTERN = Pattern(tuple(_CONVOLUTIONS.values()), (*ACTIVATIONS, *SLOPED, nn.Dropout, *CHANNELS.values()), _match)
+
+
+def _compute(input: Tensor, *, conv: Any, activation: Activation, drop: Dropping) -> Tensor:
+    if apart(_refusal(input, conv, activation, drop), conv, activation, drop):
+        return dropped(activated(conv(input), activation), drop)
+    name, parameters = activation_of(activation)
+    p, training = options_of(drop)
+
+    def together() -> Tensor:
+        z = conv._conv_forward(input, conv.weight, None)
+        options: dict[str, Any] = {"slopes": slopes_of(activation), "of_channels": drops_channels(drop) and training}
+        dim = -1 - len(conv.kernel_size)
+        return bias_activation_dropout(z, conv.bias, None, p, name, parameters, training, dim, **options)
+
+    return computed(together, conv, activation, drop)
+
+
+def _refusal(input: Tensor, conv: Any, activation: Activation, drop: Dropping) -> str | None:
+    """Why the layers are called one by one, or None."""
+    directions = len(conv.kernel_size)
+    refusal = (
+        call_refusal(input)
+        or layer_refusal(conv, _CONVOLUTIONS[directions])
+        or activation_refusal(activation, *SLOPED)
+        or layer_refusal(drop, nn.Dropout, CHANNELS[directions])
+    )
+    if refusal is None and input.dim() != directions + 2:
+        refusal = "not a batch"
+    if refusal is None and conv.bias is not None and conv.bias.dtype is not conv.weight.dtype:
+        refusal = "bias and weight differ in dtype"
+    return refusal
