@@ -269,7 +269,8 @@ def bias_activation_dropout(
         bias, slopes = (None if one is None else one.to(input.dtype) for one in (bias, slopes))
     operands = [operand for operand in (input, bias, residual, slopes) if operand is not None]
     described = (input, bias, residual, slopes, p, resolved, training, dim, of_channels)
-    if not takes_kernel(_name(p, training), *operands, refusal=lambda: _refusal(*described)):
+    last = isinstance(input, Tensor) and dim in (-1, input.dim() - 1)
+    if not takes_kernel(_name(p, training, last), *operands, refusal=lambda: _refusal(*described)):
         drop = _CHANNELS.get(input.dim(), F.dropout2d) if of_channels else F.dropout
         y: Tensor = drop(_activated(_biased(input, bias, dim), resolved, slopes), p, training)
         return y if residual is None else y + residual
@@ -306,7 +307,7 @@ def linear_activation_dropout(
         addend, slopes = bias.to(product.dtype), None if slopes is None else slopes.to(product.dtype)
     operands = [product, addend] if slopes is None else [product, addend, slopes]
     described = (product, addend, None, slopes, p, resolved, training, -1, False)
-    if not takes_kernel(_name(p, training), *operands, refusal=lambda: _refusal(*described)):
+    if not takes_kernel(_name(p, training, True), *operands, refusal=lambda: _refusal(*described)):
         return F.dropout(_activated(F.linear(input, weight, bias), resolved, slopes), p, training)
     return _apply(product, addend, None, slopes, _chain(product, resolved, p, training, -1, False), added=True)
 
@@ -316,9 +317,11 @@ def _chain(input: Tensor, activation: Activated, p: float, training: bool, dim: 
     return Chain(activation, p, dim % input.dim(), of_channels and p > 0)
 
 
-def _name(p: object, training: object) -> str:
-    """The operation's name: without dropout it is another, which a compiler fuses as well."""
-    return "bias_activation_dropout" if training and p else "bias_activation"
+def _name(p: object, training: object, last: bool) -> str:
+    """The operation's name: without dropout, or where the bias isn't ``last``, it is another that a compiler fuses."""
+    if not (training and p):
+        return "bias_activation"
+    return "bias_activation_dropout" if last else "channel_bias_activation_dropout"
 
 
 def _apply(

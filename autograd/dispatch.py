@@ -165,8 +165,9 @@ def tensor_refusal(tensor: Tensor) -> str | None:
 
 #: What is left to Inductor while it traces.  It fuses these with what stands before and behind them, which it couldn't
 #: with an operator that it can't look into: counted in bytes and launches of training steps, ours lose.  Not here, and
-#: so kernels of ours, is what Inductor doesn't fuse: whatever stands behind a convolution or a linear layer in one with
-#: its gradients' sums, pooling (whose gradient it scatters), maxout, and cross-entropy, whose logits it reads twice.
+#: so kernels of ours, is what Inductor doesn't fuse: an activation behind a convolution, or with dropout behind a
+#: linear layer, in one with its gradients' sums; pooling (whose gradient it scatters), maxout, and cross-entropy, whose
+#: logits it reads twice.
 _FUSED_BY_COMPILER = frozenset(
     (
         *ACTIVATIONS,
@@ -174,7 +175,7 @@ _FUSED_BY_COMPILER = frozenset(
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
         *("softmax", "log_softmax", "softmin"),
         *("batch_norm", "batch_norm_act", "channel_statistics"),
-        *("bias_activation", "gated", "gated_halves", "glu"),
+        *("bias_activation", "channel_bias_activation_dropout", "gated", "gated_halves", "glu"),
         *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss"),
         *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
     )

@@ -45,6 +45,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "batch_norm": lambda x, _: autograd.batch_norm(x, None, None, training=True),
     "batch_norm_act": lambda x, _: autograd.batch_norm_act(x, None, None, training=True),
     "bias_activation": lambda x, _: autograd.bias_activation_dropout(x, x.new_ones(8), training=False),
+    "channel_bias_activation_dropout": lambda x, _: autograd.bias_activation_dropout(x, slopes=x.new_ones(3), dim=1),
     "nll_loss": lambda x, _: autograd.nll_loss(x, x.new_zeros(4, 8, 8, dtype=torch.int64)),
 }
 OURS: dict[str, Callable[[Tensor, Tensor], object]] = {

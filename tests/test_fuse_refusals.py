@@ -320,7 +320,6 @@ class LoudReLU(nn.ReLU):
     [
         (LoudReLU(), "subclass of ReLU, may override it"),
         (nn.Softplus(), "swapped for its twin"),  # float32 under autocast
-        (nn.RReLU(), "swapped for its twin"),  # random
         (nn.MaxPool2d(2, ceil_mode=True), "swapped for its twin; not fused: has options that aren't fused"),
         (nn.MaxPool2d(2, dilation=2), "swapped for its twin; not fused: has options that aren't fused"),
         (nn.MaxPool2d(2, return_indices=True), "swapped for its twin; not fused: has options that aren't fused"),
