@@ -6,14 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES
-from support.layouts import LAYOUTS
-from support.samples import random_tensor
-from support.standing import check_against_stock, leaf
 from torch import Tensor
 
 from fusednn import kernels
 from fusednn.autograd import bias_activation_dropout, dropout2d
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic
