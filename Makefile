@@ -58,6 +58,13 @@ help: ## list the targets
 	.venv-oldest-torch/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,demo]'
 	touch $@
 
+NEWEST_TORCH ?= 2.14.1
+.venv-newest/.complete: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet torch==$(NEWEST_TORCH) 'setuptools>=77' wheel
+	.venv-newest/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev,demo]'
+	touch $@
+
 # --- Use -------------------------------------------------------------------------------------------------------------
 
 .PHONY: demo bench bench-docs baseline check
@@ -98,7 +105,7 @@ recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; t
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-interpreter test-stock test-compiled test-thorough test-oldest test-oldest-torch test-gpu lint
+.PHONY: test test-interpreter test-stock test-compiled test-thorough test-oldest test-oldest-torch test-newest test-gpu lint
 test: lint test-compiled test-interpreter test-stock ## lint, and the suite in its three modes; needs no GPU, but gcc
 
 # Compiled kernels are kept in .cache: the first run takes minutes longer.
@@ -127,6 +134,10 @@ test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the ol
 test-oldest-torch: .venv-oldest-torch/.complete ## the suite with the oldest PyTorch, which brings gigabytes of CUDA packages
 	TRITON_INTERPRET=1 $(call pytest,.venv-oldest-torch,not thorough)
 	TRITON_INTERPRET=0 $(call pytest,.venv-oldest-torch,not thorough and not compiles)
+
+test-newest: .venv-newest/.complete ## the same with the newest PyTorch and its Triton; NEWEST_TORCH chooses another
+	TRITON_INTERPRET=0 $(call pytest,.venv-newest,not thorough)
+	TRITON_INTERPRET=1 $(call pytest,.venv-newest,smoke)
 
 SEED ?= 0
 NUMBER ?= 20

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["gpus"] == torch.cuda.device_count()
     assert (facts["triton"] is not None) == kernels.AVAILABLE
     assert ("interpreter" in facts["CPU tensors"]) == kernels.INTERPRETING
+
+
+def test_info_has_what_a_report_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    monkeypatch.setenv("CC", "/usr/bin/some-compiler")
+    monkeypatch.setenv("PASSWORD", "secret")
+    assert main(["info", "--full"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("TRITON_CACHE_DIR=/somewhere", "/usr/bin/some-compiler", str(Path(fusednn.__file__).parent)):
+        assert expected in text
+    assert "PyTorch version: " in text  # of torch.utils.collect_env
+    assert "secret" not in text
 
 
 def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
