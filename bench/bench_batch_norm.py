@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fusednn_bench.cases import Case, Inputs, Operation
-from fusednn_bench.protocol import WrongResultError
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
-from fusednn_bench.validity import LIMIT
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Inputs, Operation
+from fusednn.benchmark.protocol import WrongResultError
+from fusednn.benchmark.validity import LIMIT
 from fusednn.catalogue import row_of
 from fusednn.kernels.base.channels import plan_of
 

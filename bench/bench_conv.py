@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import Case, Inputs, Operation
-from fusednn_bench.protocol import WrongResultError
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Inputs, Operation
+from fusednn.benchmark.protocol import WrongResultError
 
 SIZES = {"batch_32": 32, "batch_256": 256, "batch_1": 1}
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

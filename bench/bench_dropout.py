@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import Case, Inputs, Operation
-from fusednn_bench.protocol import WrongResultError
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
-from fusednn_bench.validity import compare
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Inputs, Operation
+from fusednn.benchmark.protocol import WrongResultError
+from fusednn.benchmark.validity import compare
 from fusednn.catalogue import row_of
 
 P = 0.25

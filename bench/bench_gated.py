@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import Case, Operation
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Operation
 from fusednn.catalogue import row_of
 
 #: The inside of a Llama's feed-forward layer, of 8192 tokens; and of a small vision transformer's.

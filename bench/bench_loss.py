@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import Case, Operation
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Operation
 from fusednn.catalogue import row_of
 
 SIZES = {"large": (8192, 8192), "medium": (1024, 1024), "small": (128, 10)}

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusednn_bench.cases import Case, Operation
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Operation
 
 SIZES = {"large": (64, 64, 112, 112), "cifar": (128, 64, 16, 16), "lenet": (64, 6, 28, 28)}
 COUNTED_SHAPE = (2, 8, 16, 32)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fusednn_bench import peers
-from fusednn_bench.cases import Case, Operation
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.benchmark.cases import Case, Operation
 from fusednn.catalogue import row_of
 
 # About 134 MB of logits in bfloat16, however many the classes; and the last layer of a small network.

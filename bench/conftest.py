@@ -16,10 +16,11 @@ from fusednn_bench.where import TIMED, prepare
 prepare()
 
 # isort: split
-from fusednn_bench.protocol import Measured
 from fusednn_bench.results import InvalidResultError
 from fusednn_bench.run import ResumeError, Run
 from fusednn_bench.tables import counted_tables, timed_tables
+
+from fusednn.benchmark.protocol import Measured
 
 _RESULTS = Path(__file__).parent / "results"
 _QUICK_SECONDS = 270.0

@@ -25,9 +25,10 @@ from fusednn_bench.where import TIMED, prepare
 if __name__ == "__main__":  # whoever imports this has decided
     prepare()
 # isort: split
-from fusednn_bench.cases import Case, forward, gradients, make_inputs
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
 from fusednn_bench.results import load_result, new_result, save_result
+
+from fusednn.benchmark.cases import Case, forward, gradients, make_inputs
 
 #: Of a record, and what Nsight Compute calls them.
 METRICS = {

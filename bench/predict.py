@@ -22,12 +22,13 @@ if __name__ == "__main__":  # whoever imports this has decided
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH))
 
-from fusednn_bench.arithmetic import Work, eager_step_work, eager_work
-from fusednn_bench.cases import Case
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
-from fusednn_bench.protocol import DIRECTIONS
 from fusednn_bench.results import new_result, save_result
-from fusednn_bench.steps import StepCase
+from fusednn_bench.steps import StepCase, eager_step_work
+
+from fusednn.benchmark.arithmetic import Work, eager_work
+from fusednn.benchmark.cases import Case
+from fusednn.benchmark.protocol import DIRECTIONS
 
 LARGE_BYTES = 64_000_000
 

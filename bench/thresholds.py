@@ -28,13 +28,14 @@ from fusednn_bench.where import TIMED, prepare
 if __name__ == "__main__":  # whoever imports this has decided
     prepare()
 # isort: split
-from fusednn_bench.cases import Case
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
 from fusednn_bench.measure import count, hold
-from fusednn_bench.protocol import Effort
-from fusednn_bench.quantiles import median
 from fusednn_bench.results import load_result, new_result, save_result
-from fusednn_bench.timing import DeviceTimer
+
+from fusednn.benchmark.cases import Case
+from fusednn.benchmark.protocol import Effort
+from fusednn.benchmark.quantiles import median
+from fusednn.benchmark.timing import DeviceTimer
 
 _EFFORT = Effort(warmup_rounds=1, large_rounds=6, small_rounds=10, host_rounds=10)
 

@@ -18,7 +18,8 @@ if __name__ == "__main__":  # whoever imports this has decided
     prepare()
 # isort: split
 from fusednn_bench.instant import run_once
-from fusednn_bench.protocol import CONTESTANTS
+
+from fusednn.benchmark.protocol import CONTESTANTS
 
 
 def main(family: str) -> int:

@@ -8,7 +8,7 @@ CUDA tensors take Triton kernels; CPU tensors take PyTorch's own operators, or, 
 environment, the kernels in Triton's interpreter.
 """
 
-from . import autograd, kernels, layers, optim
+from . import autograd, benchmark, kernels, layers, optim
 from ._version import __version__
 from .autograd.dispatch import compile_policy, record_kernels
 from .autograd.recompute import recompute
@@ -27,6 +27,7 @@ __all__ = [
     "Comparison",
     "__version__",
     "autograd",
+    "benchmark",
     "compare",
     "compile_policy",
     "explain",

@@ -15,7 +15,7 @@ _COMMANDS = {
     "explain-model": (explain_model, "what replacing serves of a model of yours, what it leaves to PyTorch, and why"),
     "compare": (compare, "train copies of your model, stock, replaced and fused: right, faster, smaller?"),
     "demo": (demo, "train a network on handwritten digits, stock beside fusednn"),
-    "bench": (bench, "run the benchmarks (from a source checkout)"),
+    "bench": (bench, "measure an operation (bench one gelu), or run the suite of a source checkout"),
 }
 
 

@@ -138,7 +138,7 @@ def _log_probabilities(x: Tensor) -> Tensor:
 
 
 def _classes(x: Tensor) -> Tensor:
-    return torch.arange(len(x), device=x.device)
+    return torch.arange(len(x), device=x.device) % x.shape[1]
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, ...]:

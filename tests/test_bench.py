@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusednn import optim
+from fusednn.benchmark import ceilings, contest, protocol, timing, validity
 from fusednn.commands import bench as command
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -30,10 +31,11 @@ sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not in
 import bench_activation
 import bench_optimizer
 import parameter_lists
-from fusednn_bench import ceilings, contest, protocol, replay, steps, timing, validity
-from fusednn_bench.cases import Case, make_inputs
-from fusednn_bench.quantiles import median, quantile, spread
+from fusednn_bench import replay, steps
 from fusednn_bench.steps import StepCase
+
+from fusednn.benchmark.cases import Case, make_inputs
+from fusednn.benchmark.quantiles import median, quantile, spread
 
 CPU = torch.device("cpu")
 FAMILIES = [import_module(path.stem) for path in sorted(BENCH.glob("bench_*.py"))]

@@ -24,10 +24,11 @@ import bench_network
 import predict
 import resources
 from fusednn_bench import measure, networks, peers, results, run, schema
-from fusednn_bench.arithmetic import Work, eager_step_work, eager_work
-from fusednn_bench.cases import Case
-from fusednn_bench.protocol import Contest, WrongResultError
-from fusednn_bench.steps import StepCase, StepOperation
+from fusednn_bench.steps import StepCase, StepOperation, eager_step_work
+
+from fusednn.benchmark.arithmetic import Work, eager_work
+from fusednn.benchmark.cases import Case
+from fusednn.benchmark.protocol import Contest, WrongResultError
 
 pytestmark = pytest.mark.stock  # nothing here depends on where kernels run
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fusednn
+from fusednn.benchmark.protocol import DTYPE_NAMES
 
 from .inductor import Counts, count_step
 from .networks import FirstResult
-from .protocol import DTYPE_NAMES
 
 __all__ = ["CONTESTANTS", "CompiledStep", "compiled_steps"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .quantiles import median, quiet
+from fusednn.benchmark.quantiles import median, quiet
+
 from .tables import by_contestant, copy_rate, product_rate
 
 __all__ = ["GOALS_FILE", "Goal", "Verdict", "judge", "load_goals"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fusednn.benchmark.quantiles import median
+
 from .goals import Goal, judge
-from .quantiles import median
 from .tables import by_contestant, markdown_table, slower
 
 __all__ = ["counters_table", "next_steps", "predictions_table", "thresholds_table"]

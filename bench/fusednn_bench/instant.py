@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from fusednn.benchmark.protocol import CaseRecord, Effort, Measured
+from fusednn.benchmark.timing import Calls, DeviceTimer
+
 from .measure import count, hold
-from .protocol import CaseRecord, Effort, Measured
-from .timing import Calls, DeviceTimer
 from .where import TIMED
 
 __all__ = ["run_once"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import Any
 
-from .cases import Case
-from .contest import run_contest
-from .counting import count_case
+from fusednn.benchmark.cases import Case
+from fusednn.benchmark.contest import run_contest
+from fusednn.benchmark.counting import count_case
+from fusednn.benchmark.protocol import Contest, Effort, Measured
+from fusednn.benchmark.timing import DeviceTimer
+
 from .networks import NetworkCase, count_network_case, run_network_contest
-from .protocol import Contest, Effort, Measured
 from .steps import StepCase, count_step_case, run_step_contest
-from .timing import DeviceTimer
 
 __all__ = ["count", "hold"]
 

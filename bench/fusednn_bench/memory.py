@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .counting import operators_of_cuda
+from fusednn.benchmark.counting import operators_of_cuda
+from fusednn.benchmark.protocol import WrongResultError
+
 from .networks import FirstResult
-from .protocol import WrongResultError
 
 __all__ = ["NETWORKS", "MemoryCase", "count_memory"]
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .counting import counts_of, operators_of_cuda
-from .protocol import COMPILE_MODES, DTYPE_NAMES, Contest, Effort, WrongResultError
-from .timing import DEVICE, DeviceTimer, interleave, wall_times
+from fusednn.benchmark.counting import counts_of, operators_of_cuda
+from fusednn.benchmark.protocol import COMPILE_MODES, DTYPE_NAMES, Contest, Effort, WrongResultError
+from fusednn.benchmark.timing import DEVICE, DeviceTimer, interleave, wall_times
 
 __all__ = [
     "FirstResult",

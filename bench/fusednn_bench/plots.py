@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fusednn.benchmark.quantiles import median
+
 from .memory_table import MEMORY_COLUMNS, kept_shares
-from .quantiles import median
 from .tables import by_contestant, copy_rate, product_rate
 
 __all__ = ["digest_of_plot", "draw_plots", "plot_digest", "plot_names"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from .cases import Case
-from .protocol import DIRECTIONS, Direction
+from fusednn.benchmark.cases import Case
+from fusednn.benchmark.protocol import DIRECTIONS, Direction
 
 __all__ = ["device_clock", "replay", "test_device_time"]
 

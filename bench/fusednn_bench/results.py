@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .quantiles import spread
+from fusednn.benchmark.quantiles import spread
+
 from .schema import SAMPLED, SCHEMA_VERSION, problems
 
 __all__ = ["InvalidResultError", "load_result", "new_result", "reserve_file", "save_result", "with_spreads"]

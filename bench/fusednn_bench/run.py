@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from .ceilings import measure_ceilings
+from fusednn.benchmark.ceilings import measure_ceilings
+from fusednn.benchmark.protocol import CONTESTANTS, Contest, Effort, Measured
+from fusednn.benchmark.timing import DeviceTimer
+
 from .environment import describe_environment, describe_settings, describe_sources
 from .measure import count, hold
-from .protocol import CONTESTANTS, Contest, Effort, Measured
 from .results import Result, load_result, new_result, reserve_file, save_result, with_spreads
-from .timing import DeviceTimer
 
 __all__ = ["ResumeError", "Run"]
 

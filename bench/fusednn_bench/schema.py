@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from .quantiles import spread
+from fusednn.benchmark.quantiles import spread
 
 __all__ = ["FEWEST_SAMPLES", "KINDS", "SAMPLED", "SCHEMA_VERSION", "case_key", "problems"]
 

@@ -11,13 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .counting import counts_of
+from fusednn.benchmark.arithmetic import Work
+from fusednn.benchmark.counting import counts_of
+from fusednn.benchmark.protocol import DTYPE_NAMES, Contest, Effort, WrongResultError
+from fusednn.benchmark.timing import DEVICE, DeviceTimer, host_times, wall_times
+
 from .peers import installed
-from .protocol import DTYPE_NAMES, Contest, Effort, WrongResultError
-from .timing import DEVICE, DeviceTimer, host_times, wall_times
 
-__all__ = ["StepCase", "StepOperation", "check_step", "count_step_case", "run_step_contest"]
+__all__ = [
+    "StepCase",
+    "StepOperation",
+    "check_step",
+    "count_step_case",
+    "eager_step_work",
+    "run_step_contest",
+]
 
 _LIMIT = {torch.bfloat16: 8.0, torch.float32: 128.0}
 _HOST_SIZES = ("resnet50",)
@@ -239,3 +249,15 @@ def count_step_case(case: StepCase, *, checked: bool = True) -> list[dict[str, A
             }
         )
     return records
+
+
+def eager_step_work(case: StepCase) -> Work:
+    """What eager PyTorch does in a step that isn't the first, without doing it."""
+    from fusednn.instruments.traffic import measure_traffic
+
+    with FakeTensorMode():
+        step = case.operation.contestants()["eager"](case.parameters(torch.device("cpu")), 1e-3)
+        step()
+        with measure_traffic() as traffic:
+            step()
+    return Work(traffic.aten_bytes, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .quantiles import median, quiet, spread
+from fusednn.benchmark.quantiles import median, quiet, spread
 
 __all__ = [
     "MOST_ISSUE",

@@ -1,4 +1,4 @@
-"""``python -m fusednn bench``: run the benchmarks of the source checkout; they are not installed."""
+"""``python -m fusednn bench``: the suite of the source checkout, which isn't installed; ``bench one``, which is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from . import bench_one
 
 __all__ = ["add_arguments", "find_benchmarks", "run"]
 
@@ -24,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pytest_arguments",
         nargs=argparse.REMAINDER,
         metavar="argument",
-        help="passed on to pytest: --full, --output DIR, --resume FILE, -k relu, ...; or a program with its own: "
-        "report FILE... (or --help), predict, resources, inductor, host, baseline, memory",
+        help="one OPERATION ..., anywhere; in a checkout, passed on to pytest: --full, --output DIR, --resume FILE, "
+        "-k relu, ...; or a program with its own: report FILE... (or --help), predict, resources, inductor, host, "
+        "baseline, memory",
     )
     parser.set_defaults(print_help=parser.print_help)
 
@@ -39,9 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
     if passed in (["-h"], ["--help"]):
         arguments.print_help()
         return 0
+    if passed[:1] == ["one"]:
+        return bench_one.main(passed[1:])
     folder = find_benchmarks()
     if folder is None:
-        message = "no benchmarks here: they aren't installed; run this in a checkout of fusednn's sources"
+        message = (
+            "the suite isn't installed: run this in a checkout of fusednn's sources; single operations are measured by "
+            "'fusednn bench one'"
+        )
         print(f"fusednn bench: {message}", file=sys.stderr)
         return 2
     if passed and passed[0] in _PROGRAMS:

@@ -15,7 +15,7 @@ from .protocol import Direction
 from .validity import check
 
 if TYPE_CHECKING:
-    from fusednn.instruments.traffic import Traffic
+    from ..instruments.traffic import Traffic
 
 __all__ = ["count_case", "counts_of", "operators_of_cuda"]
 
@@ -56,8 +56,8 @@ def operators_of_cuda() -> Iterator[None]:
 
 
 def _count(case: Case, function: Callable[..., Tensor]) -> dict[Direction, dict[str, int]]:
-    from fusednn.instruments.saved_tensors import saved_tensors
-    from fusednn.instruments.traffic import measure_traffic
+    from ..instruments.saved_tensors import saved_tensors
+    from ..instruments.traffic import measure_traffic
 
     inputs = make_inputs(case, torch.device("cpu"), seed=0)
     with operators_of_cuda(), measure_traffic() as ahead, saved_tensors() as census:

@@ -28,6 +28,7 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 def median(samples: Sequence[float]) -> float:
+    """What half of the samples are below."""
     return quantile(samples, 0.5)
 
 
@@ -37,4 +38,5 @@ def quiet(samples: Sequence[float]) -> float:
 
 
 def spread(samples: Sequence[float]) -> Spread:
+    """The middle of samples."""
     return Spread(quantile(samples, 0.1), quantile(samples, 0.5), quantile(samples, 0.9))

@@ -10,7 +10,7 @@ from torch import Tensor
 from .cases import Case, Inputs, forward, gradients
 from .protocol import WrongResultError
 
-__all__ = ["LIMIT", "check", "compare"]
+__all__ = ["LIMIT", "check", "check_fresh", "compare"]
 
 # Worst |result - reference| / (1 + |reference|), in units of the dtype's epsilon.  Loose on purpose: the tests hold the
 # kernels to PyTorch's own error; this catches a wrong formula, layout or tail.
@@ -32,6 +32,13 @@ def check(case: Case, function: Callable[..., Tensor], inputs: Inputs) -> float:
     if case.operation.check is not None:
         return case.operation.check(case, y, found[1:], inputs)
     return compare(case, found, inputs, case.operation.stock)
+
+
+def check_fresh(case: Case, function: Callable[..., Tensor], inputs: Inputs) -> None:
+    """Raises WrongResultError where two calls give the same memory: the second's writes would stay in the cache."""
+    first, second = (forward(function, inputs) for _ in range(2))
+    if first.numel() and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr():
+        raise WrongResultError(f"{case.id}: every call writes its result over the last one's")
 
 
 def compare(case: Case, found: Sequence[Tensor], inputs: Inputs, stock: Callable[..., Tensor]) -> float:

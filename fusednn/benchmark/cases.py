@@ -132,9 +132,12 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def forward(function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    """The result of a call."""
     return function(*inputs.operands)
 
 
 def gradients(y: Tensor, inputs: Inputs) -> Sequence[Tensor]:
     """Fresh gradients, added to nothing: as ``backward()`` leaves them where ``.grad`` was None."""
+    if not y.requires_grad:
+        return ()
     return torch.autograd.grad(y, inputs.differentiable, inputs.g)

@@ -1,9 +1,12 @@
-"""One case's contest on a GPU: fusednn, eager PyTorch, torch.compile and peers on the same inputs, in turns."""
+"""One case's contest: fusednn, eager PyTorch, torch.compile and peers on the same inputs, in turns.
+
+On a GPU, `run_contest`; without one `run_clocked_contest` times the CPU's operators by the clock on the wall.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd.dispatch import Choice, observe_choices
 from .arithmetic import eager_work
 from .cases import Case, Inputs, forward, gradients, make_inputs
 from .protocol import COMPILE_MODES, DIRECTIONS, CaseRecord, Contest, Direction, Effort
 from .timing import DEVICE, DeviceTimer, host_times, interleave, wall_times
-from .validity import check
+from .validity import check, check_fresh
 
-__all__ = ["LARGE_BYTES", "float32_products", "run_contest", "sets_needed"]
+__all__ = ["LARGE_BYTES", "float32_products", "run_clocked_contest", "run_contest", "sets_needed"]
 
 # Sizes below this are bound by the host: their calls are timed in groups, and on the host too.
 LARGE_BYTES = 64_000_000
 _MOST_SMALL_SETS = 16
+#: On a CPU: sets of inputs, and what a contestant's rounds in one direction may take together.
+_CPU_SETS, _CPU_SECONDS, _LEAST_ROUNDS = 4, 1.0, 5
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,43 @@ def sets_needed(case: Case, l2_bytes: int) -> int:
     return needed if size >= LARGE_BYTES else min(needed, _MOST_SMALL_SETS)
 
 
-def run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
+def run_contest(
+    case: Case,
+    timer: DeviceTimer,
+    names: tuple[str, ...],
+    effort: Effort,
+    directions: Sequence[Direction] = DIRECTIONS,
+    *,
+    cold: bool = True,
+) -> Contest:
     """Check every contestant of ``names`` against eager PyTorch; time those that are right.
 
-    Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.
+    Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.  Inputs are out of
+    the cache (``cold``), or one set is used again and again.
     """
     with float32_products(case.operation.tf32):
-        return _run_contest(case, timer, names, effort)
+        return _run_contest(case, timer, names, effort, directions, cold)
+
+
+def run_clocked_contest(
+    case: Case, names: tuple[str, ...], effort: Effort, directions: Sequence[Direction] = DIRECTIONS
+) -> Contest:
+    """The same on a CPU, where a call's time is that until it returns: fewer rounds where they take long."""
+    sets = tuple(make_inputs(case, torch.device("cpu"), seed) for seed in range(_CPU_SETS))
+    contest, runners, facts = _entrants(case, names, sets)
+
+    def sample(runner: Runner) -> list[float]:
+        return wall_times(lambda: runner.calls(direction), lambda: None)
+
+    for direction in directions if runners else ():
+        first = interleave(runners, effort.warmup_rounds, sample)
+        seconds = len(sets) * max(min(samples) for samples in first.values()) / 1e6
+        rounds = min(effort.host_rounds, max(_LEAST_ROUNDS, int(_CPU_SECONDS / seconds)))
+        wall_us = interleave(runners, rounds, sample)
+        contest.records += [
+            {**case.record(name, direction), "wall_us": wall_us[name], **facts[name]} for name in runners
+        ]
+    return contest
 
 
 @contextmanager
@@ -70,7 +106,7 @@ def float32_products(tf32: bool | None) -> Iterator[None]:
     if tf32 is None:
         yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
@@ -81,9 +117,29 @@ def float32_products(tf32: bool | None) -> Iterator[None]:
             switch.fp32_precision = value
 
 
-def _run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort: Effort) -> Contest:
+def _run_contest(
+    case: Case,
+    timer: DeviceTimer,
+    names: tuple[str, ...],
+    effort: Effort,
+    directions: Sequence[Direction],
+    cold: bool,
+) -> Contest:
     l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    sets = tuple(make_inputs(case, DEVICE, seed) for seed in range(sets_needed(case, l2_bytes)))
+    sets = tuple(make_inputs(case, DEVICE, seed) for seed in range(sets_needed(case, l2_bytes) if cold else 1))
+    contest, runners, facts = _entrants(case, names, sets)
+    for direction in directions if runners else ():
+        contest.records += _time(case, direction, runners, facts, timer, effort)
+    del runners, sets
+    gc.collect()
+    torch.cuda.empty_cache()
+    return contest
+
+
+def _entrants(
+    case: Case, names: tuple[str, ...], sets: tuple[Inputs, ...]
+) -> tuple[Contest, dict[str, Runner], dict[str, CaseRecord]]:
+    """Those that compute the right thing, and what is known of them; the others are left out."""
     torch._dynamo.reset()  # cases share the code that is compiled, and the compiler gives up on recompiling too often
     contest = Contest()
     runners: dict[str, Runner] = {}
@@ -92,17 +148,13 @@ def _run_contest(case: Case, timer: DeviceTimer, names: tuple[str, ...], effort:
         try:
             runner = Runner(_contestant(name, case), sets)
             facts[name] = {"error_epsilons": check(case, runner.function, sets[0])}
+            check_fresh(case, runner.function, sets[0])
             if name == "fusednn":
                 facts[name]["path"] = _path(runner)
             runners[name] = runner
         except Exception as error:
             contest.leave_out(name, error)
-    for direction in DIRECTIONS:
-        contest.records += _time(case, direction, runners, facts, timer, effort)
-    del runners, sets
-    gc.collect()
-    torch.cuda.empty_cache()
-    return contest
+    return contest, runners, facts
 
 
 def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
@@ -123,8 +175,6 @@ def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
 
 def _path(runner: Runner) -> str:
     """Whether fusednn took its kernel or the stock operator: both are legal, but only one is ours."""
-    from fusednn.autograd.dispatch import Choice, observe_choices
-
     choices: list[Choice] = []
     with observe_choices(choices.append):
         forward(runner.function, runner.sets[0])

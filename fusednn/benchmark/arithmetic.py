@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .cases import Case, forward, gradients, make_inputs
 from .counting import operators_of_cuda
 from .protocol import Direction
-from .steps import StepCase
 
-__all__ = ["Work", "eager_step_work", "eager_work"]
+__all__ = ["Work", "eager_work"]
 
 
 class Work(NamedTuple):
@@ -34,7 +33,7 @@ class Work(NamedTuple):
 @cache
 def eager_work(case: Case) -> dict[Direction, Work]:
     """Of a call in each direction."""
-    from fusednn.instruments.traffic import measure_traffic
+    from ..instruments.traffic import measure_traffic
 
     with FakeTensorMode(), operators_of_cuda():
         inputs = make_inputs(case, torch.device("cpu"), seed=0)
@@ -45,15 +44,3 @@ def eager_work(case: Case) -> dict[Direction, Work]:
             gradients(y, inputs)
         back = Work(traffic.aten_bytes, products.get_total_flops())
     return {"forward": ahead, "backward": back, "forward_backward": ahead + back}
-
-
-def eager_step_work(case: StepCase) -> Work:
-    """Of a step that isn't the first."""
-    from fusednn.instruments.traffic import measure_traffic
-
-    with FakeTensorMode():
-        step = case.operation.contestants()["eager"](case.parameters(torch.device("cpu")), 1e-3)
-        step()
-        with measure_traffic() as traffic:
-            step()
-    return Work(traffic.aten_bytes, 0)
