@@ -9,17 +9,22 @@ import torch
 from torch import nn
 
 import fusednn
+from fusednn.layers.fusion.patterns import PATTERNS
 from fusednn.layers.replacement import register
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def support_table() -> object:
-    spec = importlib.util.spec_from_file_location("support_table", ROOT / "docs" / "support_table.py")
+def generator(name: str) -> object:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def support_table() -> object:
+    return generator("support_table")
 
 
 def test_support_table_is_current(support_table: object) -> None:
@@ -39,6 +44,14 @@ def test_optimizer_table_has_every_optimizer(support_table: object) -> None:
     named = {row.split("`")[1] for row in rows}
     assert named == {cls.__name__ for cls in fusednn.optim.FusedOptimizer.__subclasses__()}
     assert "| `AdamW` | amsgrad | `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` | 9e |" in rows
+
+
+def test_the_list_of_patterns_is_current() -> None:
+    patterns = generator("patterns")
+    text = patterns.PAGE.read_text()
+    assert patterns.page() == text, "run: python docs/patterns.py"
+    assert text.count("\n## ") == len(PATTERNS) + 1
+    assert "- Apart where: the residual is unlike the input." in text
 
 
 def test_the_readmes_first_example(device: str) -> None:
