@@ -57,11 +57,11 @@ def operator(
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or _is_watched():
+            if torch.compiler.is_compiling() or _looks_on():
                 return overload(*arguments)
             if planned and (plan := plans.find(arguments)) is not None:
                 return plan(*arguments)
-            if not _are_plain(arguments):
+            if _is_watched() or not _are_plain(arguments):
                 return overload(*arguments)
             return plans.call(*arguments) if planned else function(*arguments)
 
@@ -70,13 +70,16 @@ def operator(
     return register
 
 
+def _looks_on() -> bool:
+    """Whether somebody would see an operator of whom the operands' guards don't know."""
+    return torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled()
+
+
 def _is_watched() -> bool:
-    """Whether a mode, transform, profiler or tracer would see an operator."""
+    """Whether a mode, transform or tracer would see an operator.  The guards of operands don't hold there."""
     return (
-        torch._C._is_torch_function_mode_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     )
 

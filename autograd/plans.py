@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from struct import Struct
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.base import launch as launching
 from ..kernels.base.launch import Configuration
 
-__all__ = ["Plans"]
+__all__ = ["Calls", "Plans", "guards"]
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -40,60 +41,116 @@ _RECORDED_CALL = 3
 _MOST = 1024
 _lock = threading.Lock()
 
+_Guards: TypeAlias = Callable[[tuple[Any, ...]], bool]
+
+
+class Calls:
+    """What was worked out for calls, to be found again for others that are alike.
+
+    So are calls whose arguments are of the same types and of equal values (0.0 isn't -0.0), and whose operands pass the
+    guards, and are the same ones in the same places.
+    """
+
+    def __init__(self) -> None:
+        self._forms: dict[tuple[type, ...], _Form] = {}
+
+    def find(self, arguments: tuple[Any, ...]) -> Any:
+        """What is kept for calls like this one, or None."""
+        form = self._forms.get(tuple(map(type, arguments)))
+        if form is not None:
+            for is_alike, found in form.kept.get(form.key(arguments), ()):
+                if is_alike(arguments):
+                    return found
+        return None
+
+    def count(self, arguments: tuple[Any, ...]) -> int:
+        """How many such calls there were, with this one, since something was last kept for one."""
+        form = self._form(arguments)
+        form.counts[key := form.key(arguments)] += 1
+        return form.counts[key]
+
+    def keep(self, arguments: tuple[Any, ...], is_alike: _Guards, found: Any) -> None:
+        """Keep something for calls whose operands ``is_alike`` holds of, as of `guards`."""
+        if sum(len(form.counts) for form in self._forms.values()) > _MOST:
+            self.forget()
+        form = self._form(arguments)
+        form.kept.setdefault(key := form.key(arguments), []).append((is_alike, found))
+        form.counts[key] = 0
+
+    def forget(self) -> None:
+        self._forms.clear()
+
+    def _form(self, arguments: tuple[Any, ...]) -> _Form:
+        kinds = tuple(map(type, arguments))
+        return self._forms.get(kinds) or self._forms.setdefault(kinds, _Form(arguments))
+
+
+class _Form:
+    """Arguments of certain types in their places: what of them is compared by value, and what is kept, by these values.
+
+    The comparison is written for each form, as a launch is: a loop would take several times as long.
+    """
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.counts: Counter[Any] = Counter()
+        self.kept: dict[Any, list[tuple[_Guards, Any]]] = {}
+        shapes, floats, others = [], [], []
+        for place, each in enumerate(arguments):
+            if isinstance(each, Tensor):
+                shapes.append(f"a[{place}].shape")
+            elif type(each) is float:
+                floats.append(f"a[{place}]")
+            else:
+                others.append(f"tuple(a[{place}])" if type(each) is list else f"a[{place}]")
+        parts = [*shapes[:1], *others, f"bits({', '.join(floats)})"]
+        self.key: Callable[[tuple[Any, ...]], Any] = eval(
+            f"lambda a: ({', '.join(parts)},)", {"bits": Struct(f"{len(floats)}d").pack}
+        )
+
+
+def guards(arguments: tuple[Any, ...]) -> _Guards:
+    """Whether the operands among the arguments of a call are like these."""
+    places: dict[int, int] = {}
+    same = [
+        f"a[{place}] is a[{places[id(each)]}] and "
+        for place, each in enumerate(arguments)
+        if isinstance(each, Tensor) and places.setdefault(id(each), place) != place
+    ]
+    # Each of them once: the guards hold of different ones alone.
+    operands = [arguments[place] for place in places.values()]
+    check = TensorGuards(*operands, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    found: _Guards = eval(
+        f"lambda a: {''.join(same)}check({', '.join(f'a[{place}]' for place in places.values())})", {"check": check}
+    )
+    return found
+
 
 class Plans:
     """The plans of one operator's function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._calls: Counter[Any] = Counter()
-        self._plans: dict[Any, list[tuple[TensorGuards, Callable[..., Any]]]] = {}
+        self._calls = Calls()
 
     def find(self, arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The function to call for arguments like these, where there have been enough of them."""
-        key, operands = _parts(arguments)
-        for guards, plan in self._plans.get(key, ()):
-            if guards.check(*operands):
-                return plan
-        return None
+        found: Callable[..., Any] | None = self._calls.find(arguments)
+        return found
 
     def call(self, *arguments: Any) -> Any:
         """Compute, and remember how."""
-        key, operands = _parts(arguments)
-        self._calls[key] += 1
-        if self._calls[key] < _RECORDED_CALL or not _lock.acquire(blocking=False):
+        if self._calls.count(arguments) < _RECORDED_CALL or not _lock.acquire(blocking=False):
             return self._function(*arguments)
         try:
-            guards = TensorGuards(*operands, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            is_alike = guards(arguments)
             result, plan = _record(self._function, arguments)
         finally:
             _lock.release()
-        if len(self._calls) > _MOST:
-            self.forget()
-        self._plans.setdefault(key, []).append((guards, plan))
-        self._calls[key] = 0
+        self._calls.keep(arguments, is_alike, plan)
         return result
 
     def forget(self) -> None:
-        self._calls.clear()
-        self._plans.clear()
-
-
-def _parts(arguments: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
-    """What is compared by value (0.0 isn't -0.0), and the operands, whose guards are asked."""
-    operands: list[Tensor] = []
-    values: list[Any] = []
-    for each in arguments:
-        if isinstance(each, Tensor):
-            operands.append(each)
-            values.append(Tensor)  # where it stands: another one may be missing
-        else:
-            values.append(tuple(each) if type(each) is list else each or repr(each))
-    if len(set(map(id, operands))) < len(operands):  # guards see each once, and the key who is the same
-        places: dict[int, int] = {}
-        values.append(tuple(places.setdefault(id(each), len(places)) for each in operands))
-        operands = list({id(each): each for each in operands}.values())
-    return (operands[0].shape, *values), operands
+        self._calls.forget()
 
 
 class _Recorder(TorchDispatchMode):
