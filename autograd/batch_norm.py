@@ -6,6 +6,7 @@ input.  `fusednn.autograd.sync_batch_norm` puts collectives between the steps.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
+from .decisions import decided_once
 from .dispatch import is_number, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
@@ -279,11 +281,11 @@ def batch_norm(
     ``momentum`` (the variance with the unbiased one); otherwise they are the running ones.  Saves the input.  Source:
     Ioffe and Szegedy, "Batch Normalization" (ICML 2015).
     """
-    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    vectors = _given(running_mean, running_var, weight, bias)
-    if not takes_kernel("batch_norm", input, parameters=vectors, refusal=lambda: _refusal(*arguments)):
-        return F.batch_norm(*arguments)
-    return _apply(input, None, running_mean, running_var, weight, bias, training, momentum, eps, IDENTITY)
+    y: Tensor = _batch_norm(
+        *(input, None, running_mean, running_var, weight, bias, training, momentum, eps, None),
+        None,
+    )
+    return y
 
 
 def batch_norm_act(
@@ -315,21 +317,58 @@ def batch_norm_act(
     Saves the input; with a residual, one bit an element for activations whose gradient needs no more (ReLU and its
     like), and the residual for the others.
     """
-    resolved = resolve_activation(activation, activation_parameters)
+    y: Tensor = _batch_norm(
+        *(input, residual, running_mean, running_var, weight, bias, training, momentum, eps, batches),
+        *(activation, *activation_parameters),
+    )
+    return y
+
+
+@decided_once
+def _batch_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    batches: Tensor | None,
+    activation: str | None,
+    *parameters: float,
+) -> Callable[..., Tensor]:
+    """`batch_norm_act`, by its kernels or by stock operators."""
+    resolved = resolve_activation(activation, parameters)
     arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches, resolved)
-    operands = _given(input, residual)
     name = "batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act"
     if batches is not None:
         name = "cumulative_batch_norm"  # stock's reads the number of batches on the host, which breaks graphs
     vectors = _given(running_mean, running_var, weight, bias)
-    if takes_kernel(name, *operands, parameters=vectors, refusal=lambda: _refusal(*arguments)):
-        return _apply(
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, resolved, batches
-        )
+    if takes_kernel(name, *_given(input, residual), parameters=vectors, refusal=lambda: _refusal(*arguments)):
+        return partial(_apply, resolved)
+    return partial(_stock, resolved)
+
+
+def _stock(
+    activation: Activated,
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    batches: Tensor | None,
+    *_: object,
+) -> Tensor:
     if batches is not None and training:
         momentum = 1.0 / float(batches)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return apply_activation(y, residual, resolved)
+    return apply_activation(y, residual, activation)
 
 
 def begin_batch_norm(
@@ -393,6 +432,7 @@ def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _apply(
+    activation: Activated,
     input: Tensor,
     residual: Tensor | None,
     running_mean: Tensor | None,
@@ -402,8 +442,8 @@ def _apply(
     training: bool,
     momentum: float,
     eps: float,
-    activation: Activated,
-    batches: Tensor | None = None,
+    batches: Tensor | None,
+    *_: object,
 ) -> Tensor:
     if training:
         mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))

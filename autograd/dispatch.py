@@ -23,6 +23,7 @@ __all__ = [
     "PLAIN_TYPES",
     "Choice",
     "Refusal",
+    "are_observed",
     "autocast_dtype",
     "compile_policy",
     "compiler_refusal",
@@ -69,6 +70,11 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+def are_observed() -> bool:
+    """Whether somebody observes choices."""
+    return bool(_observers)
 
 
 def report_stock(operation: str, reason: Callable[[], str | None]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .dispatch import PLAIN_TYPES
 from .plans import Plans
 
-__all__ = ["IMPLEMENTATIONS", "forget_plans", "given", "operator"]
+__all__ = ["IMPLEMENTATIONS", "are_plain", "forget_plans", "given", "is_watched", "looks_on", "operator"]
 
 _LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
 _PLANS: list[Plans] = []
@@ -57,11 +57,11 @@ def operator(
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or _looks_on():
+            if torch.compiler.is_compiling() or looks_on():
                 return overload(*arguments)
             if planned and (plan := plans.find(arguments)) is not None:
                 return plan(*arguments)
-            if _is_watched() or not _are_plain(arguments):
+            if is_watched() or not are_plain(arguments):
                 return overload(*arguments)
             return plans.call(*arguments) if planned else function(*arguments)
 
@@ -70,12 +70,12 @@ def operator(
     return register
 
 
-def _looks_on() -> bool:
+def looks_on() -> bool:
     """Whether somebody would see an operator of whom the operands' guards don't know."""
     return torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode, transform or tracer would see an operator.  The guards of operands don't hold there."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -84,7 +84,7 @@ def _is_watched() -> bool:
     )
 
 
-def _are_plain(arguments: tuple[Any, ...]) -> bool:
+def are_plain(arguments: tuple[Any, ...]) -> bool:
     """Whether the operands are nothing but their elements, which PyTorch's dispatcher has no work to do on first."""
     return all(
         type(each) in PLAIN_TYPES and _dispatch_keys(each).raw_repr() in _PLAIN_KEYS

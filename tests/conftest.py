@@ -14,6 +14,7 @@ from support.compiled import ARCHITECTURE, MISSING
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
 
 import fusednn
+from fusednn.autograd.decisions import forget_decisions
 from fusednn.autograd.operators import forget_plans
 from fusednn.kernels import AVAILABLE, INTERPRETING, WHERE
 
@@ -61,4 +62,5 @@ def keeps_kernels() -> Iterator[None]:
 def _anew() -> None:
     """The same random numbers in every test, and operators that remember nothing of others."""
     torch.manual_seed(0)
+    forget_decisions()
     forget_plans()

@@ -1,0 +1,74 @@
+"""Decisions that are made once for calls that are alike.
+
+Which kernel takes a call, or PyTorch's own operator, and with which arguments, follows from the types and values of its
+arguments, and from what `fusednn.autograd.plans.guards` ask of its operands: dtype, device, shape, strides, whether
+they require gradients.  A function that is `decided_once` looks at these, and returns another one, of the same
+arguments, that computes.  It may depend on nothing else, and keeps no operand.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import dispatch
+from .operators import are_plain, is_watched, looks_on
+from .plans import Calls, guards
+
+__all__ = ["decided_once", "forget_decisions"]
+
+#: The call whose decision is kept: shapes that never come back aren't worth it.
+_KEPT_CALL = 3
+_CONSTANTS = frozenset((bool, float, int, str, type(None), torch.Size))
+_DECISIONS: list[Calls] = []
+
+
+def decided_once(decide: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    """A function of positional arguments that computes what ``decide(*arguments)(*arguments)`` does.
+
+    Everything is decided anew where somebody observes choices, or where modes, transforms, tracers or autocast have a
+    say in them.
+    """
+    calls = Calls()
+    _DECISIONS.append(calls)
+
+    @wraps(decide)
+    def decided(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or looks_on() or dispatch.are_observed() or forward_ad._current_level >= 0:
+            return decide(*arguments)(*arguments)
+        try:
+            found = calls.find(arguments)
+        except TypeError:  # a value without a hash, which isn't kept
+            found = None
+        if found is None:
+            found = decide(*arguments)
+            if _is_fixed(arguments) and calls.count(arguments) >= _KEPT_CALL:
+                calls.keep(arguments, guards(arguments), found)
+        return found(*arguments)
+
+    return decided
+
+
+def _is_fixed(arguments: tuple[Any, ...]) -> bool:
+    """Whether nothing else has a say in what is decided of these arguments."""
+    return (
+        not (is_watched() or torch._C._is_any_autocast_enabled())
+        and are_plain(arguments)
+        and all(map(_is_constant, arguments))
+    )
+
+
+def _is_constant(value: object) -> bool:
+    """Whether an argument is an operand, or equal to others only where these say the same.  -0.0 in a tuple isn't."""
+    if isinstance(value, tuple):
+        return type(value) in (tuple, torch.Size) and all(type(each) is int for each in value)
+    return isinstance(value, Tensor) or type(value) in _CONSTANTS
+
+
+def forget_decisions() -> None:
+    """Decide everything anew, as in a new process."""
+    for calls in _DECISIONS:
+        calls.forget()
