@@ -22,6 +22,7 @@ from . import stock as F
 from .activation import resolve_activation
 from .anchors import anchors_of
 from .batch_norm import apply_activation
+from .decisions import decided_once
 from .dispatch import in_low_precision, takes_kernel
 from .onednn import sound_convolution
 from .operators import given, operator
@@ -275,30 +276,62 @@ def conv_act_pool2d(
     Only the pooled result is written, and the code of each window, which the backward pass needs: at most a byte, a bit
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
-    resolved = resolve_activation(activation, activation_parameters)
-    input, weight, bias, residual = in_low_precision(input, weight, bias, residual)
+    operands = in_low_precision(input, weight, bias, residual)
+    sizes = (stride, padding, dilation, groups, pool_size, pool_stride, pool_padding)
+    y: Tensor = _conv_act_pool(*operands, *sizes, activation, *activation_parameters)
+    return y
+
+
+@decided_once
+def _conv_act_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    pool_size: Pair | None,
+    pool_stride: Pair | None,
+    pool_padding: Pair,
+    activation: str | None,
+    *parameters: float,
+) -> Callable[..., Tensor]:
+    """`conv_act_pool2d` of operands in the precision that they are computed in, by its kernels or stock operators."""
+    resolved = resolve_activation(activation, parameters)
     window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
     odd, border = _numbers(weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
     described = (input, odd, weight, bias, residual, convolution, resolved, window)
-    given = (input, weight, *(operand for operand in (bias, residual) if operand is not None))
+    given = [input, weight, *(operand for operand in (bias, residual) if operand is not None)]
     if not takes_kernel("conv_act_pool2d", *given, refusal=lambda: _refusal(*described)):
-        chained = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        chained = apply_activation(chained, residual, resolved)
-        return chained if pool_size is None else F.max_pool2d(chained, pool_size, pool_stride, pool_padding)
+
+        def chained(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
+            y = apply_activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups), residual, resolved)
+            return y if pool_size is None else F.max_pool2d(y, pool_size, pool_stride, pool_padding)
+
+        return chained
     assert convolution is not None
     assert window is not None
-    x = F.pad(input, odd) if any(odd) else input
-    x = x if x.dim() == 4 else x.unsqueeze(0)
-    if residual is not None and input.dim() == 3:
-        residual = residual.unsqueeze(0)
-    y: Tensor
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in given):
-        anchors = anchors_of(bias, residual) if kept_beside_code(resolved.row, window.fixed) in _LINEAR else ()
-        y, _ = ConvActPool.apply(x, weight, bias, residual, convolution, resolved, window, anchors)
-    else:
-        y, *_ = _forward(x, weight, bias, residual, convolution, resolved, window, keeps=False)
-    return y if input.dim() == 4 else y.squeeze(0)
+    options = (convolution, resolved, window)
+    pads, batched = any(odd), input.dim() == 4
+    differentiable = torch.is_grad_enabled() and any(operand.requires_grad for operand in given)
+    anchored = kept_beside_code(resolved.row, window.fixed) in _LINEAR
+
+    def together(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
+        x = F.pad(x, odd) if pads else x
+        if not batched:
+            x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        y: Tensor
+        if differentiable:
+            anchors = anchors_of(bias, residual) if anchored else ()
+            y, _pre_activation = ConvActPool.apply(x, weight, bias, residual, *options, anchors)
+        else:
+            y, *_results = _forward(x, weight, bias, residual, *options, keeps=False)
+        return y if batched else y.squeeze(0)
+
+    return together
 
 
 def conv_statistics2d(
@@ -311,24 +344,48 @@ def conv_statistics2d(
     groups: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`conv2d`, and the partial statistics of its channels, where a kernel makes both; else None."""
-    x, w, b = in_low_precision(input, weight, bias)
-    odd, border = _numbers(w, stride, padding, dilation)
+    operands = in_low_precision(input, weight, bias)
+    geometry = (stride, padding, dilation, groups)
+    results: tuple[Tensor, Tensor | None] | None
+    results = _statistics2d(*operands, *geometry, kernels.precision(operands[0].dtype))
+    return (F.conv2d(input, weight, bias, *geometry), None) if results is None else results
+
+
+@decided_once
+def _statistics2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    precision: str,
+) -> Callable[..., tuple[Tensor, Tensor] | None]:
+    """`conv_statistics2d` by its kernel, or None; PyTorch's switches of ``precision`` decide, too."""
+    odd, border = _numbers(weight, stride, padding, dilation)
     convolution = _convolution(stride, border, dilation, groups)
+    described = (x, odd, weight, bias, None, convolution, resolve_activation("relu"), POINT)
 
     def refusal() -> str | None:
-        if reason := _refusal(x, odd, w, b, None, convolution, resolve_activation("relu"), POINT):
+        if reason := _refusal(*described):
             return reason
         if convolution is None or x.dim() != 4:
             return "not a batch of images"
-        single = kernels.takes_single(x, w, convolution.dilation, convolution.groups, POINT)
+        single = kernels.takes_single(x, weight, convolution.dilation, convolution.groups, POINT)
         return None if single else _CUDNN
 
-    if not takes_kernel("conv2d", *((x, w) if b is None else (x, w, b)), refusal=refusal):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups), None
-    z: Tensor
-    partial: Tensor
-    z, partial = ConvStatistics.apply(F.pad(x, odd) if any(odd) else x, w, b, convolution)
-    return z, partial
+    if not takes_kernel("conv2d", *((x, weight) if bias is None else (x, weight, bias)), refusal=refusal):
+        return lambda *_: None
+    pads = any(odd)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+        z: Tensor
+        partial: Tensor
+        z, partial = ConvStatistics.apply(F.pad(x, odd) if pads else x, weight, bias, convolution)
+        return z, partial
+
+    return convolve
 
 
 _EVEN = (0, 0, 0, 0)

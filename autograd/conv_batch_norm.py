@@ -29,6 +29,7 @@ from .batch_norm import (
 from .batch_norm import backward as norm_backward
 from .batch_norm import reduce as norm_reduce
 from .conv import conv_act_pool2d, conv_statistics2d
+from .decisions import decided_once
 from .dispatch import takes_kernel
 from .gradients import stock_gradients
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
@@ -206,33 +207,70 @@ def batch_norm_act_pool2d(
     pool_padding: Pair,
 ) -> Tensor:
     """What `conv_batch_norm_act2d` does in training with a convolution's result, and its ``partial`` statistics."""
-    resolved = resolve_activation(activation, activation_parameters)
     vectors = (running_mean, running_var, weight, bias)
-    fused: dict[str, Any] = {"batches": batches, "residual": residual, "activation": activation}
-    fused["activation_parameters"] = activation_parameters
     if pool_size is None and partial is None:
-        return batch_norm_act(input, *vectors, True, momentum, eps, **fused)
-    window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    described = (input, *vectors, momentum, eps, residual, batches, resolved, window)
-    given = (input,) if residual is None else (input, residual)
-    parameters = [vector for vector in vectors if vector is not None]
-    if not takes_kernel("batch_norm_act_pool2d", *given, parameters=parameters, refusal=lambda: _refusal(*described)):
-        dense = batch_norm_act(input, *vectors, True, momentum, eps, **fused)
-        if pool_size is None:
-            return dense
-        return max_pool2d(dense, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
-    assert window is not None
-    running = (running_mean, running_var, batches, float(momentum))
-    mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
-    if window == POINT:
-        return normalise(BatchNorm, input, residual, weight, bias, mean, variance, True, eps, resolved)
-    y: Tensor
-    operands = (input, residual, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y = BatchNormActPool.apply(*operands, mean, variance, float(eps), resolved, window)
-    else:
-        y, *_ = _forward(*operands, mean, variance, float(eps), resolved, window, keeps=False)
+        options: dict[str, Any] = {"activation": activation, "activation_parameters": activation_parameters}
+        return batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
+    arguments = (input, partial, residual, *vectors, momentum, eps, batches, pool_size, pool_stride, pool_padding)
+    y: Tensor = _batch_norm_act_pool(*arguments, activation, *activation_parameters)
     return y
+
+
+@decided_once
+def _batch_norm_act_pool(
+    input: Tensor,
+    partial: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    batches: Tensor | None,
+    pool_size: Pair | None,
+    pool_stride: Pair | None,
+    pool_padding: Pair,
+    activation: str | None,
+    *parameters: float,
+) -> Callable[..., Tensor]:
+    """`batch_norm_act_pool2d` where it isn't batch norm alone, by its kernels or as one operation after another."""
+    resolved = resolve_activation(activation, parameters)
+    window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
+    vectors = (running_mean, running_var, weight, bias)
+    described = (input, *vectors, momentum, eps, residual, batches, resolved, window)
+    given = [input] if residual is None else [input, residual]
+    others = [vector for vector in vectors if vector is not None]
+
+    def apart(input: Tensor, _: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
+        *vectors, momentum, eps, batches = rest[:7]
+        options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
+        y = batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
+        if pool_size is None:
+            return y
+        return max_pool2d(y, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
+
+    if not takes_kernel("batch_norm_act_pool2d", *given, parameters=others, refusal=lambda: _refusal(*described)):
+        return apart
+    assert window is not None
+    operands = (input, residual, weight, bias)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+    def together(input: Tensor, partial: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
+        running_mean, running_var, weight, bias, momentum, eps, batches, *_ = rest
+        running = (running_mean, running_var, batches, float(momentum))
+        moments = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
+        if window == POINT:
+            return normalise(BatchNorm, input, residual, weight, bias, *moments, True, eps, resolved)
+        operands = (input, residual, weight, bias, *moments, float(eps), resolved, window)
+        y: Tensor
+        if differentiable:
+            y = BatchNormActPool.apply(*operands)
+        else:
+            y, *_results = _forward(*operands, keeps=False)
+        return y
+
+    return together
 
 
 def _folded(

@@ -40,7 +40,15 @@ from .pool_window import (
     update_maximum,
 )
 
-__all__ = ["conv_pool_forward", "conv_pooled_like", "conv_size", "conv_statistics", "statistics_like", "takes_single"]
+__all__ = [
+    "conv_pool_forward",
+    "conv_pooled_like",
+    "conv_size",
+    "conv_statistics",
+    "precision",
+    "statistics_like",
+    "takes_single",
+]
 
 
 @kernel
@@ -210,7 +218,7 @@ def _allows_tf32() -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """The precision of a convolution's products, as cuDNN's have it: TF32 only where it is allowed."""
     if dtype is torch.float32 and _allows_tf32():
         return "tf32"
@@ -223,7 +231,7 @@ def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: i
     pool, _ = window.fixed
     depth = weight.shape[1] * weight.shape[2] * weight.shape[3]
     plain = channels_last and groups == 1 and dilation == (1, 1)
-    return plain and _precision(x.dtype) in _PRECISIONS and depth <= _MOST_DEPTH.get(pool, 0)
+    return plain and precision(x.dtype) in _PRECISIONS and depth <= _MOST_DEPTH.get(pool, 0)
 
 
 @cache
@@ -322,9 +330,9 @@ def conv_pool_forward(
     bias = x if bias is None else bias.contiguous()
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
-    precision = _precision(x.dtype)
-    configuration = _configuration(precision, activation.row, window.fixed, partial is not None)
-    tile = _tile(window.fixed[0], activation.row, precision)
+    products = precision(x.dtype)
+    configuration = _configuration(products, activation.row, window.fixed, partial is not None)
+    tile = _tile(window.fixed[0], activation.row, products)
     keeps_pre_activation = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
         configuration,
