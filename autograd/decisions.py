@@ -3,7 +3,7 @@
 Which kernel takes a call, or PyTorch's own operator, and with which arguments, follows from the types and values of its
 arguments, and from what `fusednn.autograd.plans.guards` ask of its operands: dtype, device, shape, strides, whether
 they require gradients.  A function that is `decided_once` looks at these, and returns another one, of the same
-arguments, that computes.  It may depend on nothing else, and keeps no operand.
+arguments, that computes.  It may depend on nothing else, not on autocast's dtype either, and keeps no operand.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,14 @@ __all__ = ["decided_once", "forget_decisions"]
 
 #: The call whose decision is kept: shapes that never come back aren't worth it.
 _KEPT_CALL = 3
-_CONSTANTS = frozenset((bool, float, int, str, type(None), torch.Size))
+_CONSTANTS = frozenset((bool, float, int, str, type(None), torch.dtype))
 _DECISIONS: list[Calls] = []
 
 
 def decided_once(decide: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
     """A function of positional arguments that computes what ``decide(*arguments)(*arguments)`` does.
 
-    Everything is decided anew where somebody observes choices, or where modes, transforms, tracers or autocast have a
-    say in them.
+    Everything is decided anew where somebody observes choices, or where modes, transforms or tracers have a say.
     """
     calls = Calls()
     _DECISIONS.append(calls)
@@ -54,11 +53,7 @@ def decided_once(decide: Callable[..., Callable[..., Any]]) -> Callable[..., Any
 
 def _is_fixed(arguments: tuple[Any, ...]) -> bool:
     """Whether nothing else has a say in what is decided of these arguments."""
-    return (
-        not (is_watched() or torch._C._is_any_autocast_enabled())
-        and are_plain(arguments)
-        and all(map(_is_constant, arguments))
-    )
+    return not is_watched() and are_plain(arguments) and all(map(_is_constant, arguments))
 
 
 def _is_constant(value: object) -> bool:

@@ -73,8 +73,8 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
 
 
 def are_observed() -> bool:
-    """Whether somebody observes choices."""
-    return bool(_observers)
+    """Whether somebody observes choices, or asks for those that `torch.compile` would make."""
+    return bool(_observers) or _as_compiled
 
 
 def report_stock(operation: str, reason: Callable[[], str | None]) -> None:

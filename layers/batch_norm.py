@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation, batch_norm_act, begin_batch_norm
 from .compound import Compound
-from .twin import Twin, is_untouched
+from .twin import Twin, is_untouched, tensors_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
@@ -49,7 +49,8 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]
     """The running statistics that a forward pass uses or updates: none where the layer stopped tracking them."""
     if layer.training and not layer.track_running_stats:
         return None, None
-    return layer.running_mean, layer.running_var
+    mean, variance = tensors_of(layer, "running_mean", "running_var")
+    return mean, variance
 
 
 def forward(
@@ -65,8 +66,7 @@ def forward(
     return batch_norm_act(
         input,
         *running_statistics(layer),
-        layer.weight,
-        layer.bias,
+        *tensors_of(layer, "weight", "bias"),
         uses_batch_statistics(layer),
         momentum,
         layer.eps,
@@ -82,7 +82,7 @@ def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Ca
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    vectors = (*running_statistics(layer), layer.weight, layer.bias)
+    vectors = (*running_statistics(layer), *tensors_of(layer, "weight", "bias"))
     return begin_batch_norm(input, *vectors, momentum, layer.eps, batches=batches, partial=partial)
 
 

@@ -12,7 +12,7 @@ from ..autograd.conv_batch_norm import batch_norm_act_pool2d, conv_batch_norm_ac
 from . import batch_norm
 from .batch_norm import BatchNorm2d, count_batch, normalised, running_statistics, uses_batch_statistics, weight_of_batch
 from .conv import Conv2d, is_plain, padded, pooled
-from .twin import Layer, is_untouched
+from .twin import Layer, is_untouched, tensors_of
 
 __all__ = ["ConvBatchNormAct2d"]
 
@@ -31,8 +31,8 @@ def forward(
     What the layers change happens in their order: a batch counts once the convolution has succeeded.
     """
     input, padding = padded(conv, input)
-    operands = (input, conv.weight, conv.bias)
-    vectors = (*running_statistics(norm), norm.weight, norm.bias)
+    operands = (input, *tensors_of(conv, "weight", "bias"))
+    vectors = (*running_statistics(norm), *tensors_of(norm, "weight", "bias"))
     geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
     fused = {"residual": residual, "activation": activation, "activation_parameters": activation_parameters}
     rest: dict[str, Any] = {**fused, **pooling}

@@ -9,9 +9,20 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-__all__ = ["ALL_TWINS", "OTHER_TWINS", "TWINS", "Layer", "Twin", "is_untouched", "stock_class", "twin_class"]
+__all__ = [
+    "ALL_TWINS",
+    "OTHER_TWINS",
+    "TWINS",
+    "Layer",
+    "Twin",
+    "is_untouched",
+    "stock_class",
+    "tensors_of",
+    "twin_class",
+]
 
 #: The twin of each ``torch.nn`` class that has one.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -105,3 +116,14 @@ def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer's code is its class's, and nothing listens to it alone."""
     listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not listened and "forward" not in layer.__dict__ and "_conv_forward" not in layer.__dict__
+
+
+def tensors_of(layer: nn.Module, *names: str) -> list[Any]:
+    """Attributes of a layer that are parameters or buffers of it, as long as nobody has put others in their place."""
+    if not torch.compiler.is_compiling():
+        parameters, buffers = layer._parameters, layer._buffers
+        try:  # spares their search, which takes longer than all else that is asked of a layer
+            return [parameters[name] if name in parameters else buffers[name] for name in names]
+        except KeyError:
+            pass
+    return [getattr(layer, name) for name in names]

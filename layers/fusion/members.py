@@ -189,7 +189,8 @@ def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str 
     """
     if refusal := layer_refusal(activation, *ACTIVATIONS, *others):
         return refusal
-    return None if all(map(is_number, activation_of(activation)[1])) else "a parameter isn't a number"
+    _, parameters = activation_of(activation)
+    return None if not parameters or all(map(is_number, parameters)) else "a parameter isn't a number"
 
 
 @contextmanager

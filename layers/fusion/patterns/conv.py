@@ -11,11 +11,13 @@ from torch import Tensor, fx, nn
 
 from ....autograd import stock as F
 from ....autograd.conv import conv_act_pool2d, conv_size
+from ....autograd.decisions import decided_once
 from ....autograd.dispatch import autocast_dtype
 from ... import conv_batch_norm
 from ... import pool as _pool  # noqa: F401 (for its twins)
 from ...batch_norm import uses_batch_statistics
 from ...conv import padded
+from ...twin import tensors_of
 from ..calls import pooling_function
 from ..members import (
     ACTIVATIONS,
@@ -126,7 +128,10 @@ def _begin(
     finish = computed(lambda: conv_batch_norm.begin(conv, state_of(norm), input), conv, norm)
 
     def rest(residual: Tensor) -> Tensor:
-        return _pooled(finished(finish, residual, norm, activation, in_place, _fits(residual, input, conv)), pool)
+        return _pooled(
+            finished(finish, residual, norm, activation, in_place, _fits(residual, input, *_geometry(conv, input))),
+            pool,
+        )
 
     return rest
 
@@ -148,7 +153,7 @@ def _together(
     x, padding = padded(conv, input)
     geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
-    return conv_act_pool2d(x, conv.weight, conv.bias, *geometry, residual=residual, **options)
+    return conv_act_pool2d(x, *tensors_of(conv, "weight", "bias"), *geometry, residual=residual, **options)
 
 
 def _refusal(
@@ -163,11 +168,8 @@ def _refusal(
 ) -> str | None:
     """Why the layers are called one by one, or None; ``ends``: but for pooling there is nothing behind these."""
     ends = ends and residual is None and activation is None
-    refusal = call_refusal(input)
-    if refusal is None and input.dim() != 4 and (input.dim() != 3 or norm is not None):
-        refusal = "not a batch of images"
     refusal = (
-        refusal
+        call_refusal(input)
         or layer_refusal(conv, nn.Conv2d)
         or norm_refusal(norm, input, ends)
         or layer_refusal(identity, nn.Identity)
@@ -176,9 +178,7 @@ def _refusal(
     )
     if refusal is None and pool is not None and _window_of(pool) is None:
         refusal = "the pooling has options that aren't fused"
-    if refusal is None and residual is not None and not _fits(residual, input, conv):
-        refusal = "the residual is unlike the convolution's result"
-    return refusal
+    return refusal or _unfit(input, residual, norm is None, *_geometry(conv, input))
 
 
 def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:
@@ -195,13 +195,37 @@ def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:
     return pool.kernel_size, pool.stride, pool.padding
 
 
-def _fits(residual: Tensor, input: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
-    if isinstance(conv.padding, str):
-        return False
-    size = conv_size(input.shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+@decided_once
+def _unfit(input: Tensor, residual: Tensor | None, unbatched: bool, *geometry: Any) -> Callable[..., str | None]:
+    """Why operands aren't those of a convolution of this `_geometry`, or None."""
+    if input.dim() != 4 and (input.dim() != 3 or not unbatched):
+        return lambda *_: "not a batch of images"
+    if residual is not None and not _fits(residual, input, *geometry):
+        return lambda *_: "the residual is unlike the convolution's result"
+    return lambda *_: None
+
+
+def _geometry(conv: nn.Conv2d, input: Tensor) -> tuple[Any, ...]:
+    """What shape and dtype of a convolution's result depend on, besides those of its input."""
     dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
-    return are_alike(residual, (*input.shape[:-3], conv.out_channels, *size), dtype or input.dtype)
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.out_channels, dtype
+
+
+def _fits(
+    residual: Tensor,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    filters: int,
+    dtype: torch.dtype | None,
+) -> bool:
+    """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
+    if isinstance(padding, str):
+        return False
+    size = conv_size(input.shape, kernel_size, stride, padding, dilation)
+    return are_alike(residual, (*input.shape[:-3], filters, *size), dtype or input.dtype)
 
 
 def _pooled(y: Tensor, pool: Pooling) -> Tensor:
