@@ -345,7 +345,7 @@ def conv_statistics2d(
 ) -> tuple[Tensor, Tensor | None]:
     """`conv2d`, and the partial statistics of its channels, where a kernel makes both; else None."""
     operands = in_low_precision(input, weight, bias)
-    geometry = (stride, padding, dilation, groups)
+    geometry: Any = (stride, padding, dilation, groups)
     results: tuple[Tensor, Tensor | None] | None
     results = _statistics2d(*operands, *geometry, kernels.precision(operands[0].dtype))
     return (F.conv2d(input, weight, bias, *geometry), None) if results is None else results

@@ -243,7 +243,8 @@ def _batch_norm_act_pool(
     others = [vector for vector in vectors if vector is not None]
 
     def apart(input: Tensor, _: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
-        *vectors, momentum, eps, batches = rest[:7]
+        running_mean, running_var, weight, bias, momentum, eps, batches, *_others = rest
+        vectors = (running_mean, running_var, weight, bias)
         options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
         y = batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
         if pool_size is None:

@@ -63,10 +63,12 @@ def forward(
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
+    weight, bias = tensors_of(layer, "weight", "bias")
     return batch_norm_act(
         input,
         *running_statistics(layer),
-        *tensors_of(layer, "weight", "bias"),
+        weight,
+        bias,
         uses_batch_statistics(layer),
         momentum,
         layer.eps,
@@ -82,7 +84,8 @@ def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Ca
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    vectors = (*running_statistics(layer), *tensors_of(layer, "weight", "bias"))
+    weight, bias = tensors_of(layer, "weight", "bias")
+    vectors = (*running_statistics(layer), weight, bias)
     return begin_batch_norm(input, *vectors, momentum, layer.eps, batches=batches, partial=partial)
 
 

@@ -31,8 +31,10 @@ def forward(
     What the layers change happens in their order: a batch counts once the convolution has succeeded.
     """
     input, padding = padded(conv, input)
-    operands = (input, *tensors_of(conv, "weight", "bias"))
-    vectors = (*running_statistics(norm), *tensors_of(norm, "weight", "bias"))
+    weight, bias = tensors_of(conv, "weight", "bias")
+    operands = (input, weight, bias)
+    weight, bias = tensors_of(norm, "weight", "bias")
+    vectors = (*running_statistics(norm), weight, bias)
     geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
     fused = {"residual": residual, "activation": activation, "activation_parameters": activation_parameters}
     rest: dict[str, Any] = {**fused, **pooling}

@@ -153,7 +153,8 @@ def _together(
     x, padding = padded(conv, input)
     geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
-    return conv_act_pool2d(x, *tensors_of(conv, "weight", "bias"), *geometry, residual=residual, **options)
+    weight, bias = tensors_of(conv, "weight", "bias")
+    return conv_act_pool2d(x, weight, bias, *geometry, residual=residual, **options)
 
 
 def _refusal(
