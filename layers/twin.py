@@ -118,11 +118,11 @@ def is_untouched(layer: nn.Module) -> bool:
     return not listened and "forward" not in layer.__dict__ and "_conv_forward" not in layer.__dict__
 
 
-def tensors_of(layer: nn.Module, *names: str) -> list[Any]:
-    """Attributes of a layer that are parameters or buffers of it, as long as nobody has put others in their place."""
-    if not torch.compiler.is_compiling():
+def tensors_of(layer: Any, *names: str) -> list[Any]:
+    """Attributes of a layer, or of what stands for one, that are parameters or buffers, or were put in their place."""
+    if isinstance(layer, nn.Module) and not torch.compiler.is_compiling():
         parameters, buffers = layer._parameters, layer._buffers
-        try:  # spares their search, which takes longer than all else that is asked of a layer
+        try:  # where they are kept: the search for them would take as long as a launch
             return [parameters[name] if name in parameters else buffers[name] for name in names]
         except KeyError:
             pass

@@ -1,0 +1,211 @@
+"""Decisions that are kept: whatever changes between two calls, the second does what it would if it were the first."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusednn
+from fusednn import autograd
+from fusednn.autograd import decisions, plans
+from fusednn.autograd.dispatch import Choice, judged_as_compiled, observe_choices
+from fusednn.testing import assert_same_bits
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(autouse=True)
+def _kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "_KEPT_CALL", 1)
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The functions whose decision was found; plans' are others."""
+    found = []
+    find = decisions.Calls.find
+
+    def noted(self: plans.Calls, arguments: tuple[Any, ...]) -> Any:
+        kept = find(self, arguments)
+        if kept is not None and self in decisions._DECISIONS:
+            found.append(self)
+        return kept
+
+    monkeypatch.setattr(plans.Calls, "find", noted)
+    return found  # type: ignore[return-value]
+
+
+def images(*shape: int, **options: Any) -> Tensor:
+    return torch.linspace(-2, 2, torch.Size(shape).numel(), **options).view(shape)
+
+
+def norm(x: Tensor, **options: Any) -> Tensor:
+    channels = x.shape[1]
+    vectors = [torch.linspace(0.5, 1.5, channels, dtype=x.dtype, device=x.device) for _ in range(4)]
+    given = {"training": True, "activation": "leaky_relu", **options}
+    return autograd.batch_norm_act(x, *vectors, **given)
+
+
+def conv(x: Tensor, **options: Any) -> Tensor:
+    weight = images(4, x.shape[-3], 3, 3, dtype=x.dtype).to(x.device)
+    given = {"activation": "leaky_relu", "pool_size": 2, **options}
+    return autograd.conv_act_pool2d(x, weight, **given)
+
+
+def conv_norm(x: Tensor, **options: Any) -> Tensor:
+    weight = images(4, x.shape[1], 3, 3, dtype=x.dtype).to(x.device)
+    vectors = [torch.linspace(0.5, 1.5, 4, dtype=x.dtype, device=x.device) for _ in range(4)]
+    given = {"training": True, "pool_size": 2, **options}
+    return autograd.conv_batch_norm_act2d(x, weight, None, *vectors, **given)
+
+
+X = images(2, 3, 6, 6)
+CHANGES: list[tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = [
+    *((function, images(*shape), {}) for function in (norm, conv, conv_norm) for shape in ((2, 3, 8, 6), (1, 3, 6, 6))),
+    *((function, X.double(), {}) for function in (norm, conv, conv_norm)),
+    *((function, X.to(memory_format=torch.channels_last), {}) for function in (norm, conv, conv_norm)),
+    *((function, X.clone().requires_grad_(), {}) for function in (norm, conv, conv_norm)),
+    *((function, X.to(torch.int64), {}) for function in (norm,)),  # stock's, which raises
+    *((norm, X, {"activation_parameters": (slope,)}) for slope in (0.5, 0.0, -0.0, 1, True, float("nan"))),
+    *((norm, X, change) for change in ({"activation": "relu"}, {"activation": None}, {"training": False})),
+    *((norm, X, change) for change in ({"eps": 1.0}, {"eps": -1.0}, {"momentum": 1}, {"momentum": 1.0})),
+    *((norm, X, change) for change in ({"residual": X}, {"residual": X[:1]}, {"batches": torch.tensor(3)})),
+    *((conv, X, {"pool_size": size}) for size in (None, 3, (2, 3), [2, 2], 1, 0)),
+    *((conv, X, change) for change in ({"padding": 1}, {"padding": "same"}, {"stride": 2}, {"groups": 2})),
+    *((conv, X, change) for change in ({"pool_stride": 1}, {"pool_padding": 1}, {"residual": images(2, 4, 4, 4)})),
+    (conv, X[0], {}),
+    *((conv_norm, X, change) for change in ({"pool_size": None}, {"pool_size": 3}, {"momentum": 0.5}, {"eps": 1.0})),
+]
+
+
+def outcome(function: Callable[..., Tensor], x: Tensor, options: dict[str, Any]) -> Any:
+    """Value, and gradient if there is one, or the error."""
+    try:
+        y = function(x, **options)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error)
+    gradient = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else None
+    return y.detach(), gradient
+
+
+@pytest.mark.parametrize(("function", "x", "options"), CHANGES)
+def test_whatever_changes(function: Callable[..., Tensor], x: Tensor, options: dict[str, Any], device: str) -> None:
+    """There and back: shape, dtype, memory format, gradients, options, values that are equal and mean another thing."""
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    calls = [(X.to(device), {}), (x.detach().to(device).requires_grad_(x.requires_grad), moved)]
+    for operand, given in calls * 2:
+        found = outcome(function, operand, given)
+        with observe_choices(lambda choice: None):
+            expected = outcome(function, operand, given)
+        if isinstance(expected, str):
+            assert found == expected
+            continue
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_same_bits(one, other)
+                assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("function", [norm, conv, conv_norm])
+def test_found_where_nothing_changed(function: Callable[..., Tensor], device: str, followed: list[str]) -> None:
+    x = X.to(device)
+    function(x)
+    followed.clear()
+    function(-x)
+    assert followed
+
+
+def test_modes_of_gradients(device: str) -> None:
+    """A decision for gradients is none without them, and the other way round."""
+    x = X.to(device).requires_grad_()
+    for enabled in (True, False) * 2:
+        with torch.set_grad_enabled(enabled):
+            for function in (norm, conv, conv_norm):
+                assert function(x).requires_grad == enabled
+        with torch.inference_mode(not enabled):
+            assert norm(X.to(device)).is_inference() != enabled
+
+
+def test_autocast_has_its_say(device: str) -> None:
+    """Each dtype of autocast, one after the other."""
+    x = X.to(device)
+    kind = torch.device(device).type
+    for dtype in (None, torch.bfloat16, torch.float16) * 2:
+        with torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            assert conv(x).dtype == (dtype or torch.float32)
+            assert norm(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("function", [norm, conv, conv_norm])
+def test_observers_hear_of_kept_decisions(function: Callable[..., Tensor], device: str) -> None:
+    x = X.to(device)
+    heard: list[list[Choice]] = []
+    for _ in range(3):
+        function(x)
+        heard.append([])
+        with observe_choices(heard[-1].append):
+            function(x)
+    assert heard[0] == heard[1] == heard[2]
+    assert heard[0]
+
+
+def test_the_compilers_choices_are_others(device: str) -> None:
+    x = X.to(device)
+    norm(x)
+    heard: list[Choice] = []
+    with judged_as_compiled():
+        norm(x)
+        with observe_choices(heard.append):
+            norm(x)
+    assert not heard[0].kernel
+    heard.clear()
+    norm(x)
+    with observe_choices(heard.append):
+        norm(x)
+    assert heard[0].kernel
+
+
+@pytest.mark.parametrize("function", [norm, conv, conv_norm])
+def test_no_operand_is_kept(function: Callable[..., Tensor], device: str) -> None:
+    x = X.to(device).clone().requires_grad_()
+    function(x)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_tensors_that_took_a_parameters_place(device: str) -> None:
+    """A parameter is read anew in each call, wherever it is."""
+    layer = fusednn.layers.BatchNormAct2d(3).to(device)
+    x = X.to(device)
+    y = layer(x).detach()
+    with torch.no_grad():
+        layer.bn.weight.mul_(2)
+    assert_same_bits(layer(x).detach(), 2 * y)
+    layer.bn.weight = nn.Parameter(torch.ones(3, device=device))
+    assert_same_bits(layer(x).detach(), y)
+    del layer.bn.weight
+    layer.bn.weight = torch.full((3,), 2.0, device=device)
+    assert_same_bits(layer(x), 2 * y)
+    called = torch.func.functional_call(layer.bn, {"bias": torch.ones(3, device=device)}, (x,))
+    assert called.min() < 0
+
+
+def test_memory_is_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_MOST", 4)
+    own = plans.Calls()
+    for n in range(30):
+        arguments = (torch.ones(n, device=device),)
+        own.count(arguments)
+        own.keep(arguments, plans.guards(arguments), n)
+        assert own.find(arguments) == n
+        (form,) = own._forms.values()
+        assert len(form.kept) <= len(form.counts) <= 5
