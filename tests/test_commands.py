@@ -13,7 +13,7 @@ import torch
 import fusednn
 from fusednn import kernels
 from fusednn.__main__ import main
-from fusednn.commands import check
+from fusednn.commands import check, check_words, self_test
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +109,27 @@ def test_check_reports_problems(
         assert [one["problems"] for one in json.loads(text)["compiled"]] == [[], ["spills", "too slow"]]
     else:
         assert "spills; too slow" in text
-        assert text.endswith("1 of 2 pass\n")
+        assert "1 of 2 pass\n" in text
+        assert "1 of the kernels' configurations compile for sm_90" in text
+        assert "1 of 2 kernels' configurations, which FAIL" in text
+        assert "what kernels compute (it was left out: --no-self-test)" in text
+
+
+def test_check_says_what_it_proved() -> None:
+    def result(*problems: str) -> self_test.Result:
+        return self_test.Result("pool", "MaxPool2d", "float32", 0.1, 0.1, problems)
+
+    words = check_words.conclusion([], [result(), result()], "in Triton's interpreter", "pool", False)
+    proved, _, left = words.partition("Not proved here:")
+    assert "of 1 of our layers, functions and optimizers, in 1 dtypes" in proved
+    assert "computes with NumPy" in left
+    assert "other families than pool" in left
+    assert "--no-compile" in left
+    on_gpu = check_words.conclusion([outcome_with()], [result()], "on the GPU", None, True)
+    assert "other GPUs than this one" in on_gpu
+    assert "captured in graphs" not in on_gpu
+    assert "nothing" in check_words.conclusion([], [result("wrong")], "on the GPU", None, True)
+    assert {self_test.where()} <= set(check_words._OPEN)
 
 
 @pytest.mark.compiles

@@ -15,6 +15,7 @@ from itertools import product
 from .. import kernels
 from ..layers.table import format_table
 from . import self_test
+from .check_words import conclusion
 
 __all__ = ["Outcome", "add_arguments", "run"]
 
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         facts = {"compiled": [vars(one) for one in outcomes], "tested": [vars(one) for one in results]}
         print(json.dumps(facts, indent=2))
+    else:
+        print(conclusion(outcomes, results, self_test.where(), arguments.family, arguments.variants))
     return 0 if _passed(outcomes) == len(outcomes) and _passed(results) == len(results) else 1
 
 
