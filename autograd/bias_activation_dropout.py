@@ -15,6 +15,7 @@ from ..kernels.functions.activation import ACTIVATIONS, PRELU, Activated, activa
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .anchors import anchors_of
+from .decisions import decided_once
 from .dispatch import autocast_dtype, takes_kernel
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
@@ -264,17 +265,16 @@ def bias_activation_dropout(
     for an unknown activation or too many parameters, and stock's errors.  Source: Srivastava et al., "Dropout: A Simple
     Way to Prevent Neural Networks from Overfitting" (JMLR 2014).
     """
-    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
     if isinstance(input, Tensor) and autocast_dtype(input):
         bias, slopes = (None if one is None else one.to(input.dtype) for one in (bias, slopes))
-    operands = [operand for operand in (input, bias, residual, slopes) if operand is not None]
-    described = (input, bias, residual, slopes, p, resolved, training, dim, of_channels)
-    last = isinstance(input, Tensor) and dim in (-1, input.dim() - 1)
-    if not takes_kernel(_name(p, training, last), *operands, refusal=lambda: _refusal(*described)):
-        drop = _CHANNELS.get(input.dim(), F.dropout2d) if of_channels else F.dropout
-        y: Tensor = drop(_activated(_biased(input, bias, dim), resolved, slopes), p, training)
-        return y if residual is None else y + residual
-    return _apply(input, bias, residual, slopes, _chain(input, resolved, p, training, dim, of_channels), added=False)
+    operands = (input, bias, residual, slopes)
+    y: Tensor | None = _by_kernels(*operands, p, training, dim, of_channels, False, activation, *parameters)
+    if y is not None:
+        return y
+    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
+    drop = _CHANNELS.get(input.dim(), F.dropout2d) if of_channels else F.dropout
+    y = drop(_activated(_biased(input, bias, dim), resolved, slopes), p, training)
+    return y if residual is None else y + residual
 
 
 #: Stock's dropout of channels by the number of dimensions.
@@ -300,21 +300,61 @@ def linear_activation_dropout(
     if bias is None:
         product = F.linear(input, weight)
         return bias_activation_dropout(product, None, None, p, activation, parameters, training, slopes=slopes)
-    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
     product = F.linear(input, weight, bias.detach())
     addend = bias
     if autocast_dtype(input):
         addend, slopes = bias.to(product.dtype), None if slopes is None else slopes.to(product.dtype)
-    operands = [product, addend] if slopes is None else [product, addend, slopes]
-    described = (product, addend, None, slopes, p, resolved, training, -1, False)
-    if not takes_kernel(_name(p, training, True), *operands, refusal=lambda: _refusal(*described)):
-        return F.dropout(_activated(F.linear(input, weight, bias), resolved, slopes), p, training)
-    return _apply(product, addend, None, slopes, _chain(product, resolved, p, training, -1, False), added=True)
+    options = (p, training, -1, False, True, activation, *parameters)
+    y: Tensor | None = _by_kernels(product, addend, None, slopes, *options)
+    if y is not None:
+        return y
+    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
+    return F.dropout(_activated(F.linear(input, weight, bias), resolved, slopes), p, training)
 
 
-def _chain(input: Tensor, activation: Activated, p: float, training: bool, dim: int, of_channels: bool) -> Chain:
+@decided_once
+def _by_kernels(
+    input: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slopes: Tensor | None,
+    p: float,
+    training: bool,
+    dim: int,
+    of_channels: bool,
+    added: bool,
+    activation: str | None,
+    *parameters: float,
+) -> Callable[..., Tensor | None]:
+    """`bias_activation_dropout` by its kernels, or None; ``added`` as of `BiasActivationDropout`."""
+    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
+    operands = [operand for operand in (input, bias, residual, slopes) if operand is not None]
+    described = (input, bias, residual, slopes, p, resolved, training, dim, of_channels)
+    last = isinstance(input, Tensor) and dim in (-1, input.dim() - 1)
+    if not takes_kernel(_name(p, training, last), *operands, refusal=lambda: _refusal(*described)):
+        return lambda *_: None
     p = float(p) if training else 0.0
-    return Chain(activation, p, dim % input.dim(), of_channels and p > 0)
+    chain = Chain(resolved, p, dim % input.dim(), of_channels and p > 0)
+    anchored = resolved.saves == "mask"
+    differentiable = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+
+    def compute(
+        seed: Tensor | None, input: Tensor, bias: Tensor | None, residual: Tensor | None, slopes: Tensor | None
+    ) -> Tensor:
+        y: Tensor
+        if differentiable:
+            anchors = anchors_of(input, bias) if anchored else ()
+            y = BiasActivationDropout.apply(input, bias, residual, slopes, seed, chain, added, anchors)
+        else:
+            y, _mask = _forward(input, None if added else bias, residual, seed, slopes, *chain.arguments, False)
+        return y
+
+    def apply(input: Tensor, bias: Tensor | None, residual: Tensor | None, slopes: Tensor | None, *_: object) -> Tensor:
+        if chain.p == 0:
+            return compute(None, input, bias, residual, slopes)
+        return with_seed(input.device, lambda seed: compute(seed, input, bias, residual, slopes))
+
+    return apply
 
 
 def _name(p: object, training: object, last: bool) -> str:
@@ -322,30 +362,6 @@ def _name(p: object, training: object, last: bool) -> str:
     if not (training and p):
         return "bias_activation"
     return "bias_activation_dropout" if last else "channel_bias_activation_dropout"
-
-
-def _apply(
-    input: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slopes: Tensor | None,
-    chain: Chain,
-    *,
-    added: bool,
-) -> Tensor:
-    """The operation, by its kernels; ``added`` as of `BiasActivationDropout`."""
-    operands = [operand for operand in (input, bias, residual, slopes) if operand is not None]
-
-    def compute(seed: Tensor | None) -> Tensor:
-        y: Tensor
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            anchors = anchors_of(input, bias) if chain.activation.saves == "mask" else ()
-            y = BiasActivationDropout.apply(input, bias, residual, slopes, seed, chain, added, anchors)
-        else:
-            y, _ = _forward(input, None if added else bias, residual, seed, slopes, *chain.arguments, False)
-        return y
-
-    return with_seed(input.device, compute) if chain.p > 0 else compute(None)
 
 
 def _refusal(

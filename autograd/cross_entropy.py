@@ -3,7 +3,7 @@
 Saves the logits, which their layer keeps anyway, and the log-sum-exp of each line, never probabilities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..kernels import cross_entropy as kernels
 from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.cross_entropy import Reduction
 from . import stock as F
+from .decisions import decided_once
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, takes_kernel
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
@@ -177,14 +178,11 @@ def cross_entropy(
     low = isinstance(x, Tensor) and autocast_dtype(x) is not None and x.dtype in AUTOCAST_TYPES
     if low and isinstance(q, Tensor) and q.dtype in AUTOCAST_TYPES and q.dtype != x.dtype:
         x, q = x.float(), q.float()
-    described = (q, weight, name, ignore_index, label_smoothing)
-    if not takes_kernel("cross_entropy", x, refusal=lambda: refusal_of(x.shape, x, *described)):
+    # Autocast computes the loss in float32, from logits as they are.
+    loss: Tensor | None = _cross_entropy(x, q, weight, name, ignore_index, label_smoothing, low)
+    if loss is None:
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     warn_of_deprecated(size_average, reduce)
-    # Autocast computes the loss in float32, from logits as they are.
-    dtype = torch.float32 if low else x.dtype
-    arguments = (x, q, weight, name, ignore_index, float(label_smoothing), dtype)
-    loss: Tensor = CrossEntropy.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
     return loss
 
 
@@ -192,12 +190,38 @@ def cross_entropy_in_float32(
     input: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
     """cross_entropy(input.float(), target), without the copy: logits of 16 bits are widened in registers."""
-    described = (target, None, reduction, ignore_index, 0.0)
-    if not takes_kernel("cross_entropy", input, refusal=lambda: refusal_of(input.shape, input, *described)):
+    loss: Tensor | None = _cross_entropy(input, target, None, reduction, ignore_index, 0.0, True)
+    if loss is None:
         return F.cross_entropy(input.float(), target, ignore_index=ignore_index, reduction=reduction)
-    arguments = (input, target, None, reduction, ignore_index, 0.0, torch.float32)
-    loss: Tensor = CrossEntropy.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
     return loss
+
+
+@decided_once
+def _cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    smoothing: float,
+    single: bool,
+) -> Callable[..., Tensor | None]:
+    """The loss by its kernels, in float32 where ``single``, or None."""
+    described = (target, weight, reduction, ignore_index, smoothing)
+    if not takes_kernel("cross_entropy", x, refusal=lambda: refusal_of(x.shape, x, *described)):
+        return lambda *_: None
+    options = (reduction, ignore_index, float(smoothing), torch.float32 if single else x.dtype)
+    differentiable = torch.is_grad_enabled()
+
+    def compute(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> Tensor:
+        loss: Tensor = (
+            CrossEntropy.apply(x, target, weight, *options)
+            if differentiable
+            else _forward(x, target, weight, *options)[0]
+        )
+        return loss
+
+    return compute
 
 
 def refusal_of(

@@ -24,6 +24,7 @@ from ..kernels.pool_window import (
 from . import stock as F
 from .activation import differentiable_gradient
 from .anchors import anchors_of
+from .decisions import decided_once
 from .dispatch import is_integer, takes_kernel
 from .operators import given, operator
 from .recompute import needs
@@ -340,22 +341,21 @@ def window_refusal(window: Window, height: int, width: int, *, masked: bool = Fa
     return None
 
 
+@decided_once
 def _max_pool(
-    dims: int,
     input: Tensor,
+    dims: int,
     kernel_size: Pair,
     stride: Pair | None,
     padding: Pair,
     dilation: Pair,
     ceil_mode: bool,
     return_indices: bool,
-) -> tuple[Tensor, Tensor] | None:
+) -> Callable[..., tuple[Tensor, Tensor] | None]:
     """Maxima and their indices (empty unless asked for), or None where the stock operator has to be taken."""
-    window: Window | None = None
+    window = window_of(dims, kernel_size, stride, padding, dilation, ceil_mode)
 
     def refusal() -> str | None:
-        nonlocal window
-        window = window_of(dims, kernel_size, stride, padding, dilation, ceil_mode)
         if input.dim() not in (dims + 1, dims + 2):
             return "not a batch of images"
         if window is None or type(return_indices) is not bool:
@@ -364,23 +364,27 @@ def _max_pool(
         return window_refusal(window, height, width) if input.numel() else None
 
     if not takes_kernel(f"max_pool{dims}d", input, refusal=refusal):
-        return None
+        return lambda *_: None
     assert window is not None
     unbatched = input.dim() == dims + 1
-    x = input.unsqueeze(0) if unbatched else input
-    x, channels_last = images(x.unsqueeze(2) if dims == 1 else x)
+    differentiable = torch.is_grad_enabled() and input.requires_grad
     # A view that was made without gradients couldn't be changed with them.
-    squeeze = Tensor.squeeze_
-    if torch.is_grad_enabled() and input.requires_grad:
-        squeeze = Tensor.squeeze
-        y, indices = MaxPool.apply(x, channels_last, window, return_indices, anchors_of(x))
-    else:
-        y, _, _, indices = _pool(x, window, False, return_indices)
-    if dims == 1:
-        y, indices = squeeze(y, 2), indices.squeeze(2) if return_indices else indices
-    if unbatched:
-        y, indices = squeeze(y, 0), indices.squeeze(0) if return_indices else indices
-    return y, indices
+    squeeze = Tensor.squeeze if differentiable else Tensor.squeeze_
+
+    def pooled(input: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        x = input.unsqueeze(0) if unbatched else input
+        x, channels_last = images(x.unsqueeze(2) if dims == 1 else x)
+        if differentiable:
+            y, indices = MaxPool.apply(x, channels_last, window, return_indices, anchors_of(x))
+        else:
+            y, _code, _pre_activation, indices = _pool(x, window, False, return_indices)
+        if dims == 1:
+            y, indices = squeeze(y, 2), indices.squeeze(2) if return_indices else indices
+        if unbatched:
+            y, indices = squeeze(y, 0), indices.squeeze(0) if return_indices else indices
+        return y, indices
+
+    return pooled
 
 
 def max_pool1d(
@@ -398,7 +402,7 @@ def max_pool1d(
     for each window; windows of more than 256 positions take the stock operator.
     """
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results = _max_pool(1, *arguments)
+    results = _max_pool(input, 1, *arguments[1:])
     if results is None:
         return F.max_pool1d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]
@@ -419,7 +423,7 @@ def max_pool2d(
     H x W.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
     """
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results = _max_pool(2, *arguments)
+    results = _max_pool(input, 2, *arguments[1:])
     if results is None:
         return F.max_pool2d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from ..kernels.base.multi_tensor import FlatOperands, Words
 from .options import wants
 from .recipe import Group, Recipe, with_gradients
 from .refusals import numbers_refusal
-from .sharding import PLAIN_TYPES
 
 __all__ = ["Known", "KnownGroup", "KnownState"]
 
@@ -26,41 +26,35 @@ def _same_objects(these: Sequence[Any], those: Sequence[Any]) -> bool:
 class Known:
     """Tensors and where they lie; gradients alone may be others, and elsewhere, if they are like those that were.
 
-    This runs in every step over every tensor, hence list by list, and asks no more than can change of a tensor that
+    This runs in every step over every tensor, hence list by list and in C++, by the guards of PyTorch's compiler: they
+    ask for type, dtype, device, shape, strides and what else an operator is chosen by.  All may change of a tensor that
     stays the same object: an in-place transposition changes strides, pruning through ``.data`` shapes, a move of the
     module addresses.
     """
 
     def __init__(self, gradients: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self._tensors = others
-        self._places = _places(others)
-        self._gradients = _likeness(gradients)
+        self._addresses = _addresses(others)
+        self._are_alike, self._gradients_are_alike = _guards(others), _guards(gradients)
 
     def are_in_place(self) -> bool:
         """Whether parameters and state lie where they lay, and as they did."""
-        return _places(self._tensors) == self._places
+        return self._are_alike(*self._tensors) and _addresses(self._tensors) == self._addresses
 
     def addresses(self, gradients: Sequence[Any]) -> Words | None:
         """The addresses of gradients, or None where one of them isn't like the one before it."""
-        if not PLAIN_TYPES.issuperset(map(type, gradients)) or _likeness(gradients) != self._gradients:
-            return None
-        return FlatOperands.row(gradients)
+        return FlatOperands.row(gradients) if self._gradients_are_alike(*gradients) else None
 
 
-def _places(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    return [list(map(Tensor.data_ptr, tensors)), list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors))]
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
-def _likeness(gradients: Sequence[Any]) -> list[list[Any]]:
-    """What a kernel asks of gradients beside their addresses: their shape is their parameter's."""
-    layouts = [gradient.layout for gradient in gradients]
-    if any(layout is not torch.strided for layout in layouts):
-        return [layouts]
-    return [
-        [gradient.dtype for gradient in gradients],
-        list(map(Tensor.stride, gradients)),
-        list(map(Tensor.is_neg, gradients)),
-    ]
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether tensors are like these, which are all different ones."""
+    found: Callable[..., bool]
+    found = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return found
 
 
 class KnownGroup:
@@ -105,4 +99,4 @@ class KnownState:
 
 def _objects(state: Mapping[Any, dict[str, Any]]) -> tuple[list[Any], list[Any], list[Any]]:
     own = list(state.values())
-    return list(state), own, [value for values in own for value in values.values()]
+    return list(state), own, list(chain.from_iterable(map(dict.values, own)))
