@@ -402,7 +402,7 @@ def max_pool1d(
     for each window; windows of more than 256 positions take the stock operator.
     """
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results = _max_pool(input, 1, *arguments[1:])
+    results: tuple[Tensor, Tensor] | None = _max_pool(input, 1, *arguments[1:])
     if results is None:
         return F.max_pool1d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]
@@ -423,7 +423,7 @@ def max_pool2d(
     H x W.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
     """
     arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results = _max_pool(input, 2, *arguments[1:])
+    results: tuple[Tensor, Tensor] | None = _max_pool(input, 2, *arguments[1:])
     if results is None:
         return F.max_pool2d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]

@@ -65,6 +65,22 @@ def conv_norm(x: Tensor, **options: Any) -> Tensor:
     return autograd.conv_batch_norm_act2d(x, weight, None, *vectors, **given)
 
 
+def pool(x: Tensor, kernel_size: Any = 2, **options: Any) -> Tensor:
+    y: Any = autograd.max_pool2d(x, kernel_size, **options)
+    return y if isinstance(y, Tensor) else y[0] + y[1]
+
+
+def dropped(x: Tensor, **options: Any) -> Tensor:
+    torch.manual_seed(1)
+    return autograd.bias_activation_dropout(x, **options)
+
+
+def loss(x: Tensor, **options: Any) -> Tensor:
+    classes = torch.arange(x.shape[2] * x.shape[3], device=x.device).view(1, *x.shape[2:]) % x.shape[1]
+    given = {"target": classes.expand(x.shape[0], -1, -1), "weight": None, **options}
+    return autograd.cross_entropy(x, **given)
+
+
 X = images(2, 3, 6, 6)
 CHANGES: list[tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = [
     *((function, images(*shape), {}) for function in (norm, conv, conv_norm) for shape in ((2, 3, 8, 6), (1, 3, 6, 6))),
@@ -80,6 +96,15 @@ CHANGES: list[tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = [
     *((conv, X, change) for change in ({"padding": 1}, {"padding": "same"}, {"stride": 2}, {"groups": 2})),
     *((conv, X, change) for change in ({"pool_stride": 1}, {"pool_padding": 1}, {"residual": images(2, 4, 4, 4)})),
     (conv, X[0], {}),
+    *((function, x, {}) for function in (pool, dropped, loss) for x in (X.double(), X[:1], X.clone().requires_grad_())),
+    *((pool, X, change) for change in ({"kernel_size": 3}, {"kernel_size": [2, 2]}, {"kernel_size": 0}, {"stride": 1})),
+    *((pool, X, change) for change in ({"return_indices": True}, {"ceil_mode": True}, {"ceil_mode": 1})),
+    *((dropped, X, change) for change in ({"p": 0.25}, {"p": 0}, {"p": 2.0}, {"training": False}, {"dim": 1})),
+    *((dropped, X, change) for change in ({"activation": None}, {"activation": "gelu"}, {"activation": "none"})),
+    *((dropped, X, change) for change in ({"bias": X[0, 0, 0]}, {"residual": X}, {"slopes": X[0, 0, 0, :1]})),
+    *((loss, X, change) for change in ({"reduction": "none"}, {"reduction": "sum"}, {"reduction": "product"})),
+    *((loss, X, change) for change in ({"label_smoothing": 0.5}, {"ignore_index": 1}, {"weight": X[0, 0, 0, 3:]})),
+    *((loss, X, change) for change in ({"size_average": False}, {"target": X.softmax(1)}, {"target": X[:, 0]})),
     *((conv_norm, X, change) for change in ({"pool_size": None}, {"pool_size": 3}, {"momentum": 0.5}, {"eps": 1.0})),
 ]
 
@@ -113,7 +138,7 @@ def test_whatever_changes(function: Callable[..., Tensor], x: Tensor, options: d
                 assert one.stride() == other.stride()
 
 
-@pytest.mark.parametrize("function", [norm, conv, conv_norm])
+@pytest.mark.parametrize("function", [norm, conv, conv_norm, pool, dropped, loss])
 def test_found_where_nothing_changed(function: Callable[..., Tensor], device: str, followed: list[str]) -> None:
     x = X.to(device)
     function(x)
@@ -143,7 +168,7 @@ def test_autocast_has_its_say(device: str) -> None:
             assert norm(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("function", [norm, conv, conv_norm])
+@pytest.mark.parametrize("function", [norm, conv, conv_norm, pool, dropped, loss])
 def test_observers_hear_of_kept_decisions(function: Callable[..., Tensor], device: str) -> None:
     x = X.to(device)
     heard: list[list[Choice]] = []
@@ -172,7 +197,7 @@ def test_the_compilers_choices_are_others(device: str) -> None:
     assert heard[0].kernel
 
 
-@pytest.mark.parametrize("function", [norm, conv, conv_norm])
+@pytest.mark.parametrize("function", [norm, conv, conv_norm, pool, dropped, loss])
 def test_no_operand_is_kept(function: Callable[..., Tensor], device: str) -> None:
     x = X.to(device).clone().requires_grad_()
     function(x)
