@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusednn import optim
+import fusednn
+from fusednn import kernels, optim
 from fusednn.kernels.base.launch import launch
 from fusednn.optim import launches
 from fusednn.testing import broken, check_against_stock, checked_bounds, poisoned_memory, random_tensor
@@ -167,3 +169,61 @@ def test_compile_check_refuses_interpreted_functions() -> None:
 
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_configuration(broken.relu_configuration("no fault"), "sm_90")
+
+
+# --- Launches that aren't made ----------------------------------------------------------------------------------------
+
+
+def _training() -> Callable[[], Tensor]:
+    """Steps of a small network, fused, with its optimizer and loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(8 * 49, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 10)),
+    )
+    fusednn.replace_layers(model, fuse=True)
+    optimizer = optim.AdamW(model.parameters())
+    loss_function = fusednn.layers.CrossEntropyLoss()
+    x, target = torch.randn(8, 3, 16, 16), torch.arange(8)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_function(model(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _counted(meter: Callable[[], Any]) -> Any:
+    step = _training()
+    with meter() as traffic:
+        step()
+        traffic.clear()
+        step()
+    return traffic
+
+
+@pytest.mark.interpreter
+def test_launches_that_are_not_made_are_those_that_are() -> None:
+    from fusednn.instruments.launches import count_launches
+    from fusednn.instruments.traffic import measure_traffic
+
+    made, not_made = _counted(measure_traffic), _counted(count_launches)
+    assert [one.kernel for one in not_made.kernel_launches] == [one.kernel for one in made.kernel_launches]
+    assert [one.name for one in not_made.operations] == [one.name for one in made.operations]
+    assert not_made.bytes == pytest.approx(made.bytes, rel=0.01)
+
+
+@pytest.mark.stock
+@pytest.mark.skipif(not kernels.AVAILABLE, reason="Triton is not installed")
+def test_launches_are_counted_where_kernels_do_not_run() -> None:
+    from fusednn.instruments.launches import count_launches
+
+    step = _training()
+    first, *_ = [step() for _ in range(4)]  # what is remembered of stock's path isn't asked
+    traffic = _counted(count_launches)
+    assert traffic.launches == 11
+    assert torch.equal(_training()(), first)  # stock's path, as before
+    assert step().isfinite()

@@ -66,7 +66,9 @@ def compare(
         progress("memory")
         copies, reports = contestants(model, task, ("stock", "replaced", "fused"))
         memory = {name: kept_by_layer(one, device) for name, one in copies.items()}
-        counted = {name: count for name, one in copies.items() if (count := traffic(one)) is not None}
+        spare, _ = contestants(model, task, tuple(copies))
+        counted = {name: count for name, one in spare.items() if (count := traffic(one)) is not None}
+        del spare
         times = {}
         if timed_steps:
             if compiled:

@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from .. import kernels
 from ..autograd.recompute import only_watches
+from ..benchmark.counting import operators_of_cuda
+from ..instruments.launches import count_launches
+from ..instruments.traffic import measure_traffic
 from ..layers.fusion.members import observe_modules
 from .contestants import Contestant
 
@@ -92,12 +95,21 @@ def _peak(contestant: Contestant, device: torch.device) -> int | None:
 
 
 def traffic(contestant: Contestant) -> Traffic | None:
-    """None where kernels don't run in Triton's interpreter, which counts."""
-    if not kernels.INTERPRETING:
-        return None
-    from ..instruments.traffic import measure_traffic
+    """Counted in Triton's interpreter, or from launches' operands; None where Triton isn't installed.
 
-    contestant.step(3)
-    with measure_traffic() as counted:
-        contestant.step(4)
+    Off a GPU the copy is of no use afterwards: without the interpreter kernels aren't run, and leave parameters as
+    memory comes.  Where the model can't go on with such numbers, there is no count, either.
+    """
+    if not kernels.AVAILABLE:
+        return None
+    meter = measure_traffic if kernels.INTERPRETING else count_launches
+    try:
+        with operators_of_cuda(), meter() as counted:
+            contestant.step(3)
+            counted.clear()
+            contestant.step(4)
+    except Exception:
+        if kernels.INTERPRETING:
+            raise
+        return None
     return Traffic(counted.bytes + counted.aten_bytes, counted.launches + counted.aten_operations)

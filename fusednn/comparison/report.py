@@ -129,7 +129,7 @@ class Comparison:
             peak = _size(memory.peak) if memory.peak is not None else ""
             rows.append((name, _size(memory.kept), ratio, peak, *counted, most))
         head = ("copy", "kept", "of stock's", "peak", "bytes a step", "launches", "most kept by")
-        note = "" if self.traffic else " Bytes and launches are counted where TRITON_INTERPRET=1 is set."
+        note = " Bytes and launches of a step are a GPU's: each operand of a launch once." if self.traffic else ""
         return f"Memory kept for the backward pass, beside parameters and batch.{note}\n{format_table(head, rows)}"
 
     def _layers(self) -> str:

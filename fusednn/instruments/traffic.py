@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels import AVAILABLE
 
-__all__ = ["Launch", "Operation", "Traffic", "measure_traffic"]
+__all__ = ["Launch", "Operation", "OperatorCounter", "Traffic", "measure_traffic", "touched_bytes"]
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # in-place operators that don't read what they write
@@ -69,6 +69,11 @@ class Traffic:
     kernel_launches: list[Launch] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Begin again."""
+        self.kernel_launches.clear()
+        self.operations.clear()
+
     @property
     def launches(self) -> int:
         return len(self.kernel_launches)
@@ -101,7 +106,7 @@ def measure_traffic() -> Iterator[Traffic]:
     Kernels are only seen in the interpreter (``TRITON_INTERPRET=1``), ATen operators anywhere.
     """
     traffic = Traffic()
-    operators = _OperatorCounter(traffic)
+    operators = OperatorCounter(traffic)
     if not AVAILABLE:
         with operators:
             yield traffic
@@ -157,7 +162,9 @@ def _distinct(pointers: Any, mask: Any) -> Any:
     return np.unique(np.asarray(pointers)[np.asarray(mask, dtype=bool)])
 
 
-class _OperatorCounter(TorchDispatchMode):
+class OperatorCounter(TorchDispatchMode):
+    """Adds the ATen operators that it sees to what was counted."""
+
     takes_kernels = True  # for fusednn.autograd.dispatch
 
     def __init__(self, traffic: Traffic) -> None:
@@ -209,11 +216,11 @@ def _count(name: str, args: Any, kwargs: Any, written: list[Tensor]) -> Operatio
         inputs = [operand for operand in inputs if operand is not x]
         extra = 0 if name.endswith("backward") else target.numel() * x.itemsize
     if name in _TWICE and args[_TRAINING[name]]:
-        extra = sum(_touched_bytes(args[place]) for place in _TWICE[name])
-    return Operation(name, extra + sum(map(_touched_bytes, inputs)), sum(map(_touched_bytes, written)))
+        extra = sum(touched_bytes(args[place]) for place in _TWICE[name])
+    return Operation(name, extra + sum(map(touched_bytes, inputs)), sum(map(touched_bytes, written)))
 
 
-def _touched_bytes(tensor: Tensor) -> int:
+def touched_bytes(tensor: Tensor) -> int:
     """Bytes of the tensor's distinct elements: an expanded dimension repeats the same ones."""
     sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
     return int(np.prod(sizes, dtype=np.int64)) * tensor.itemsize
