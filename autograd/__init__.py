@@ -33,7 +33,7 @@ from .conv_batch_norm import conv_batch_norm_act2d
 from .cross_entropy import cross_entropy
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
-from .gated import gated, gated_halves, glu
+from .gated import gated, gated_channels, gated_halves, glu
 from .linear_cross_entropy import linear_cross_entropy
 from .maxout import maxout, maxout_conv2d, maxout_linear
 from .nll_loss import nll_loss
@@ -75,6 +75,7 @@ __all__ = [
     "elu",
     "feature_alpha_dropout",
     "gated",
+    "gated_channels",
     "gated_halves",
     "gelu",
     "glu",

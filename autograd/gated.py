@@ -1,7 +1,7 @@
-"""Gates: activation(gate) * other, of two tensors or of the halves of one, and GLU.
+"""Gates: activation(gate) * other, of two tensors or of the halves of one, and GLU; channels with a gate each.
 
 Dauphin et al., "Language Modeling with Gated Convolutional Networks" (ICML 2017); Shazeer, "GLU Variants Improve
-Transformer" (2020).
+Transformer" (2020); Hu, Shen, Sun, "Squeeze-and-Excitation Networks" (CVPR 2018).
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import gated as kernels
+from ..kernels import gated_channels as channels
 from ..kernels.base.layout import is_dense
 from ..kernels.functions.activation import Activated, activated
 from . import stock as F
@@ -20,10 +21,12 @@ from .dispatch import is_integer, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 
-__all__ = ["GATES", "gated", "gated_halves", "glu"]
+__all__ = ["CHANNEL_GATES", "GATES", "gated", "gated_channels", "gated_halves", "glu"]
 
 #: The activations that kernels gate with.
 GATES = kernels.GATES
+#: Those that they gate channels with.
+CHANNEL_GATES = channels.CHANNEL_GATES
 
 
 @operator(
@@ -59,6 +62,22 @@ def _halves_forward(x: Tensor, dim: int, name: str, a: float, b: float, gate_fir
 )
 def _halves_backward(g: Tensor, x: Tensor, dim: int, name: str, a: float, b: float, gate_first: bool) -> Tensor:
     return kernels.gated_halves_backward(g, x, dim, activated(name, a, b), gate_first)
+
+
+@operator(
+    "gated_channels(Tensor x, Tensor gate, str name, float a, float b) -> Tensor",
+    fake=lambda x, gate, name, a, b: torch.empty_like(x),
+)
+def _channels_forward(x: Tensor, gate: Tensor, name: str, a: float, b: float) -> Tensor:
+    return channels.gated_channels_forward(x, gate, activated(name, a, b))
+
+
+@operator(
+    "gated_channels_backward(Tensor g, Tensor x, Tensor gate, str name, float a, float b) -> (Tensor, Tensor)",
+    fake=lambda g, x, gate, name, a, b: (torch.empty_like(x), gate.new_empty(gate.shape)),
+)
+def _channels_backward(g: Tensor, x: Tensor, gate: Tensor, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
+    return channels.gated_channels_backward(g, x, gate, activated(name, a, b))
 
 
 class Gated(Function):
@@ -115,6 +134,34 @@ class GatedHalves(Function):
         return dx, None, None, None
 
 
+class GatedChannels(Function):
+    """Saves the input and the gate; one pass gives both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, activation: Activated) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        ctx.activation = activation
+        y: Tensor = _channels_forward(x, gate, *activation.arguments)
+        return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        activation = ctx.activation
+        return lambda x, gate: _channels_forward(x, gate, *activation.arguments)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, gate = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            dx, dgate = stock_gradients(
+                lambda x, gate: x * stock_activation(gate, ctx.activation), (x, gate), needed, g
+            )
+        else:
+            dx, dgate = _channels_backward(g, x, gate, *ctx.activation.arguments)
+        return dx if needed[0] else None, dgate if needed[1] else None, None
+
+
 def _stock_halves(x: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
     first, second = x.chunk(2, dim)
     gate, other = (first, second) if gate_first else (second, first)
@@ -167,6 +214,32 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     if not takes_kernel("glu", input, refusal=lambda: _halves_refusal(input, dim, "sigmoid")):
         return F.glu(input, dim)
     return _apply_halves(input, dim % input.dim(), resolve_activation("sigmoid"), False)
+
+
+def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> Tensor:
+    """input * activation(gate): each channel of (N, C, ...) scaled by its element of a gate of (N, C, 1, ...).
+
+    Kernels have "sigmoid" and "hardsigmoid", and tensors that are contiguous or channels last; others take PyTorch's
+    operators.  Saves both: 2 elements are moved forward for each of the result, 3 backward.
+    """
+    resolved = resolve_activation(activation)
+
+    def refusal() -> str | None:
+        if activation not in CHANNEL_GATES:
+            return f"no kernel gates channels with {activation}"
+        if input.dim() < 3 or gate.shape != (*input.shape[:2], *(1 for _ in input.shape[2:])):
+            return "the gate hasn't one element for each sample's channel"
+        if not input.numel():
+            return "no elements"
+        return None if channels.lines_of_channels(input) else "neither contiguous nor channels last"
+
+    if not isinstance(gate, Tensor) or not takes_kernel("gated_channels", input, gate, refusal=refusal):
+        return input * stock_activation(gate, resolved)
+    if torch.is_grad_enabled() and (input.requires_grad or gate.requires_grad):
+        result: Tensor = GatedChannels.apply(input, gate, resolved)
+    else:
+        result = _channels_forward(input, gate, *resolved.arguments)
+    return result
 
 
 def _apply_halves(input: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:

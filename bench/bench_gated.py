@@ -1,4 +1,4 @@
-"""The gated family: SwiGLU's gate of two tensors, and of the halves of one as GEGLU and GLU have it."""
+"""The gated family: SwiGLU's gate of two tensors, of the halves of one as GEGLU and GLU have it, and of channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fusednn.catalogue import row_of
 
 #: The inside of a Llama's feed-forward layer, of 8192 tokens; and of a small vision transformer's.
 SIZES = {"large": (8192, 14336), "vit": (64 * 197, 1536)}
+#: An early block of an EfficientNet.
+CHANNELS_SIZES = {"efficientnet": (128, 96, 56, 56)}
 COUNTED_SHAPE = (32, 1024)
+COUNTED_CHANNELS = (2, 4, 32, 32)
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -49,6 +52,14 @@ OPERATIONS = {
             row_of("gated_halves").budget,
             output_shape=_halved,
         ),
+        Operation(
+            "gated_channels",
+            "gated",
+            autograd.gated_channels,
+            lambda x, gate: x * gate.sigmoid(),
+            row_of("gated_channels").budget,
+            operands=lambda x: (x.requires_grad_(), x.detach()[:, :, :1, :1].clone().requires_grad_()),
+        ),
         Operation("glu", "gated", autograd.glu, F.glu, row_of("glu").budget, output_shape=_halved),
     )
 }
@@ -59,14 +70,18 @@ def timed_cases(full: bool) -> list[Case]:
     dtypes = DTYPES if full else DTYPES[:1]
     return [
         Case(operation, dtype, size, shape)
-        for size, shape in SIZES.items()
-        for dtype in dtypes
         for operation in OPERATIONS.values()
+        for size, shape in (CHANNELS_SIZES if operation.name == "gated_channels" else SIZES).items()
+        for dtype in dtypes
     ]
 
 
 def counted_cases() -> list[Case]:
-    return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
+    return [
+        Case(operation, dtype, "counted", COUNTED_CHANNELS if operation.name == "gated_channels" else COUNTED_SHAPE)
+        for operation in OPERATIONS.values()
+        for dtype in DTYPES
+    ]
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

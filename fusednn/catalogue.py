@@ -225,6 +225,10 @@ ROWS: tuple[Row, ...] = (
         in_stock=lambda gate, other: F.silu(gate) * other,
     ),
     Row(
+        *("gated_channels", (), "the input and the gate", "2e", "3e", {"input": _x, "gate": _of(-1, -2, 1)}),
+        in_stock=lambda x, gate: x * F.sigmoid(gate),
+    ),
+    Row(
         *("gated_halves", (), "the input", "1.5e", "2.5e"),
         shape=_MATRIX,
         options={"activation": "gelu"},

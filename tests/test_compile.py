@@ -117,6 +117,8 @@ def _operator_calls() -> list[object]:
             (_ops.prelu, (t, tensor(t.shape[1]))),
             (_ops.gated, (t, t.flip(0), "silu", 0.0, 0.0)),
             (_ops.gated_backward, (t, t.flip(0), t.flip(1), "gelu", 0.0, 0.0)),
+            (_ops.gated_channels, (t.contiguous(), t[:, :, :1], "sigmoid", 0.0, 0.0)),
+            (_ops.gated_channels_backward, (t.flip(0), t.contiguous(), t[:, :, :1], "hardsigmoid", 0.0, 0.0)),
             (_ops.gated_halves, (t[..., :4], 2, "sigmoid", 0.0, 0.0, False)),
             (_ops.gated_halves_backward, (t[..., :2], t[..., :4], 2, "sigmoid", 0.0, 0.0, True)),
             (_ops.prelu_backward, (t, t, tensor(t.shape[1]))),

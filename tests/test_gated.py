@@ -78,6 +78,58 @@ def test_glu(dim: int, layout: str, device: str) -> None:
     assert autograd.glu(x, dim).stride() == F.glu(x, dim).stride() or "expanded" in layout
 
 
+#: Places that a narrow tile holds, that take several tiles, and several programs; in channels last, too.
+CHANNELS = [(2, 3, 7, 7), (2, 70, 5), (1, 2, 50, 90), (3, 1, 4, 4)]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", CHANNELS, ids=str)
+def test_channels(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str) -> None:
+    x, gradient = (random_tensor(shape, dtype, device, seed) for seed in range(2))
+    if channels_last:
+        x, gradient = (one.movedim(1, -1).contiguous().movedim(-1, 1) for one in (x, gradient))
+    gate = random_tensor((*shape[:2], *(1 for _ in shape[2:])), dtype, device, seed=2)
+    activation = "hardsigmoid" if shape[1] == 3 else "sigmoid"
+
+    def stock(x: Tensor, gate: Tensor) -> Tensor:
+        return x * STOCK[activation](gate)
+
+    # Stock rounds 1/6 to float32 even in float64.
+    check_against_stock(
+        partial(autograd.gated_channels, activation=activation), stock, [x, gate], gradient, float32_constants=True
+    )
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_channels(layout: str, device: str) -> None:
+    x, gradient = (LAYOUTS[layout](random_tensor((2, 3, 5, 4), torch.float32, device, seed)) for seed in range(2))
+    gate = random_tensor((2, 3, 1, 1), torch.float32, device, seed=2)
+    check_against_stock(autograd.gated_channels, lambda x, gate: x * gate.sigmoid(), [x, gate], gradient)
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_budget_of_channels(channels_last: bool, device: str) -> None:
+    """2 elements forward, 3 backward; the input and the gate are kept."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = leaf(random_tensor((2, 64, 32, 32), torch.bfloat16, device).contiguous(memory_format=memory_format))
+    gate = leaf(random_tensor((2, 64, 1, 1), torch.bfloat16, device))
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = autograd.gated_channels(x, gate)
+    gradient = torch.ones_like(y)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, gate), gradient)
+    tensor = y.numel() * y.itemsize
+    assert forward.bytes == pytest.approx(2 * tensor, rel=0.02)
+    assert backward.bytes == pytest.approx(3 * tensor, rel=0.05)
+    assert (forward.launches, backward.launches) == (1, 1)
+    assert saved.bytes == tensor + gate.numel() * gate.itemsize
+
+
 @pytest.mark.parametrize("gate_first", [False, True])
 def test_second_derivatives(gate_first: bool, device: str) -> None:
     gate, other = (leaf(random_tensor((2, 4), torch.float64, device, seed)) for seed in range(2))
@@ -85,6 +137,9 @@ def test_second_derivatives(gate_first: bool, device: str) -> None:
     halves = partial(autograd.gated_halves, activation="gelu_tanh", gate_first=gate_first)
     assert torch.autograd.gradgradcheck(halves, (gate,))
     assert torch.autograd.gradcheck(halves, (gate,))
+    x, of_channels = (leaf(random_tensor(shape, torch.float64, device)) for shape in ((2, 3, 4), (2, 3, 1)))
+    assert torch.autograd.gradcheck(autograd.gated_channels, (x, of_channels))
+    assert torch.autograd.gradgradcheck(autograd.gated_channels, (x, of_channels))
 
 
 @pytest.mark.kernels

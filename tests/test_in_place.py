@@ -68,6 +68,7 @@ KEEPS_MORE: dict[str, set[int]] = {
     "cross_entropy of some": {0},
     "cross_entropy of weights": {0},
     "drop_connect_linear": {1},
+    "gated_channels": {1},
     "kl_div of logarithms": {0, 1},
     "relu_squared": {0},
 }

@@ -212,6 +212,18 @@ class Branches(nn.Module):
         return torch.cat([self.act(self.left(y)), self.act(self.right(y))], 1)
 
 
+class SqueezeExcitation(nn.Module):
+    """As torchvision and timm have it."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.pool, self.squeeze, self.act = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1), nn.ReLU()
+        self.excite, self.gate = nn.Conv2d(2, 4, 1), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.excite(self.act(self.squeeze(self.pool(x)))))
+
+
 Block = nn.Sequential
 IMAGES, ROWS = (2, 4, 6, 6), (5, 6)
 PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, str]]] = {
@@ -270,6 +282,11 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
     ),
     "gate": (GatedLinear, ROWS, {"act": "the functions behind it"}),
     "gate of halves": (lambda: Halves(), ROWS, {"act": "the functions behind it"}),
+    "gated channels": (
+        lambda: SqueezeExcitation(nn.Sigmoid()),
+        IMAGES,
+        {"squeeze": "act", "gate": "the functions behind it"},
+    ),
     "linear, norm": (lambda: Block(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()), ROWS, {"1": "2"}),
     "linear, pool of pieces": (lambda: Block(nn.Linear(6, 8), nn.MaxPool1d(2)), ROWS, {"0": "1"}),
     "nested": (

@@ -82,6 +82,7 @@ OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "conv_batch_norm_act2d": {**_CONVOLUTION, **_NORM, "training": True},
     "drop_connect_linear": {"input": _X, "weight": random_tensor((3, 4), torch.float32, "cpu"), "bias": _THREE},
     "gated": {"gate": _X, "other": _T, "activation": "gelu"},
+    "gated_channels": {"input": _IMAGES, "gate": _IMAGES[:, :, :1, :1].flip(1), "activation": "hardsigmoid"},
     "gated_halves": {"input": _X, "dim": 1, "activation": "silu"},
     "maxout": {"input": _X, "pieces": 2},
     "maxout_conv2d": {"input": _IMAGES, "weight": torch.stack((_FILTERS_2D, -_FILTERS_2D)), "bias": torch.ones(2, 3)},

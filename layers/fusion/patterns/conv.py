@@ -33,6 +33,7 @@ from ..members import (
     layer_refusal,
 )
 from ..norms import IMAGE_NORMS, activation_within, norm_refusal, state_of
+from .gate import is_gate
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 
 __all__ = ["PATTERN"]
@@ -49,6 +50,8 @@ def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
     norm = search.extend(nodes, lambda n: search.layer(n, *IMAGE_NORMS))
     begun = len(nodes)
     identity, residual, in_place, activation = behind(search, nodes, norm)
+    if norm is None and residual is None and activation is not None and is_gate(nodes[-1], activation):
+        nodes, activation = nodes[:1], None  # with the product that it is part of it spares more
     begun += identity is not None
     pool = search.extend(nodes, lambda n: _pooling(search, n))
     pools_first = activation is None and activation_within(norm) is None and pool is not None

@@ -1,4 +1,7 @@
-"""activation(gate) * other, where the two are tensors, or the halves of one: ``x, gate = y.chunk(2, dim=-1)``."""
+"""activation(gate) * other, where the two are tensors, or the halves of one: ``x, gate = y.chunk(2, dim=-1)``.
+
+Where the gate has one element for each channel of ``other``, as in a squeeze-and-excitation block, these are scaled.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ....autograd.gated import GATES, gated, gated_halves
+from ....autograd.gated import CHANNEL_GATES, GATES, gated, gated_channels, gated_halves
 from ..members import Activation, activated, activation_of, activation_refusal, apart, call_refusal, computed
 from .pattern import Finder, Match, Pattern
 
@@ -17,7 +20,7 @@ __all__ = ["PATTERN", "is_gate"]
 
 def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
     activation = search.activation(node) if _is_multiplied(node) else None
-    if activation is None or activation_of(activation)[0] not in GATES:
+    if activation is None or not _is_a_gates(activation):
         return None
     nodes = [node]
     other = search.extend(nodes, lambda n: _gated_by(n, nodes[-1]))
@@ -38,7 +41,11 @@ PATTERN = Pattern((), (), _match)
 
 def is_gate(node: fx.Node, activation: Activation) -> bool:
     """Whether the only use of an activation's value is to gate another."""
-    return _is_multiplied(node) and activation_of(activation)[0] in GATES
+    return _is_multiplied(node) and _is_a_gates(activation)
+
+
+def _is_a_gates(activation: Activation) -> bool:
+    return activation_of(activation)[0] in (*GATES, *CHANNEL_GATES)
 
 
 def _is_multiplied(node: fx.Node) -> bool:
@@ -74,6 +81,8 @@ def _compute(gate: Tensor, other: Tensor, *, activation: Activation, gate_first:
         return _apart(gate, other, activation, gate_first)
     name, _ = activation_of(activation)
     assert name is not None
+    if gate.shape != other.shape:
+        return computed(lambda: gated_channels(other, gate, name), activation)
     return computed(lambda: gated(gate, other, name), activation)
 
 
@@ -103,8 +112,13 @@ def _apart(gate: Tensor, other: Tensor, activation: Activation, gate_first: bool
 def _refusal(gate: Tensor, other: Tensor, activation: Activation) -> str | None:
     """Why the activation and the product are computed one by one, or None."""
     refusal = call_refusal(gate) or activation_refusal(activation)
-    if refusal is None and activation_of(activation)[0] not in GATES:
-        refusal = "no kernel gates with the activation"
-    if refusal is None and not (isinstance(other, Tensor) and gate.shape == other.shape and gate.dtype is other.dtype):
-        refusal = "what is gated is unlike the gate"
-    return refusal
+    if refusal is not None:
+        return refusal
+    if not isinstance(other, Tensor) or gate.dtype is not other.dtype:
+        return "what is gated is unlike the gate"
+    name, _ = activation_of(activation)
+    if gate.shape == other.shape:
+        return None if name in GATES else "no kernel gates with the activation"
+    if gate.dim() < 3 or gate.shape != (*other.shape[:2], *(1 for _ in other.shape[2:])):
+        return "what is gated is unlike the gate"
+    return None if name in CHANNEL_GATES else "no kernel gates channels with the activation"
