@@ -18,7 +18,7 @@ from ..kernels.base.tiles import mask_bytes
 from ..kernels.functions.activation import ACTIVATIONS, IDENTITY, Activated, activated
 from . import stock as F
 from .anchors import anchors_of
-from .dispatch import autocast_dtype, is_number, takes_kernel
+from .dispatch import autocast_dtype, is_number, or_stock, takes_kernel
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
 from .recompute import needs
@@ -337,6 +337,7 @@ def apply_kernel(input: Tensor, activation: Activated, inplace: bool) -> Tensor:
     return y
 
 
+@or_stock
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(0, x).  As `torch.nn.functional.relu`; saves one bit an element."""
     if (activation := taken("relu", input, inplace=inplace)) is None:
@@ -344,6 +345,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(0, x), 6).  As `torch.nn.functional.relu6`; saves one bit an element."""
     if (activation := taken("relu6", input, inplace=inplace)) is None:
@@ -351,6 +353,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def relu_squared(input: Tensor) -> Tensor:
     """max(0, x)^2; saves the input.  Source: So et al., "Primer" (2021)."""
     if (activation := taken("relu_squared", input)) is None:
@@ -358,6 +361,7 @@ def relu_squared(input: Tensor) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """max(0, x) + negative_slope min(0, x).  As `torch.nn.functional.leaky_relu`; saves one bit an element."""
     if (activation := taken("leaky_relu", input, negative_slope, inplace=inplace)) is None:
@@ -365,6 +369,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     """x where x > threshold, else value.  As `torch.nn.functional.threshold`; saves one bit an element."""
     if (activation := taken("threshold", input, threshold, value, inplace=inplace)) is None:
@@ -372,6 +377,7 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """min(max(min_val, x), max_val).  As `torch.nn.functional.hardtanh`; saves one bit an element."""
     if (activation := taken("hardtanh", input, min_val, max_val, inplace=inplace)) is None:
@@ -379,6 +385,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(0, x + 3), 6) / 6.  As `torch.nn.functional.hardsigmoid`; saves one bit an element."""
     if (activation := taken("hardsigmoid", input, inplace=inplace)) is None:
@@ -386,6 +393,7 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """x min(max(0, x + 3), 6) / 6.  As `torch.nn.functional.hardswish`; saves the input."""
     if (activation := taken("hardswish", input, inplace=inplace)) is None:
@@ -393,6 +401,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """max(0, x) + min(0, alpha (exp(x) - 1)).  As `torch.nn.functional.elu`.
 
@@ -403,6 +412,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """scale (max(0, x) + min(0, alpha (exp(x) - 1))).  As `torch.nn.functional.selu`.
 
@@ -413,6 +423,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """max(0, x) + min(0, alpha (exp(x / alpha) - 1)).  As `torch.nn.functional.celu`.
 
@@ -423,6 +434,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
     """x Phi(x), or its tanh approximation.  As `torch.nn.functional.gelu`; saves the input."""
     refusal = None if type(approximate) is str and approximate in ("none", "tanh") else "unknown approximation"
@@ -432,6 +444,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     return apply_kernel(input, Activated(ACTIVATIONS[name]), False)
 
 
+@or_stock
 def quick_gelu(input: Tensor) -> Tensor:
     """x sigmoid(1.702 x); saves the input.  Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016)."""
     if (activation := taken("quick_gelu", input)) is None:
@@ -439,6 +452,7 @@ def quick_gelu(input: Tensor) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x sigmoid(x).  As `torch.nn.functional.silu`; saves the input."""
     if (activation := taken("silu", input, inplace=inplace)) is None:
@@ -446,6 +460,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """x tanh(softplus(x)).  As `torch.nn.functional.mish`; saves the input."""
     if (activation := taken("mish", input, inplace=inplace)) is None:
@@ -453,6 +468,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     return apply_kernel(input, activation, inplace)
 
 
+@or_stock
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: Tensor | None = None) -> Tensor:
     """log(1 + exp(beta x)) / beta, and x where beta x > threshold.  As `torch.nn.functional.softplus`.
 
@@ -465,6 +481,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: 
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def softsign(input: Tensor) -> Tensor:
     """x / (1 + |x|).  As `torch.nn.functional.softsign`; saves the input."""
     if (activation := taken("softsign", input)) is None:
@@ -472,6 +489,7 @@ def softsign(input: Tensor) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
     """(x + sqrt(x^2 + b)) / 2, a softplus of algebra alone; saves the input.
 
@@ -482,6 +500,7 @@ def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + exp(-x)).  As `torch.nn.functional.sigmoid`; saves the output."""
     if (activation := taken("sigmoid", input)) is None:
@@ -489,6 +508,7 @@ def sigmoid(input: Tensor) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def logsigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """log(sigmoid(x)).  As `torch.nn.functional.logsigmoid`; saves the input."""
     if (activation := taken("logsigmoid", input, out=out)) is None:
@@ -496,6 +516,7 @@ def logsigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     return apply_kernel(input, activation, False)
 
 
+@or_stock
 def tanh(input: Tensor) -> Tensor:
     """tanh(x).  As `torch.nn.functional.tanh`; saves the output."""
     if (activation := taken("tanh", input)) is None:

@@ -20,7 +20,7 @@ from ..kernels.functions.activation import IDENTITY, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .decisions import decided_once
-from .dispatch import is_number, takes_kernel
+from .dispatch import is_number, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 from .recompute import needs
@@ -265,6 +265,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 # --- Functions ------------------------------------------------------------------------------------------------------
 
 
+@or_stock
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -288,6 +289,7 @@ def batch_norm(
     return y
 
 
+@or_stock
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -412,6 +414,7 @@ def apply_activation(y: Tensor, residual: Tensor | None, activation: Activated) 
     return stock_activation(y if residual is None else y + residual, activation)
 
 
+@or_stock
 def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel (dimension 1), without gradients.
 

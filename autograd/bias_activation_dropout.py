@@ -16,7 +16,7 @@ from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .anchors import anchors_of
 from .decisions import decided_once
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import autocast_dtype, or_stock, takes_kernel
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
 from .recompute import needs
@@ -231,6 +231,7 @@ def _biased(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
     return x + bias.view(shape)
 
 
+@or_stock
 def bias_activation_dropout(
     input: Tensor,
     bias: Tensor | None = None,

@@ -23,7 +23,7 @@ from .activation import resolve_activation
 from .anchors import anchors_of
 from .batch_norm import apply_activation
 from .decisions import decided_once
-from .dispatch import in_low_precision, takes_kernel
+from .dispatch import in_low_precision, or_stock, takes_kernel
 from .onednn import sound_convolution
 from .operators import given, operator
 from .pool import (
@@ -213,6 +213,7 @@ def _forward(
 _CUDNN = "cuDNN: no kernel of a plain convolution was measured faster"
 
 
+@or_stock
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -230,6 +231,7 @@ def conv1d(
     return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
 
+@or_stock
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -248,6 +250,7 @@ def conv2d(
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+@or_stock
 def conv_act_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -347,7 +350,7 @@ def conv_statistics2d(
     operands = in_low_precision(input, weight, bias)
     geometry: Any = (stride, padding, dilation, groups)
     results: tuple[Tensor, Tensor | None] | None
-    results = _statistics2d(*operands, *geometry, kernels.precision(operands[0].dtype))
+    results = _statistics2d(*operands, *geometry, kernels.precision(operands[0]))
     return (F.conv2d(input, weight, bias, *geometry), None) if results is None else results
 
 

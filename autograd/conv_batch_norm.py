@@ -30,7 +30,7 @@ from .batch_norm import backward as norm_backward
 from .batch_norm import reduce as norm_reduce
 from .conv import conv_act_pool2d, conv_statistics2d
 from .decisions import decided_once
-from .dispatch import takes_kernel
+from .dispatch import or_stock, takes_kernel
 from .gradients import stock_gradients
 from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
 
@@ -139,6 +139,7 @@ def _scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
 # --- Functions --------------------------------------------------------------------------------------------------------
 
 
+@or_stock
 def conv_batch_norm_act2d(
     input: Tensor,
     weight: Tensor,

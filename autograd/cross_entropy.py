@@ -15,7 +15,7 @@ from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
 from ..kernels.cross_entropy import Reduction
 from . import stock as F
 from .decisions import decided_once
-from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, takes_kernel
+from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import given, operator
@@ -153,6 +153,7 @@ class CrossEntropy(Function):
         return dx if needed[0] else None, dtarget if needed[1] else None, None, None, None, None, None
 
 
+@or_stock
 def cross_entropy(
     input: Tensor,
     target: Tensor,

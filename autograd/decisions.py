@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..kernels.base.device import on_refusal
 from . import dispatch
 from .operators import are_plain, is_watched, looks_on
 from .plans import Calls, guards
@@ -67,3 +68,6 @@ def forget_decisions() -> None:
     """Decide everything anew, as in a new process."""
     for calls in _DECISIONS:
         calls.forget()
+
+
+on_refusal.append(forget_decisions)

@@ -7,7 +7,8 @@ which also raises the stock error where the arguments are wrong.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeGuard
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import AVAILABLE, WHERE
+from ..kernels.base.device import LaunchError
 from ..kernels.base.launch import memory_refusal
 from ..kernels.functions.activation import ACTIVATIONS
 
@@ -33,6 +35,7 @@ __all__ = [
     "is_number",
     "judged_as_compiled",
     "observe_choices",
+    "or_stock",
     "record_kernels",
     "report_stock",
     "takes_kernel",
@@ -45,6 +48,10 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 #: The dtypes that autocast casts, and casts to.
 AUTOCAST_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class Choice(NamedTuple):
@@ -160,6 +167,24 @@ def _refusal(
         if not torch.compiler.is_compiling() and first.is_inference() and not torch.is_inference_mode_enabled():
             return "in-place on an inference tensor outside of inference mode"
     return None
+
+
+def or_stock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function that is called once more where a kernel of its couldn't be launched, since it now chooses otherwise.
+
+    In compiled code, and in backward passes, there is no other choice: these raise, once.
+    """
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except LaunchError:
+            return function(*args, **kwargs)
+
+    return call
 
 
 def tensor_refusal(tensor: Tensor) -> str | None:

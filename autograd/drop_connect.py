@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from ..kernels.base.random import with_seed
 from . import stock as F
-from .dispatch import in_low_precision, takes_kernel
+from .dispatch import in_low_precision, or_stock, takes_kernel
 from .dropout import apply_dropout, dropout_gradient, probability_refusal
 
 __all__ = ["drop_connect_linear"]
@@ -45,6 +45,7 @@ class DropConnectLinear(Function):
         return dx, dw, db, None, None, None
 
 
+@or_stock
 def drop_connect_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
 ) -> Tensor:

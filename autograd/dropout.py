@@ -15,7 +15,7 @@ from ..kernels import dropout as kernels
 from ..kernels.base.layout import is_dense
 from ..kernels.base.random import with_seed
 from . import stock as F
-from .dispatch import takes_kernel
+from .dispatch import or_stock, takes_kernel
 from .gradients import LinearGradient
 from .operators import operator
 from .recompute import needs
@@ -108,6 +108,7 @@ def apply_dropout(
     return input if inplace else y  # without gradients a function returns another tensor
 
 
+@or_stock
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """x / (1 - p) where an element is kept, 0 where it is dropped, with probability ``p``; x itself in evaluation.
 
@@ -119,6 +120,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return apply_dropout(input, p, inplace)
 
 
+@or_stock
 def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     """a x' + b, where x' is x where an element is kept, SELU's negative saturation -1.758... where it is dropped.
 
@@ -131,6 +133,7 @@ def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace
     return apply_dropout(input, p, inplace, alpha=True)
 
 
+@or_stock
 def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`dropout` of whole channels: (N, C, L) or (C, L), with one random number for each of the N C channels.
 
@@ -142,6 +145,7 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     return apply_dropout(input, p, inplace, shared_dims=input.dim() - 1)
 
 
+@or_stock
 def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`dropout` of whole channels: (N, C, H, W), with one random number for each of the N C channels.
 
@@ -154,6 +158,7 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     return apply_dropout(input, p, inplace, shared_dims=2)
 
 
+@or_stock
 def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`dropout` of whole channels: (N, C, D, H, W) or (C, D, H, W), with one random number for each of the channels.
 
@@ -166,6 +171,7 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     return apply_dropout(input, p, inplace, shared_dims=input.dim() - 3)
 
 
+@or_stock
 def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     """`alpha_dropout` of whole channels: (N, C, *), with one random number for each of the N C channels.
 

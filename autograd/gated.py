@@ -17,7 +17,7 @@ from ..kernels.base.layout import is_dense
 from ..kernels.functions.activation import Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .dispatch import is_integer, takes_kernel
+from .dispatch import is_integer, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 
@@ -168,6 +168,7 @@ def _stock_halves(x: Tensor, dim: int, activation: Activated, gate_first: bool) 
     return stock_activation(gate, activation) * other
 
 
+@or_stock
 def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * other: SwiGLU's gate with "silu", GEGLU's with "gelu" or "gelu_tanh".
 
@@ -197,6 +198,7 @@ def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
     return result
 
 
+@or_stock
 def gated_halves(input: Tensor, dim: int = -1, activation: str = "sigmoid", *, gate_first: bool = False) -> Tensor:
     """activation(gate) * other, the halves of one tensor along ``dim``: first the other, then the gate, as in GLU.
 
@@ -209,6 +211,7 @@ def gated_halves(input: Tensor, dim: int = -1, activation: str = "sigmoid", *, g
     return _apply_halves(input, dim % input.dim(), resolved, gate_first)
 
 
+@or_stock
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     """first * sigmoid(second), of the halves along ``dim``.  As `torch.nn.functional.glu`; saves the input."""
     if not takes_kernel("glu", input, refusal=lambda: _halves_refusal(input, dim, "sigmoid")):

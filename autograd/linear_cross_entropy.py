@@ -16,7 +16,15 @@ from ..kernels.cross_entropy import Reduction
 from . import stock as F
 from .chunked_cross_entropy import Options, chunked_cross_entropy
 from .cross_entropy import refusal_of
-from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, in_low_precision, takes_kernel, transform_refusal
+from .dispatch import (
+    AUTOCAST_TYPES,
+    PLAIN_TYPES,
+    autocast_dtype,
+    in_low_precision,
+    or_stock,
+    takes_kernel,
+    transform_refusal,
+)
 from .gradients import stock_gradients
 from .operators import operator
 
@@ -165,6 +173,7 @@ def _logits(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Ten
     return flat.reshape(*x.shape[:-1], *linear_weight.shape[:-1])
 
 
+@or_stock
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -9,9 +9,10 @@ from torch.autograd import Function
 
 from ..kernels import linear_maxout
 from ..kernels import maxout as kernels
+from ..kernels.base.device import device_of
 from ..kernels.base.random import with_seed
 from . import stock as F
-from .dispatch import in_low_precision, report_stock, takes_kernel
+from .dispatch import in_low_precision, or_stock, report_stock, takes_kernel
 from .operators import operator
 
 __all__ = ["maxout", "maxout_conv2d", "maxout_linear"]
@@ -39,7 +40,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, keeps_winner: bool
 ) -> tuple[Tensor, Tensor]:
     pieces, units, features = weight.shape
-    if linear_maxout.takes_fused(features, pieces, x.dtype):
+    if linear_maxout.takes_fused(features, pieces, x.dtype, device_of(x)):
         return linear_maxout.linear_maxout_forward(x, weight, bias, seed, p, keeps_winner)
     products = F.linear(x.reshape(-1, features), weight.flatten(0, 1), None if bias is None else bias.flatten())
     y, winner = kernels.maxout_forward(products, None, seed, pieces, 1, False, p, keeps_winner)
@@ -74,7 +75,7 @@ def _linear_backward(
     features = max(0 if operand is None else operand.shape[-1] for operand in (x, weight))
     # The kernel of the weight's gradient sums the bias's.
     summed = x is not None or not sums_bias
-    if summed and linear_maxout.takes_fused_backward(rows, units, features, pieces, g.dtype):
+    if summed and linear_maxout.takes_fused_backward(rows, units, features, pieces, g.dtype, device_of(g)):
         return linear_maxout.linear_maxout_backward(g, winner, x, weight, pieces, p, sums_bias)
     g, winner = g.reshape(rows, units), winner.view(rows, units)
     dz, db = kernels.maxout_backward(g, winner, (pieces * units, 1), pieces, 1, False, p, sums_bias)
@@ -203,6 +204,7 @@ def _differentiable_gradients(
 # --- Functions ------------------------------------------------------------------------------------------------------
 
 
+@or_stock
 def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
     """The maximum over groups of ``pieces`` adjacent features: y_i = max(x_(pieces i), ..., x_(pieces i + pieces - 1)).
 
@@ -232,6 +234,7 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
     return _apply_maximum(input, None, pieces, dim, adjacent=True)
 
 
+@or_stock
 def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, dropout: float = 0.0) -> Tensor:
     """y = max over p of (x W_p^T + b_p): the maximum over the pieces of linear layers that share their input.
 
@@ -269,7 +272,7 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
         products = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten())
         return F.dropout(_first_maximum(products.unflatten(-1, (pieces, units)), -2), dropout)
 
-    report_stock("linear", lambda: linear_maxout.fused_refusal(features, pieces, input.dtype))
+    report_stock("linear", lambda: linear_maxout.fused_refusal(features, pieces, input.dtype, device_of(input)))
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
@@ -282,6 +285,7 @@ def maxout_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     return with_seed(input.device, compute) if dropout else compute(None)
 
 
+@or_stock
 def maxout_conv2d(
     input: Tensor,
     weight: Tensor,

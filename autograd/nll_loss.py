@@ -10,7 +10,7 @@ from torch.autograd import Function
 from ..kernels import nll_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
 from . import stock as F
-from .dispatch import in_single_precision, is_integer, takes_kernel
+from .dispatch import in_single_precision, is_integer, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
@@ -95,6 +95,7 @@ def _forward(
     return loss, weight_total if reduction == "mean" else None
 
 
+@or_stock
 def nll_loss(
     input: Tensor,
     target: Tensor,

@@ -16,7 +16,7 @@ from ..kernels import pointwise_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
 from ..kernels.functions.loss import LOSSES, Reduction
 from . import stock as F
-from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, takes_kernel
+from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
@@ -277,6 +277,7 @@ def _threshold_refusal(threshold: object) -> str | None:
 # Autocast computes all of them in float32, and so do these.
 
 
+@or_stock
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -302,6 +303,7 @@ def mse_loss(
     return loss
 
 
+@or_stock
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -327,6 +329,7 @@ def l1_loss(
     return loss
 
 
+@or_stock
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -355,6 +358,7 @@ def smooth_l1_loss(
     return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta) if loss is None else loss
 
 
+@or_stock
 def huber_loss(
     input: Tensor,
     target: Tensor,
@@ -383,6 +387,7 @@ def huber_loss(
     return loss
 
 
+@or_stock
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -409,6 +414,7 @@ def binary_cross_entropy(
     return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction) if loss is None else loss
 
 
+@or_stock
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -438,6 +444,7 @@ def binary_cross_entropy_with_logits(
     return loss
 
 
+@or_stock
 def kl_div(
     input: Tensor,
     target: Tensor,

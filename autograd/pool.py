@@ -25,7 +25,7 @@ from . import stock as F
 from .activation import differentiable_gradient
 from .anchors import anchors_of
 from .decisions import decided_once
-from .dispatch import is_integer, takes_kernel
+from .dispatch import is_integer, or_stock, takes_kernel
 from .operators import given, operator
 from .recompute import needs
 
@@ -387,6 +387,7 @@ def _max_pool(
     return pooled
 
 
+@or_stock
 def max_pool1d(
     input: Tensor,
     kernel_size: Pair,
@@ -408,6 +409,7 @@ def max_pool1d(
     return results if return_indices else results[0]
 
 
+@or_stock
 def max_pool2d(
     input: Tensor,
     kernel_size: Pair,

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from ..kernels import prelu as kernels
 from . import stock as F
-from .dispatch import in_low_precision, takes_kernel
+from .dispatch import in_low_precision, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 
@@ -48,6 +48,7 @@ class PReLU(Function):
         return dx if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None
 
 
+@or_stock
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """max(0, x) + weight min(0, x).  As `torch.nn.functional.prelu`.
 

@@ -8,11 +8,12 @@ from ..kernels.base.random import with_seed
 from ..kernels.functions.activation import Activated
 from . import stock as F
 from .activation import apply_kernel, apply_masked, resolve_activation
-from .dispatch import is_number, takes_kernel
+from .dispatch import is_number, or_stock, takes_kernel
 
 __all__ = ["rrelu"]
 
 
+@or_stock
 def rrelu(
     input: Tensor,
     lower: float = 1.0 / 8,

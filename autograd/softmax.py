@@ -14,7 +14,7 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]  
 from ..kernels import softmax as kernels
 from ..kernels.base.launch import DTYPES
 from . import stock as F
-from .dispatch import autocast_dtype, takes_kernel
+from .dispatch import autocast_dtype, or_stock, takes_kernel
 from .operators import operator
 from .recompute import needs
 
@@ -60,6 +60,7 @@ class Softmax(Function):
         return dx, None, None
 
 
+@or_stock
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x) / sum(exp(x)) along ``dim``.  As `torch.nn.functional.softmax`; saves the output."""
     if dim is None:
@@ -68,6 +69,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     return F.softmax(input, dim, _stacklevel, dtype) if y is None else y
 
 
+@or_stock
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -78,6 +80,7 @@ def log_softmax(
     return F.log_softmax(input, dim, _stacklevel, dtype) if y is None else y
 
 
+@or_stock
 def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(-x) / sum(exp(-x)) along ``dim``.  As `torch.nn.functional.softmin`; saves the output."""
     if dim is None:

@@ -13,7 +13,7 @@ from ..kernels.base.tiles import mask_bytes
 from . import stock as F
 from .activation import masked_backward
 from .anchors import anchors_of
-from .dispatch import is_number, takes_kernel
+from .dispatch import is_number, or_stock, takes_kernel
 from .gradients import LinearGradient
 from .operators import operator
 
@@ -48,6 +48,7 @@ class Standout(Function):
         return dx, None, None, None, None, None
 
 
+@or_stock
 def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.0, training: bool = True) -> Tensor:
     """x m with m drawn from Bernoulli(sigmoid(alpha belief + beta)) for each unit, or x times its mean in evaluation.
 

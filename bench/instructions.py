@@ -26,12 +26,13 @@ if __name__ == "__main__":
     take_cpu_tensors()
 
 import torch
-from fusednn_bench.cases import Case
 from fusednn_bench.environment import describe_environment, describe_sources
 from fusednn_bench.instructions import records_of
 from fusednn_bench.results import new_result, save_result
 from fusednn_bench.steps import StepCase
 from fusednn_bench.tables import instructions_table
+
+from fusednn.benchmark.cases import Case
 
 OUTPUT = BENCH / "results" / "instructions.json"
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl
+from .base.device import device_at, device_of
 from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
@@ -189,12 +190,14 @@ class _Tile(NamedTuple):
 # eight, tap loops like this were seen to be miscompiled (PyTorch #173068, #183989).
 _TILES = {1: _Tile(64, 64, 32), 2: _Tile(64, 64, 32), 3: _Tile(16, 64, 32)}
 _NARROW = 32
+_CROWDED = 2  # the pooling window whose wide tile spills where operands take registers, too: see `Device`
 _THREADS = 128
 
 
-def _tile(pool: int, row: Activation, precision: str) -> _Tile:
+def _tile(pool: int, row: Activation, precision: str, large: bool) -> _Tile:
     smooth = row.saves in ("output", "input")
-    return _TILES[pool]._replace(width=_NARROW) if smooth or precision == "tf32" else _TILES[pool]
+    crowded = pool == _CROWDED and not large
+    return _TILES[pool]._replace(width=_NARROW) if smooth or crowded or precision == "tf32" else _TILES[pool]
 
 
 # AMD's multiprocessors have a third of the shared memory.
@@ -213,16 +216,17 @@ _OPERANDS = {**{name: dtype for dtype, name in TRITON_TYPE.items()}, "tf32": tor
 
 
 @torch.compiler.assume_constant_result
-def _allows_tf32() -> bool:
-    """PyTorch's switch, which its compiler can't read while it traces."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+def _allows_tf32(device: int) -> bool:
+    """PyTorch's switch, which its compiler can't read while it traces; False where the device has no TF32."""
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return bool(allowed) and device_at(device).has_tf32
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(x: Tensor) -> str:
     """The precision of a convolution's products, as cuDNN's have it: TF32 only where it is allowed."""
-    if dtype is torch.float32 and _allows_tf32():
+    if x.dtype is torch.float32 and _allows_tf32(x.get_device()):
         return "tf32"
-    return TRITON_TYPE[dtype]
+    return TRITON_TYPE[x.dtype]
 
 
 def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int, window: Window) -> bool:
@@ -231,15 +235,19 @@ def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: i
     pool, _ = window.fixed
     depth = weight.shape[1] * weight.shape[2] * weight.shape[3]
     plain = channels_last and groups == 1 and dilation == (1, 1)
-    return plain and precision(x.dtype) in _PRECISIONS and depth <= _MOST_DEPTH.get(pool, 0)
+    return plain and precision(x) in _PRECISIONS and depth <= _MOST_DEPTH.get(pool, 0)
 
 
 @cache
-def _configuration(precision: str, row: Activation, fixed: tuple[int, int], statistics: bool = False) -> Configuration:
+def _configuration(
+    precision: str, row: Activation, fixed: tuple[int, int], statistics: bool = False, large: bool = True
+) -> Configuration:
+    """``large`` where the device takes large tiles."""
     pool, pool_stride = fixed
-    tile = _tile(pool, row, precision)
+    tile = _tile(pool, row, precision, large)
     bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), row.saves == "mask")
-    parts = (f"conv pool {pool}x{pool}", row.label, statistics and "+ statistics", precision)
+    narrow = tile != _tile(pool, row, precision, True)
+    parts = (f"conv pool {pool}x{pool}", row.label, statistics and "+ statistics", precision, narrow and "narrow")
     return configure(
         conv_pool_kernel,
         " ".join(part for part in parts if part),
@@ -259,6 +267,8 @@ def _configuration(precision: str, row: Activation, fixed: tuple[int, int], stat
         threads=_THREADS,
         num_stages=_STAGES,
         tensor_cores=True,
+        large=tile != _tile(pool, row, precision, False),
+        rare=narrow,
     )
 
 
@@ -268,6 +278,8 @@ def configurations() -> Iterator[Configuration]:
     for precision in _PRECISIONS:
         for fixed in ((1, 1), (2, 2), (3, 2)):
             yield replace(_configuration(precision, ACTIVATIONS["relu"], fixed), rare=precision == "fp16")
+            if (narrow := _configuration(precision, ACTIVATIONS["relu"], fixed, large=False)).label.endswith("narrow"):
+                yield narrow
         yield replace(_configuration(precision, IDENTITY.row, (1, 1), statistics=True), rare=precision == "fp16")
     yield _configuration("bf16", IDENTITY.row, (2, 2))
     yield _configuration("tf32", ACTIVATIONS["gelu"], (2, 2))
@@ -330,9 +342,10 @@ def conv_pool_forward(
     bias = x if bias is None else bias.contiguous()
     pooled_height, pooled_width = results.y.shape[2:]
     rows = samples * pooled_height * pooled_width
-    products = precision(x.dtype)
-    configuration = _configuration(products, activation.row, window.fixed, partial is not None)
-    tile = _tile(window.fixed[0], activation.row, products)
+    products = precision(x)
+    large = device_of(x).takes_large_tiles
+    configuration = _configuration(products, activation.row, window.fixed, partial is not None, large)
+    tile = _tile(window.fixed[0], activation.row, products, large)
     keeps_pre_activation = keeps and kept_beside_code(activation.row, window.fixed) == "input"
     launch(
         configuration,

@@ -10,13 +10,14 @@ with x, which sums the bias's gradient on the way; `takes_fused_backward` tells 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
+from .base.device import Device, device_of
 from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
@@ -253,6 +254,10 @@ def _stages(loaded_bytes: int) -> int:
 # The accumulators of all pieces take 64 to 128 registers of each thread.  Small tiles are for few rows, which would
 # leave most multiprocessors without a program of large ones, and for many pieces.
 _LARGE_TILE, _LARGE_PIECES = (128, 64), range(2, 5)
+# Where operands take registers, too (not `Device.takes_large_tiles`), fewer pieces have large tiles, and more narrow
+# ones: none of these spill for compute capabilities 8.0 to 12.0.
+_LARGE_PIECES_BESIDE_OPERANDS = range(2, 3)
+_NARROW_TILE, _NARROW_PIECES = (64, 16), range(6, 9)
 _SMALL_TILE = (64, 32)
 #: Pieces that the fused kernels take.  Without tensor cores the operands' tiles are in registers too.
 _FUSED_PIECES = {"fp16": range(2, 9), "bf16": range(2, 9), "tf32": range(2, 9), "fp32": range(2, 5)}
@@ -276,20 +281,21 @@ _MOST_FEATURES_BACKWARD = 512
 # In TF32, tensor cores want both operands to lie along the sum; that of the data's gradient, over units, isn't theirs.
 _FUSED_BACKWARD_DTYPES = (torch.float16, torch.bfloat16)
 _FUSED_BACKWARD_PIECES = range(2, 5)
+_FUSED_BACKWARD_PIECES_BESIDE_OPERANDS = range(2, 4)  # as of the forward pass: 4 spill
 _DATA_TILE = _Tile(128, 64, 64, 256)
 _WEIGHT_TILE = _Tile(64, 64, 32, 256)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """The precision of a product, as PyTorch's own products have it: TF32 only where it is allowed."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+def _precision(dtype: torch.dtype, device: Device) -> str:
+    """The precision of a product, as PyTorch's own products have it: TF32 only where it is allowed, and can be had."""
+    if dtype is torch.float32 and device.has_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return TRITON_TYPE[dtype]
 
 
-def fused_refusal(features: int, pieces: int, dtype: torch.dtype) -> str | None:
+def fused_refusal(features: int, pieces: int, dtype: torch.dtype, device: Device) -> str | None:
     """Why product and maximum aren't made by one kernel, but by PyTorch's product and a pass, or None."""
-    precision = _precision(dtype)
+    precision = _precision(dtype, device)
     if precision not in _FUSED_PIECES or pieces not in _FUSED_PIECES[precision]:
         return f"cuBLAS: no kernel multiplies {pieces} pieces in {precision}"
     # Rows that don't begin at a multiple of 16 bytes can't be copied to shared memory asynchronously.
@@ -298,26 +304,34 @@ def fused_refusal(features: int, pieces: int, dtype: torch.dtype) -> str | None:
     return None if features <= (most := _MOST_FEATURES[precision]) else f"cuBLAS: more than {most} features"
 
 
-def takes_fused(features: int, pieces: int, dtype: torch.dtype) -> bool:
+def takes_fused(features: int, pieces: int, dtype: torch.dtype, device: Device) -> bool:
     """Whether product and maximum are made by one kernel."""
-    return fused_refusal(features, pieces, dtype) is None
+    return fused_refusal(features, pieces, dtype, device) is None
 
 
-def takes_fused_backward(rows: int, units: int, features: int, pieces: int, dtype: torch.dtype) -> bool:
+def takes_fused_backward(rows: int, units: int, features: int, pieces: int, dtype: torch.dtype, device: Device) -> bool:
     """Whether the gradient is scattered on the fly, rather than by a pass, with PyTorch's products."""
-    few = pieces in _FUSED_BACKWARD_PIECES and features <= _MOST_FEATURES_BACKWARD
+    taken = _FUSED_BACKWARD_PIECES if device.takes_large_tiles else _FUSED_BACKWARD_PIECES_BESIDE_OPERANDS
+    few = pieces in taken and features <= _MOST_FEATURES_BACKWARD
     aligned = features % 16 == 0 and units % 16 == 0
     enough = _programs(_DATA_TILE, rows, features) >= _ENOUGH_PROGRAMS
     return dtype in _FUSED_BACKWARD_DTYPES and few and aligned and enough
 
 
-def _tile(precision: str, pieces: int, *, large: bool) -> _Tile:
+def _tile(precision: str, pieces: int, *, large: bool, narrow: bool = False) -> _Tile:
     depth = 64 if precision in ("fp16", "bf16") else 32  # 128 bytes
     if precision == "fp32":  # no tensor cores: tiles of operands in registers, too
         return _Tile(*_SMALL_TILE, depth, 256)
     if large:
         return _Tile(*_LARGE_TILE, depth, 256)
-    return _Tile(*_SMALL_TILE, depth, 128)
+    return _Tile(*(_NARROW_TILE if narrow else _SMALL_TILE), depth, 128)
+
+
+def _is_for_large_registers(precision: str, pieces: int, tile: _Tile) -> bool:
+    """Whether a tile is only for devices that take large ones."""
+    if (tile.height, tile.width) == _LARGE_TILE:
+        return pieces not in _LARGE_PIECES_BESIDE_OPERANDS
+    return (tile.height, tile.width) == _SMALL_TILE and precision != "fp32" and pieces in _NARROW_PIECES
 
 
 @cache
@@ -341,6 +355,7 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
         wide_loads=tile.accesses(loaded, dtype.itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, dtype.itemsize),
         tensor_cores=precision != "fp32",
+        large=_is_for_large_registers(precision, pieces, tile),
     )
 
 
@@ -363,6 +378,7 @@ def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
         wide_loads=tile.accesses(loaded, dtype.itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, stored),
         tensor_cores=True,
+        large=pieces not in _FUSED_BACKWARD_PIECES_BESIDE_OPERANDS,
     )
 
 
@@ -373,6 +389,8 @@ def configurations() -> Iterator[Configuration]:
             sizes = (False, True) if pieces in _LARGE_PIECES and precision != "fp32" else (False,)
             for large in sizes:
                 yield _fused(precision, pieces, _tile(precision, pieces, large=large))
+            if pieces in _NARROW_PIECES:
+                yield replace(_fused(precision, pieces, _tile(precision, pieces, large=False, narrow=True)), rare=True)
     for dtype in _FUSED_BACKWARD_DTYPES:
         for pieces in _FUSED_BACKWARD_PIECES:
             for of in ("data", "weight"):
@@ -395,7 +413,7 @@ def linear_maxout_forward(
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty((*x.shape[:-1], units), dtype=x.dtype, device=x.device)
     winner = torch.empty(y.shape if keeps_winner else 0, dtype=torch.uint8, device=x.device)
-    configuration, programs = _fused_for(rows, units, pieces, x.dtype)
+    configuration, programs = _fused_for(rows, units, pieces, x.dtype, device_of(x))
     flags = (int(bias is not None), int(keeps_winner), int(seed is not None))
     b = x if bias is None else bias.contiguous()
     seed = nothing(x, torch.int64) if seed is None else seed
@@ -403,14 +421,16 @@ def linear_maxout_forward(
     return y, winner
 
 
-def _fused_for(rows: int, units: int, pieces: int, dtype: torch.dtype) -> tuple[Configuration, int]:
+def _fused_for(rows: int, units: int, pieces: int, dtype: torch.dtype, device: Device) -> tuple[Configuration, int]:
     """The configuration for these extents, and how many programs."""
-    precision = _precision(dtype)
-    if precision != "fp32" and pieces in _LARGE_PIECES:
+    precision = _precision(dtype, device)
+    large_pieces = _LARGE_PIECES if device.takes_large_tiles else _LARGE_PIECES_BESIDE_OPERANDS
+    if precision != "fp32" and pieces in large_pieces:
         large = _tile(precision, pieces, large=True)
         if _programs(large, rows, units) >= _ENOUGH_PROGRAMS:
             return _fused(precision, pieces, large), _programs(large, rows, units)
-    small = _tile(precision, pieces, large=False)
+    narrow = not device.takes_large_tiles and precision != "fp32" and pieces in _NARROW_PIECES
+    small = _tile(precision, pieces, large=False, narrow=narrow)
     return _fused(precision, pieces, small), _programs(small, rows, units)
 
 

@@ -99,7 +99,7 @@ def test_check_reports_problems(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def compile_all(family: str | None, count: int, targets: list[str], jobs: int) -> Iterator[check.Outcome]:
-        assert targets == ["sm_80", "sm_90", "sm_100", "gfx942"]
+        assert targets == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
         yield from (outcome_with(), outcome_with("spills", "too slow"))
 
     monkeypatch.setattr(check, "_compile_all", compile_all)
@@ -136,7 +136,10 @@ def test_check_says_what_it_proved() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "sm_90", "--target", "sm_12"], "unknown target sm_12; known: sm_80, sm_90, sm_100, gfx942"),
+        (
+            ["--target", "sm_90", "--target", "sm_12"],
+            "unknown target sm_12; known: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942",
+        ),
         (["--family", "sandwich"], "no family is called sandwich"),
         (["--no-compile", "--no-self-test"], "nothing left to check: choose --no-compile or --no-self-test"),
     ],

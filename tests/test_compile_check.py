@@ -37,10 +37,23 @@ def test_compiles(configuration: kernels.Configuration) -> None:
 
 # `make check` compiles every configuration for every target, which takes the better part of an hour on two cores.
 @pytest.mark.thorough
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("configuration", [c for c in CONFIGURATIONS if not c.rare][::4], ids=lambda c: c.label)
 def test_compiles_for_other_targets(configuration: kernels.Configuration, target: str) -> None:
-    check(configuration, target)
+    from fusednn.instruments.compile_check import is_for
+
+    if is_for(configuration, target):
+        check(configuration, target)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_120"])
+@pytest.mark.parametrize("configuration", [c for c in CONFIGURATIONS if c.tensor_cores], ids=lambda c: c.label)
+def test_products_dont_spill_where_operands_take_registers(configuration: kernels.Configuration, target: str) -> None:
+    from fusednn.instruments.compile_check import is_for
+
+    if is_for(configuration, target):
+        check(configuration, target)
 
 
 #: One configuration of each kernel: the first in bfloat16, where it has one.

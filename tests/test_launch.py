@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusednn import kernels
 from fusednn.kernels.base import launch as launching
+from fusednn.kernels.base.device import Device
 from fusednn.kernels.base.launch import TRITON_TYPE, Configuration, remembering
 
 pytestmark = [pytest.mark.compiles, pytest.mark.smoke]
@@ -72,6 +73,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         get_current_stream=lambda device: machine.stream,
     )
     monkeypatch.setattr(driver, "_active", active)
+    monkeypatch.setattr(launching, "device_of", lambda tensor: Device("sm_90", 32, 232_448))
     monkeypatch.setattr(JITFunction, "run", counted)
     monkeypatch.setattr(JITFunction, "_do_compile", lambda function, key, *_: machine.compiled(key))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: machine.device, raising=False)

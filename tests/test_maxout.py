@@ -16,12 +16,14 @@ from fusednn import kernels
 from fusednn.autograd import maxout, maxout_conv2d, maxout_linear
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels.base.device import Device
 from fusednn.kernels.linear_maxout import fused_refusal, takes_fused_backward
 from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor, value_and_gradients
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic
 
+H100, RTX = Device("sm_90", 32, 227 * 1024), Device("sm_120", 32, 99 * 1024)
 counts_bytes = pytest.mark.interpreter
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 _ops = torch.ops.fusednn
@@ -373,27 +375,29 @@ def test_gradients_on_the_fly_keep_their_budget(device: str, always_fused_backwa
 
 @pytest.mark.kernels
 def test_the_choice_of_the_backward_pass() -> None:
-    assert takes_fused_backward(8192, 1024, 256, 2, torch.bfloat16)
-    assert not takes_fused_backward(8192, 1024, 1024, 2, torch.bfloat16)
-    assert not takes_fused_backward(128, 1024, 256, 2, torch.bfloat16)
-    assert not takes_fused_backward(8192, 1024, 256, 5, torch.bfloat16)
-    assert not takes_fused_backward(8192, 1000, 256, 2, torch.bfloat16)
-    assert not takes_fused_backward(8192, 1024, 256, 2, torch.float32)
+    assert takes_fused_backward(8192, 1024, 256, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(8192, 1024, 1024, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(128, 1024, 256, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(8192, 1024, 256, 5, torch.bfloat16, H100)
+    assert not takes_fused_backward(8192, 1000, 256, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(8192, 1024, 256, 2, torch.float32, H100)
+    assert [takes_fused_backward(8192, 1024, 256, 4, torch.bfloat16, device) for device in (H100, RTX)] == [True, False]
 
 
 @pytest.mark.kernels
 def test_the_choice_between_fused_and_apart(request: pytest.FixtureRequest) -> None:
-    assert fused_refusal(2048, 2, torch.bfloat16) is None
-    assert fused_refusal(4096, 2, torch.bfloat16) is not None
-    assert fused_refusal(256, 2, torch.float32) is None
-    assert fused_refusal(512, 2, torch.float32) is not None
-    assert fused_refusal(16, 2, torch.float64) is not None
-    assert fused_refusal(24, 2, torch.float16) is not None
-    assert fused_refusal(16, 9, torch.float16) is not None
-    assert fused_refusal(16, 8, torch.float16) is None
-    assert fused_refusal(16, 5, torch.float32) is not None
+    assert fused_refusal(2048, 2, torch.bfloat16, H100) is None
+    assert fused_refusal(4096, 2, torch.bfloat16, H100) is not None
+    assert fused_refusal(256, 2, torch.float32, H100) is None
+    assert fused_refusal(512, 2, torch.float32, H100) is not None
+    assert fused_refusal(16, 2, torch.float64, H100) is not None
+    assert fused_refusal(24, 2, torch.float16, H100) is not None
+    assert fused_refusal(16, 9, torch.float16, H100) is not None
+    assert fused_refusal(16, 8, torch.float16, H100) is None
+    assert fused_refusal(16, 5, torch.float32, H100) is not None
     request.getfixturevalue("tf32")
-    assert fused_refusal(512, 2, torch.float32) is None
+    assert fused_refusal(512, 2, torch.float32, H100) is None
+    assert fused_refusal(512, 2, torch.float32, H100._replace(architecture="gfx90a")) is not None  # has no TF32
 
 
 # --- Of a convolution -------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def _launches() -> Iterator[HostCase]:
         arguments = [memory if kind[0] == "*" else 16 for _, kind in configuration.signature]
         calls = {
             "Triton": lambda c=configuration, a=arguments: c.kernel[(1,)](
-                **dict(zip(c.names, a, strict=True)), **c.keywords
+                **dict(zip(c.names, a, strict=True)), **c.keywords_for(a)
             ),
             "fusednn": lambda c=configuration, a=arguments: launch(c, 1, *a),
         }

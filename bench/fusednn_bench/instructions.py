@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .cases import Case, forward, gradients, make_inputs
+from fusednn.benchmark.cases import Case, forward, gradients, make_inputs
+
 from .launched import Launched, launches_of
 from .steps import StepCase
 
@@ -92,6 +94,10 @@ def execution_of(launched: Launched, elements: int, moved: float) -> Execution:
     from fusednn.instruments.resources import programs_at_once
 
     configuration = launched.configuration
+    constants = configuration.keywords_for(launched.arguments)  # ALIGN is of these arguments
+    configuration = replace(
+        configuration, constants=tuple((name, constants[name]) for name, _ in configuration.constants)
+    )
     code, instructions, shared = _compiled(configuration, _specialised(launched))
     threads = 32 * configuration.num_warps(32)
     trips = _trips(launched, elements)

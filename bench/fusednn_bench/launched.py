@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.backends.compiler import GPUTarget
 
 __all__ = ["Launched", "launches_of", "take_cpu_tensors"]
 
@@ -34,6 +35,9 @@ class _Nowhere:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
 
 
 class Launched(NamedTuple):

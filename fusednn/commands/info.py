@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, kernels
+from ..kernels.base.device import device_refusal
 
 __all__ = ["add_arguments", "environment", "run"]
 
@@ -75,7 +76,14 @@ def _listed(values: dict[str, str | None]) -> str | None:
 def _cuda_path(cuda: bool) -> str:
     if not cuda:
         return "no GPU here"
-    return "kernels" if kernels.AVAILABLE else "stock operators: Triton is not installed"
+    if not kernels.AVAILABLE:
+        return "stock operators: Triton is not installed"
+    refusals = [device_refusal(index) for index in range(torch.cuda.device_count())]
+    if not any(refusals):
+        return "kernels"
+    if len(set(refusals)) == 1:
+        return f"stock operators: {refusals[0]}"
+    return "; ".join(f"GPU {i}: {f'stock operators: {r}' if r else 'kernels'}" for i, r in enumerate(refusals))
 
 
 def _version(package: str) -> str | None:

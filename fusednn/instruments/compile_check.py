@@ -1,7 +1,7 @@
 """The compile check: every shipped configuration, compiled ahead of time for GPUs that needn't be there.
 
-For sm_90 the machine code is read too: registers, spills (local memory), shared memory, and how wide the accesses to
-global memory are.  Triton's wheel carries the compiler, the assembler and ``cuobjdump``.
+NVIDIA's machine code is read too: none may spill registers to local memory; for sm_90 accesses to global memory must be
+as wide as promised.  Triton's wheel carries the compiler, the assembler and ``cuobjdump``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from ..kernels import INTERPRETING
+from ..kernels.base.device import Device
 from ..kernels.base.launch import Configuration
 
 __all__ = [
+    "DEVICES",
     "TARGETS",
     "Arguments",
     "CompileResult",
@@ -33,16 +35,29 @@ __all__ = [
     "compile_configuration",
     "compile_for",
     "disassembled",
+    "is_for",
     "read_machine_code",
     "translate",
 ]
 
-#: The GPUs that kernels are compiled for: A100, H100 / H200, B200, MI300.
+#: The GPUs that kernels are compiled for: A100, RTX 30, RTX 40, H100 / H200, B200, RTX 50, MI300.
+DEVICES = {
+    device.architecture: device
+    for device in (
+        Device("sm_80", 32, 163 * 1024),
+        Device("sm_86", 32, 99 * 1024),
+        Device("sm_89", 32, 99 * 1024),
+        Device("sm_90", 32, 227 * 1024),
+        Device("sm_100", 32, 227 * 1024),
+        Device("sm_120", 32, 99 * 1024),
+        Device("gfx942", 64, 64 * 1024),
+    )
+}
+
+#: The same as Triton is told.
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    name: GPUTarget("hip", name, 64) if device.is_amd else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    for name, device in DEVICES.items()
 }
 
 #: Longest compile time of one configuration, in seconds of a processor: others may use the machine, too.
@@ -124,11 +139,22 @@ def compile_configuration(configuration: Configuration, target: str) -> CompileR
     problems = []
     if seconds > COMPILE_SECONDS:
         problems.append(f"took {seconds:.1f} s to compile, more than {COMPILE_SECONDS:.0f}")
+    if (shared := compiled.metadata.shared) > (most := DEVICES[target].shared_bytes):
+        problems.append(f"{shared} bytes of shared memory, more than {most}")
     machine_code = None
-    if target == "sm_90":
+    if not DEVICES[target].is_amd:
         machine_code = read_machine_code(compiled.asm["cubin"])
-        problems += _broken_promises(configuration, machine_code)
+        if machine_code.spills or machine_code.stack_bytes:
+            spills, stack = machine_code.spills, machine_code.stack_bytes
+            problems.append(f"spills: {spills} local-memory accesses, {stack} bytes of stack")
+        if target == "sm_90":
+            problems += _broken_promises(configuration, machine_code)
     return CompileResult(configuration, target, seconds, machine_code, problems)
+
+
+def is_for(configuration: Configuration, target: str) -> bool:
+    """Whether launches on a key of `TARGETS` take the configuration."""
+    return not configuration.large or DEVICES[target].takes_large_tiles
 
 
 def _processor_seconds() -> float:
@@ -221,8 +247,6 @@ def _options(configuration: Configuration, gpu: Any) -> dict[str, Any]:
 
 def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:
     problems = []
-    if code.spills or code.stack_bytes:
-        problems.append(f"spills: {code.spills} local-memory accesses, {code.stack_bytes} bytes of stack")
     if code.wide_loads < configuration.wide_loads:
         problems.append(f"{code.wide_loads} loads of 128 bits, {configuration.wide_loads} promised")
     if code.wide_stores < configuration.wide_stores:

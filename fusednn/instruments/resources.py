@@ -33,8 +33,11 @@ class _Multiprocessor:
 _PARTS = 4
 _MULTIPROCESSORS = {
     "sm_80": _Multiprocessor(64, 32, 16384, 8, 164 * 1024, 1024),
+    "sm_86": _Multiprocessor(48, 16, 16384, 8, 100 * 1024, 1024),
+    "sm_89": _Multiprocessor(48, 24, 16384, 8, 100 * 1024, 1024),
     "sm_90": _Multiprocessor(64, 32, 16384, 8, 228 * 1024, 1024),
     "sm_100": _Multiprocessor(64, 32, 16384, 8, 228 * 1024, 1024),
+    "sm_120": _Multiprocessor(48, 24, 16384, 8, 100 * 1024, 1024),
     "gfx942": _Multiprocessor(32, 32, 32768, 8, 64 * 1024, 0),
 }
 

@@ -6,6 +6,7 @@ Each device is asked once, before its first launch.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ._triton import INTERPRETING, ON_CPU, triton
 
-__all__ = ["Device", "LaunchError", "device_of", "device_refusal", "refuse"]
+__all__ = ["Device", "LaunchError", "device_at", "device_of", "device_refusal", "on_refusal", "refuse"]
 
 #: The least compute capability of NVIDIA's GPUs that Triton supports.  For older ones it compiles without a complaint,
 #: and without tensor cores.
@@ -48,9 +49,11 @@ class Device(NamedTuple):
         return not self.is_amd or self.architecture == "gfx942"
 
     @property
-    def multiplies_from_shared(self) -> bool:
-        """Whether tensor cores read operands from shared memory (H100, B200), which elsewhere take registers."""
-        return self.architecture.startswith(("sm_90", "sm_10"))
+    def takes_large_tiles(self) -> bool:
+        """Whether products have registers for the sums of large tiles: tensor cores of the H100 and the B200 read
+        operands from shared memory, AMD's Instincts have 512 registers a thread; elsewhere operands take some of 255.
+        """
+        return self.architecture.startswith(("sm_90", "sm_10", "gfx9"))
 
     @property
     def refusal(self) -> str | None:
@@ -66,8 +69,11 @@ class Device(NamedTuple):
         return None
 
 
-#: What there is to compute on, for the interpreter: as on most GPUs in data centres.
+#: What CPU tensors count as: an H100.
 _INTERPRETED = Device("sm_90", 32, 227 * 1024)
+
+#: What is called when a device is refused later than at its first launch: whoever remembers that it takes kernels.
+on_refusal: list[Callable[[], None]] = []
 
 #: Devices on which a launch failed, and why; CPUs are -1.
 _failed: dict[int, str] = {}
@@ -81,33 +87,35 @@ def device_refusal(index: int) -> str | None:
 
 def device_of(tensor: Tensor) -> Device:
     """The device that a tensor's kernels run on."""
-    return _device(tensor.get_device())
+    return device_at(tensor.get_device())
 
 
 def refuse(index: int, kernel: str, error: BaseException) -> LaunchError:
     """Let stock serve a device from now on, and say so, once: a kernel couldn't be launched there."""
     where = "the CPU" if index < 0 else f"GPU {index}"
     cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-    _failed[index] = f"a kernel failed to launch on {where}: {cause}"
-    message = f"fusednn: {kernel} can't be launched on {where}: {cause}.  PyTorch's operators take over on it."
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    message = f"fusednn: {kernel} can't be launched on {where}: {cause}"
+    warnings.warn(f"{message}; PyTorch's operators take over there", RuntimeWarning, stacklevel=2)
+    for forget in on_refusal:
+        forget()
+    _failed[index] = f"since {kernel} couldn't be launched: {cause}"
     return LaunchError(message)
 
 
 @cache
 def _refusal(index: int) -> str | None:
     try:
-        return _device(index).refusal
+        return device_at(index).refusal
     except Exception as error:  # of Triton's: no C compiler, no driver for this GPU
         return f"Triton can't be used: {str(error).strip().splitlines()[0]}"
 
 
 @cache
-def _device(index: int) -> Device:
-    if INTERPRETING:
-        return _INTERPRETED
-    if ON_CPU:
-        return _of_target(triton.runtime.driver.active.get_current_target(), _INTERPRETED.shared_bytes)
+def device_at(index: int) -> Device:
+    """The device of an index; CPUs are -1."""
+    if index < 0:
+        compiled = ON_CPU and not INTERPRETING
+        return _of_target(triton.runtime.driver.active.get_current_target()) if compiled else _INTERPRETED
     properties = torch.cuda.get_device_properties(index)
     # Asked of Triton, whose figure it is; which also shows whether Triton finds all that it needs on this host.
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
@@ -116,6 +124,9 @@ def _device(index: int) -> Device:
     return Device(f"sm_{properties.major}{properties.minor}", properties.warp_size, shared)
 
 
-def _of_target(target: Any, shared_bytes: int) -> Device:
+def _of_target(target: Any) -> Device:
+    """What Triton was told to compile for, with the interpreter's memory."""
     name = str(target.arch)
-    return Device(name if name.startswith("gfx") else f"sm_{name}", target.warp_size, shared_bytes)
+    return _INTERPRETED._replace(
+        architecture=name if name.startswith("gfx") else f"sm_{name}", warp_size=target.warp_size
+    )

@@ -9,6 +9,7 @@ the code that users run.
 from __future__ import annotations
 
 import inspect
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 
-from ._triton import ON_CPU, tl, triton
+from ._triton import INTERPRETING, ON_CPU, tl, triton
+from .device import device_of, device_refusal, refuse
 
 __all__ = [
     "ACCUMULATOR",
@@ -62,8 +64,6 @@ _ANNOTATED = {tl.int32: "i32", tl.int64: "i64", tl.float64: "fp64"}
 #: The most that kernels are told of an integer's divisors, as Triton tells them: more makes no access wider.
 ALIGNMENT = 16
 
-_WARP_SIZE = 64 if torch.version.hip else 32
-
 
 @dataclass(frozen=True)
 class Configuration:
@@ -76,8 +76,8 @@ class Configuration:
     greatest common divisor with 16: see `variants`.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
     says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`,
-    ``keeps_subnormals`` that elementary functions don't flush them to 0; ``rare`` ones are left to the compile check's
-    thorough run.
+    ``keeps_subnormals`` that elementary functions don't flush them to 0; ``large`` ones are for devices that take large
+    tiles, ``rare`` ones are left to the compile check's thorough run.
     """
 
     label: str
@@ -93,6 +93,7 @@ class Configuration:
     tensor_cores: bool = False
     asserts: bool = False
     keeps_subnormals: bool = False
+    large: bool = False
     rare: bool = field(default=False, compare=False)
 
     @property
@@ -119,20 +120,16 @@ class Configuration:
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
-        """What a launch is given beside its run-time arguments."""
-        return {
-            **dict(self.constants),
-            **self.options,
-            "num_warps": self.num_warps(_WARP_SIZE),
-            "num_stages": self.num_stages,
-        }
+        """What every launch is given beside its run-time arguments."""
+        return {**dict(self.constants), **self.options, "num_stages": self.num_stages}
 
     def keywords_for(self, arguments: Sequence[Any]) -> dict[str, Any]:
-        """The same, for these run-time arguments."""
-        if not self.aligned:
-            return self.keywords
-        extents = (arguments[self.names.index(name)] for name in self.aligned)
-        return {**self.keywords, "ALIGN": gcd(self.keywords["ALIGN"], *extents)}
+        """What a launch with these run-time arguments is given."""
+        keywords = {**self.keywords, "num_warps": self.num_warps(device_of(arguments[0]).warp_size)}
+        if self.aligned:
+            extents = (arguments[self.names.index(name)] for name in self.aligned)
+            keywords["ALIGN"] = gcd(keywords["ALIGN"], *extents)
+        return keywords
 
     @property
     def variants(self) -> Iterator[Configuration]:
@@ -272,7 +269,20 @@ def _launch(configuration: Configuration, programs: int, *arguments: Any) -> Any
             checked = ON_CPU and configuration.asserts
             if checked and isinstance(cause := _root_cause(error), AssertionError):
                 raise DeviceAssertionError(str(cause)) from None
+            if not INTERPRETING and _is_of_device(error):
+                raise refuse(tensor.get_device(), configuration.label, error) from error
             raise
+
+
+#: What errors of the driver and of Triton say that are no kernel's fault, but their device's or their host's.
+_LACKS = ("too many resources", "out of memory", "no kernel image", "C compiler")
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether a kernel couldn't be compiled or launched here, of which nothing ran."""
+    if isinstance(error, triton.errors.TritonError | subprocess.CalledProcessError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LACKS)
 
 
 #: Whether launches are remembered.  Drivers whose device is the CPU want tensors, not addresses; AMD's compiler looks
@@ -354,6 +364,8 @@ def memory_refusal(tensor: torch.Tensor) -> str | None:
             return "CPU tensor"
     elif not tensor.is_cuda:
         return f"no kernels for {tensor.device.type} tensors"
+    if reason := device_refusal(tensor.get_device()):
+        return reason
     if tensor.layout is not torch.strided:
         return f"{tensor.layout} tensor"
     if tensor.is_nested:
