@@ -8,7 +8,7 @@ CUDA tensors take Triton kernels; CPU tensors take PyTorch's own operators, or, 
 environment, the kernels in Triton's interpreter.
 """
 
-from . import autograd, benchmark, kernels, layers, optim
+from . import autograd, benchmark, kernels, layers, optim, testing
 from ._version import __version__
 from .autograd.dispatch import compile_policy, record_kernels
 from .autograd.recompute import recompute
@@ -42,4 +42,5 @@ __all__ = [
     "replace_layers",
     "restore_functions",
     "restore_layers",
+    "testing",
 ]

@@ -64,10 +64,10 @@ def compare(
         progress("results, gradients and parameters")
         proof = prove(model, task, ("stock", "replaced", "fused"), steps)
         progress("memory")
-        copies, reports = contestants(model, task, ("stock", "replaced", "fused"))
-        memory = {name: kept_by_layer(one, device) for name, one in copies.items()}
-        spare, _ = contestants(model, task, tuple(copies))
+        spare, reports = contestants(model, task, ("stock", "replaced", "fused"))
+        memory = {name: kept_by_layer(one, device) for name, one in spare.items()}
         counted = {name: count for name, one in spare.items() if (count := traffic(one)) is not None}
+        copies, _ = contestants(model, task, tuple(spare))
         del spare
         times = {}
         if timed_steps:

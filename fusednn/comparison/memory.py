@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,13 @@ class Traffic:
 
 
 def kept_by_layer(contestant: Contestant, device: torch.device) -> Memory:
-    """Of a step that isn't the first."""
+    """Of a step that isn't the first: what kernels keep, also where none run, after which the copy is of no use."""
+    counts = kernels.AVAILABLE and not kernels.ON_CPU and device.type == "cpu"
+    with count_launches() if counts else nullcontext():
+        return _kept_by_layer(contestant, device)
+
+
+def _kept_by_layer(contestant: Contestant, device: torch.device) -> Memory:
     batch = contestant.task.batch(1)
     names = {module: name or "(the model)" for name, module in contestant.model.named_modules()}
     running: list[str] = []
