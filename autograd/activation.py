@@ -18,6 +18,7 @@ from ..kernels.base.tiles import mask_bytes
 from ..kernels.functions.activation import ACTIVATIONS, IDENTITY, Activated, activated
 from . import stock as F
 from .anchors import anchors_of
+from .decisions import decided_once
 from .dispatch import autocast_dtype, is_number, or_stock, takes_kernel
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
@@ -280,7 +281,24 @@ def taken(
     name: str, input: Tensor, *parameters: float, inplace: bool = False, out: Tensor | None = None
 ) -> Activated | None:
     """The activation, if its kernel takes the input; None where the stock operator has to."""
+    activation: Activated | None
+    if not inplace and out is None:
+        activation = _taken_apart(input, name, *parameters)
+    else:
+        activation = _taken(input, name, parameters, inplace, out)
+    return activation
 
+
+@decided_once
+def _taken_apart(input: Tensor, name: str, *parameters: float) -> Callable[..., Activated | None]:
+    """`taken`, as a function, of an activation whose result is a new tensor."""
+    activation = _taken(input, name, parameters, False, None)
+    return lambda *_: activation
+
+
+def _taken(
+    input: Tensor, name: str, parameters: Sequence[float], inplace: bool, out: Tensor | None
+) -> Activated | None:
     def refusal() -> str | None:
         if not all(is_number(parameter) for parameter in parameters):
             return "a parameter is not a Python number"

@@ -7,7 +7,8 @@ __all__ = ["anchors_of"]
 
 
 def anchors_of(*operands: Tensor | None) -> tuple[Tensor, ...]:
-    """An empty tensor for each operand that requires gradients, which depends on it.
+    """For each operand that requires gradients an empty tensor which depends on it, or the operand, where it is a leaf:
+    the graph holds it anyway.
 
     Where what is saved for the backward pass (bits, a code) doesn't depend on the operands, neither does the gradient
     that is made of it; its derivative with respect to them is zero, but must exist, as it does in PyTorch.  So the
@@ -18,4 +19,4 @@ def anchors_of(*operands: Tensor | None) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return ()
     needed = (operand for operand in operands if operand is not None and operand.requires_grad)
-    return tuple(torch.as_strided_copy(operand, (0,), (1,)) for operand in needed)
+    return tuple(operand if operand.is_leaf else torch.as_strided_copy(operand, (0,), (1,)) for operand in needed)

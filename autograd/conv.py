@@ -93,6 +93,8 @@ def _conv_statistics(
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
 #: What is kept beside a code where gradients are linear, and don't depend on what they are of.
 _LINEAR = ("nothing", "mask")
 
@@ -146,7 +148,7 @@ class ConvActPool(Function):
         if dz is not None and (x_needed or weight_needed):
             stride, padding, dilation, groups = convolution
             with sound_convolution(weight, stride):
-                dx, dw, _ = torch.ops.aten.convolution_backward(
+                dx, dw, _ = _convolution_backward(
                     *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
                     (x_needed, weight_needed, False),
                 )
@@ -174,7 +176,7 @@ class ConvStatistics(Function):
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.convolution
         with sound_convolution(weight, stride):
-            dx, dw, db = torch.ops.aten.convolution_backward(
+            dx, dw, db = _convolution_backward(
                 *(g, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups),
                 ctx.needs_input_grad[:3],
             )

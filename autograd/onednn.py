@@ -30,7 +30,5 @@ def sound_convolution(weight: Tensor, stride: Sequence[int]) -> AbstractContextM
     channels-last on processors with AVX2, and for bfloat16 ones of 1 x 2 with AVX-512.  Compiled graphs choose by
     themselves.
     """
-    skips_pixels = any(step > size for step, size in zip(stride, weight.shape[2:], strict=True))
-    if skips_pixels and weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        return without_onednn()
-    return nullcontext()
+    skips_pixels = weight.is_cpu and any(step > size for step, size in zip(stride, weight.shape[2:], strict=True))
+    return without_onednn() if skips_pixels and not torch.compiler.is_compiling() else nullcontext()

@@ -11,6 +11,7 @@ from torch.nn.modules import module
 
 from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
+from ...autograd.decisions import decided_once
 from ...autograd.dispatch import is_number, tensor_refusal
 from ..activation import QuickGELU, ReLUSquared, Squareplus  # and the twins beside it
 from ..twin import ALL_TWINS, Layer, is_untouched
@@ -166,12 +167,21 @@ def is_steady(module: nn.Module, *, ever: bool = True) -> bool:
 
 def call_refusal(input: Tensor) -> str | None:
     """Why a chain isn't computed in one whatever its layers are, or None: no kernel takes its input, or one listens."""
-    if refusal := tensor_refusal(input):
+    refusal: str | None = _tensor_refusal(input)
+    if refusal is not None:
         return refusal
     if nn.Module.__call__ is not _CALL:
         return "calls of modules are patched"
-    heard = any(not hasattr(hook, _LOOKS_ON) for hooks in _GLOBAL_HOOKS for hook in hooks.values())
-    return "a hook listens to all modules" if heard else None
+    if any(_GLOBAL_HOOKS) and any(not hasattr(hook, _LOOKS_ON) for hooks in _GLOBAL_HOOKS for hook in hooks.values()):
+        return "a hook listens to all modules"
+    return None
+
+
+@decided_once
+def _tensor_refusal(input: Tensor) -> Callable[..., str | None]:
+    """`tensor_refusal` as a function of the tensor."""
+    refusal = tensor_refusal(input)
+    return lambda _: refusal
 
 
 def layer_refusal(layer: Any, *classes: type[nn.Module]) -> str | None:
