@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .base._triton import tl
 from .base.device import device_at, device_of
+from .base.figures import most_convolution_depth
 from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
@@ -203,12 +204,9 @@ def _tile(pool: int, row: Activation, precision: str, large: bool) -> _Tile:
 # AMD's multiprocessors have a third of the shared memory.
 _STAGES = 2 if torch.version.hip else 3
 
-# The largest depth, taps times channels, at which the single kernel is taken, by the size of the pooling window.  It
-# saves the convolution's result being written and read again, about 1.7e bytes for each of its elements, but multiplies
-# at a lower rate than cuDNN: 2 depth operations an element, 9/4 as many where windows of 3 x 3 overlap.  On an H200
-# (790 TFLOP/s in 16 bits, half of that in TF32; 4.3 TB/s), at half of the full rate where cuDNN has four fifths, the
-# two are equal at a depth of 416, or 96 where windows overlap.  Predicted, not measured.
-_MOST_DEPTH = {1: 416, 2: 416, 3: 96}
+# The largest depth, taps times channels, at which the single kernel is taken, by the size of the pooling window: 416,
+# or 96 where windows overlap.  Predicted, not measured.
+_MOST_DEPTH = {window: most_convolution_depth(window) for window in (1, 2, 3)}
 _PRECISIONS = ("fp16", "bf16", "tf32")
 
 #: The type of the operands of products, by their precision.

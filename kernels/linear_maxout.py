@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .base._triton import tl, triton
 from .base.device import Device, device_of
+from .base.figures import most_maxout_features, most_maxout_features_backward
 from .base.launch import TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.numerics import add_product, narrow, scalar, widen
 from .base.tiles import cdiv
@@ -266,18 +267,10 @@ _ENOUGH_PROGRAMS = 128
 # Shared memory that a program may have on any GPU: 99 KB on NVIDIA's consumer GPUs, 64 KB on AMD's.
 _SHARED_BYTES = 2**16 if torch.version.hip else 99 * 2**10
 
-# The most features that are multiplied in the fused kernel, by the precision of the product.  Fused, each sum isn't
-# written and read again, 2e bytes; but its 2 * features operations are done at a lower rate than in PyTorch's products.
-# Where it is an eighth lower, they take 1 / (1 - 1/8) - 1 = 1/7 longer, and the two are equal at 7 * rate * e /
-# bandwidth features.  With the figures of an H200 (790 TFLOP/s in 16 bits, half of that in TF32, 50 in float32 without
-# tensor cores; 4.3 TB/s) these are 2600, 2600 and 330.  Not measured.
-_MOST_FEATURES = {"fp16": 2048, "bf16": 2048, "tf32": 2048, "fp32": 256}
-
-# The same for the backward pass.  Fused, the scattered gradient isn't written and read twice, 3 pieces e bytes for each
-# maximum, but the gradient and the winner are read once more: e + 1.  Both kernels make operands in registers, so let
-# PyTorch's products be made at a rate that is a third higher: the two are equal at 620 (2 pieces) to 720 features (4).
-# Not measured.
-_MOST_FEATURES_BACKWARD = 512
+# The most features that are multiplied in the fused kernel, by the precision of the product: 2048, and 256 without
+# tensor cores; and in the fused backward pass: 512.  Predicted, not measured.
+_MOST_FEATURES = {precision: most_maxout_features(precision) for precision in ("fp16", "bf16", "tf32", "fp32")}
+_MOST_FEATURES_BACKWARD = most_maxout_features_backward()
 # In TF32, tensor cores want both operands to lie along the sum; that of the data's gradient, over units, isn't theirs.
 _FUSED_BACKWARD_DTYPES = (torch.float16, torch.bfloat16)
 _FUSED_BACKWARD_PIECES = range(2, 5)

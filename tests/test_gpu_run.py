@@ -19,6 +19,8 @@ import thresholds
 from fusednn_bench.parts import QUESTIONS, Command, Machine, Part, parts
 from fusednn_bench.schedule import GRACE_SECONDS, Outcome, run_part, run_parts
 
+from fusednn.kernels.base import figures
+
 FAULTS = {
     "hangs": "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)",
     "crashes": "import os; os.abort()",
@@ -151,6 +153,39 @@ def test_counters_are_read_from_nsight_computes_lines() -> None:
     assert (relu, pool) == ("relu", "pool")
     assert first == {"dram_bytes": 2e6, "duration_us": 2.5, "issue_percent": 41.5, "bank_conflicts": 0.0}
     assert second["bank_conflicts"] == 7
+
+
+def test_thresholds_follow_from_figures_with_sources() -> None:
+    """One file has them; what benchmarks predict with is the same machine."""
+    assert [figures.most_convolution_depth(window) for window in (1, 2, 3)] == [416, 416, 96]
+    assert {name: figures.most_maxout_features(name) for name in figures.MATRIX_RATES} == {
+        **dict.fromkeys(("bf16", "fp16", "tf32"), 2048),
+        "fp32": 256,
+    }
+    assert figures.most_maxout_features_backward() == 512
+    machine = json.loads((BENCH / "machine.json").read_text())
+    assert figures.COPY_RATE.number == machine["copy_bytes_per_second"]
+    assert figures.MATRIX_RATES["bf16"].number == machine["matrix_operations_per_second"]
+    every = (figures.COPY_RATE, *figures.MATRIX_RATES.values(), *figures.RELATIVE_RATES.values())
+    assert all(figure.source and figure.unit for figure in every)
+
+
+@pytest.mark.parametrize("figure", ["COPY_RATE", "MATRIX_RATES", "RELATIVE_RATES"])
+def test_a_corrected_figure_moves_the_thresholds(figure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = figures.most_convolution_depth(2), figures.most_maxout_features("bf16")
+    value = getattr(figures, figure)
+
+    def halved(one: figures.Figure) -> figures.Figure:
+        return one._replace(number=one.number / 2)
+
+    theirs = {"convolution in cuDNN": 1.0, "maxout in one kernel": 0.5}
+    changed = halved(value) if figure == "COPY_RATE" else {key: halved(one) for key, one in value.items()}
+    if figure == "RELATIVE_RATES":
+        changed = {key: one._replace(number=theirs.get(key, one.number)) for key, one in value.items()}
+    monkeypatch.setattr(figures, figure, changed)
+    after = figures.most_convolution_depth(2), figures.most_maxout_features("bf16")
+    larger = figure == "COPY_RATE"
+    assert all((new > old) == larger and new != old for new, old in zip(after, before, strict=True))
 
 
 @pytest.mark.interpreter
