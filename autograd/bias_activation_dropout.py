@@ -21,7 +21,7 @@ from .gradients import LinearGradient, stock_gradients
 from .operators import operator
 from .recompute import needs
 
-__all__ = ["bias_activation_dropout", "linear_activation_dropout"]
+__all__ = ["bias_activation_dropout", "conv_activation_dropout", "linear_activation_dropout"]
 
 
 def _fake_forward(
@@ -272,10 +272,53 @@ def bias_activation_dropout(
     y: Tensor | None = _by_kernels(*operands, p, training, dim, of_channels, False, activation, *parameters)
     if y is not None:
         return y
-    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
-    drop = _CHANNELS.get(input.dim(), F.dropout2d) if of_channels else F.dropout
-    y = drop(_activated(_biased(input, bias, dim), resolved, slopes), p, training)
+    y = _by_stock(_biased(input, bias, dim), slopes, p, training, of_channels, activation, parameters)
     return y if residual is None else y + residual
+
+
+def conv_activation_dropout(
+    convolution: Callable[[Tensor | None], Tensor],
+    bias: Tensor | None,
+    p: float,
+    activation: str | None,
+    parameters: Sequence[float],
+    training: bool,
+    dim: int,
+    *,
+    slopes: Tensor | None = None,
+    of_channels: bool = False,
+) -> Tensor:
+    """dropout(activation(convolution(bias))): `bias_activation_dropout` behind ``convolution(None)``.
+
+    Where no kernel takes its result, the convolution adds the bias itself.
+    """
+    z = convolution(None)
+    addend = bias
+    if autocast_dtype(z):
+        addend, weights = (None if one is None else one.to(z.dtype) for one in (bias, slopes))
+    else:
+        weights = slopes
+    y: Tensor | None = _by_kernels(
+        z, addend, None, weights, p, training, dim, of_channels, False, activation, *parameters
+    )
+    if y is not None:
+        return y
+    return _by_stock(z if bias is None else convolution(bias), slopes, p, training, of_channels, activation, parameters)
+
+
+def _by_stock(
+    x: Tensor,
+    slopes: Tensor | None,
+    p: float,
+    training: bool,
+    of_channels: bool,
+    activation: str | None,
+    parameters: Sequence[float],
+) -> Tensor:
+    """dropout(activation(x)), by stock operators."""
+    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
+    drop = _CHANNELS.get(x.dim(), F.dropout2d) if of_channels else F.dropout
+    return drop(_activated(x, resolved, slopes), p, training)
 
 
 #: Stock's dropout of channels by the number of dimensions.
@@ -309,8 +352,7 @@ def linear_activation_dropout(
     y: Tensor | None = _by_kernels(product, addend, None, slopes, *options)
     if y is not None:
         return y
-    resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
-    return F.dropout(_activated(F.linear(input, weight, bias), resolved, slopes), p, training)
+    return _by_stock(F.linear(input, weight, bias), slopes, p, training, False, activation, parameters)
 
 
 @decided_once

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ....autograd.bias_activation_dropout import bias_activation_dropout
+from ....autograd.bias_activation_dropout import conv_activation_dropout
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
 from ..members import (
     ACTIVATIONS,
@@ -54,10 +54,13 @@ def _compute(input: Tensor, *, conv: Any, activation: Activation, drop: Dropping
     p, training = options_of(drop)
 
     def together() -> Tensor:
-        z = conv._conv_forward(input, conv.weight, None)
+        def convolution(bias: Tensor | None) -> Tensor:
+            z: Tensor = conv._conv_forward(input, conv.weight, bias)
+            return z
+
         options: dict[str, Any] = {"slopes": slopes_of(activation), "of_channels": drops_channels(drop) and training}
         dim = -1 - len(conv.kernel_size)
-        return bias_activation_dropout(z, conv.bias, None, p, name, parameters, training, dim, **options)
+        return conv_activation_dropout(convolution, conv.bias, p, name, parameters, training, dim, **options)
 
     return computed(together, conv, activation, drop)
 
