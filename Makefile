@@ -40,9 +40,11 @@ help: ## list the targets
 
 # torchvision's wheels are built for CUDA: beside a CPU build of torch their import fails, and with it transformers' and
 # timm's.  So they stay out of the environment; tests of their networks find them here, and declare what is missing.
+# What the scripts in examples/libraries are written for besides is found here, too, without what it would bring along.
 .build/models/.complete: .venv/.complete
 	rm -rf .build/models
-	.venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --target .build/models timm torchvision
+	.venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --target .build/models timm torchvision \
+		accelerate kernels lightning-utilities pytorch-lightning torchmetrics
 	touch $@
 
 .venv-oldest/.complete: pyproject.toml constraints-oldest.txt

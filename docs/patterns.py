@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fusednn.layers.fusion import members, patterns, search
+from fusednn.layers.fusion import members, norms, patterns, search
 from fusednn.layers.fusion.patterns.pattern import Pattern
 
 PAGE = Path(__file__).resolve().with_name("patterns.md")
@@ -31,7 +31,7 @@ def page() -> str:
         sections.append(
             "\n".join([f"## {_title(pattern, module)}", "", _formula(module), "", *_lists(pattern, module)])
         )
-    shared = [*_reasons(members), *_reasons(search)]
+    shared = [*_reasons(members), *_reasons(norms), *_reasons(search)]
     sections.append("\n".join(["## All of them", "", "Layers also stay apart because:", "", *_listed(shared)]))
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
@@ -69,7 +69,7 @@ def _listed(reasons: list[str]) -> list[str]:
 def _reasons(module: ModuleType) -> Iterator[str]:
     """The reasons that a module's code has: of functions that refuse, and where it tells why a chain ends."""
     for node in ast.walk(ast.parse(inspect.getsource(module))):
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_refusal"):
+        if isinstance(node, ast.FunctionDef) and node.name.endswith(("_refusal", "_unfit")):
             yield from _strings([part.value for part in ast.walk(node) if isinstance(part, ast.Return | ast.Assign)])
         elif isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Subscript):
             if isinstance(target.value, ast.Attribute) and target.value.attr == "stops":
@@ -88,6 +88,8 @@ def _strings(values: list[Any]) -> Iterator[str]:
             yield value.value
         elif isinstance(value, ast.BoolOp):
             yield from _strings(value.values)
+        elif isinstance(value, ast.Lambda):
+            yield from _strings([value.body])
         elif isinstance(value, ast.IfExp):
             yield from _strings([value.body, value.orelse])
 

@@ -18,8 +18,8 @@ __all__ = [
     "is_identity",
     "join",
     "norm_refusal",
-    "refusal_within",
     "state_of",
+    "within_refusal",
 ]
 
 
@@ -74,10 +74,10 @@ def norm_refusal(layer: Any, input: Tensor, ends: bool) -> str | None:
     """Why a norm can't be computed with others, or None; ``ends``: its own activation may be the chain's last."""
     if layer is None:
         return None
-    return layer_refusal(layer, *NORMS) or refusal_within(layer, input, ends)
+    return layer_refusal(layer, *NORMS) or within_refusal(layer, input, ends)
 
 
-def refusal_within(layer: Any, input: Tensor, ends: bool) -> str | None:
+def within_refusal(layer: Any, input: Tensor, ends: bool) -> str | None:
     """As of `norm_refusal`, of what is within the norm."""
     frozen, activates = NORMS[class_of(layer)]
     if frozen and (input.dtype is not layer.weight.dtype or autocast_dtype(input) is not None):

@@ -13,7 +13,7 @@ from ...autograd.pointwise_loss import binary_cross_entropy_with_logits
 from ...autograd.prelu import prelu
 from .. import batch_norm
 from ..fusion.members import activation_of, call_refusal, computed
-from ..fusion.norms import Norm, activation_within, refusal_within
+from ..fusion.norms import Norm, activation_within, within_refusal
 from ..replacement.register import register_activation, register_norm, register_twin
 from ..twin import stock_class
 from .torchvision import frozen, takes_frozen
@@ -29,7 +29,7 @@ def _batch_norm_act(layer: Any, x: Tensor) -> Tensor:
     result: Tensor
     if x.dim() != 4 or tensor_refusal(x):
         result = stock_class(type(layer)).forward(layer, x)
-    elif call_refusal(x) is None and refusal_within(layer, x, ends=True) is None:
+    elif call_refusal(x) is None and within_refusal(layer, x, ends=True) is None:
         activation = activation_within(layer)
         result = computed(lambda: batch_norm.forward(layer, x, None, *activation_of(activation)), layer, activation)
     else:
@@ -42,7 +42,7 @@ def _frozen_batch_norm_act(layer: Any, x: Tensor) -> Tensor:
     result: Tensor
     if not takes_frozen(layer, x):
         result = stock_class(type(layer)).forward(layer, x)
-    elif call_refusal(x) is None and refusal_within(layer, x, ends=True) is None:
+    elif call_refusal(x) is None and within_refusal(layer, x, ends=True) is None:
         activation = activation_within(layer)
         result = computed(lambda: frozen(layer, x, activation), layer, activation)
     else:
