@@ -28,7 +28,15 @@ from .activation import (
 )
 from .batch_norm import batch_norm, batch_norm_act, channel_statistics
 from .bias_activation_dropout import bias_activation_dropout
-from .conv import conv1d, conv2d, conv_act_pool2d
+from .conv import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_act_pool2d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
 from .conv_batch_norm import conv_batch_norm_act2d
 from .cross_entropy import cross_entropy
 from .drop_connect import drop_connect_linear
@@ -46,7 +54,7 @@ from .pointwise_loss import (
     mse_loss,
     smooth_l1_loss,
 )
-from .pool import max_pool1d, max_pool2d
+from .pool import max_pool1d, max_pool2d, max_pool3d
 from .prelu import prelu
 from .rrelu import rrelu
 from .softmax import log_softmax, softmax, softmin
@@ -64,8 +72,12 @@ __all__ = [
     "channel_statistics",
     "conv1d",
     "conv2d",
+    "conv3d",
     "conv_act_pool2d",
     "conv_batch_norm_act2d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "cross_entropy",
     "drop_connect_linear",
     "dropout",
@@ -91,6 +103,7 @@ __all__ = [
     "logsigmoid",
     "max_pool1d",
     "max_pool2d",
+    "max_pool3d",
     "maxout",
     "maxout_conv2d",
     "maxout_linear",

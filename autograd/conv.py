@@ -5,6 +5,9 @@ by a single kernel together with them, or the bias, the activation and the pooli
 which is then forgotten (`fusednn.kernels.conv.takes_single` chooses).  Either way the backward pass needs the code of
 each pooling window (see `fusednn.kernels.pool_window`), and makes from it, in one kernel, the gradient of the
 convolution's result and that of the bias; cuDNN does the rest.
+
+Volumes, and transposed convolutions, differ in the product alone.  What has one direction is an image of one line, as
+it is to PyTorch.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels import conv as kernels
-from ..kernels.conv import conv_size
 from ..kernels.functions.activation import Activated, activated
-from ..kernels.pool_window import POINT, Pooled, Window, images, kept_beside_code
+from ..kernels.pool_window import POINT, Pooled, Window, images, kept_beside_code, point
 from . import stock as F
 from .activation import resolve_activation
 from .anchors import anchors_of
@@ -27,28 +29,77 @@ from .dispatch import in_low_precision, or_stock, takes_kernel
 from .onednn import sound_convolution
 from .operators import given, operator
 from .pool import (
-    Pair,
+    Sizes,
     activate_,
     activated_pool_gradient,
     code_or_empty,
     operator_window,
-    pairs,
     pool,
     pool_backward,
+    sizes_of,
+    squeezed,
     window_of,
     window_refusal,
 )
 
-__all__ = ["conv1d", "conv2d", "conv_act_pool2d", "conv_size", "conv_statistics2d"]
+__all__ = [
+    "Convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_act_pool",
+    "conv_act_pool2d",
+    "conv_statistics",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution_of",
+    "stock_convolution",
+]
 
 
 class Convolution(NamedTuple):
-    """The arguments of a convolution besides its operands; each pair is (along the height, along the width)."""
+    """The arguments of a convolution besides its operands; each tuple is (along the height, along the width), the depth
+    first if any.  A transposed one has an ``output_padding``.
+    """
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
+    output_padding: tuple[int, ...] | None = None
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """cuDNN's."""
+        return torch.convolution(x, weight, None, *self._arguments)
+
+    def gradients(
+        self, dz: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool], *, bias: Sequence[int] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Of images, filters, and a bias of this shape, as far as they are needed."""
+        with sound_convolution(weight, self.stride):
+            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+                dz, x, weight, bias, *self._arguments, needed
+            )
+        return gradients
+
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
+        transposed = self.output_padding is not None
+        output_padding = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, transposed, output_padding, self.groups
+
+    def size(self, size: Sequence[int], filters: Sequence[int]) -> tuple[int, ...]:
+        """The size of the result, of images and filters of these sizes; of what has one direction, one is enough."""
+        size, filters = ((1, *given) if len(given) == 1 else tuple(given) for given in (size, filters))
+        if self.output_padding is None:
+            return kernels.conv_size(size, filters, self.stride, self.padding, self.dilation)
+        return tuple(
+            (extent - 1) * step - 2 * border + spread * (taps - 1) + extra + 1
+            for extent, taps, step, border, spread, extra in zip(
+                size, filters, self.stride, self.padding, self.dilation, self.output_padding, strict=True
+            )
+        )
 
 
 # --- Operators --------------------------------------------------------------------------------------------------------
@@ -144,14 +195,9 @@ class ConvActPool(Function):
         else:
             anchors = (*ctx.anchors, *(() if saved is not None else anchors_of(x, weight)))
             dz = activated_pool_gradient(g, g_pre_activation, code, saved, ctx.layout, activation, window, anchors)
-            db = dz.sum((0, 2, 3)) if bias_needed and dz is not None else None
+            db = dz.sum([dim for dim in range(dz.dim()) if dim != 1]) if bias_needed and dz is not None else None
         if dz is not None and (x_needed or weight_needed):
-            stride, padding, dilation, groups = convolution
-            with sound_convolution(weight, stride):
-                dx, dw, _ = _convolution_backward(
-                    *(dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
-                    (x_needed, weight_needed, False),
-                )
+            dx, dw, _ = convolution.gradients(dz, x, weight, (x_needed, weight_needed, False))
         return dx, dw, db if bias_needed else None, dz if residual_needed else None, None, None, None, None
 
 
@@ -174,12 +220,7 @@ class ConvStatistics(Function):
         if g is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.convolution
-        with sound_convolution(weight, stride):
-            dx, dw, db = _convolution_backward(
-                *(g, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups),
-                ctx.needs_input_grad[:3],
-            )
+        dx, dw, db = ctx.convolution.gradients(g, x, weight, ctx.needs_input_grad[:3], bias=weight.shape[:1])
         return dx, dw, db, None
 
 
@@ -197,17 +238,25 @@ def _forward(
     """The result; the windows' codes, and the maxima before the activation, where these are kept; and the layout of the
     convolution's result: its size, and whether channels are last.
     """
-    stride, padding, dilation, groups = convolution
-    if residual is None and kernels.takes_single(x, weight, dilation, groups, window):
-        y, code, pre_activation = conv_pool(x, weight, bias, stride, padding, *activation.arguments, *window[:3], keeps)
-        return y, code, pre_activation, (kernels.conv_size(x.shape, weight.shape, stride, padding), True)
-    z, channels_last = images(F.conv2d(x, weight, None, *convolution))
+    if residual is None and _takes_single(x, weight, convolution, window):
+        sizes = (convolution.stride, convolution.padding)
+        y, code, pre_activation = conv_pool(x, weight, bias, *sizes, *activation.arguments, *window[:3], keeps)
+        return y, code, pre_activation, (convolution.size(x.shape[2:], weight.shape[2:]), True)
+    z, channels_last = images(convolution.product(x, weight))
     layout = (z.shape[2:], channels_last)
-    if window == POINT:
+    if window.is_point:
         code, pre_activation = activate_(z, residual, bias, *activation.arguments, keeps)
         return z, code, pre_activation, layout
-    y, code, pre_activation, _ = pool(z, residual, None, None, bias, *activation.arguments, *window, keeps, False)
+    y, code, pre_activation, _ = pool(
+        z, residual, None, None, None, bias, 0.0, *activation.arguments, *window, keeps, False
+    )
     return y, code, pre_activation, layout
+
+
+def _takes_single(x: Tensor, weight: Tensor, convolution: Convolution, window: Window) -> bool:
+    if convolution.output_padding is not None:
+        return False
+    return kernels.takes_single(x, weight, convolution.dilation, convolution.groups, window)
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------
@@ -220,9 +269,9 @@ def conv1d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
     """The cross-correlation of (N, C, L) or (C, L) with filters (O, C / groups, K).  `torch.nn.functional.conv1d`.
@@ -238,9 +287,9 @@ def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
     """The cross-correlation of (N, C, H, W) or (C, H, W) with filters (O, C / groups, K, L).
@@ -253,20 +302,122 @@ def conv2d(
 
 
 @or_stock
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The cross-correlation of (N, C, D, H, W) or (C, D, H, W) with filters (O, C / groups, J, K, L).
+    `torch.nn.functional.conv3d`.
+
+    cuDNN computes it.
+    """
+    takes_kernel("conv3d", input, refusal=lambda: _CUDNN)
+    return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+@or_stock
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Tensor:
+    """What a convolution's gradient is of its result: (N, C, L) or (C, L) with filters (C, O / groups, K).
+    `torch.nn.functional.conv_transpose1d`.
+
+    cuDNN computes it.
+    """
+    takes_kernel("conv_transpose1d", input, refusal=lambda: _CUDNN)
+    return F.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+@or_stock
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Tensor:
+    """What a convolution's gradient is of its result: (N, C, H, W) or (C, H, W) with filters (C, O / groups, K, L).
+    `torch.nn.functional.conv_transpose2d`.
+
+    cuDNN computes it.
+    """
+    takes_kernel("conv_transpose2d", input, refusal=lambda: _CUDNN)
+    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+@or_stock
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Tensor:
+    """What a convolution's gradient is of its result: (N, C, D, H, W) or (C, D, H, W) with filters
+    (C, O / groups, J, K, L).  `torch.nn.functional.conv_transpose3d`.
+
+    cuDNN computes it.
+    """
+    takes_kernel("conv_transpose3d", input, refusal=lambda: _CUDNN)
+    return F.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+#: By the number of directions.
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_POOLINGS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def stock_convolution(
+    directions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any = None,
+) -> Tensor:
+    """PyTorch's, transposed where there is an ``output_padding``."""
+    if output_padding is None:
+        return _CONVOLUTIONS[directions](input, weight, bias, stride, padding, dilation, groups)
+    return _TRANSPOSED[directions](input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+@or_stock
 def conv_act_pool2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
     *,
     activation: str | None = "relu",
     activation_parameters: Sequence[float] = (),
-    pool_size: Pair | None = None,
-    pool_stride: Pair | None = None,
-    pool_padding: Pair = 0,
+    pool_size: Sizes | None = None,
+    pool_stride: Sizes | None = None,
+    pool_padding: Sizes = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
     """max_pool(activation(conv(x) + bias + residual)), in one.
@@ -281,9 +432,42 @@ def conv_act_pool2d(
     Only the pooled result is written, and the code of each window, which the backward pass needs: at most a byte, a bit
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
+    return conv_act_pool(
+        *(2, input, weight, bias, stride, padding, dilation, groups),
+        activation=activation,
+        activation_parameters=activation_parameters,
+        pool_size=pool_size,
+        pool_stride=pool_stride,
+        pool_padding=pool_padding,
+        residual=residual,
+    )
+
+
+@or_stock
+def conv_act_pool(
+    directions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any = None,
+    *,
+    activation: str | None,
+    activation_parameters: Sequence[float],
+    pool_size: Any = None,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`conv_act_pool2d` for so many directions, transposed where there is an ``output_padding``."""
     operands = in_low_precision(input, weight, bias, residual)
-    sizes = (stride, padding, dilation, groups, pool_size, pool_stride, pool_padding)
-    y: Tensor = _conv_act_pool(*operands, *sizes, activation, *activation_parameters)
+    geometry = (directions, stride, padding, dilation, groups, output_padding)
+    y: Tensor = _conv_act_pool(
+        *operands, *geometry, pool_size, pool_stride, pool_padding, activation, *activation_parameters
+    )
     return y
 
 
@@ -293,94 +477,100 @@ def _conv_act_pool(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: Pair,
-    padding: Pair | str,
-    dilation: Pair,
+    directions: int,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
-    pool_size: Pair | None,
-    pool_stride: Pair | None,
-    pool_padding: Pair,
+    output_padding: Any,
+    pool_size: Any,
+    pool_stride: Any,
+    pool_padding: Any,
     activation: str | None,
     *parameters: float,
 ) -> Callable[..., Tensor]:
-    """`conv_act_pool2d` of operands in the precision that they are computed in, by its kernels or stock operators."""
+    """`conv_act_pool` of operands in the precision that they are computed in, by its kernels or stock operators."""
     resolved = resolve_activation(activation, parameters)
-    window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
-    odd, border = _numbers(weight, stride, padding, dilation)
-    convolution = _convolution(stride, border, dilation, groups)
-    described = (input, odd, weight, bias, residual, convolution, resolved, window)
+    window: Window | None = point(max(directions, 2))
+    if pool_size is not None:
+        window = window_of(directions, pool_size, pool_stride, pool_padding, 1, False)
+    odd, border = _numbers(directions, weight, stride, padding, dilation)
+    convolution = convolution_of(directions, stride, border, dilation, groups, output_padding)
+    described = (directions, input, odd, weight, bias, residual, convolution, resolved, window)
     given = [input, weight, *(operand for operand in (bias, residual) if operand is not None)]
-    if not takes_kernel("conv_act_pool2d", *given, refusal=lambda: _refusal(*described)):
+    if not takes_kernel(f"conv_act_pool{directions}d", *given, refusal=lambda: _refusal(*described)):
+        arguments = (stride, padding, dilation, groups, output_padding)
 
         def chained(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
-            y = apply_activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups), residual, resolved)
-            return y if pool_size is None else F.max_pool2d(y, pool_size, pool_stride, pool_padding)
+            y = stock_convolution(directions, input, weight, bias, *arguments)
+            y = apply_activation(y, residual, resolved)
+            return y if pool_size is None else _POOLINGS[directions](y, pool_size, pool_stride, pool_padding)
 
         return chained
     assert convolution is not None
     assert window is not None
     options = (convolution, resolved, window)
-    pads, batched = any(odd), input.dim() == 4
+    pads, lines, unbatched = any(odd), directions == 1, input.dim() == directions + 1
     differentiable = torch.is_grad_enabled() and any(operand.requires_grad for operand in given)
     anchored = kept_beside_code(resolved.row, window.fixed) in _LINEAR
 
     def together(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
         x = F.pad(x, odd) if pads else x
-        if not batched:
+        if unbatched:
             x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        if lines:
+            x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+            residual = None if residual is None else residual.unsqueeze(2)
         y: Tensor
         if differentiable:
             anchors = anchors_of(bias, residual) if anchored else ()
             y, _pre_activation = ConvActPool.apply(x, weight, bias, residual, *options, anchors)
         else:
             y, *_results = _forward(x, weight, bias, residual, *options, keeps=False)
-        return y if batched else y.squeeze(0)
+        return squeezed(y, lines, unbatched, tracked=differentiable)
 
     return together
 
 
-def conv_statistics2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair | str,
-    dilation: Pair,
-    groups: int,
+def conv_statistics(
+    directions: int, input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """`conv2d`, and the partial statistics of its channels, where a kernel makes both; else None."""
+    """`stock_convolution`, and the partial statistics of its channels, where a kernel makes both; else None."""
     operands = in_low_precision(input, weight, bias)
-    geometry: Any = (stride, padding, dilation, groups)
     results: tuple[Tensor, Tensor | None] | None
-    results = _statistics2d(*operands, *geometry, kernels.precision(operands[0]))
-    return (F.conv2d(input, weight, bias, *geometry), None) if results is None else results
+    results = _statistics(*operands, directions, *geometry, kernels.precision(operands[0]))
+    return (stock_convolution(directions, input, weight, bias, *geometry), None) if results is None else results
 
 
 @decided_once
-def _statistics2d(
+def _statistics(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Pair | str,
-    dilation: Pair,
+    directions: int,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
+    output_padding: Any,
     precision: str,
 ) -> Callable[..., tuple[Tensor, Tensor] | None]:
-    """`conv_statistics2d` by its kernel, or None; PyTorch's switches of ``precision`` decide, too."""
-    odd, border = _numbers(weight, stride, padding, dilation)
-    convolution = _convolution(stride, border, dilation, groups)
-    described = (x, odd, weight, bias, None, convolution, resolve_activation("relu"), POINT)
+    """`conv_statistics` by its kernel, or None; PyTorch's switches of ``precision`` decide, too."""
+    odd, border = _numbers(directions, weight, stride, padding, dilation)
+    convolution = convolution_of(directions, stride, border, dilation, groups, output_padding)
+    described = (directions, x, odd, weight, bias, None, convolution, resolve_activation("relu"), POINT)
 
     def refusal() -> str | None:
+        if directions != 2:
+            return _CUDNN
         if reason := _refusal(*described):
             return reason
         if convolution is None or x.dim() != 4:
             return "not a batch of images"
-        single = kernels.takes_single(x, weight, convolution.dilation, convolution.groups, POINT)
-        return None if single else _CUDNN
+        return None if _takes_single(x, weight, convolution, POINT) else _CUDNN
 
-    if not takes_kernel("conv2d", *((x, weight) if bias is None else (x, weight, bias)), refusal=refusal):
+    name = f"conv{directions}d" if output_padding is None else f"conv_transpose{directions}d"
+    if not takes_kernel(name, *((x, weight) if bias is None else (x, weight, bias)), refusal=refusal):
         return lambda *_: None
     pads = any(odd)
 
@@ -393,34 +583,40 @@ def _statistics2d(
     return convolve
 
 
-_EVEN = (0, 0, 0, 0)
-
-
-def _numbers(weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, int, int, int], Any]:
+def _numbers(directions: int, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, ...], Any]:
     """A padding in words as numbers: what `pad` adds first, where the two ends differ, and the padding that is left."""
+    even = (0, 0) * directions
     if padding == "valid":
-        return _EVEN, 0
-    if padding != "same" or not isinstance(weight, Tensor) or weight.dim() != 4:
-        return _EVEN, padding
-    spread = pairs(dilation, 2)
-    if pairs(stride, 2) != (1, 1) or spread is None:
-        return _EVEN, None
-    height, width = (step * (size - 1) for step, size in zip(spread, weight.shape[2:], strict=True))
-    return (0, width % 2, 0, height % 2), (height // 2, width // 2)
+        return even, 0
+    if padding != "same" or not isinstance(weight, Tensor) or weight.dim() != directions + 2:
+        return even, padding
+    spread = sizes_of(dilation, directions)
+    if sizes_of(stride, directions) != (1,) * directions or spread is None:
+        return even, None
+    added = [step * (size - 1) for step, size in zip(spread, weight.shape[2:], strict=True)]
+    odd = tuple(one for total in reversed(added) for one in (0, total % 2))
+    return odd, tuple(total // 2 for total in added)
 
 
-def _convolution(stride: Any, padding: Any, dilation: Any, groups: Any) -> Convolution | None:
+def convolution_of(
+    directions: int, stride: Any, padding: Any, dilation: Any, groups: Any, output_padding: Any = None
+) -> Convolution | None:
     """The arguments, or None where one isn't what PyTorch takes."""
-    found = [pairs(argument, 2) for argument in (stride, padding, dilation)]
-    if any(pair is None for pair in found) or type(groups) is not int:
+    given = (stride, padding, dilation) if output_padding is None else (stride, padding, dilation, output_padding)
+    found = [sizes_of(argument, directions) for argument in given]
+    if any(sizes is None for sizes in found) or type(groups) is not int:
         return None
-    step, border, spread = (pair for pair in found if pair is not None)
-    return Convolution(step, border, spread, groups)
+    sizes = [sizes for sizes in found if sizes is not None]
+    if directions == 1:
+        sizes = [(one, *along) for one, along in zip((1, 0, 1, 0), sizes, strict=False)]
+    step, border, spread, *extra = sizes
+    return Convolution(step, border, spread, groups, *extra)
 
 
 def _refusal(
+    directions: int,
     input: Tensor,
-    odd: tuple[int, int, int, int],
+    odd: tuple[int, ...],
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -431,21 +627,30 @@ def _refusal(
     """Why the kernels don't take these arguments, or None."""
     if convolution is None or window is None:
         return "a size is not an integer for each direction"
-    if activation.saves == "nothing" and residual is None and window == POINT:
+    if activation.saves == "nothing" and residual is None and window.is_point:
         return _CUDNN
     if min(*convolution.stride, *convolution.dilation, convolution.groups) < 1 or min(convolution.padding) < 0:
         return "a size of the convolution is not positive"
-    if input.dim() not in (3, 4) or weight.dim() != 4 or input.numel() == 0 or weight.numel() == 0:
+    whole = input.dim() in (directions + 1, directions + 2) and weight.dim() == directions + 2
+    if not whole or input.numel() == 0 or weight.numel() == 0:
         return "not a batch of images and their filters"
-    filters, channels, *_ = weight.shape
-    if input.shape[-3] != channels * convolution.groups or filters % convolution.groups:
+    groups, extra = convolution.groups, convolution.output_padding
+    if extra is None:
+        filters, channels = weight.shape[0], weight.shape[1] * groups
+    else:
+        filters, channels = weight.shape[1] * groups, weight.shape[0]
+        limits = map(max, convolution.stride, convolution.dilation)
+        if not all(0 <= one < limit for one, limit in zip(extra, limits, strict=True)):
+            return "the output padding is not smaller than stride or dilation"
+    if input.shape[-directions - 1] != channels or filters % groups or channels % groups:
         return "the filters don't fit the channels"
     if bias is not None and bias.shape != (filters,):
         return "the bias is not one for each filter"
-    padded = (*input.shape[:-2], input.shape[-2] + odd[3], input.shape[-1] + odd[1])
-    size = kernels.conv_size(padded, weight.shape, *convolution[:3])
+    added = [odd[2 * axis + 1] for axis in reversed(range(directions))]
+    extents = [extent + one for extent, one in zip(input.shape[-directions:], added, strict=True)]
+    size = convolution.size(extents, weight.shape[2:])
     if min(size) < 1:
         return "the image is smaller than the filter"
-    if residual is not None and residual.shape != (*input.shape[:-3], filters, *size):
+    if residual is not None and residual.shape != (*input.shape[: -directions - 1], filters, *size[-directions:]):
         return "the residual has another shape"
-    return activation.refusal() or window_refusal(window, *size, masked=activation.saves == "mask")
+    return activation.refusal() or window_refusal(window, size, masked=activation.saves == "mask")

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated
-from ..kernels.pool_window import POINT, Window, images, kept_beside_code
+from ..kernels.pool_window import Window, images, kept_beside_code, point
 from . import stock as F
 from .activation import resolve_activation
 from .batch_norm import (
@@ -28,17 +28,17 @@ from .batch_norm import (
 )
 from .batch_norm import backward as norm_backward
 from .batch_norm import reduce as norm_reduce
-from .conv import conv_act_pool2d, conv_statistics2d
+from .conv import conv_act_pool, conv_statistics
 from .decisions import decided_once
 from .dispatch import or_stock, takes_kernel
 from .gradients import stock_gradients
-from .pool import Pair, max_pool2d, pool, pool_backward, window_of, window_refusal
+from .pool import Sizes, max_pool, pool, pool_backward, squeezed, window_of, window_refusal
 
-__all__ = ["batch_norm_act_pool2d", "conv_batch_norm_act2d"]
+__all__ = ["batch_norm_act_pool", "conv_batch_norm_act", "conv_batch_norm_act2d"]
 
 
 class BatchNormActPool(Function):
-    """Max pooling of activation(normalised x * weight + bias + residual), with the statistics of x.
+    """Max pooling of activation(normalised x * weight + bias + residual), with the statistics of x: images or volumes.
 
     Saves the input, the statistics and the code of each window; beside these the maxima before the activation, where
     its gradient needs them.
@@ -93,7 +93,8 @@ class BatchNormActPool(Function):
             def chained(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
                 y = apply_activation(y, residual, activation)
-                return F.max_pool2d(y, window.kernel, window.stride, window.padding)
+                pooling = F.max_pool2d if y.dim() == 4 else F.max_pool3d
+                return pooling(y, window.kernel, window.stride, window.padding)
 
             return *stock_gradients(chained, (x, residual, weight, bias), needed, g), None, None, None, None, None
         _, channels_last = images(x)
@@ -123,17 +124,9 @@ def _forward(
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result; the windows' codes, and the maxima before the activation, where these are kept."""
-    scale, shift = _scale(weight, variance, eps), mean.new_zeros(mean.shape)
-    if bias is not None:
-        shift = bias.to(mean.dtype)
-    y, code, pre_activation, _ = pool(x, residual, mean, scale, shift, *activation.arguments, *window, keeps, False)
+    vectors = (mean, variance, weight, bias, eps)
+    y, code, pre_activation, _ = pool(x, residual, *vectors, *activation.arguments, *window, keeps, False)
     return y, code, pre_activation
-
-
-def _scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
-    """weight / standard deviation, in the type of the statistics."""
-    deviation = (variance + eps).sqrt()
-    return 1 / deviation if weight is None else weight.to(variance.dtype) / deviation
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------
@@ -148,9 +141,9 @@ def conv_batch_norm_act2d(
     running_var: Tensor | None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
     *,
     training: bool = False,
@@ -160,9 +153,9 @@ def conv_batch_norm_act2d(
     residual: Tensor | None = None,
     activation: str | None = "relu",
     activation_parameters: Sequence[float] = (),
-    pool_size: Pair | None = None,
-    pool_stride: Pair | None = None,
-    pool_padding: Pair = 0,
+    pool_size: Sizes | None = None,
+    pool_stride: Sizes | None = None,
+    pool_padding: Sizes = 0,
 ) -> Tensor:
     """max_pool(activation(batch_norm(conv(x) + bias) + residual)).
 
@@ -171,25 +164,58 @@ def conv_batch_norm_act2d(
     the convolution's result is read twice, for its statistics and to make the result, and is saved.  Source: Ioffe and
     Szegedy, "Batch Normalization" (ICML 2015).
     """
-    arguments = (stride, padding, dilation, groups)
-    options: dict[str, Any] = {
-        "residual": residual,
-        "activation": activation,
-        "activation_parameters": activation_parameters,
-        "pool_size": pool_size,
-        "pool_stride": pool_stride,
-        "pool_padding": pool_padding,
-    }
+    return conv_batch_norm_act(
+        *(2, input, weight, bias, running_mean, running_var, norm_weight, norm_bias),
+        *(stride, padding, dilation, groups),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        batches=batches,
+        residual=residual,
+        activation=activation,
+        activation_parameters=activation_parameters,
+        pool_size=pool_size,
+        pool_stride=pool_stride,
+        pool_padding=pool_padding,
+    )
+
+
+def conv_batch_norm_act(
+    directions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any = None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    batches: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`conv_batch_norm_act2d` for so many directions, transposed where there is an ``output_padding``; ``options`` are
+    those of `conv_act_pool`.
+    """
+    arguments = (stride, padding, dilation, groups, output_padding)
     if not training and running_mean is not None and running_var is not None:
-        weight, bias = _folded(weight, bias, running_mean, running_var, norm_weight, norm_bias, eps)
-        return conv_act_pool2d(input, weight, bias, *arguments, **options)
-    z, partial = conv_statistics2d(input, weight, bias, *arguments)
-    return batch_norm_act_pool2d(
+        vectors = (running_mean, running_var, norm_weight, norm_bias)
+        filters, bias = _folded(weight, bias, *vectors, eps, 0 if output_padding is None else groups)
+        return conv_act_pool(directions, input, filters, bias, *arguments, **options)
+    z, partial = conv_statistics(directions, input, weight, bias, *arguments)
+    return batch_norm_act_pool(
         z, partial, running_mean, running_var, norm_weight, norm_bias, momentum, eps, batches=batches, **options
     )
 
 
-def batch_norm_act_pool2d(
+def batch_norm_act_pool(
     input: Tensor,
     partial: Tensor | None,
     running_mean: Tensor | None,
@@ -203,11 +229,11 @@ def batch_norm_act_pool2d(
     residual: Tensor | None,
     activation: str | None,
     activation_parameters: Sequence[float],
-    pool_size: Pair | None,
-    pool_stride: Pair | None,
-    pool_padding: Pair,
+    pool_size: Any = None,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
 ) -> Tensor:
-    """What `conv_batch_norm_act2d` does in training with a convolution's result, and its ``partial`` statistics."""
+    """What `conv_batch_norm_act` does in training with a convolution's result, and its ``partial`` statistics."""
     vectors = (running_mean, running_var, weight, bias)
     if pool_size is None and partial is None:
         options: dict[str, Any] = {"activation": activation, "activation_parameters": activation_parameters}
@@ -229,15 +255,18 @@ def _batch_norm_act_pool(
     momentum: float,
     eps: float,
     batches: Tensor | None,
-    pool_size: Pair | None,
-    pool_stride: Pair | None,
-    pool_padding: Pair,
+    pool_size: Any,
+    pool_stride: Any,
+    pool_padding: Any,
     activation: str | None,
     *parameters: float,
 ) -> Callable[..., Tensor]:
-    """`batch_norm_act_pool2d` where it isn't batch norm alone, by its kernels or as one operation after another."""
+    """`batch_norm_act_pool` where it isn't batch norm alone, by its kernels or as one operation after another."""
     resolved = resolve_activation(activation, parameters)
-    window = POINT if pool_size is None else window_of(2, pool_size, pool_stride, pool_padding, 1, False)
+    directions = input.dim() - 2
+    window: Window | None = point(max(directions, 2))
+    if pool_size is not None:
+        window = window_of(directions, pool_size, pool_stride, pool_padding, 1, False)
     vectors = (running_mean, running_var, weight, bias)
     described = (input, *vectors, momentum, eps, residual, batches, resolved, window)
     given = [input] if residual is None else [input, residual]
@@ -248,11 +277,10 @@ def _batch_norm_act_pool(
         vectors = (running_mean, running_var, weight, bias)
         options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
         y = batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
-        if pool_size is None:
-            return y
-        return max_pool2d(y, pool_size, pool_stride, pool_padding)  # type: ignore[return-value]
+        return y if pool_size is None else max_pool(directions, y, pool_size, pool_stride, pool_padding)
 
-    if not takes_kernel("batch_norm_act_pool2d", *given, parameters=others, refusal=lambda: _refusal(*described)):
+    name = f"batch_norm_act_pool{directions}d"
+    if not takes_kernel(name, *given, parameters=others, refusal=lambda: _refusal(*described)):
         return apart
     assert window is not None
     operands = (input, residual, weight, bias)
@@ -262,15 +290,17 @@ def _batch_norm_act_pool(
         running_mean, running_var, weight, bias, momentum, eps, batches, *_ = rest
         running = (running_mean, running_var, batches, float(momentum))
         moments = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
-        if window == POINT:
+        if window.is_point:
             return normalise(BatchNorm, input, residual, weight, bias, *moments, True, eps, resolved)
+        if directions == 1:
+            input, residual = input.unsqueeze(2), None if residual is None else residual.unsqueeze(2)
         operands = (input, residual, weight, bias, *moments, float(eps), resolved, window)
         y: Tensor
         if differentiable:
             y = BatchNormActPool.apply(*operands)
         else:
             y, *_results = _forward(*operands, keeps=False)
-        return y
+        return squeezed(y, directions == 1, False, tracked=differentiable)
 
     return together
 
@@ -283,13 +313,23 @@ def _folded(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    transposed_groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Filters and bias of the convolution that also normalises; differentiable."""
+    """Filters and bias of the convolution that also normalises; differentiable.
+
+    ``transposed_groups``: of a transposed convolution, whose filters are (C, O / groups, *), else 0.
+    """
     dtype = ACCUMULATOR[weight.dtype]
-    scale = _scale(norm_weight, variance.to(dtype), eps)
+    deviation = (variance.to(dtype) + eps).sqrt()
+    scale = 1 / deviation if norm_weight is None else norm_weight.to(dtype) / deviation
     shift = -mean if bias is None else bias - mean
     shift = shift * scale if norm_bias is None else shift * scale + norm_bias
-    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+    if not transposed_groups:
+        filters = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    else:
+        grouped = weight.unflatten(0, (transposed_groups, -1))
+        filters = (grouped * scale.view(transposed_groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+    return filters.to(weight.dtype), shift.to(weight.dtype)
 
 
 def _refusal(
@@ -311,6 +351,7 @@ def _refusal(
         return reason
     if window is None:
         return "a size is not an integer for each direction"
-    if z.dim() != 4 or z.numel() == z.shape[1]:
+    if z.dim() not in (3, 4, 5) or z.numel() == z.shape[1]:
         return "not a batch of images"
-    return activation.refusal() or window_refusal(window, *z.shape[2:], masked=activation.saves == "mask")
+    size = z.shape[2:] if z.dim() > 3 else (1, z.shape[2])
+    return activation.refusal() or window_refusal(window, size, masked=activation.saves == "mask")

@@ -12,11 +12,12 @@ from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated, activated
 from ..kernels.pool_window import (
     LARGEST_EXTENT,
-    POINT,
     Window,
     images,
     kept_beside_code,
+    memory_format,
     most_positions,
+    point,
     point_codes,
     pooled_like,
     winner_indices,
@@ -31,22 +32,25 @@ from .recompute import needs
 
 __all__ = [
     "WINDOW",
-    "Pair",
+    "Sizes",
     "activate_",
     "activated_pool_gradient",
     "code_or_empty",
+    "max_pool",
     "max_pool1d",
     "max_pool2d",
+    "max_pool3d",
     "operator_window",
-    "pairs",
     "pool",
     "pool_backward",
+    "sizes_of",
+    "squeezed",
     "window_of",
     "window_refusal",
 ]
 
 #: What PyTorch takes for a size in each direction: one for all, or one for each.
-Pair = int | tuple[int, ...] | list[int]
+Sizes = int | tuple[int, ...] | list[int]
 
 #: A `Window` in an operator's schema.
 WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
@@ -56,7 +60,7 @@ WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool c
 
 
 def operator_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
-    """From an operator's arguments, whose pairs are lists."""
+    """From an operator's arguments, whose tuples are lists."""
     return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
 
@@ -64,8 +68,10 @@ def _fake_pool(
     x: Tensor,
     residual: Tensor | None,
     mean: Tensor | None,
-    scale: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     name: str,
     a: float,
     b: float,
@@ -81,7 +87,8 @@ def _fake_pool(
 
 
 @operator(
-    "pool(Tensor x, Tensor? residual, Tensor? mean, Tensor? scale, Tensor? bias, str name, float a, float b,"
+    "pool(Tensor x, Tensor? residual, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps,"
+    " str name, float a, float b,"
     f" {WINDOW}, bool keeps, bool emits_indices) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_pool,
 )
@@ -89,8 +96,10 @@ def pool(
     x: Tensor,
     residual: Tensor | None,
     mean: Tensor | None,
-    scale: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     name: str,
     a: float,
     b: float,
@@ -103,7 +112,9 @@ def pool(
         keeps=keeps,
         emits_indices=emits_indices,
         mean=mean,
-        scale=scale,
+        variance=variance,
+        weight=weight,
+        eps=eps,
         residual=residual,
     )
     return tuple(results)
@@ -113,7 +124,7 @@ def _fake_activate(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, name: str, a: float, b: float, keeps: bool
 ) -> tuple[Tensor, Tensor]:
     _, channels_last = images(x)
-    results = pooled_like(x, x.shape, channels_last, POINT, activated(name, a, b), keeps=keeps)
+    results = pooled_like(x, x.shape, channels_last, point(x.dim() - 2), activated(name, a, b), keeps=keeps)
     return results.code, results.pre_activation
 
 
@@ -127,7 +138,7 @@ def activate_(
 ) -> tuple[Tensor, Tensor]:
     """`pool` with windows of one position, in place: bias and activation."""
     results = kernels.pool_forward(
-        *(x, bias, POINT, activated(name, a, b)), keeps=keeps, residual=residual, inplace=True
+        *(x, bias, point(x.dim() - 2), activated(name, a, b)), keeps=keeps, residual=residual, inplace=True
     )
     return results.code, results.pre_activation
 
@@ -135,9 +146,8 @@ def activate_(
 def _fake_backward(
     g: Tensor, code: Tensor, saved: Tensor | None, size: Any, channels_last: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (*g.shape[:2], *size)
-    dx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=memory_format)
+    shape, order = (*g.shape[:2], *size), memory_format(len(size), channels_last)
+    dx = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=order)
     sums_bias = arguments[-1]
     return dx, g.new_empty(g.shape[1], dtype=ACCUMULATOR[g.dtype]) if sums_bias else g.new_empty(0)
 
@@ -171,7 +181,7 @@ def pool_backward(
 def _pool(x: Tensor, window: Window, keeps: bool, emits_indices: bool) -> tuple[Tensor, ...]:
     """Max pooling alone."""
     results: tuple[Tensor, ...]
-    results = pool(x, None, None, None, None, *IDENTITY.arguments, *window, keeps, emits_indices)
+    results = pool(x, None, None, None, None, None, 0.0, *IDENTITY.arguments, *window, keeps, emits_indices)
     return results
 
 
@@ -257,7 +267,7 @@ class PoolGradient(Function):
         dg = gg.reshape(flat).gather(2, indices.view(flat)).view(indices.shape)
         if masked:
             bits = point_codes(code, shape, channels_last, window)
-            dg = PoolGradient.apply(dg, bits, shape[2:], channels_last, activation, POINT)
+            dg = PoolGradient.apply(dg, bits, shape[2:], channels_last, activation, point(len(size)))
         return dg, None, None, None, None, None, *map(torch.zeros_like, ctx.anchors)
 
 
@@ -293,50 +303,46 @@ def activated_pool_gradient(
 # --- Functions --------------------------------------------------------------------------------------------------------
 
 
-def pairs(value: object, dims: int) -> tuple[int, int] | None:
-    """(along the height, along the width) from an argument of ``dims`` dimensions, or None where it isn't integers.
-
-    What has one dimension is an image of height 1, where every size is 1 and the padding 0: see `window_of`.
-    """
+def sizes_of(value: object, directions: int) -> tuple[int, ...] | None:
+    """An argument of so many directions, one for each, or None where it isn't integers."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) == 1:
-        values *= dims
-    if len(values) != dims or not all(is_integer(item) for item in values):
-        return None
-    return values[0], values[-1]
+        values *= directions
+    return values if len(values) == directions and all(is_integer(item) for item in values) else None
 
 
 def window_of(
-    dims: int, kernel_size: object, stride: object, padding: object, dilation: object, ceil_mode: object
+    directions: int, kernel_size: object, stride: object, padding: object, dilation: object, ceil_mode: object
 ) -> Window | None:
-    """The windows of a pooling layer of ``dims`` dimensions, or None where an argument isn't what PyTorch takes."""
+    """The windows of a pooling layer of so many directions, or None where an argument isn't what PyTorch takes.
+
+    What has one direction is an image of one line.
+    """
     if stride is None or (isinstance(stride, (tuple, list)) and not stride):
         stride = kernel_size
-    found = [pairs(argument, dims) for argument in (kernel_size, stride, padding, dilation)]
-    if any(pair is None for pair in found) or type(ceil_mode) is not bool:
+    found = [sizes_of(argument, directions) for argument in (kernel_size, stride, padding, dilation)]
+    if any(sizes is None for sizes in found) or type(ceil_mode) is not bool:
         return None
-    kernel, step, border, spread = (pair for pair in found if pair is not None)
-    if dims == 1:
-        kernel, step, border, spread = (1, kernel[1]), (1, step[1]), (0, border[1]), (1, spread[1])
+    kernel, step, border, spread = (sizes for sizes in found if sizes is not None)
+    if directions == 1:
+        kernel, step, border, spread = (1, *kernel), (1, *step), (0, *border), (1, *spread)
     return Window(kernel, step, border, spread, ceil_mode)
 
 
-def window_refusal(window: Window, height: int, width: int, *, masked: bool = False) -> str | None:
+def window_refusal(window: Window, size: Sequence[int], *, masked: bool = False) -> str | None:
     """Why the kernels don't take these windows on images of this size, or None."""
     if min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0:
         return "a size of the window is not positive"
     if window.positions > most_positions(masked):
         return "the window has more positions than a byte can tell"
-    for size, kernel, padding, dilation in zip(
-        (height, width), window.kernel, window.padding, window.dilation, strict=True
-    ):
+    for extent, kernel, padding, dilation in zip(size, window.kernel, window.padding, window.dilation, strict=True):
         if 2 * padding > kernel:  # whatever the dilation
             return "the padding is more than half of the window"
-        if padding and dilation > size:
+        if padding and dilation > extent:
             return "a window may lie beside the image"
-        if max(size, kernel * dilation) > LARGEST_EXTENT:
+        if max(extent, kernel * dilation) > LARGEST_EXTENT:
             return "the image is too large"
-    if min(window.pooled(height, width)) < 1:
+    if min(window.pooled(*size)) < 1:
         return "the image is smaller than the window"
     return None
 
@@ -344,56 +350,63 @@ def window_refusal(window: Window, height: int, width: int, *, masked: bool = Fa
 @decided_once
 def _max_pool(
     input: Tensor,
-    dims: int,
-    kernel_size: Pair,
-    stride: Pair | None,
-    padding: Pair,
-    dilation: Pair,
+    directions: int,
+    kernel_size: Sizes,
+    stride: Sizes | None,
+    padding: Sizes,
+    dilation: Sizes,
     ceil_mode: bool,
     return_indices: bool,
 ) -> Callable[..., tuple[Tensor, Tensor] | None]:
     """Maxima and their indices (empty unless asked for), or None where the stock operator has to be taken."""
-    window = window_of(dims, kernel_size, stride, padding, dilation, ceil_mode)
+    window = window_of(directions, kernel_size, stride, padding, dilation, ceil_mode)
 
     def refusal() -> str | None:
-        if input.dim() not in (dims + 1, dims + 2):
+        if input.dim() not in (directions + 1, directions + 2):
             return "not a batch of images"
         if window is None or type(return_indices) is not bool:
             return "a size is not an integer for each direction"
-        height, width = (1, *input.shape[-dims:])[-2:]
-        return window_refusal(window, height, width) if input.numel() else None
+        size = input.shape[-directions:] if directions > 1 else (1, input.shape[-1])
+        return window_refusal(window, size) if input.numel() else None
 
-    if not takes_kernel(f"max_pool{dims}d", input, refusal=refusal):
+    if not takes_kernel(f"max_pool{directions}d", input, refusal=refusal):
         return lambda *_: None
     assert window is not None
-    unbatched = input.dim() == dims + 1
+    lines, unbatched = directions == 1, input.dim() == directions + 1
     differentiable = torch.is_grad_enabled() and input.requires_grad
-    # A view that was made without gradients couldn't be changed with them.
-    squeeze = Tensor.squeeze if differentiable else Tensor.squeeze_
 
     def pooled(input: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         x = input.unsqueeze(0) if unbatched else input
-        x, channels_last = images(x.unsqueeze(2) if dims == 1 else x)
+        x, channels_last = images(x.unsqueeze(2) if lines else x)
         if differentiable:
             y, indices = MaxPool.apply(x, channels_last, window, return_indices, anchors_of(x))
         else:
             y, _code, _pre_activation, indices = _pool(x, window, False, return_indices)
-        if dims == 1:
-            y, indices = squeeze(y, 2), indices.squeeze(2) if return_indices else indices
-        if unbatched:
-            y, indices = squeeze(y, 0), indices.squeeze(0) if return_indices else indices
-        return y, indices
+        if return_indices:
+            indices = squeezed(indices, lines, unbatched, tracked=True)
+        return squeezed(y, lines, unbatched, tracked=differentiable), indices
 
     return pooled
+
+
+def squeezed(y: Tensor, line: bool, unbatched: bool, *, tracked: bool) -> Tensor:
+    """A new result without the dimensions that its images were given: of a line, and of a batch of one.
+
+    ``tracked``: it has a gradient.  A view that was made without couldn't be changed with one.
+    """
+    squeeze = Tensor.squeeze if tracked else Tensor.squeeze_
+    if line:
+        y = squeeze(y, 2)
+    return squeeze(y, 0) if unbatched else y
 
 
 @or_stock
 def max_pool1d(
     input: Tensor,
-    kernel_size: Pair,
-    stride: Pair | None = None,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -412,10 +425,10 @@ def max_pool1d(
 @or_stock
 def max_pool2d(
     input: Tensor,
-    kernel_size: Pair,
-    stride: Pair | None = None,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -429,3 +442,34 @@ def max_pool2d(
     if results is None:
         return F.max_pool2d(*arguments)  # type: ignore[no-any-return, call-overload]
     return results if return_indices else results[0]
+
+
+@or_stock
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The maximum of each window of (C, D, H, W) or (N, C, D, H, W).  As `torch.nn.functional.max_pool3d`.
+
+    Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices in their channel's
+    D x H x W.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
+    """
+    arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    results: tuple[Tensor, Tensor] | None = _max_pool(input, 3, *arguments[1:])
+    if results is None:
+        return F.max_pool3d(*arguments)  # type: ignore[no-any-return, call-overload]
+    return results if return_indices else results[0]
+
+
+_FUNCTIONS = {1: max_pool1d, 2: max_pool2d, 3: max_pool3d}
+
+
+def max_pool(directions: int, input: Tensor, kernel_size: Sizes, stride: Sizes | None, padding: Sizes) -> Tensor:
+    """The function of so many directions."""
+    y: Tensor = _FUNCTIONS[directions](input, kernel_size, stride, padding)  # type: ignore[assignment]
+    return y

@@ -169,16 +169,24 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, module: Any, function: str) 
 def _plain_operation(function: str, stage: Stage) -> Operation:
     """A convolution alone, which is cuDNN's: what the choice costs."""
 
+    transposed = "transpose" in function
+
     def operands(x: Tensor) -> tuple[Tensor, ...]:
+        """Lines are all of an image's, one behind another; volumes have one level."""
         x, weight, bias = (t.detach() for t in stage.operands(x))
-        if function == "conv1d":
-            x, weight = x.flatten(2), weight[:, :, 0].contiguous()
+        if function.endswith("1d"):
+            x, weight = x.flatten(2), weight[:, :, 0]
+        elif function.endswith("3d"):
+            x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+        weight = (weight.transpose(0, 1) if transposed else weight).contiguous()
         return tuple(t.requires_grad_() for t in (x, weight, bias))
 
     def output_shape(shape: torch.Size) -> Sequence[int]:
-        if function == "conv1d":
-            return shape[0], stage.filters, shape[2] * shape[3] - stage.kernel + 1
-        return shape[0], stage.filters, stage.dense, stage.dense
+        grows = stage.kernel - 1 if transposed else 1 - stage.kernel
+        if function.endswith("1d"):
+            return shape[0], stage.filters, shape[2] * shape[3] + grows
+        size = (shape[2] + grows, shape[3] + grows)
+        return (shape[0], stage.filters, *size) if function.endswith("2d") else (shape[0], stage.filters, 1, *size)
 
     def budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
         images, result = shape.numel() * dtype.itemsize, torch.Size(output_shape(shape)).numel() * dtype.itemsize
@@ -189,6 +197,7 @@ def _plain_operation(function: str, stage: Stage) -> Operation:
 
 
 PLAIN = Stage(6, 14, 16, 5)
+ALONE = ("conv2d", "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 FUSED: dict[str, Stage] = {
     **{f"conv_act_pool2d_{name}": stage for name, stage in STAGES.items()},
     "conv_batch_norm_act2d_resnet50_stem": NormalisedStage(3, 224, 64, 7, 2, 3, (3, 2, 1)),
@@ -204,7 +213,7 @@ OPERATIONS = {
         *(staged(name, stage) for name, stage in FUSED.items()),
         *(staged(f"{name}_nchw", stage, torch.contiguous_format) for name, stage in FUSED.items()),
         *(staged(f"{name}_no_tf32", stage, tf32=False) for name, stage in FUSED.items()),
-        *(_plain_operation(function, PLAIN) for function in ("conv2d", "conv1d")),
+        *(_plain_operation(function, PLAIN) for function in ALONE),
     )
 }
 
@@ -215,7 +224,7 @@ def batch_of(stage: Stage, batch: int) -> tuple[int, ...]:
 
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
-    stages = {**FUSED, "conv2d": PLAIN, "conv1d": PLAIN}
+    stages = {**FUSED, **dict.fromkeys(ALONE, PLAIN)}
     quick = {f"conv_act_pool2d_{name}" for name in QUICK}
     usual = [
         Case(OPERATIONS[name], dtype, size, batch_of(stage, batch))

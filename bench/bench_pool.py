@@ -1,4 +1,4 @@
-"""Max pooling: windows of 2 x 2, and of 3 x 3 with a stride of 2, in both memory formats."""
+"""Max pooling: windows of 2 x 2, and of 3 x 3 with a stride of 2, in both memory formats; of lines and volumes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,22 @@ def _pooled_lines(shape: torch.Size) -> Sequence[int]:
 
 
 def _lines_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
-    moved = shape.numel() * (1.5 * dtype.itemsize + 0.5)
+    moved = shape.numel() * (1.5 * dtype.itemsize + 1 / 16)
+    return moved, moved
+
+
+def _volume(x: Tensor, module: Any) -> Tensor:
+    """Of the channels, each four are levels."""
+    y: Tensor = module.max_pool3d(x.unflatten(1, (-1, 4)), 2)
+    return y
+
+
+def _pooled_volume(shape: torch.Size) -> Sequence[int]:
+    return shape[0], shape[1] // 4, 2, shape[2] // 2, shape[3] // 2
+
+
+def _volume_budget(shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
+    moved = shape.numel() * (1.125 * dtype.itemsize + 1 / 16)
     return moved, moved
 
 
@@ -75,6 +90,13 @@ OPERATIONS = {
             budget=_lines_budget,
             output_shape=_pooled_lines,
         ),
+        Operation(
+            "max_pool3d",
+            "pool",
+            *(partial(_volume, module=module) for module in (autograd, F)),
+            budget=_volume_budget,
+            output_shape=_pooled_volume,
+        ),
     )
 }
 
@@ -86,7 +108,8 @@ def timed_cases(full: bool) -> list[Case]:
         for size, shape in SIZES.items()
         for dtype in DTYPES
         for operation in OPERATIONS.values()
-        if full or (size == "large" and dtype is not torch.float16) or "2x2_channels_last" in operation.name
+        if (full or (size == "large" and dtype is not torch.float16) or "2x2_channels_last" in operation.name)
+        and (operation.name != "max_pool3d" or shape[1] % 4 == 0)
     ]
 
 

@@ -205,6 +205,7 @@ def _dropout(name: str, layer: str, *sizes: int) -> Row:
 
 _WITH_RESIDUAL = ("the input; with a residual 1 bit an element", "3e; 4e + 1/8", "5e; 6e + 1/8")
 _IMAGES = (2, 3, 10, 10)
+_VOLUMES = (2, 3, 4, 5, 5)
 _MATRIX = (40, 60)
 
 ROWS: tuple[Row, ...] = (
@@ -265,8 +266,22 @@ ROWS: tuple[Row, ...] = (
         layer_arguments=(3, 8, 3),
     ),
     Row(
+        *("conv3d", ("Conv3d",), "the operands", "cuDNN's", "cuDNN's", {"input": _x, "weight": _of(4, -2, 2, 2, 2)}),
+        shape=_VOLUMES,
+        layer_arguments=(3, 4, 2),
+    ),
+    *(
+        Row(
+            *(f"conv_transpose{directions}d", (f"ConvTranspose{directions}d",), "the operands", "cuDNN's", "cuDNN's"),
+            {"input": _x, "weight": _of(-2, 4, *[2] * directions)},
+            (2, 3, *[5] * directions),
+            layer_arguments=(3, 4, 2),
+        )
+        for directions in (1, 2, 3)
+    ),
+    Row(
         "conv_act_pool2d",
-        ("ConvAct2d",),
+        ("ConvAct1d", "ConvAct2d", "ConvAct3d"),
         "the operands, 1 bit an element (ReLU)",
         "2e + 1/8 (after cuDNN's)",
         "2e + 1/8 (before cuDNN's)",
@@ -277,14 +292,14 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "conv_act_pool2d",
-        ("ConvMaxPool2d",),
+        ("ConvMaxPool1d", "ConvMaxPool2d", "ConvMaxPool3d"),
         "the operands, 4 bits a window (ReLU, 2 x 2)",
         "1.25e + 1/8 (after cuDNN's)",
         "1.25e + 1/8 (before cuDNN's)",
     ),
     Row(
         "conv_batch_norm_act2d",
-        ("ConvBatchNormAct2d",),
+        ("ConvBatchNormAct1d", "ConvBatchNormAct2d", "ConvBatchNormAct3d"),
         "the operands, the convolution's result, 4 bits a window (ReLU, 2 x 2)",
         "2.25e + 1/8 (after cuDNN's)",
         "5.25e + 1/8 (before cuDNN's)",
@@ -294,13 +309,20 @@ ROWS: tuple[Row, ...] = (
         _conv_batch_norm_act,
     ),
     Row(
-        *("max_pool1d", ("MaxPool1d",), "1 byte a window", "e + (e + 1) / stride", "e + (e + 1) / stride"),
+        *("max_pool1d", ("MaxPool1d",), "1 bit a window of 2, at most 1 byte", "1.5e + 1/16", "1.5e + 1/16"),
         options={"kernel_size": 2},
         layer_arguments=(2,),
     ),
     Row(
         *("max_pool2d", ("MaxPool2d",), "2 bits a window (2 x 2), at most 1 byte", "1.25e + 1/16", "1.25e + 1/16"),
         shape=(4, 6, 10, 10),
+        options={"kernel_size": 2},
+        layer_arguments=(2,),
+    ),
+    Row(
+        *("max_pool3d", ("MaxPool3d",), "4 bits a window (2 x 2 x 2), at most 1 byte"),
+        *("1.125e + 1/16", "1.125e + 1/16"),
+        shape=(4, 6, 4, 6, 6),
         options={"kernel_size": 2},
         layer_arguments=(2,),
     ),

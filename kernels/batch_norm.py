@@ -31,7 +31,14 @@ from .base.numerics import divide, scalar, square_root
 from .base.tiles import MASK_BYTES, TILE, aligned, load, load_bits, store, store_bits
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
 
-__all__ = ["batch_norm_backward", "batch_norm_forward", "batch_norm_reduce", "mask_bytes"]
+__all__ = [
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_norm_reduce",
+    "channel_vectors",
+    "mask_bytes",
+    "normalisation",
+]
 
 _TILE = tl.constexpr(TILE)
 
@@ -376,7 +383,7 @@ def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Conf
 # --- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def _vectors(
+def channel_vectors(
     dtype: torch.dtype, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Statistics and parameters as kernels take them: of the statistics' type; weight and bias both, or neither."""
@@ -424,7 +431,7 @@ def batch_norm_forward(
     plan = plan_of(x)
     if residual is not None:
         residual = dense_like(residual, x.stride())
-    vectors = _vectors(x.dtype, mean, variance, weight, bias)
+    vectors = channel_vectors(x.dtype, mean, variance, weight, bias)
     affine = vectors[2] is not None
     configuration = _normalise(x.dtype, plan.tiling, activation.row, residual is not None, masked, affine)
     launch_over(configuration, plan, (x, residual, y, mask, *vectors), eps, activation.a, activation.b)
@@ -456,7 +463,7 @@ def batch_norm_reduce(
     if residual is not None:
         residual = dense_like(residual, x.stride())
     partial = torch.empty((plan.splits, 2, plan.channels), dtype=torch.float64, device=x.device)
-    vectors = _vectors(x.dtype, mean, variance, weight, bias)
+    vectors = channel_vectors(x.dtype, mean, variance, weight, bias)
     affine = vectors[2] is not None
     configuration = _reduce(x.dtype, plan.tiling, activation.row, residual is not None, mask is not None, affine)
     launch_over(configuration, plan, (g, x, residual, mask, dz, partial, *vectors), eps, activation.a, activation.b)
@@ -486,7 +493,7 @@ def batch_norm_backward(
     if not x.numel():
         return dx
     plan = plan_of(x)
-    vectors = _vectors(x.dtype, mean, variance, weight, bias)
+    vectors = channel_vectors(x.dtype, mean, variance, weight, bias)
     configuration = _gradient(x.dtype, plan.tiling, activation.row, sums is not None, vectors[2] is not None)
     launch_over(configuration, plan, (g, x, dx, sums, *vectors), inverse_count, eps, activation.a, activation.b)
     return dx

@@ -32,6 +32,7 @@ from .batch_norm_statistics import store_statistics
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .pool_window import (
     POINT,
+    Fixed,
     Pooled,
     Window,
     code_bits,
@@ -93,8 +94,8 @@ def conv_pool_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    first_row, first_filter, row, column, plane, line, place, inside = tile_place(
-        rows, filters, pooled_height, pooled_width, True, HEIGHT, WIDTH
+    first_row, first_filter, row, column, plane, _, line, place, inside = tile_place(
+        rows, filters, None, pooled_height, pooled_width, True, HEIGHT, WIDTH
     )
     filter_ = first_filter + tl.arange(0, WIDTH)[:, None]
     # Of the window's first position: its place in the convolution's result, and in the image.
@@ -227,10 +228,12 @@ def precision(x: Tensor) -> str:
     return TRITON_TYPE[x.dtype]
 
 
-def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int, window: Window) -> bool:
+def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, ...], groups: int, window: Window) -> bool:
     """Whether convolution and pooling are made by the single kernel, rather than by cuDNN and a pass."""
+    pool, _, directions = window.fixed
+    if x.dim() != 4 or directions not in (0, 2):
+        return False
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    pool, _ = window.fixed
     depth = weight.shape[1] * weight.shape[2] * weight.shape[3]
     plain = channels_last and groups == 1 and dilation == (1, 1)
     return plain and precision(x) in _PRECISIONS and depth <= _MOST_DEPTH.get(pool, 0)
@@ -238,12 +241,11 @@ def takes_single(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: i
 
 @cache
 def _configuration(
-    precision: str, row: Activation, fixed: tuple[int, int], statistics: bool = False, large: bool = True
+    precision: str, row: Activation, fixed: Fixed, statistics: bool = False, large: bool = True
 ) -> Configuration:
     """``large`` where the device takes large tiles."""
-    pool, pool_stride = fixed
+    pool, pool_stride, _ = fixed
     tile = _tile(pool, row, precision, large)
-    bits = code_bits(Window((pool, pool), (pool_stride, pool_stride)), row.saves == "mask")
     narrow = tile != _tile(pool, row, precision, True)
     parts = (f"conv pool {pool}x{pool}", row.label, statistics and "+ statistics", precision, narrow and "narrow")
     return configure(
@@ -255,7 +257,7 @@ def _configuration(
             "ACTIVATION": row,
             "POOL": pool,
             "POOL_STRIDE": pool_stride,
-            "BITS": bits,
+            "BITS": code_bits(fixed, row.saves == "mask"),
             "HEIGHT": tile.height,
             "WIDTH": tile.width,
             "DEPTH": tile.depth // 2 if precision == "tf32" else tile.depth,
@@ -274,13 +276,13 @@ def _configuration(
 def configurations() -> Iterator[Configuration]:
     # Activations know nothing of the product before them: one of each kind stands for the others.
     for precision in _PRECISIONS:
-        for fixed in ((1, 1), (2, 2), (3, 2)):
+        for fixed in (POINT.fixed, Fixed(2, 2), Fixed(3, 2)):
             yield replace(_configuration(precision, ACTIVATIONS["relu"], fixed), rare=precision == "fp16")
             if (narrow := _configuration(precision, ACTIVATIONS["relu"], fixed, large=False)).label.endswith("narrow"):
                 yield narrow
-        yield replace(_configuration(precision, IDENTITY.row, (1, 1), statistics=True), rare=precision == "fp16")
-    yield _configuration("bf16", IDENTITY.row, (2, 2))
-    yield _configuration("tf32", ACTIVATIONS["gelu"], (2, 2))
+        yield replace(_configuration(precision, IDENTITY.row, POINT.fixed, statistics=True), rare=precision == "fp16")
+    yield _configuration("bf16", IDENTITY.row, Fixed(2, 2))
+    yield _configuration("tf32", ACTIVATIONS["gelu"], Fixed(2, 2))
 
 
 def conv_size(
@@ -289,13 +291,15 @@ def conv_size(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...] = (1, 1),
-) -> tuple[int, int]:
-    """Height and width of the convolution of images and filters of these shapes.  May be symbolic."""
-    height, width = (
+) -> tuple[int, ...]:
+    """The size of the convolution of images and filters of these shapes.  May be symbolic."""
+    directions = len(stride)
+    return tuple(
         (size + 2 * border - spread * (taps - 1) - 1) // step + 1
-        for size, taps, step, border, spread in zip(shape[-2:], filters[-2:], stride, padding, dilation, strict=True)
+        for size, taps, step, border, spread in zip(
+            *(shape[-directions:], filters[-directions:], stride, padding, dilation), strict=True
+        )
     )
-    return height, width
 
 
 def conv_pooled_like(

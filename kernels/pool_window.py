@@ -2,12 +2,14 @@
 
 Images (N, C, H, W) are read in either memory format, and a tile of the result is (rows, columns) of memory:
 
-=============  ========================  ===============
-format         row                       column
-=============  ========================  ===============
-channels last  (sample, line, place)     channel
-contiguous     (sample, channel, line)   place
-=============  ========================  ===============
+=============  ===============================  ===============
+format         row                              column
+=============  ===============================  ===============
+channels last  (sample, [level,] line, place)   channel
+contiguous     (sample, channel, [level,] line) place
+=============  ===============================  ===============
+
+Volumes (N, C, D, H, W) have levels besides; of what has one dimension, the caller makes images of one line.
 
 **The code** of a window is all that the backward pass needs besides the gradient: the position of the maximum in the
 window, counted along its lines, and above it a bit that is set where the activation passes the gradient on.  It takes
@@ -19,6 +21,8 @@ As in PyTorch the first of equal maxima wins, the last NaN, and in a window of n
 that lies inside the image.
 """
 
+from functools import cache
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,9 +34,11 @@ from .base.numerics import widen
 from .functions.activation import Activated, Activation, gradient_from_input
 
 __all__ = [
+    "ANY",
     "FIXED_WINDOWS",
     "LARGEST_EXTENT",
     "POINT",
+    "Fixed",
     "Kept",
     "Pooled",
     "Window",
@@ -41,7 +47,11 @@ __all__ = [
     "images",
     "kept_beside_code",
     "load_gradient",
+    "memory_format",
     "most_positions",
+    "place_images",
+    "plane_offset",
+    "point",
     "point_codes",
     "pooled_like",
     "store_codes",
@@ -57,11 +67,13 @@ LARGEST_EXTENT = 2**30
 
 
 @triton.jit
-def tile_place(rows, columns, height, width, CHANNELS_LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """This program's first row and column, and of its elements, broadcastable: row, column, plane, line and place, and
-    which are inside.
+def tile_place(
+    rows, columns, depth, height, width, CHANNELS_LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """This program's first row and column, and of its elements, broadcastable: row, column, plane, level, line and
+    place, and which are inside.
 
-    A plane is a sample where channels are last, else a sample's channel.
+    A plane is a sample where channels are last, else a sample's channel; of several levels, where ``depth`` isn't None.
     """
     program = tl.program_id(0).to(tl.int64)
     column_blocks = tl.cdiv(columns, WIDTH)
@@ -81,8 +93,40 @@ def tile_place(rows, columns, height, width, CHANNELS_LAST: tl.constexpr, HEIGHT
     else:
         place = column
     offset += (first % height).to(tl.int32)
-    plane = first // height + offset // height
-    return first_row, first_column, row, column, plane, offset % height, place, inside
+    first = first // height
+    line = offset % height
+    offset = offset // height
+    level = 0
+    if depth is not None:
+        offset += (first % depth).to(tl.int32)
+        first = first // depth
+        level = offset % depth
+        offset = offset // depth
+    return first_row, first_column, row, column, first + offset, level, line, place, inside
+
+
+@triton.jit
+def place_images(plane, column, columns, depth, height, width, CHANNELS_LAST: tl.constexpr):
+    """Where a plane of images of this size begins, and the distance of neighbouring places."""
+    start = plane * height * width
+    if depth is not None:
+        start *= depth
+    distance = 1
+    if CHANNELS_LAST:
+        start = start * columns + column
+        distance = columns
+    return start, distance
+
+
+@triton.jit
+def plane_offset(level, line, place, depth, height, width, distance):
+    """Where an element lies in its plane, and whether level and line are inside."""
+    inside = (line >= 0) & (line < height)
+    offset = line.to(tl.int64)
+    if depth is not None:
+        inside = inside & (level >= 0) & (level < depth)
+        offset += level.to(tl.int64) * height
+    return (offset * width + place) * distance, inside
 
 
 @triton.jit
@@ -122,10 +166,12 @@ def load_gradient(
     code_pointer,
     saved_pointer,
     plane,
+    level,
     line,
     place,
     column,
     columns,
+    depth,
     height,
     width,
     inside,
@@ -137,8 +183,11 @@ def load_gradient(
     CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Of the windows at these lines and places of pooled images: the position of the maximum, and its gradient."""
+    """Of the windows at these places of pooled images: the position of the maximum, and its gradient."""
     inside = inside & (line >= 0) & (line < height) & (place >= 0) & (place < width)
+    if depth is not None:
+        inside = inside & (level >= 0) & (level < depth)
+        plane = plane * depth + level
     row = plane * height + line
     if CHANNELS_LAST:
         row = row * width + place
@@ -170,22 +219,42 @@ def load_gradient(
 # --- Windows ----------------------------------------------------------------------------------------------------------
 
 
-class Window(NamedTuple):
-    """The windows of a pooling layer; each pair is (along the height, along the width)."""
+class Fixed(NamedTuple):
+    """Windows that kernels are compiled for: of ``kernel`` positions in each of the last ``directions`` directions, and
+    of one in the others.  All are 0 for the kernels of any windows.
+    """
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: int
+    stride: int
+    directions: int = 2
+
+    @property
+    def positions(self) -> int:
+        positions: int = self.kernel**self.directions
+        return positions
+
+    def __str__(self) -> str:
+        if self == ANY:
+            return "any"
+        return "x".join((*["1"] * (2 - self.directions), *[str(self.kernel)] * self.directions))
+
+
+class Window(NamedTuple):
+    """The windows of a pooling layer; each tuple is (along the height, along the width), the depth first if any."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     ceil_mode: bool = False
 
     @property
     def positions(self) -> int:
-        return self.kernel[0] * self.kernel[1]
+        return prod(self.kernel)
 
-    def pooled(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the pooled images.  May be symbolic."""
-        return self._pooled(0, height), self._pooled(1, width)
+    def pooled(self, *size: int) -> tuple[int, ...]:
+        """The size of pooled images of this one.  May be symbolic."""
+        return tuple(map(self._pooled, range(len(size)), size))
 
     def _pooled(self, axis: int, size: int) -> int:
         stride, padding = self.stride[axis], self.padding[axis]
@@ -195,27 +264,48 @@ class Window(NamedTuple):
         return windows - 1 if self.ceil_mode and (windows - 1) * stride >= size + padding else windows
 
     @property
-    def fixed(self) -> tuple[int, int]:
-        """Kernel and stride where kernels are compiled for them, else (0, 0)."""
-        (kernel, other), (stride, _) = self.kernel, self.stride
-        square = kernel == other and self.stride == (stride, stride) and self.dilation == (1, 1)
+    def is_point(self) -> bool:
+        """Whether there is no pooling."""
+        return self.fixed == POINT.fixed
+
+    @property
+    def fixed(self) -> Fixed:
+        """What kernels are compiled for, where that is these windows."""
+        by_direction = list(zip(self.kernel, self.stride, self.padding, self.dilation, strict=True))
+        first = next((axis for axis, one in enumerate(by_direction) if one != (1, 1, 0, 1)), len(by_direction))
+        kernel, stride, *_ = by_direction[-1]
+        fixed = Fixed(kernel, stride, len(by_direction) - first)
+        square = all(one[:2] == (kernel, stride) and one[3] == 1 for one in by_direction[first:])
         # Pairs are loaded side by side, which padding would push out of line.
-        fits = square and (kernel, stride) in FIXED_WINDOWS and (kernel == 3 or self.padding == (0, 0))
-        return (kernel, stride) if fits else (0, 0)
+        fits = square and fixed in FIXED_WINDOWS and (kernel == 3 or not any(self.padding))
+        return fixed if fits else ANY
 
     @property
     def arguments(self) -> tuple[int, ...]:
         return (*self.kernel, *self.stride, *self.padding, *self.dilation)
 
 
-#: Kernel and stride of the windows that kernels are compiled for.
-FIXED_WINDOWS = ((1, 1), (2, 2), (3, 2))
+#: The windows that kernels are compiled for, and any.
+FIXED_WINDOWS = (
+    *(Fixed(1, 1, 0), Fixed(2, 2), Fixed(3, 2)),
+    *(Fixed(2, 2, 1), Fixed(3, 2, 1), Fixed(4, 4, 1)),
+    Fixed(2, 2, 3),
+)
+ANY = Fixed(0, 0, 0)
+
+
+@cache
+def point(directions: int) -> Window:
+    """Windows of one position: no pooling."""
+    ones = (1,) * directions
+    return Window(ones, ones, (0,) * directions, ones)
+
+
+#: Those of images.
+POINT = point(2)
 
 #: What is kept for the gradient of an activation.
 Kept = Literal["nothing", "mask", "output", "input"]
-
-#: Windows of one position: no pooling.
-POINT = Window((1, 1), (1, 1))
 
 
 def most_positions(masked: bool) -> int:
@@ -223,11 +313,11 @@ def most_positions(masked: bool) -> int:
     return 128 if masked else 256
 
 
-def code_bits(window: Window, masked: bool) -> int:
+def code_bits(fixed: Fixed, masked: bool) -> int:
     """Bits of a window's code."""
-    if not any(window.fixed):
+    if fixed == ANY:
         return 8
-    needed = (window.positions - 1).bit_length() + masked
+    needed = (fixed.positions - 1).bit_length() + masked
     return next(bits for bits in (0, 1, 2, 4, 8) if bits >= needed)
 
 
@@ -241,14 +331,23 @@ class Pooled(NamedTuple):
 
 
 def images(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` (N, C, H, W) in one of the memory formats, itself or a copy, and whether that is channels-last."""
+    """``x`` (N, C, H, W) or (N, C, D, H, W) in one of the memory formats, itself or a copy, and whether that is
+    channels-last.
+    """
     x = dense(x)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = x.is_contiguous(memory_format=memory_format(x.dim() - 2, True)) and not x.is_contiguous()
     # No copy is asked for where none is made: torch 2.11's compiler takes what comes back for another tensor.
     return (x if channels_last or x.is_contiguous() else x.contiguous()), channels_last
 
 
-def kept_beside_code(row: Activation, fixed: tuple[int, int]) -> Kept:
+def memory_format(directions: int, channels_last: bool) -> torch.memory_format:
+    """Of images, or volumes."""
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if directions == 2 else torch.channels_last_3d
+
+
+def kept_beside_code(row: Activation, fixed: Fixed) -> Kept:
     """What the activation's gradient is read off: a ``"mask"``, which is part of the code, the ``"output"``, or the
     ``"input"``: the maxima before the activation.
 
@@ -272,13 +371,12 @@ def pooled_like(
 
     ``y`` itself where it is given.  Shapes may be symbolic.
     """
-    samples, channels, height, width = shape
-    pooled_shape = (samples, channels, *window.pooled(height, width))
+    pooled_shape = (*shape[:2], *window.pooled(*shape[2:]))
     if y is None:
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        y = torch.empty(pooled_shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+        order = memory_format(len(window.kernel), channels_last)
+        y = torch.empty(pooled_shape, dtype=like.dtype, device=like.device, memory_format=order)
     kept = kept_beside_code(activation.row, window.fixed) if keeps else "nothing"
-    bits = code_bits(window, kept == "mask")
+    bits = code_bits(window.fixed, kept == "mask")
     code_bytes = 0
     if keeps and bits:
         rows, columns = image_matrix(pooled_shape, channels_last)
@@ -293,13 +391,13 @@ def pooled_like(
 
 def image_matrix(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int]:
     """Rows and columns of images of this shape, see above."""
-    samples, channels, height, width = shape
-    return (samples * height * width, channels) if channels_last else (samples * channels * height, width)
+    samples, channels, *size = shape
+    return (samples * prod(size), channels) if channels_last else (prod(shape[:-1]), shape[-1])
 
 
 def point_codes(code: Tensor, shape: tuple[int, ...], channels_last: bool, window: Window) -> Tensor:
     """The activation's bits in the codes of pooled images of this ``shape``, as codes of windows of one position."""
-    if (bits := code_bits(window, True)) == 1:
+    if (bits := code_bits(window.fixed, True)) == 1:
         return code
     rows, columns = image_matrix(shape, channels_last)
     shifts = torch.arange(0, 8, bits, device=code.device)
@@ -309,25 +407,24 @@ def point_codes(code: Tensor, shape: tuple[int, ...], channels_last: bool, windo
 
 
 def winner_indices(
-    code: Tensor, shape: tuple[int, ...], size: tuple[int, int], channels_last: bool, window: Window, *, masked: bool
+    code: Tensor, shape: tuple[int, ...], size: tuple[int, ...], channels_last: bool, window: Window, *, masked: bool
 ) -> Tensor:
     """Indices in the planes of images of this ``size``, from the codes of pooled images of this ``shape``."""
-    samples, channels, pooled_height, pooled_width = shape
     rows, columns = image_matrix(shape, channels_last)
-    if bits := code_bits(window, masked):
+    if bits := code_bits(window.fixed, masked):
         shifts = torch.arange(0, 8, bits, device=code.device)
         position = (code.view(rows, -1, 1) >> shifts & 2 ** (bits - masked) - 1).flatten(1)[:, :columns]
     else:
         position = torch.zeros((rows, columns), dtype=torch.int64, device=code.device)
     if channels_last:
-        position = position.view(samples, pooled_height, pooled_width, channels).permute(0, 3, 1, 2)
+        position = position.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     else:
         position = position.reshape(shape)
-    top, left = (
-        torch.arange(pooled, device=code.device) * stride - padding
-        for pooled, stride, padding in zip(shape[2:], window.stride, window.padding, strict=True)
-    )
-    line = top[:, None] + position // window.kernel[1] * window.dilation[0]
-    place = left + position % window.kernel[1] * window.dilation[1]
-    indices: Tensor = line * size[1] + place
+    indices = torch.zeros_like(position, dtype=torch.int64)
+    positions = window.positions
+    for axis, kernel in enumerate(window.kernel):
+        positions //= kernel
+        first = torch.arange(shape[2 + axis], device=code.device) * window.stride[axis] - window.padding[axis]
+        place = first.view(-1, *[1] * (len(size) - axis - 1)) + position // positions % kernel * window.dilation[axis]
+        indices = indices * size[axis] + place
     return indices

@@ -26,8 +26,21 @@ from .activation import (
 )
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .bias_activation_dropout import BiasActivationDropout
-from .conv import Conv1d, Conv2d, ConvAct2d, ConvMaxPool2d
-from .conv_batch_norm import ConvBatchNormAct2d
+from .conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvAct1d,
+    ConvAct2d,
+    ConvAct3d,
+    ConvMaxPool1d,
+    ConvMaxPool2d,
+    ConvMaxPool3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
+from .conv_batch_norm import ConvBatchNormAct1d, ConvBatchNormAct2d, ConvBatchNormAct3d
 from .cross_entropy import CrossEntropyLoss
 from .drop_connect import DropConnect
 from .dropout import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
@@ -38,7 +51,7 @@ from .linear_cross_entropy import LinearCrossEntropyLoss
 from .maxout import Maxout, MaxoutConv2d
 from .nll_loss import NLLLoss
 from .pointwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
-from .pool import MaxPool1d, MaxPool2d
+from .pool import MaxPool1d, MaxPool2d, MaxPool3d
 from .prelu import PReLU
 from .replacement.explain import Explanation, ExplanationRow, KeptRow, explain
 from .replacement.fold import fold_batch_norm
@@ -71,9 +84,19 @@ __all__ = [
     "BiasActivationDropout",
     "Conv1d",
     "Conv2d",
+    "Conv3d",
+    "ConvAct1d",
     "ConvAct2d",
+    "ConvAct3d",
+    "ConvBatchNormAct1d",
     "ConvBatchNormAct2d",
+    "ConvBatchNormAct3d",
+    "ConvMaxPool1d",
     "ConvMaxPool2d",
+    "ConvMaxPool3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "CrossEntropyLoss",
     "DropConnect",
     "Dropout",
@@ -101,6 +124,7 @@ __all__ = [
     "MSELoss",
     "MaxPool1d",
     "MaxPool2d",
+    "MaxPool3d",
     "Maxout",
     "MaxoutConv2d",
     "Mish",

@@ -1,25 +1,49 @@
 """Convolution layers: drop-in subclasses of ``torch.nn``'s, and layers of one with activation and max pooling.
 
-Images (N, C, H, W) or (C, H, W), contiguous or channels-last, in float16, bfloat16, float32 or float64; whatever else
-PyTorch accepts goes to the stock operators, which raise the stock errors.
+Batches (N, C, L), (N, C, H, W) or (N, C, D, H, W), or without N, contiguous or channels-last, in float16, bfloat16,
+float32 or float64; whatever else PyTorch accepts goes to the stock operators, which raise the stock errors.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..autograd import stock as F
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation
-from ..autograd.conv import conv1d, conv2d, conv_act_pool2d
-from ..autograd.pool import max_pool2d
+from ..autograd.conv import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_act_pool,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
+from ..autograd.pool import max_pool
 from .compound import Compound
-from .twin import Twin, is_untouched
+from .twin import Twin, is_untouched, stock_class, tensors_of
 
-__all__ = ["Conv1d", "Conv2d", "ConvAct2d", "ConvMaxPool2d", "is_plain", "padded", "pooled"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvAct1d",
+    "ConvAct2d",
+    "ConvAct3d",
+    "ConvMaxPool1d",
+    "ConvMaxPool2d",
+    "ConvMaxPool3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "arguments",
+    "is_plain",
+    "pooled",
+]
 
 
 def padded(layer: _ConvNd, input: Tensor) -> tuple[Tensor, Any]:
@@ -52,37 +76,105 @@ class Conv2d(Twin, nn.Conv2d):
         return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution of images that nobody has changed, so that it can be computed with others."""
-    return type(layer) in (Conv2d, nn.Conv2d) and is_untouched(layer)
+class Conv3d(Twin, nn.Conv3d):
+    """The cross-correlation of volumes with filters: `Conv2d` with a depth.
 
-
-def pooled(input: Tensor, pool_size: Any = None, pool_stride: Any = None, pool_padding: Any = 0) -> Tensor:
-    """max_pool(x), or x where no size is given."""
-    return input if pool_size is None else cast("Tensor", max_pool2d(input, pool_size, pool_stride, pool_padding))
-
-
-class ConvAct2d(Compound):
-    """activation(conv(x) + bias), in one.
-
-    Args as of `torch.nn.Conv2d`, and keyword-only:
-
-    activation, activation_parameters: as of `fusednn.autograd.conv_act_pool2d`.
-
-    Keeps for the backward pass what the activation's gradient needs: a bit an element for ReLU and its like.  The child
-    ``conv`` is the convolution: what tools put in its place is called.
+    Twin of `torch.nn.Conv3d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.Conv3d``.
     """
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # which people replace
+        input, padding = padded(self, input)
+        return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _output_padding(layer: _ConvTransposeNd, input: Tensor, output_size: list[int] | None) -> Any:
+    """What makes the result of this size, where one is given.  Raises ValueError as ``torch.nn``'s layers do."""
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"Only `zeros` padding mode is supported for {type(layer).__name__}")
+    sizes = (layer.stride, layer.padding, layer.kernel_size)
+    return layer._output_padding(input, output_size, *sizes, len(layer.kernel_size), layer.dilation)  # type: ignore[arg-type]
+
+
+class ConvTranspose1d(Twin, nn.ConvTranspose1d):
+    """What the gradient of a `Conv1d` with the same filters is of its result, and a bias.
+
+    Twin of `torch.nn.ConvTranspose1d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.ConvTranspose1d``.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        extra = _output_padding(self, input, output_size)
+        sizes: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
+        return conv_transpose1d(input, self.weight, self.bias, *sizes)
+
+
+class ConvTranspose2d(Twin, nn.ConvTranspose2d):
+    """What the gradient of a `Conv2d` with the same filters is of its result, and a bias.
+
+    Twin of `torch.nn.ConvTranspose2d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.ConvTranspose2d``.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        extra = _output_padding(self, input, output_size)
+        sizes: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
+        return conv_transpose2d(input, self.weight, self.bias, *sizes)
+
+
+class ConvTranspose3d(Twin, nn.ConvTranspose3d):
+    """What the gradient of a `Conv3d` with the same filters is of its result, and a bias.
+
+    Twin of `torch.nn.ConvTranspose3d`; cuDNN computes it.  Source: PyTorch's page of ``torch.nn.ConvTranspose3d``.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        extra = _output_padding(self, input, output_size)
+        sizes: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
+        return conv_transpose3d(input, self.weight, self.bias, *sizes)
+
+
+def is_plain(layer: nn.Module, twin: type[Twin]) -> bool:
+    """Whether a layer is of this class, or of the one whose twin that is, and nobody has changed it: so that it can be
+    computed with others.
+    """
+    return type(layer) in (twin, stock_class(twin)) and is_untouched(layer)
+
+
+def arguments(layer: _ConvNd, input: Tensor) -> tuple[Any, ...]:
+    """A call of a layer, as `conv_act_pool` takes it: up to ``output_padding``."""
+    input, padding = padded(layer, input)
+    operands = (len(layer.kernel_size), input, *tensors_of(layer, "weight", "bias"))
+    return (
+        *operands,
+        layer.stride,
+        padding,
+        layer.dilation,
+        layer.groups,
+        layer.output_padding if layer.transposed else None,
+    )
+
+
+def pooled(
+    directions: int, input: Tensor, pool_size: Any = None, pool_stride: Any = None, pool_padding: Any = 0
+) -> Tensor:
+    """max_pool(x), or x where no size is given."""
+    return input if pool_size is None else max_pool(directions, input, pool_size, pool_stride, pool_padding)
+
+
+class ConvAct(Compound):
+    """What the convolutions with an activation share."""
+
     child = "conv"
+    #: The class of the convolution, and its number of directions.
+    convolution: ClassVar[type[Conv1d | Conv2d | Conv3d]]
+    directions: ClassVar[int]
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
@@ -94,8 +186,9 @@ class ConvAct2d(Compound):
     ) -> None:
         resolve_activation(activation, activation_parameters)
         super().__init__()
-        self.conv = Conv2d(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+        sizes: Any = (kernel_size, stride, padding, dilation)
+        self.conv = self.convolution(
+            *(in_channels, out_channels, *sizes, groups, bias),
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
@@ -105,12 +198,11 @@ class ConvAct2d(Compound):
 
     def forward(self, input: Tensor) -> Tensor:
         conv = self.conv
-        if not is_plain(conv):
+        if not is_plain(conv, self.convolution):
             resolved = resolve_activation(self.activation, self.activation_parameters)
-            return pooled(apply_activation(conv(input), None, resolved), **self._pooling())
-        input, padding = padded(conv, input)
-        return conv_act_pool2d(
-            *(input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups),
+            return pooled(self.directions, apply_activation(conv(input), None, resolved), **self._pooling())
+        return conv_act_pool(
+            *arguments(conv, input),
             activation=self.activation,
             activation_parameters=self.activation_parameters,
             **self._pooling(),
@@ -126,25 +218,17 @@ class ConvAct2d(Compound):
         return ", ".join(f"{name}={value!r}" for name, value in fused.items())
 
 
-class ConvMaxPool2d(ConvAct2d):
-    """max_pool(activation(conv(x) + bias)), in one.
-
-    Args as of `torch.nn.Conv2d`, and keyword-only:
-
-    activation, activation_parameters: as of `ConvAct2d`.
-    pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_stride`` of None is the size.
-
-    Only the pooled result is written, and for the backward pass the code of each window, at most a byte.
-    """
+class ConvMaxPool(ConvAct):
+    """What the convolutions with an activation and max pooling share."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
@@ -153,9 +237,9 @@ class ConvMaxPool2d(ConvAct2d):
         *,
         activation: str | None = "relu",
         activation_parameters: Sequence[float] = (),
-        pool_size: int | tuple[int, int] = 2,
-        pool_stride: int | tuple[int, int] | None = None,
-        pool_padding: int | tuple[int, int] = 0,
+        pool_size: int | tuple[int, ...] = 2,
+        pool_stride: int | tuple[int, ...] | None = None,
+        pool_padding: int | tuple[int, ...] = 0,
     ) -> None:
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
@@ -171,3 +255,55 @@ class ConvMaxPool2d(ConvAct2d):
 
     def _pooling(self) -> dict[str, Any]:
         return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}
+
+
+class ConvAct1d(ConvAct):
+    """activation(conv(x) + bias) for (N, C, L), in one.  As `ConvAct2d`, of a `torch.nn.Conv1d`."""
+
+    convolution, directions = Conv1d, 1
+
+
+class ConvAct2d(ConvAct):
+    """activation(conv(x) + bias) for (N, C, H, W), in one.
+
+    Args as of `torch.nn.Conv2d`, and keyword-only:
+
+    activation, activation_parameters: as of `fusednn.autograd.conv_act_pool2d`.
+
+    Keeps for the backward pass what the activation's gradient needs: a bit an element for ReLU and its like.  The child
+    ``conv`` is the convolution: what tools put in its place is called.
+    """
+
+    convolution, directions = Conv2d, 2
+
+
+class ConvAct3d(ConvAct):
+    """activation(conv(x) + bias) for (N, C, D, H, W), in one.  As `ConvAct2d`, of a `torch.nn.Conv3d`."""
+
+    convolution, directions = Conv3d, 3
+
+
+class ConvMaxPool1d(ConvMaxPool):
+    """max_pool(activation(conv(x) + bias)) for (N, C, L), in one.  As `ConvMaxPool2d`, of a `torch.nn.Conv1d`."""
+
+    convolution, directions = Conv1d, 1
+
+
+class ConvMaxPool2d(ConvMaxPool):
+    """max_pool(activation(conv(x) + bias)) for (N, C, H, W), in one.
+
+    Args as of `torch.nn.Conv2d`, and keyword-only:
+
+    activation, activation_parameters: as of `ConvAct2d`.
+    pool_size, pool_stride, pool_padding: as of `torch.nn.MaxPool2d`; a ``pool_stride`` of None is the size.
+
+    Only the pooled result is written, and for the backward pass the code of each window, at most a byte.
+    """
+
+    convolution, directions = Conv2d, 2
+
+
+class ConvMaxPool3d(ConvMaxPool):
+    """max_pool(activation(conv(x) + bias)) for (N, C, D, H, W), in one.  As `ConvMaxPool2d`, of a `torch.nn.Conv3d`."""
+
+    convolution, directions = Conv3d, 3

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..autograd.pool import max_pool1d, max_pool2d
+from ..autograd.pool import max_pool1d, max_pool2d, max_pool3d
 from .twin import Twin
 
-__all__ = ["MaxPool1d", "MaxPool2d"]
+__all__ = ["MaxPool1d", "MaxPool2d", "MaxPool3d"]
 
 
 class MaxPool1d(Twin, nn.MaxPool1d):
@@ -43,6 +43,25 @@ class MaxPool2d(Twin, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Any:
         return max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+        )
+
+
+class MaxPool3d(Twin, nn.MaxPool3d):
+    """The maximum over windows of volumes: `MaxPool2d` with a depth.
+
+    Twin of `torch.nn.MaxPool3d`: input (N, C, D, H, W) or (C, D, H, W), sizes for all directions or for each; with
+    ``return_indices`` it returns (y, indices).  Source: PyTorch's page of ``torch.nn.MaxPool3d``.
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        return max_pool3d(
             input,
             self.kernel_size,
             self.stride,

@@ -18,7 +18,7 @@ from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
-from fusednn.testing import LAYOUTS, assert_same_bits, check_against_stock, leaf, random_tensor
+from fusednn.testing import ARRANGEMENTS, LAYOUTS, assert_same_bits, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
     from fusednn.instruments.traffic import measure_traffic
@@ -51,7 +51,7 @@ def pooling(function: Callable[..., Any], window: Options) -> Callable[[Tensor],
 
 
 def check(x: Tensor, window: Options, ours: Callable[..., Any] = autograd.max_pool2d, *, indices: bool = False) -> None:
-    stock = F.max_pool1d if ours is autograd.max_pool1d else F.max_pool2d
+    stock = getattr(F, ours.__name__)
     gradient = random_tensor(tuple(stock(x, **window).shape), x.dtype, x.device.type, seed=1)
     check_against_stock(pooling(ours, window), pooling(stock, window), [x], gradient)
     y, *mine = ours(x, **window, return_indices=True) if indices else (ours(x, **window),)
@@ -124,10 +124,63 @@ def test_one_dimension(shape: tuple[int, ...], window: Options, device: str) -> 
     check(x.transpose(-1, -2).contiguous().transpose(-1, -2), window, autograd.max_pool1d, indices=True)
 
 
+# Between them they take every kernel of volumes.
+VOLUME_WINDOWS: list[Options] = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (1, 2, 2)},
+    {"kernel_size": (2, 3, 1), "stride": (1, 2, 3), "padding": (1, 0, 0), "dilation": (2, 1, 1), "ceil_mode": True},
+    {"kernel_size": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)},
+    {"kernel_size": 1},
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [*VOLUME_WINDOWS[:4], *(pytest.param(window, marks=pytest.mark.thorough) for window in VOLUME_WINDOWS[4:])],
+    ids=str,
+)
+def test_volumes(window: Options, layout: torch.memory_format, device: str) -> None:
+    x = random_tensor((2, 3, 4, 5, 7), torch.float32, device).div(3).round()  # with ties
+    if layout is torch.contiguous_format:  # elsewhere PyTorch's CPU code picks another element of them
+        x[0, 0] = -float("inf")
+    x[1, 1][x[1, 1] > 0] = float("nan")
+    check(x.contiguous(memory_format=layout), window, autograd.max_pool3d, indices=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_layouts_of_volumes(arrangement: str, device: str) -> None:
+    x = ARRANGEMENTS[arrangement](random_tensor((2, 3, 4, 5, 6), torch.float32, device))
+    check(x, {"kernel_size": 2}, autograd.max_pool3d)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("positions", "window"),
+    [(2, {"kernel_size": 2}), (3, {"kernel_size": 3, "stride": 2, "padding": 1}), (4, {"kernel_size": 4})],
+    ids=str,
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_lines(positions: int, window: Options, channels_last: bool, device: str) -> None:
+    """Windows that kernels are compiled for: their codes are 1 or 2 bits."""
+    x = random_tensor((2, 8, 40), torch.float32, device)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else x
+    check(x, window, autograd.max_pool1d, indices=True)
+    with saved_tensors() as saved:
+        y = autograd.max_pool1d(leaf(x), **window)
+    bits = (positions - 1).bit_length()
+    rows, columns = (2 * y.shape[2], 8) if channels_last else (16, y.shape[2])
+    assert saved.bytes == rows * ((columns * bits + 7) // 8)
+
+
 @needs_kernels
 def test_unbatched(device: str) -> None:
     check(random_tensor((3, 8, 7), torch.float32, device), WINDOWS[0])
     check(random_tensor((3, 8, 7), torch.float32, device).transpose(0, 2), WINDOWS[1])
+    check(random_tensor((2, 4, 5, 6), torch.float32, device), WINDOWS[0], autograd.max_pool3d)
 
 
 @needs_kernels
@@ -186,6 +239,12 @@ def test_gradcheck_and_gradgradcheck(window: Options, layout: str, device: str) 
 
 
 @needs_kernels
+def test_second_derivatives_of_volumes(device: str) -> None:
+    operand = leaf(random_tensor((1, 2, 2, 3, 4), torch.float64, device))
+    assert torch.autograd.gradgradcheck(pooling(autograd.max_pool3d, {"kernel_size": 2}), operand)
+
+
+@needs_kernels
 @counts_bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -201,6 +260,22 @@ def test_bytes_and_launches(layout: str, dtype: torch.dtype, device: str) -> Non
         assert traffic.launches == 1
         assert not [operation for operation in traffic.operations if operation.name != "ones_like"]
     assert saved.bytes == x.numel() / 16
+
+
+@needs_kernels
+@counts_bytes
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("name", "shape"), [("max_pool1d", (2, 32, 128)), ("max_pool3d", (1, 32, 4, 16, 16))])
+def test_bytes_of_lines_and_volumes(name: str, shape: tuple[int, ...], channels_last: bool, device: str) -> None:
+    x = random_tensor(shape, torch.float32, device)
+    x = leaf(ARRANGEMENTS["channels_last"](x) if channels_last else x)
+    with measure_traffic() as forward:
+        y = getattr(autograd, name)(x, 2)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    for traffic, budget in zip((forward, backward), row_of(name).budget(x.shape, x.dtype), strict=True):
+        assert budget / 1.05 < traffic.bytes <= budget * 1.05
+        assert traffic.launches == 1
 
 
 @needs_kernels
@@ -238,8 +313,8 @@ def test_opcheck(device: str) -> None:
     for layout in ("contiguous", "channels_last", "strided"):
         x = LAYOUTS[layout](random_tensor((2, 3, 6, 8), torch.float32, device))
         bias = torch.ones(3, device=device)
-        torch.library.opcheck(torch.ops.fusednn.pool.default, (x, x, bias, bias, bias, *silu, *window, True, True))
-        _, code, raw, _ = torch.ops.fusednn.pool(x, None, None, None, bias, *silu, *window, True, False)
+        torch.library.opcheck(torch.ops.fusednn.pool.default, (x, x, *[bias] * 4, 1e-5, *silu, *window, True, True))
+        _, code, raw, _ = torch.ops.fusednn.pool(x, *[None] * 4, bias, 0.0, *silu, *window, True, False)
         arguments = (x[:, :, :3, :4], code, raw, [6, 8], layout == "channels_last", *silu, *window, True)
         torch.library.opcheck(torch.ops.fusednn.pool_backward.default, arguments)
     torch.library.opcheck(torch.ops.fusednn.activate_.default, (x.clone(), x, bias, "relu", 0.0, 0.0, True))
@@ -271,7 +346,7 @@ def test_checkpoint_autocast_and_transforms(device: str) -> None:
     torch.testing.assert_close(torch.func.grad(lambda x: autograd.max_pool2d(x, 2).sum())(x.detach()), expected)
 
 
-@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d"])
+@pytest.mark.parametrize("name", ["max_pool1d", "max_pool2d", "max_pool3d"])
 def test_signature(name: str) -> None:
     """``F.max_pool2d`` itself only dispatches; the function behind it has the names and defaults."""
     stock = inspect.signature(getattr(F, f"{name}_with_indices")).parameters.values()

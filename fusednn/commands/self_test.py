@@ -35,7 +35,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SEED = 0
 
 #: Layers of which PyTorch's own operator is taken on purpose.
-_STOCK_ON_PURPOSE = ("Conv1d", "Conv2d")
+_STOCK_ON_PURPOSE = tuple(f"Conv{kind}{n}d" for kind in ("", "Transpose") for n in (1, 2, 3))
 #: Layers whose constants PyTorch rounds to float32 even in float64.
 _FLOAT32_CONSTANTS = ("CELU", "Hardsigmoid")
 

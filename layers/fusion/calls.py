@@ -29,6 +29,11 @@ _CHANGING = (
     *("multinomial", "poisson", "rand", "rrelu"),
 )
 
+_POOLINGS = {
+    1: (F.max_pool1d, torch.max_pool1d),
+    2: (F.max_pool2d, torch.max_pool2d),
+    3: (F.max_pool3d, torch.max_pool3d),
+}
 _POOLING_DEFAULTS: dict[str, Any] = {
     "kernel_size": None,
     "stride": None,
@@ -73,9 +78,9 @@ def _is_squared(node: fx.Node) -> bool:
     )
 
 
-def pooling_function(node: fx.Node) -> tuple[Any, Any, Any] | None:
+def pooling_function(node: fx.Node, directions: int) -> tuple[Any, Any, Any] | None:
     """Size, stride and padding of a call of a max pooling function without further options."""
-    if node.target not in (F.max_pool2d, torch.max_pool2d):
+    if node.target not in _POOLINGS[directions]:
         return None
     options = {**_POOLING_DEFAULTS, **dict(zip(_POOLING_DEFAULTS, node.args[1:], strict=False)), **node.kwargs}
     sizes = [options.pop(name) for name in ("kernel_size", "stride", "padding")]

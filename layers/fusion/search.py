@@ -108,7 +108,7 @@ class Search:
         if user.op == "call_module":
             return _follows(_end(self.callee(user), 0))
         if summand(user, node) is None:
-            return activation_function(user) is not None or pooling_function(user) is not None
+            return activation_function(user) is not None or any(pooling_function(user, n) for n in (1, 2, 3))
         # The last summand, and only where the other isn't the end of a chain that can take the sum.
         others = [operand for operand in user.all_input_nodes if operand is not node and operand.op == "call_module"]
         return not others or not (is_one_of(self.callee(others[0]), _chained()) or _comes_after(others[0], node))

@@ -40,7 +40,8 @@ def replace_layers(
         exclude: leave these; wins over ``include``.
         fuse: also compute neighbouring layers in one, where kernels take the input:
 
-            - Conv2d, BatchNorm2d, a residual that is added, an activation, MaxPool2d, of which any may be missing;
+            - Conv2d, BatchNorm2d, a residual that is added, an activation, MaxPool2d, of which any may be missing; also
+              in one and three dimensions, and with transposed convolutions;
             - a batch norm, a residual that is added, an activation;
             - Linear or a convolution, an activation or PReLU, dropout of elements, or of a convolution's channels;
             - Linear, and the maximum over pieces of its features;

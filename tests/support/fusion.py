@@ -224,8 +224,21 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(self.excite(self.act(self.squeeze(self.pool(x)))))
 
 
+class Upsampled(nn.Module):
+    """As a U-Net's way up: what is joined is the residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.skip = nn.ConvTranspose2d(4, 4, 2, 2, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.up(x)) + torch.tanh(self.skip(x)))
+
+
 Block = nn.Sequential
-IMAGES, ROWS = (2, 4, 6, 6), (5, 6)
+IMAGES, ROWS, LINES, VOLUMES = (2, 4, 6, 6), (5, 6), (2, 4, 12), (2, 4, 5, 6, 6)
 PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, str]]] = {
     "conv, act": (lambda: Block(nn.Conv2d(4, 3, 3), nn.GELU()), IMAGES, {"0": "1"}),
     "conv, act, pool": (lambda: Block(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.MaxPool2d(2)), IMAGES, {"0": "1, 2"}),
@@ -289,6 +302,40 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
     ),
     "linear, norm": (lambda: Block(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()), ROWS, {"1": "2"}),
     "linear, pool of pieces": (lambda: Block(nn.Linear(6, 8), nn.MaxPool1d(2)), ROWS, {"0": "1"}),
+    "lines: conv, norm, act, pool": (
+        lambda: Block(nn.Conv1d(4, 3, 3, padding="same"), nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool1d(4)),
+        LINES,
+        {"0": "1, 2, 3"},
+    ),
+    "lines: conv, pool, act": (
+        lambda: Block(nn.Conv1d(4, 3, 3), nn.MaxPool1d(3, 2, 1), nn.ReLU(), nn.ConvTranspose1d(3, 2, 3), nn.SiLU()),
+        LINES,
+        {"0": "1, 2", "3": "4"},
+    ),
+    "volumes: conv, norm, act, pool": (
+        lambda: Block(nn.Conv3d(4, 3, 2), nn.BatchNorm3d(3), nn.LeakyReLU(0.2), nn.MaxPool3d(2)),
+        VOLUMES,
+        {"0": "1, 2, 3"},
+    ),
+    "volumes: conv, act, pool": (
+        lambda: Block(nn.Conv3d(4, 3, 2), nn.Tanh(), nn.MaxPool3d((1, 2, 2)), nn.Conv3d(3, 2, 1), nn.GELU()),
+        VOLUMES,
+        {"0": "1, 2", "3": "4"},
+    ),
+    "transposed: conv, norm, act": (
+        lambda: Block(
+            *(nn.ConvTranspose2d(4, 6, 4, 2, 1, groups=2), nn.BatchNorm2d(6), nn.ReLU()),
+            *(nn.ConvTranspose2d(6, 2, 2, 2, output_padding=1), nn.Tanh()),
+        ),
+        IMAGES,
+        {"0": "1, 2", "3": "4"},
+    ),
+    "transposed: volumes": (
+        lambda: Block(nn.ConvTranspose3d(4, 3, 2, 2), nn.BatchNorm3d(3), nn.ReLU()),
+        (2, 4, 2, 3, 3),
+        {"0": "1, 2"},
+    ),
+    "transposed: sum": (Upsampled, IMAGES, {"up": "norm", "skip": "the functions behind it"}),
     "nested": (
         lambda: Block(Block(nn.Conv2d(4, 3, 3), nn.ReLU()), Block(Block(nn.BatchNorm2d(3), nn.ELU()), nn.Flatten())),
         IMAGES,

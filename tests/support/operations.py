@@ -38,6 +38,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "conv1d": {"input": _IMAGES[0], "weight": random_tensor((3, 2, 2), torch.float32, "cpu"), "bias": torch.ones(3)},
     "conv2d": {"input": _IMAGES, "weight": random_tensor((3, 2, 2, 2), torch.float32, "cpu"), "bias": torch.ones(3)},
+    "conv3d": {"input": _IMAGES[None], "weight": random_tensor((3, 1, 1, 2, 2), torch.float32, "cpu")},
+    **{
+        f"conv_transpose{n}d": {
+            "input": random_tensor((1, 2, *[3] * n), torch.float32, "cpu"),
+            "weight": random_tensor((2, 3, *[2] * n), torch.float32, "cpu"),
+            "bias": torch.ones(3),
+        }
+        for n in (1, 2, 3)
+    },
     "linear_cross_entropy": {
         "input": _X,
         "linear_weight": random_tensor((5, 4), torch.float32, "cpu"),
@@ -45,6 +54,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "max_pool1d": {"input": _IMAGES[0], "kernel_size": 2},
     "max_pool2d": {"input": _IMAGES, "kernel_size": 2},
+    "max_pool3d": {"input": _IMAGES[None], "kernel_size": 2},
     "prelu": {"input": _X, "weight": torch.tensor([0.3])},
     "rrelu": {"input": _X, "lower": 0.25, "upper": 0.25},
     "threshold": {"input": _X, "threshold": 0.1, "value": -1.0},

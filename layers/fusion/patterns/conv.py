@@ -1,23 +1,26 @@
-"""max_pool(activation(norm(conv(x)) + residual)), of which all but the convolution may be missing."""
+"""max_pool(activation(norm(conv(x)) + residual)), of which all but the convolution may be missing.
+
+In one, two or three directions; the convolution may be a transposed one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ....autograd import stock as F
-from ....autograd.conv import conv_act_pool2d, conv_size
+from ....autograd.conv import conv_act_pool, convolution_of
 from ....autograd.decisions import decided_once
 from ....autograd.dispatch import autocast_dtype
 from ... import conv_batch_norm
 from ... import pool as _pool  # noqa: F401 (for its twins)
 from ...batch_norm import uses_batch_statistics
-from ...conv import padded
-from ...twin import tensors_of
+from ...conv import arguments
 from ..calls import pooling_function
 from ..members import (
     ACTIVATIONS,
@@ -38,6 +41,16 @@ from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct,
 
 __all__ = ["PATTERN"]
 
+#: By the number of directions, the classes of what can be in a chain.
+CONVOLUTIONS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
+NORMS: dict[int, Collection[type[nn.Module]]] = {1: (nn.BatchNorm1d,), 2: IMAGE_NORMS, 3: (nn.BatchNorm3d,)}
+POOLINGS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_FUNCTIONS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
 #: A layer, or the arguments of a function: size, stride and padding.
 Pooling = nn.Module | tuple[Any, Any, Any] | None
 
@@ -45,15 +58,15 @@ Pooling = nn.Module | tuple[Any, Any, Any] | None
 _EXCHANGEABLE = ("hardtanh", "relu", "relu6")
 
 
-def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
+def _match(search: Finder, node: fx.Node, conv: _ConvNd) -> Match:
     nodes = [node]
-    norm = search.extend(nodes, lambda n: search.layer(n, *IMAGE_NORMS))
+    norm = search.extend(nodes, lambda n: search.layer(n, *NORMS[_directions(conv)]))
     begun = len(nodes)
     identity, residual, in_place, activation = behind(search, nodes, norm)
     if norm is None and residual is None and activation is not None and is_gate(nodes[-1], activation):
         nodes, activation = nodes[:1], None  # with the product that it is part of it spares more
     begun += identity is not None
-    pool = search.extend(nodes, lambda n: _pooling(search, n))
+    pool = search.extend(nodes, lambda n: _pooling(search, n, _directions(conv)))
     pools_first = activation is None and activation_within(norm) is None and pool is not None
     if pools_first:
         activation = search.extend(nodes, lambda n: _exchangeable(search, n))
@@ -62,10 +75,14 @@ def _match(search: Finder, node: fx.Node, conv: nn.Conv2d) -> Match:
     return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)
 
 
-def _pooling(search: Finder, node: fx.Node) -> Pooling:
-    layer = search.layer(node, nn.MaxPool2d)
+def _directions(conv: _ConvNd) -> int:
+    return len(conv.kernel_size)
+
+
+def _pooling(search: Finder, node: fx.Node, directions: int) -> Pooling:
+    layer = search.layer(node, POOLINGS[directions])
     if layer is None:
-        return pooling_function(node)
+        return pooling_function(node, directions)
     if _window_of(layer):
         return layer
     search.stops[layer] = "has options that aren't fused"
@@ -77,14 +94,18 @@ def _exchangeable(search: Finder, node: fx.Node) -> Activation:
     return activation if activation is not None and activation_of(activation)[0] in _EXCHANGEABLE else None
 
 
-PATTERN = Pattern((nn.Conv2d,), (nn.BatchNorm2d, *ACTIVATIONS, nn.MaxPool2d), _match)
+PATTERN = Pattern(
+    tuple(cls for classes in CONVOLUTIONS.values() for cls in classes),
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *ACTIVATIONS, *POOLINGS.values()),
+    _match,
+)
 
 
 def _compute(
     input: Tensor,
     residual: Tensor | None,
     *,
-    conv: nn.Conv2d,
+    conv: _ConvNd,
     norm: nn.Module | None,
     identity: nn.Module | None,
     activation: Activation,
@@ -98,19 +119,19 @@ def _compute(
         return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
     y = conv(input)
     y = y if norm is None else passed_on(norm(y), identity)
-    return _rest(added(y, residual, in_place), activation, pool, pools_first)
+    return _rest(added(y, residual, in_place), _directions(conv), activation, pool, pools_first)
 
 
-def _rest(y: Tensor, activation: Activation, pool: Pooling, pools_first: bool) -> Tensor:
+def _rest(y: Tensor, directions: int, activation: Activation, pool: Pooling, pools_first: bool) -> Tensor:
     if pools_first:
-        return activated(_pooled(y, pool), activation)
-    return _pooled(activated(y, activation), pool)
+        return activated(_pooled(y, directions, pool), activation)
+    return _pooled(activated(y, activation), directions, pool)
 
 
 def _begin(
     input: Tensor,
     *,
-    conv: nn.Conv2d,
+    conv: _ConvNd,
     norm: nn.Module | None,
     identity: nn.Module | None,
     activation: Activation,
@@ -127,14 +148,12 @@ def _begin(
     if norm is None or not plain or not uses_batch_statistics(state_of(norm)):
         y = conv(input)
         y = y if norm is None else passed_on(norm(y), identity)
-        return lambda residual: _rest(added(y, residual, in_place), activation, pool, pools_first)
+        return lambda residual: _rest(added(y, residual, in_place), _directions(conv), activation, pool, pools_first)
     finish = computed(lambda: conv_batch_norm.begin(conv, state_of(norm), input), conv, norm)
 
     def rest(residual: Tensor) -> Tensor:
-        return _pooled(
-            finished(finish, residual, norm, activation, in_place, _fits(residual, input, *_geometry(conv, input))),
-            pool,
-        )
+        fits = _fits(residual, input, *_geometry(conv, input))
+        return _pooled(finished(finish, residual, norm, activation, in_place, fits), _directions(conv), pool)
 
     return rest
 
@@ -142,7 +161,7 @@ def _begin(
 def _together(
     input: Tensor,
     residual: Tensor | None,
-    conv: nn.Conv2d,
+    conv: _ConvNd,
     norm: nn.Module | None,
     activation: Activation,
     pool: Pooling,
@@ -153,17 +172,14 @@ def _together(
     residual = distinct(residual, input)
     if norm is not None:
         return conv_batch_norm.forward(conv, state_of(norm), input, residual, name, parameters, **sizes)
-    x, padding = padded(conv, input)
-    geometry: Any = (conv.stride, padding, conv.dilation, conv.groups)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
-    weight, bias = tensors_of(conv, "weight", "bias")
-    return conv_act_pool2d(x, weight, bias, *geometry, residual=residual, **options)
+    return conv_act_pool(*arguments(conv, input), residual=residual, **options)
 
 
 def _refusal(
     input: Tensor,
     residual: Tensor | None,
-    conv: nn.Conv2d,
+    conv: _ConvNd,
     norm: nn.Module | None,
     identity: nn.Module | None,
     activation: Activation,
@@ -174,11 +190,11 @@ def _refusal(
     ends = ends and residual is None and activation is None
     refusal = (
         call_refusal(input)
-        or layer_refusal(conv, nn.Conv2d)
+        or layer_refusal(conv, *CONVOLUTIONS[_directions(conv)])
         or norm_refusal(norm, input, ends)
         or layer_refusal(identity, nn.Identity)
         or activation_refusal(activation)
-        or layer_refusal(pool, nn.MaxPool2d)
+        or layer_refusal(pool, POOLINGS[_directions(conv)])
     )
     if refusal is None and pool is not None and _window_of(pool) is None:
         refusal = "the pooling has options that aren't fused"
@@ -190,10 +206,10 @@ def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:
     if isinstance(pool, tuple):
         return pool
     if (
-        not is_one_of(pool, (nn.MaxPool2d,))
+        not is_one_of(pool, POOLINGS.values())
         or pool.return_indices
         or pool.ceil_mode
-        or pool.dilation not in (1, (1, 1))
+        or pool.dilation not in (1, (1,), (1, 1), (1, 1, 1))
     ):
         return None
     return pool.kernel_size, pool.stride, pool.padding
@@ -202,17 +218,19 @@ def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:
 @decided_once
 def _unfit(input: Tensor, residual: Tensor | None, unbatched: bool, *geometry: Any) -> Callable[..., str | None]:
     """Why operands aren't those of a convolution of this `_geometry`, or None."""
-    if input.dim() != 4 and (input.dim() != 3 or not unbatched):
+    directions = len(geometry[0])
+    if input.dim() != directions + 2 and (input.dim() != directions + 1 or not unbatched):
         return lambda *_: "not a batch of images"
     if residual is not None and not _fits(residual, input, *geometry):
         return lambda *_: "the residual is unlike the convolution's result"
     return lambda *_: None
 
 
-def _geometry(conv: nn.Conv2d, input: Tensor) -> tuple[Any, ...]:
+def _geometry(conv: _ConvNd, input: Tensor) -> tuple[Any, ...]:
     """What shape and dtype of a convolution's result depend on, besides those of its input."""
     dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
-    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.out_channels, dtype
+    extra = conv.output_padding if conv.transposed else None
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, extra, conv.out_channels, dtype
 
 
 def _fits(
@@ -222,18 +240,21 @@ def _fits(
     stride: Any,
     padding: Any,
     dilation: Any,
+    output_padding: Any,
     filters: int,
     dtype: torch.dtype | None,
 ) -> bool:
     """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
-    if isinstance(padding, str):
+    directions = len(kernel_size)
+    convolution = convolution_of(directions, stride, padding, dilation, 1, output_padding)
+    if convolution is None:  # padding in words
         return False
-    size = conv_size(input.shape, kernel_size, stride, padding, dilation)
-    return are_alike(residual, (*input.shape[:-3], filters, *size), dtype or input.dtype)
+    size = convolution.size(input.shape[-directions:], kernel_size)[-directions:]
+    return are_alike(residual, (*input.shape[: -directions - 1], filters, *size), dtype or input.dtype)
 
 
-def _pooled(y: Tensor, pool: Pooling) -> Tensor:
+def _pooled(y: Tensor, directions: int, pool: Pooling) -> Tensor:
     if isinstance(pool, nn.Module):
         result: Tensor = pool(y)
         return result
-    return y if pool is None else F.max_pool2d(y, *pool)
+    return y if pool is None else _FUNCTIONS[directions](y, *pool)

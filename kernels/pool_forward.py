@@ -1,0 +1,211 @@
+"""Max pooling, and in the same pass what comes before it: batch norm, bias, residual and activation."""
+
+from .base._triton import tl, triton
+from .base.launch import kernel
+from .base.numerics import narrow, scalar, widen
+from .base.tiles import aligned
+from .batch_norm import normalisation
+from .pool_window import place_images, plane_offset, store_codes, tile_place, update_maximum
+
+__all__ = ["pool_forward_kernel"]
+
+# --- Device functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_inputs(
+    x_pointer, residual_pointer, offset, inside, mean, scale, bias, NORMALISES: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """What the activation is applied to: elements of the images, normalised, with bias and residual."""
+    x = widen(tl.load(x_pointer + offset, mask=inside, other=0), COMPUTE)
+    if NORMALISES:
+        x = (x - mean) * scale
+    x += bias
+    if residual_pointer is not None:
+        x += widen(tl.load(residual_pointer + offset, mask=inside, other=0), COMPUTE)
+    return x
+
+
+@triton.jit
+def parted(x, PARTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The tiles (HEIGHT, WIDTH) whose columns take turns in ``x``, as of `interleaved`."""
+    if PARTS == 2:
+        return tl.split(tl.reshape(x, (HEIGHT, WIDTH, 2)))
+    else:
+        even, odd = tl.split(tl.reshape(x, (HEIGHT, 2 * WIDTH, 2)))
+        first, third = tl.split(tl.reshape(even, (HEIGHT, WIDTH, 2)))
+        second, fourth = tl.split(tl.reshape(odd, (HEIGHT, WIDTH, 2)))
+        return first, second, third, fourth
+
+
+# --- The kernel -------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def pool_forward_kernel(
+    x_pointer,  # images
+    residual_pointer,  # added to them, like ``x``, or None
+    mean_pointer,  # of each channel, or None: as of `normalisation`, which takes the place of x
+    variance_pointer,
+    weight_pointer,
+    bias_pointer,  # of each channel, or None
+    y_pointer,  # pooled images; may be the images themselves where KERNEL is 1
+    code_pointer,  # packed codes; not written unless wants_code
+    pre_activation_pointer,  # the maxima before the activation, like ``y``, or None
+    index_pointer,  # the maxima's place in the plane, like ``y``; not written unless wants_indices
+    rows: tl.int64,
+    columns,
+    channels: tl.int32,
+    depth,  # of volumes, or None, as all that ends so
+    height: tl.int32,
+    width,
+    pooled_depth,
+    pooled_height: tl.int32,
+    pooled_width,
+    kernel_depth,
+    kernel_height: tl.int32,
+    kernel_width: tl.int32,
+    stride_depth,
+    stride_height: tl.int32,
+    stride_width: tl.int32,
+    padding_depth,
+    padding_height: tl.int32,
+    padding_width: tl.int32,
+    dilation_depth,
+    dilation_height: tl.int32,
+    dilation_width: tl.int32,
+    wants_code: tl.int32,
+    wants_indices: tl.int32,
+    eps: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    ACTIVATION: tl.constexpr,
+    KERNEL: tl.constexpr,  # size of the window in its directions, or 0: known at run time
+    DIRECTIONS: tl.constexpr,
+    BITS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The maximum of each window, its code, and what else was asked for."""
+    columns = aligned(columns, ALIGN)
+    if not CHANNELS_LAST:
+        width = aligned(width, ALIGN)
+    _, first_column, row, column, plane, level, line, place, inside = tile_place(
+        rows, columns, pooled_depth, pooled_height, pooled_width, CHANNELS_LAST, HEIGHT, WIDTH
+    )
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    if CHANNELS_LAST:
+        channel = column
+    else:
+        channel = plane % channels
+    mean = scalar(0.0, COMPUTE)
+    scale = mean
+    bias = mean
+    if mean_pointer is not None:
+        mean, _inverse_deviation, scale, bias = normalisation(
+            mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
+        )
+    elif bias_pointer is not None:
+        bias = widen(tl.load(bias_pointer + channel, mask=channel < channels, other=0), COMPUTE)
+    front, top, left = level, line, place
+    if KERNEL != 1:
+        left = place * stride_width - padding_width
+        if DIRECTIONS != 1:
+            top = line * stride_height - padding_height
+        if depth is not None:
+            front = level * stride_depth - padding_depth
+    start, distance = place_images(plane, column, columns, depth, height, width, CHANNELS_LAST)
+    best = tl.full((HEIGHT, WIDTH), float("-inf"), COMPUTE)
+    pre_activation = best
+    position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
+    lines: tl.constexpr = KERNEL if DIRECTIONS > 1 else 1
+    levels: tl.constexpr = KERNEL if DIRECTIONS > 2 else 1
+    if (KERNEL == 2 or KERNEL == 4) and not CHANNELS_LAST:
+        # No padding, and windows side by side: rows of them are loaded as they lie, and parted.
+        side_by_side = first_column * KERNEL + tl.arange(0, KERNEL * WIDTH)[None, :]
+        for tap_line in tl.static_range(levels * lines):
+            offset, line_inside = plane_offset(
+                *(front + tap_line // lines, top + tap_line % lines, side_by_side, depth, height, width, 1),
+            )
+            line_inside = (row < rows) & line_inside
+            x = load_inputs(
+                *(x_pointer, residual_pointer, start + offset, line_inside & (side_by_side < width)),
+                *(mean, scale, bias, mean_pointer is not None, COMPUTE),
+            )
+            parts = parted(x, KERNEL, HEIGHT, WIDTH)
+            for tap in tl.static_range(KERNEL):
+                within = inside & line_inside
+                if tap:
+                    within = within & (left + tap < width)
+                best, pre_activation, position = update_maximum(
+                    parts[tap], KERNEL * tap_line + tap, within, best, pre_activation, position, a, b, ACTIVATION
+                )
+    elif KERNEL:
+        taps: tl.constexpr = levels * lines * KERNEL
+        for tap in tl.static_range(taps):
+            tap_place = left + tap % KERNEL
+            offset, within = plane_offset(
+                *(front + tap // KERNEL // lines, top + tap // KERNEL % lines, tap_place),
+                *(depth, height, width, distance),
+            )
+            within = inside & within & (tap_place >= 0) & (tap_place < width)
+            x = load_inputs(
+                *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
+                *(mean_pointer is not None, COMPUTE),
+            )
+            best, pre_activation, position = update_maximum(
+                x, tap, within, best, pre_activation, position, a, b, ACTIVATION
+            )
+    else:
+        positions = kernel_height * kernel_width
+        if depth is not None:
+            positions *= kernel_depth
+        for tap in range(positions):
+            tap_line = tap // kernel_width
+            tap_level = front
+            if depth is not None:
+                tap_level += tap_line // kernel_height * dilation_depth
+                tap_line = tap_line % kernel_height
+            tap_place = left + tap % kernel_width * dilation_width
+            offset, within = plane_offset(
+                *(tap_level, top + tap_line * dilation_height, tap_place, depth, height, width, distance),
+            )
+            within = inside & within & (tap_place >= 0) & (tap_place < width)
+            x = load_inputs(
+                *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
+                *(mean_pointer is not None, COMPUTE),
+            )
+            best, pre_activation, position = update_maximum(
+                x, tap, within, best, pre_activation, position, a, b, ACTIVATION
+            )
+
+    offset = row * columns + column
+    tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
+    if pre_activation_pointer is not None:
+        tl.store(
+            pre_activation_pointer + offset,
+            narrow(pre_activation, pre_activation_pointer.dtype.element_ty),
+            mask=inside,
+        )
+    if BITS:  # noqa: SIM102 (a constant)
+        if wants_code:
+            code = position
+            if ACTIVATION.saves == "mask":
+                code += ACTIVATION.mask(pre_activation, a, b).to(tl.int32) << (BITS - 1)
+            code = tl.where(inside, code, 0)
+            store_codes(code_pointer, code, row, first_column, rows, columns, BITS, HEIGHT, WIDTH)
+    if wants_indices:
+        winner_level = front
+        winner_line = position // kernel_width
+        if depth is not None:
+            winner_level += winner_line // kernel_height * dilation_depth
+            winner_line = winner_line % kernel_height
+        winner_place = left + position % kernel_width * dilation_width
+        index, _inside = plane_offset(
+            *(winner_level, top + winner_line * dilation_height, winner_place, depth, height, width, 1)
+        )
+        tl.store(index_pointer + offset, index, mask=inside)

@@ -1,0 +1,118 @@
+"""Networks as people write them: all neighbours in them are fused, right, and in their byte budget."""
+
+import copy
+
+import pytest
+import torch
+from support.fusion import fused_groups
+from support.neighbourhoods import NETWORKS, Network
+from torch import Tensor, nn
+
+import fusednn
+from fusednn import kernels
+from fusednn.testing import assert_accurate, random_tensor
+
+if kernels.INTERPRETING:
+    from fusednn.instruments.traffic import Traffic, measure_traffic
+
+every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+#: Over the budget: what channels have one of, and the ends of rows.
+SLACK = 1.1
+
+
+def pair(network: Network, device: str) -> tuple[nn.Module, nn.Module]:
+    """The network, fused; and as it was."""
+    torch.manual_seed(0)
+    stock = network.build().to(device)
+    model = copy.deepcopy(stock)
+    report = fusednn.replace_layers(model, fuse=True)
+    assert fused_groups(report) == network.chains
+    return model, stock
+
+
+def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output, all gradients, and all buffers after the step."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).view_as(y).to(y))
+    gradients = {f"gradient of {name}": one.grad for name, one in (("x", x), *model.named_parameters())}
+    buffers = {name: one.clone() for name, one in model.named_buffers() if one.is_floating_point()}
+    return {"output": y.detach(), **gradients, **buffers}
+
+
+@pytest.mark.kernels
+@every_network
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_chains_are_computed_in_one_and_right(network: Network, training: bool, device: str) -> None:
+    model, stock = (one.train(training) for one in pair(network, device))
+    x = random_tensor(network.shape, torch.float32, device)
+    explanation = fusednn.explain(copy.deepcopy(model), x)
+    assert [row.name for row in explanation if row.path == "apart"] == []
+    together = {name for names in network.chains.values() for name in names.split(", ")}
+    assert together <= {row.name for row in explanation if row.path == "fused"} | {"the functions behind it"}
+    mine, theirs = (results(one, x) for one in (model, stock))
+    exact = results(copy.deepcopy(stock).double(), x.double())
+    if training:  # the running statistics have been updated once more for the exact results
+        exact = results(pair(network, device)[1].train().double(), x.double())
+    for name in theirs:
+        # Gradients of a bias before batch norm are 0, of which only rounding is left; others pass many layers.
+        assert_accurate(mine[name], theirs[name], exact[name], name, inherent=1e-5, chosen=False)
+
+
+@pytest.mark.kernels
+@every_network
+def test_compiled(network: Network, keeps_kernels: None, device: str) -> None:
+    torch._dynamo.reset()
+    model, _ = pair(network, device)
+    x = random_tensor(network.shape, torch.float32, device)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), eager(x))
+
+
+def budget_of(network: Network, stock: nn.Module, x: Tensor) -> float:
+    """Bytes that our kernels move in a training step's forward pass: a chain reads what its product wrote, where it has
+    a batch norm twice, and writes its result, and a bit an element, or half a byte a window, of what it keeps.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, inputs, y, name=name: sizes.__setitem__(name, (inputs[0].numel(), y.numel()))
+        )
+        for name, module in stock.named_modules()
+    ]
+    stock(x)
+    for handle in handles:
+        handle.remove()
+    chained = {name for first, names in network.chains.items() for name in (first, *names.split(", "))}
+    total = 0.0
+    for first, names in network.chains.items():
+        layers = [name for name in names.split(", ") if name in sizes]
+        product, result = sizes[first][1], sizes[layers[-1] if layers else first][1]
+        normalised = any(isinstance(stock.get_submodule(name), nn.modules.batchnorm._BatchNorm) for name in layers)
+        total += (product * (1 + normalised) + result) * x.itemsize + result / (8 if product == result else 2)
+    for name, (read, written) in sizes.items():
+        if name not in chained and isinstance(stock.get_submodule(name), nn.modules.pooling._MaxPoolNd):
+            total += (read + written) * x.itemsize + written / 2
+    return total
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+@every_network
+def test_bytes_and_launches(network: Network, device: str) -> None:
+    model, stock = pair(network, device)
+    x = random_tensor(network.shape, torch.float32, device)
+    found: list[Traffic] = []
+    for one in (model, stock):
+        with measure_traffic() as forward:
+            y = one(x)
+        with measure_traffic() as backward:
+            y.backward(torch.ones_like(y))
+        found += [forward, backward]
+    ahead, back, stock_ahead, stock_back = found
+    assert ahead.bytes <= SLACK * budget_of(network, stock, x)
+    for ours, theirs in ((ahead, stock_ahead), (back, stock_back)):
+        assert ours.launches + ours.aten_operations < theirs.aten_operations
+        assert ours.bytes + ours.aten_bytes < theirs.aten_bytes
