@@ -270,24 +270,24 @@ def pool_backward(
     g = g.contiguous(memory_format=order)
     images_of = g.shape[:2]
     dx = torch.empty((*images_of, *size), dtype=g.dtype, device=g.device, memory_format=order)
-    (size, pooled), window = _flat((size, g.shape[2:]), window)
+    (extents, pooled), window = _flat((size, g.shape[2:]), window)
     if window.fixed == ANY:
         matrix = _matrix(dx.shape, channels_last)
-        extents = (*size, *pooled, *window.arguments)
+        arguments = (*extents, *pooled, *window.arguments)
     else:
         # Cells that cover the padding before the image, and all of the image.
-        strides = zip(size, window.padding, window.stride, strict=True)
+        strides = zip(extents, window.padding, window.stride, strict=True)
         cells = [cdiv(extent + padding, stride) for extent, padding, stride in strides]
         matrix = _matrix((*images_of, *cells), channels_last)
-        extents = (*size, *cells, *pooled, *window.padding)
+        arguments = (*extents, *cells, *pooled, *window.padding)
     partial = torch.empty(matrix.partial_shape, dtype=ACCUMULATOR[g.dtype], device=g.device) if sums_bias else None
     launch(
         _configuration(
             *("backward", g.dtype, activation.row, window.fixed, channels_last, sums_bias, False),
-            volumes=len(size) == 3,
+            volumes=len(extents) == 3,
         ),
         matrix.programs,
         *(tensor for tensor in (g, code, saved, dx, partial) if tensor is not None),
-        *(matrix.rows, matrix.columns, *extents, activation.a, activation.b),
+        *(matrix.rows, matrix.columns, *arguments, activation.a, activation.b),
     )
     return dx, g.new_empty(0) if partial is None else matrix.totals(partial)

@@ -186,9 +186,13 @@ class ConvAct(Compound):
     ) -> None:
         resolve_activation(activation, activation_parameters)
         super().__init__()
-        sizes: Any = (kernel_size, stride, padding, dilation)
+        sizes: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         self.conv = self.convolution(
-            *(in_channels, out_channels, *sizes, groups, bias),
+            in_channels,
+            out_channels,
+            **sizes,
+            groups=groups,
+            bias=bias,
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,

@@ -42,7 +42,7 @@ def forward(
     What the layers change happens in their order: a batch counts once the convolution has succeeded.
     """
     directions, input, weight, bias, *geometry = arguments(conv, input)
-    vectors = (*running_statistics(norm), *tensors_of(norm, "weight", "bias"))
+    vectors: Any = (*running_statistics(norm), *tensors_of(norm, "weight", "bias"))
     rest: dict[str, Any] = {"residual": residual, "activation": activation}
     rest |= {"activation_parameters": activation_parameters, **pooling}
     momentum, batches = weight_of_batch(norm)
@@ -52,7 +52,7 @@ def forward(
     z, partial = conv_statistics(directions, input, weight, bias, *geometry)
     norm._check_input_dim(z)
     count_batch(norm)
-    return batch_norm_act_pool(z, partial, *vectors, momentum, norm.eps, batches=batches, **rest)
+    return batch_norm_act_pool(*(z, partial, *vectors, momentum, norm.eps), batches=batches, **rest)
 
 
 def begin(conv: _ConvNd, norm: _BatchNorm, input: Tensor) -> Callable[..., Tensor]:
@@ -95,9 +95,13 @@ class ConvBatchNormAct(Layer):
     ) -> None:
         resolve_activation(activation, activation_parameters)
         super().__init__()
-        sizes: Any = (kernel_size, stride, padding, dilation)
+        sizes: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         self.conv = self.convolution(
-            *(in_channels, out_channels, *sizes, groups, bias),
+            in_channels,
+            out_channels,
+            **sizes,
+            groups=groups,
+            bias=bias,
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
