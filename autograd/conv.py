@@ -11,7 +11,7 @@ it is to PyTorch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from . import stock as F
 from .activation import resolve_activation
 from .anchors import anchors_of
 from .batch_norm import apply_activation
+from .convolution import Convolution, convolution_of, padding_of, stock_convolution
 from .decisions import decided_once
 from .dispatch import in_low_precision, or_stock, takes_kernel
-from .onednn import sound_convolution
 from .operators import given, operator
 from .pool import (
     Sizes,
@@ -36,14 +36,12 @@ from .pool import (
     operator_window,
     pool,
     pool_backward,
-    sizes_of,
     squeezed,
     window_of,
     window_refusal,
 )
 
 __all__ = [
-    "Convolution",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -53,53 +51,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
-    "convolution_of",
-    "stock_convolution",
 ]
-
-
-class Convolution(NamedTuple):
-    """The arguments of a convolution besides its operands; each tuple is (along the height, along the width), the depth
-    first if any.  A transposed one has an ``output_padding``.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    output_padding: tuple[int, ...] | None = None
-
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """cuDNN's."""
-        return torch.convolution(x, weight, None, *self._arguments)
-
-    def gradients(
-        self, dz: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool], *, bias: Sequence[int] | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """Of images, filters, and a bias of this shape, as far as they are needed."""
-        with sound_convolution(weight, self.stride):
-            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-                dz, x, weight, bias, *self._arguments, needed
-            )
-        return gradients
-
-    @property
-    def _arguments(self) -> tuple[Any, ...]:
-        transposed = self.output_padding is not None
-        output_padding = self.output_padding or (0,) * len(self.stride)
-        return self.stride, self.padding, self.dilation, transposed, output_padding, self.groups
-
-    def size(self, size: Sequence[int], filters: Sequence[int]) -> tuple[int, ...]:
-        """The size of the result, of images and filters of these sizes; of what has one direction, one is enough."""
-        size, filters = ((1, *given) if len(given) == 1 else tuple(given) for given in (size, filters))
-        if self.output_padding is None:
-            return kernels.conv_size(size, filters, self.stride, self.padding, self.dilation)
-        return tuple(
-            (extent - 1) * step - 2 * border + spread * (taps - 1) + extra + 1
-            for extent, taps, step, border, spread, extra in zip(
-                size, filters, self.stride, self.padding, self.dilation, self.output_padding, strict=True
-            )
-        )
 
 
 # --- Operators --------------------------------------------------------------------------------------------------------
@@ -381,26 +333,7 @@ def conv_transpose3d(
 
 
 #: By the number of directions.
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _POOLINGS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-
-def stock_convolution(
-    directions: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_padding: Any = None,
-) -> Tensor:
-    """PyTorch's, transposed where there is an ``output_padding``."""
-    if output_padding is None:
-        return _CONVOLUTIONS[directions](input, weight, bias, stride, padding, dilation, groups)
-    return _TRANSPOSED[directions](input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 @or_stock
@@ -494,7 +427,7 @@ def _conv_act_pool(
     window: Window | None = point(max(directions, 2))
     if pool_size is not None:
         window = window_of(directions, pool_size, pool_stride, pool_padding, 1, False)
-    odd, border = _numbers(directions, weight, stride, padding, dilation)
+    odd, border = padding_of(directions, weight, stride, padding, dilation)
     convolution = convolution_of(directions, stride, border, dilation, groups, output_padding)
     described = (directions, input, odd, weight, bias, residual, convolution, resolved, window)
     given = [input, weight, *(operand for operand in (bias, residual) if operand is not None)]
@@ -556,7 +489,7 @@ def _statistics(
     precision: str,
 ) -> Callable[..., tuple[Tensor, Tensor] | None]:
     """`conv_statistics` by its kernel, or None; PyTorch's switches of ``precision`` decide, too."""
-    odd, border = _numbers(directions, weight, stride, padding, dilation)
+    odd, border = padding_of(directions, weight, stride, padding, dilation)
     convolution = convolution_of(directions, stride, border, dilation, groups, output_padding)
     described = (directions, x, odd, weight, bias, None, convolution, resolve_activation("relu"), POINT)
 
@@ -581,36 +514,6 @@ def _statistics(
         return z, partial
 
     return convolve
-
-
-def _numbers(directions: int, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[tuple[int, ...], Any]:
-    """A padding in words as numbers: what `pad` adds first, where the two ends differ, and the padding that is left."""
-    even = (0, 0) * directions
-    if padding == "valid":
-        return even, 0
-    if padding != "same" or not isinstance(weight, Tensor) or weight.dim() != directions + 2:
-        return even, padding
-    spread = sizes_of(dilation, directions)
-    if sizes_of(stride, directions) != (1,) * directions or spread is None:
-        return even, None
-    added = [step * (size - 1) for step, size in zip(spread, weight.shape[2:], strict=True)]
-    odd = tuple(one for total in reversed(added) for one in (0, total % 2))
-    return odd, tuple(total // 2 for total in added)
-
-
-def convolution_of(
-    directions: int, stride: Any, padding: Any, dilation: Any, groups: Any, output_padding: Any = None
-) -> Convolution | None:
-    """The arguments, or None where one isn't what PyTorch takes."""
-    given = (stride, padding, dilation) if output_padding is None else (stride, padding, dilation, output_padding)
-    found = [sizes_of(argument, directions) for argument in given]
-    if any(sizes is None for sizes in found) or type(groups) is not int:
-        return None
-    sizes = [sizes for sizes in found if sizes is not None]
-    if directions == 1:
-        sizes = [(one, *along) for one, along in zip((1, 0, 1, 0), sizes, strict=False)]
-    step, border, spread, *extra = sizes
-    return Convolution(step, border, spread, groups, *extra)
 
 
 def _refusal(

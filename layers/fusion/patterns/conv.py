@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ....autograd import stock as F
-from ....autograd.conv import conv_act_pool, convolution_of
+from ....autograd.conv import conv_act_pool
+from ....autograd.convolution import convolution_of
 from ....autograd.decisions import decided_once
 from ....autograd.dispatch import autocast_dtype
 from ... import conv_batch_norm
