@@ -96,8 +96,6 @@ def _conv_statistics(
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
-_convolution_backward = torch.ops.aten.convolution_backward.default
-
 #: What is kept beside a code where gradients are linear, and don't depend on what they are of.
 _LINEAR = ("nothing", "mask")
 

@@ -34,7 +34,7 @@ class Convolution(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """Of images, filters, and a bias of this shape, as far as they are needed."""
         with sound_convolution(weight, self.stride):
-            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward.default(
                 dz, x, weight, bias, *self._arguments, needed
             )
         return gradients
