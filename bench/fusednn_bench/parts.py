@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the parts run: on a GPU, or in rehearsal, where Triton's interpreter and stand-ins take its place.
+    """Where the parts run: on a GPU, or in rehearsal, where Triton's interpreter takes its place, for tests the virtual
+    GPU (where there is gcc), and stand-ins that of tools.
 
     ``scale`` multiplies all times; a part has no more than ``most`` commands.
     """
@@ -64,6 +66,11 @@ class Machine:
     def only(self) -> str:
         """Tests that can be made on a GPU alone; in rehearsal, a few that the interpreter makes."""
         return "smoke" if self.rehearsal else "gpu"
+
+    @property
+    def tests_environment(self) -> dict[str, str]:
+        virtual = self.rehearsal and shutil.which("gcc") is not None
+        return {"FUSEDNN_VGPU": "80", "TRITON_INTERPRET": "0"} if virtual else {}
 
     def shortened(self, part: Part) -> Part:
         seconds = part.seconds if self.scale == 1 else max(_SHORTEST, part.seconds * self.scale)
@@ -83,7 +90,7 @@ def _parts(folder: Path, machine: Machine, families: Sequence[str]) -> list[Part
         Part(
             "gpu-tests",
             "tests that only a GPU can make; beside them, kernels of the benchmarks are compiled",
-            (*_tests("gpu", machine.only, _marked("gpu")), *ahead),
+            (*_tests("gpu", machine.only, _marked("gpu"), machine), *ahead),
             90,
             cores,
         ),
@@ -91,7 +98,7 @@ def _parts(folder: Path, machine: Machine, families: Sequence[str]) -> list[Part
         Part(
             "tests",
             "all other tests",
-            tuple(_tests("rest", f"not compiles and not {machine.only}", _files())),
+            tuple(_tests("rest", f"not compiles and not {machine.only}", _files(), machine)),
             110,
             cores,
         ),
@@ -130,10 +137,11 @@ def _sanitizers(families: Sequence[str]) -> Iterator[Command]:
             yield Command(command.name, command.line, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def _tests(name: str, markers: str, files: Sequence[Path]) -> Iterator[Command]:
+def _tests(name: str, markers: str, files: Sequence[Path], machine: Machine) -> Iterator[Command]:
     for file in files:
         line = (sys.executable, "-m", "pytest", str(file.relative_to(ROOT)), "-m", markers)
-        yield Command(f"{name}-{file.stem}", (*line, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"))
+        whole = (*line, "-q", "-p", "no:xdist", "-p", "no:cacheprovider")
+        yield Command(f"{name}-{file.stem}", whole, machine.tests_environment)
 
 
 def _bench(folder: Path, selection: str) -> tuple[Command, ...]:
