@@ -94,10 +94,14 @@ def test_wheel_works(installed: Path, tmp_path: Path) -> None:
     import fusednn.kernels, torch
     print(fusednn.kernels.__file__)
     print(fusednn.layers.ReLU()(torch.tensor([-1.0, 2.0])).tolist())
+    from fusednn import autograd
+    x = torch.randn(2, 3, 4, 5)
+    print(fusednn.testing.check_drop_in(autograd.relu, torch.nn.functional.relu, [x]).checked["exceptions"])
+    print(len(fusednn.benchmark.one("relu", (8, 8), directions=["forward"])))
     """
-    file, values = run_code(code, tmp_path, PYTHONPATH=str(installed))
+    file, values, checked, measured = run_code(code, tmp_path, PYTHONPATH=str(installed))
     assert Path(file) == installed / "fusednn" / "kernels" / "__init__.py"
-    assert values == "[0.0, 2.0]"
+    assert (values, checked, measured) == ("[0.0, 2.0]", "8", "2")
     script = installed / "bin" / "fusednn"
     assert run(script, "--version", cwd=tmp_path, PYTHONPATH=str(installed)) == f"fusednn {fusednn.__version__}\n"
 
