@@ -56,6 +56,11 @@ class Neighbours(TorchFunctionMode):
             for operand in [one for one in args if isinstance(one, Tensor)]:
                 if self._extend(operand, result, "s" if name in SUMS else "a", []):
                     break
+        if self.depth == 0 and name == "mul":
+            for operand in args:
+                path, chain = self._chains.get(id(operand), ("", []))
+                if path == "ca":  # a gate's activation is computed with the product
+                    self.fusable.pop(chain[0], None)
         return result
 
     def _enter(self, *_: Any) -> None:
