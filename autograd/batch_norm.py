@@ -1,8 +1,8 @@
 """Batch norm with the signature of ``torch.nn.functional.batch_norm``, and fused with a residual and an activation.
 
-Two steps: the statistics (and the update of the running ones), and the normalisation with them.  Only the second is a
-``torch.autograd.Function``: it takes the statistics as given, and its backward pass is told whether they depend on the
-input.  `fusednn.autograd.sync_batch_norm` puts collectives between the steps.
+Two steps: the statistics (and the update of the running ones), and the normalisation with them.  One
+``torch.autograd.Function`` takes the statistics as given, or computes them, and its backward pass is told whether they
+depend on the input.  `fusednn.autograd.sync_batch_norm` puts collectives between the steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,133 +13,23 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..kernels import batch_norm as kernels
-from ..kernels import batch_norm_statistics
 from ..kernels.base.launch import ACCUMULATOR
-from ..kernels.functions.activation import IDENTITY, Activated, activated
+from ..kernels.functions.activation import IDENTITY, Activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
+from .batch_norm_operators import backward, forward, forward_training, merge_statistics, reduce, statistics
 from .decisions import decided_once
 from .dispatch import is_number, or_stock, takes_kernel
 from .gradients import stock_gradients
-from .operators import operator
 from .recompute import needs
 
 __all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "begin_batch_norm", "channel_statistics"]
-
-# --- Operators ------------------------------------------------------------------------------------------------------
-#
-# Where a result is optional, an empty tensor stands for None.
-
-
-def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    mean, variance = (x.new_empty(x.shape[1], dtype=ACCUMULATOR[x.dtype]) for _ in range(2))
-    return mean, variance
-
-
-@operator(
-    "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
-    " float momentum) -> (Tensor, Tensor)",
-    fake=_fake_statistics,
-)
-def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel."""
-    return batch_norm_statistics.merge_statistics(
-        batch_norm_statistics.partial_statistics(x), running_mean, running_var, batches, momentum
-    )
-
-
-merge_statistics = operator(
-    "batch_norm_merge(Tensor partial, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
-    " float momentum) -> (Tensor, Tensor)",
-    fake=lambda partial, *_: (torch.empty_like(partial[0, 0]), torch.empty_like(partial[0, 0])),
-)(batch_norm_statistics.merge_statistics)
-
-
-@operator(
-    "batch_norm_forward(Tensor x, Tensor? residual, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias,"
-    " float eps, str name, float a, float b, bool masked) -> (Tensor, Tensor)",
-    fake=lambda x, residual, mean, variance, weight, bias, eps, name, a, b, masked: (
-        torch.empty_like(x),
-        x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8),
-    ),
-)
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor]:
-    y, mask = kernels.batch_norm_forward(
-        x, residual, mean, variance, weight, bias, eps, activated(name, a, b), masked=masked
-    )
-    return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
-
-
-def _fake_sums(g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
-    sums = x.new_empty((2, x.shape[1]), dtype=torch.float64)
-    return sums, x.new_empty(0) if residual is None and mask is None else torch.empty_like(x)
-
-
-@operator(
-    "batch_norm_reduce(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
-    " Tensor? weight, Tensor? bias, float eps, str name, float a, float b) -> (Tensor, Tensor)",
-    fake=_fake_sums,
-)
-def reduce(
-    g: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-) -> tuple[Tensor, Tensor]:
-    sums, dz = kernels.batch_norm_reduce(g, x, residual, mask, mean, variance, weight, bias, eps, activated(name, a, b))
-    return sums, x.new_empty(0) if dz is None else dz
-
-
-@operator(
-    "batch_norm_backward(Tensor g, Tensor x, Tensor? sums, float share, Tensor mean, Tensor variance, Tensor? weight,"
-    " Tensor? bias, float eps, str name, float a, float b) -> Tensor",
-    fake=lambda g, x, *_: torch.empty_like(x),
-)
-def backward(
-    g: Tensor,
-    x: Tensor,
-    sums: Tensor | None,
-    share: float,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-) -> Tensor:
-    return kernels.batch_norm_backward(g, x, sums, share, mean, variance, weight, bias, eps, activated(name, a, b))
-
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
 
 
 class BatchNorm(Function):
-    """activation(normalised x * weight + bias + residual), with given statistics.
+    """activation(normalised x * weight + bias + residual), with given statistics, or those of x.
 
     Saves the input and the statistics.  With a residual and an activation it also saves what the activation's gradient
     needs: the bits of a mask where that suffices, else the residual.  The bias is saved only where the activation's
@@ -153,16 +43,25 @@ class BatchNorm(Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
         training: bool,
         eps: float,
         activation: Activated,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        batches: Tensor | None = None,
+        momentum: float = 0.0,
     ) -> Tensor:
         joined = residual is not None and activation.saves != "nothing"
         masked = joined and activation.saves == "mask"
         y: Tensor
-        y, mask = _forward(x, residual, mean, variance, weight, bias, eps, *activation.arguments, masked)
+        rest = (weight, bias, eps, *activation.arguments, masked)
+        if mean is None or variance is None:
+            running = (running_mean, running_var, batches, momentum)
+            y, mask, mean, variance = forward_training(x, residual, *running, *rest)
+        else:
+            y, mask = forward(x, residual, mean, variance, *rest)
         kept = residual if joined and not masked else None
         again = activation.saves != "nothing" and not masked
         ctx.save_for_backward(x, kept, mask if masked else None, weight, bias if again else None, mean, variance)
@@ -187,7 +86,7 @@ class BatchNorm(Function):
             bias: Tensor | None,
         ) -> Tensor:
             joined = residual if kept is None else kept
-            y: Tensor = _forward(x, joined, mean, variance, weight, bias, eps, *activation.arguments, False)[0]
+            y: Tensor = forward(x, joined, mean, variance, weight, bias, eps, *activation.arguments, False)[0]
             return y
 
         return again
@@ -196,16 +95,16 @@ class BatchNorm(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, g)
-        return gradients(ctx, g, lambda sums, x: (sums, x.shape[1] / x.numel()))
+        return gradients(ctx, g)
 
 
 def gradients(
-    ctx: Any, g: Tensor, combine: Callable[[Tensor, Tensor], tuple[Tensor, float]]
+    ctx: Any, g: Tensor, combine: Callable[[Tensor], tuple[Tensor, float]] | None = None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the arguments of `BatchNorm`.
 
-    ``combine(sums, x)`` gives the sums of dz and dz * normalised x over the whole batch, and 1 / its values per
-    channel.
+    ``combine`` makes of the sums of dz and dz * normalised x, (2, channels), those over a larger batch that this is a
+    part of, and gives 1 / its values per channel besides.
     """
     x, residual, mask, weight, bias, mean, variance = ctx.saved_tensors
     training, eps, activation = ctx.arguments
@@ -213,26 +112,36 @@ def gradients(
     # Where the activation's argument isn't computed again, the bias isn't read: the weight in its place spares zeros.
     unread = mask is not None or activation.saves == "nothing"
     vectors = (mean, variance, weight, weight if unread else bias, eps)
-    dx, dweight, dbias, sums, share = None, None, None, None, 0.0
+    dx, dweight, dbias, share = None, None, None, x.shape[1] / max(x.numel(), 1)
+    partial: Any = None
+    sums: Any = None
     joined = residual is not None or mask is not None
-    if weight_needed or bias_needed or joined or (x_needed and training):
-        sums, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
-        if weight_needed or bias_needed:
+    affine = weight_needed or bias_needed
+    # The second pass adds up what the programs of the first left: these are the parameters' gradients.
+    merges = affine and x_needed and training and combine is None and weight is not None
+    if affine or joined or (x_needed and training):
+        partial, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
+        if combine is not None or (affine and not merges):
+            sums = partial.sum(0)
+        if affine and not merges:
             dbias, dweight = sums.to(weight.dtype if weight_needed else ctx.bias_dtype).unbind()
         if joined:
             g, activation = dz, IDENTITY
     if x_needed:
         if not training:
-            sums = None
-        elif sums is not None:
-            sums, share = combine(sums, x)
-        dx = backward(g, x, sums, share, *vectors, *activation.arguments)
+            partial = None
+        elif combine is not None:
+            sums, share = combine(sums)
+            partial = sums[None]
+        dx, *merged = backward(g, x, partial, share, *vectors, *activation.arguments, merges)
+        if merges:
+            dweight, dbias = merged
     return (
         dx,
         g if residual_needed else None,
         dweight if weight_needed else None,
         dbias if bias_needed else None,
-        *[None] * 5,
+        *[None] * (len(ctx.needs_input_grad) - 4),
     )
 
 
@@ -259,7 +168,7 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         dresidual = g
     if bias is None and ctx.needs_input_grad[3]:
         dbias = g.sum([dim for dim in range(g.dim()) if dim != 1], dtype=ctx.bias_dtype)
-    return dx, dresidual, dweight, dbias, None, None, None, None, None
+    return dx, dresidual, dweight, dbias, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 # --- Functions ------------------------------------------------------------------------------------------------------
@@ -448,13 +357,22 @@ def _apply(
     batches: Tensor | None,
     *_: object,
 ) -> Tensor:
-    if training:
-        mean, variance = statistics(input.detach(), running_mean, running_var, batches, float(momentum))
-    else:
+    y: Tensor
+    if not training:
         assert running_mean is not None
         assert running_var is not None
-        mean, variance = running_mean, running_var
-    return normalise(BatchNorm, input, residual, weight, bias, mean, variance, training, eps, activation)
+        rest = (weight, bias, running_mean, running_var, False, eps, activation)
+        return normalise(BatchNorm, input, residual, *rest)
+    running = (running_mean, running_var, batches, float(momentum))
+    if _requires_grad(input, residual, weight, bias):
+        y = BatchNorm.apply(input, residual, weight, bias, None, None, True, float(eps), activation, *running)
+    else:
+        y = forward_training(input, residual, *running, weight, bias, float(eps), *activation.arguments, False)[0]
+    return y
+
+
+def _requires_grad(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in _given(*operands))
 
 
 def normalise(
@@ -472,13 +390,13 @@ def normalise(
 ) -> Tensor:
     """`BatchNorm`, or a function like it that takes ``rest`` besides, where something requires gradients."""
     y: Tensor
-    if torch.is_grad_enabled() and any(t.requires_grad for t in _given(input, residual, weight, bias)):
+    if _requires_grad(input, residual, weight, bias):
         if not training:
             # The running statistics may be updated before the backward pass comes.
             mean, variance = torch.stack((mean, variance)).unbind()
         y = function.apply(input, residual, weight, bias, mean, variance, training, float(eps), activation, *rest)
     else:
-        y, _ = _forward(input, residual, mean, variance, weight, bias, float(eps), *activation.arguments, False)
+        y, _ = forward(input, residual, mean, variance, weight, bias, float(eps), *activation.arguments, False)
     return y
 
 

@@ -22,12 +22,11 @@ from .batch_norm import (
     apply_activation,
     argument_refusal,
     batch_norm_act,
-    merge_statistics,
     normalise,
-    statistics,
 )
-from .batch_norm import backward as norm_backward
-from .batch_norm import reduce as norm_reduce
+from .batch_norm_operators import backward as norm_backward
+from .batch_norm_operators import merge_statistics, statistics
+from .batch_norm_operators import reduce as norm_reduce
 from .conv import conv_act_pool, conv_statistics
 from .decisions import decided_once
 from .dispatch import or_stock, takes_kernel
@@ -99,14 +98,19 @@ class BatchNormActPool(Function):
             return *stock_gradients(chained, (x, residual, weight, bias), needed, g), None, None, None, None, None
         _, channels_last = images(x)
         dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, *activation.arguments, *window, False)
-        dx, dweight, dbias = None, None, None
+        dx: Any = None
+        dweight: Any = None
+        dbias: Any = None
         if needed[0] or needed[2] or needed[3]:
             vectors = (mean, variance, weight, bias, eps, *IDENTITY.arguments)
-            sums, _ = norm_reduce(dz, x, None, None, *vectors)
-            dweight = sums[1].to(weight.dtype) if needed[2] else None
-            dbias = sums[0].to(bias.dtype) if needed[3] else None
+            partial, _ = norm_reduce(dz, x, None, None, *vectors)
+            merges = needed[0] and weight is not None
             if needed[0]:
-                dx = norm_backward(dz, x, sums, x.shape[1] / x.numel(), *vectors)
+                dx, dweight, dbias = norm_backward(dz, x, partial, x.shape[1] / x.numel(), *vectors, merges)
+            if not merges:
+                dbias, dweight = partial.sum(0)
+            dweight = dweight.to(weight.dtype) if needed[2] else None
+            dbias = dbias.to(bias.dtype) if needed[3] else None
         return dx, dz if needed[1] else None, dweight, dbias, None, None, None, None, None
 
 

@@ -14,7 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..kernels.functions.activation import IDENTITY, Activated
-from .batch_norm import BatchNorm, argument_refusal, gradients, merge_statistics, normalise, statistics
+from .batch_norm import BatchNorm, argument_refusal, gradients, normalise
+from .batch_norm_operators import merge_statistics, statistics
 from .dispatch import takes_kernel
 
 __all__ = ["sync_batch_norm", "sync_takes_kernel"]
@@ -33,12 +34,12 @@ class SyncBatchNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        def combine(sums: Tensor, x: Tensor) -> tuple[Tensor, float]:
+        def combine(sums: Tensor) -> tuple[Tensor, float]:
             everywhere = sums.clone()
             dist.all_reduce(everywhere, group=ctx.group)
             return everywhere / ctx.total, 1.0
 
-        return (*gradients(ctx, g, combine), None, None)
+        return gradients(ctx, g, combine)
 
 
 def sync_takes_kernel(

@@ -7,6 +7,7 @@ every configuration that the launchers can ask the compiler for.
 from . import (
     activation,
     batch_norm,
+    batch_norm_gradients,
     batch_norm_statistics,
     bias_activation_dropout,
     conv,
@@ -36,6 +37,7 @@ __all__ = [
     "Configuration",
     "activation",
     "batch_norm",
+    "batch_norm_gradients",
     "batch_norm_statistics",
     "bias_activation_dropout",
     "conv",

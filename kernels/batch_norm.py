@@ -1,12 +1,12 @@
-"""Batch norm: normalisation of channels, with activation and residual, and its gradients.
+"""Batch norm: normalisation of channels, with activation and residual, by given statistics or by those of the tensor.
 
-`batch_norm_statistics` has the statistics, `channels` the division of a tensor into programs.
+`batch_norm_statistics` has the statistics, `batch_norm_gradients` the gradients, `channels` the division of a tensor
+into programs.  In training the programs that normalise put together what those of the statistics left.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .base._triton import tl, triton
 from .base.channels import (
-    COMMON_TILINGS,
-    TILINGS,
+    Plan,
     Tiling,
     channel_tile,
+    common_tilings_of,
     configure_channels,
     launch_over,
     plan_of,
@@ -27,20 +27,23 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
-from .base.numerics import divide, scalar, square_root
-from .base.tiles import MASK_BYTES, TILE, aligned, load, load_bits, store, store_bits
-from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
+from .base.numerics import divide, scalar, square_root, widen
+from .base.tiles import aligned, load, store, store_bits
+from .batch_norm_statistics import copy_back, merge_partial, merge_statistics, partial_over, store_moments
+from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 
 __all__ = [
-    "batch_norm_backward",
+    "AFFINE",
+    "as_type",
     "batch_norm_forward",
-    "batch_norm_reduce",
+    "batch_norm_training",
+    "both_or_neither",
     "channel_vectors",
+    "configuration_of",
     "mask_bytes",
     "normalisation",
+    "parameter_type",
 ]
-
-_TILE = tl.constexpr(TILE)
 
 # --- Device functions -----------------------------------------------------------------------------------------------
 
@@ -54,17 +57,25 @@ def normalisation(mean_pointer, variance_pointer, weight_pointer, bias_pointer, 
     inside = channel < channels
     mean = tl.load(mean_pointer + channel, mask=inside, other=0)
     variance = tl.load(variance_pointer + channel, mask=inside, other=0)
-    inverse_deviation = divide(scalar(1.0, COMPUTE), square_root(variance + scalar(eps, COMPUTE)))
-    if weight_pointer is not None:
-        scale = inverse_deviation * tl.load(weight_pointer + channel, mask=inside, other=0)
-        bias = tl.load(bias_pointer + channel, mask=inside, other=0)
-    else:
-        scale = inverse_deviation
-        bias = tl.zeros(channel.shape, COMPUTE)
+    inverse_deviation, scale, bias = affine(variance, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE)
     return mean, inverse_deviation, scale, bias
 
 
-# --- Normalisation and its gradient ---------------------------------------------------------------------------------
+@triton.jit
+def affine(variance, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE):
+    """Of each channel: 1 / standard deviation, scale and bias, as of `normalisation`."""
+    inside = channel < channels
+    inverse_deviation = divide(scalar(1.0, COMPUTE), square_root(variance + scalar(eps, COMPUTE)))
+    if weight_pointer is not None:
+        scale = inverse_deviation * widen(tl.load(weight_pointer + channel, mask=inside, other=0), COMPUTE)
+        bias = widen(tl.load(bias_pointer + channel, mask=inside, other=0), COMPUTE)
+    else:
+        scale = inverse_deviation
+        bias = tl.zeros(channel.shape, COMPUTE)
+    return inverse_deviation, scale, bias
+
+
+# --- Kernel -----------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -73,10 +84,14 @@ def batch_norm_forward_kernel(
     residual_pointer,  # added before the activation, as x; or None
     y_pointer,  # output, as x
     mask_pointer,  # packed bits of the activation's mask, tile by tile; or None
-    mean_pointer,  # (channels,)
+    partial_pointer,  # (splits, 3, channels): what `batch_norm_statistics_kernel` left; or None
+    mean_pointer,  # (channels,): of the partial statistics, or given
     variance_pointer,
     weight_pointer,  # (channels,), or None
     bias_pointer,
+    running_mean_pointer,  # updated, or None where nothing is tracked
+    running_variance_pointer,
+    batches_pointer,  # number of batches: the running statistics are averages over them; or None
     outer: tl.int64,
     channels,
     columns,
@@ -85,6 +100,9 @@ def batch_norm_forward_kernel(
     tiles_per_track: tl.int64,
     tiles_per_program: tl.int64,
     along_inner: tl.int32,
+    splits: tl.int64,
+    values: tl.float64,  # of each channel
+    momentum: tl.float64,  # weight of this batch, where there is no number of batches
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
@@ -93,17 +111,28 @@ def batch_norm_forward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     columns = aligned(columns, ALIGN)
-    channel_block, track, first, end, _split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
+    channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    mean, _, scale, bias = normalisation(
-        mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
-    )
+    if partial_pointer is not None:
+        total = scalar(values, COMPUTE)
+        mean, variance = merge_partial(partial_pointer, splits, channel, channels, total, AXIS, HEIGHT, WIDTH)
+        if split == 0:
+            store_moments(
+                *(mean_pointer, variance_pointer, running_mean_pointer, running_variance_pointer, batches_pointer),
+                *(channel, channel < channels, mean.to(tl.float64), variance.to(tl.float64), values, momentum),
+            )
+        _, scale, bias = affine(variance, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE)
+    else:
+        mean, _, scale, bias = normalisation(
+            mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
+        )
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
-    for ahead in range(first, end):
+    for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
         tile, _present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
@@ -114,218 +143,81 @@ def batch_norm_forward_kernel(
             z += load(residual_pointer, tile, COMPUTE)
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
-            store_bits(mask_pointer, tl.reshape(ACTIVATION.mask(z, a, b), (1, _TILE)), tile_index, 1, _TILE)
+            store_bits(
+                mask_pointer, tl.reshape(ACTIVATION.mask(z, a, b), (1, HEIGHT * WIDTH)), tile_index, 1, HEIGHT * WIDTH
+            )
         y = ACTIVATION.forward(z, a, b)
         store(y_pointer, tile, y)
 
 
-@kernel
-def batch_norm_reduce_kernel(
-    g_pointer,  # gradient of the output, as x
-    x_pointer,  # input, (outer, channels, inner)
-    residual_pointer,  # what was added before the activation, as x; or None
-    mask_pointer,  # the packed bits that the forward pass left; or None
-    dz_pointer,  # gradient of the activation's input, as x; or None where the next pass computes it again
-    partial_pointer,  # (splits, 2, channels): sums of dz and of dz * normalised x
-    mean_pointer,  # (channels,)
-    variance_pointer,
-    weight_pointer,  # (channels,), or None
-    bias_pointer,
-    outer: tl.int64,
-    channels,
-    columns,
-    channel_blocks: tl.int64,
-    tracks: tl.int64,
-    tiles_per_track: tl.int64,
-    tiles_per_program: tl.int64,
-    along_inner: tl.int32,
-    eps: tl.float64,
-    a: tl.float64,
-    b: tl.float64,
-    ACTIVATION: tl.constexpr,
-    AXIS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    columns = aligned(columns, ALIGN)
-    channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    mean, inverse_deviation, scale, bias = normalisation(
-        mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
-    )
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-    sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    products = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    for step in range(first, end):
-        tile, present = tile_place(
-            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-        )
-        dz = load(g_pointer, tile, COMPUTE)
-        x = load(x_pointer, tile, COMPUTE)
-        centred = x - mean
-        if mask_pointer is not None:
-            tile_index = (step * channel_blocks + channel_block) * tracks + track
-            kept = tl.reshape(load_bits(mask_pointer, tile_index, 1, _TILE), (HEIGHT, WIDTH))
-            dz = ACTIVATION.gradient(dz, kept, a, b)
-        else:
-            z = centred * scale + bias
-            if residual_pointer is not None:
-                z += load(residual_pointer, tile, COMPUTE)
-            dz = gradient_from_input(dz, z, a, b, ACTIVATION)
-        if dz_pointer is not None:
-            store(dz_pointer, tile, dz)
-        dz = tl.where(present, dz, 0.0)
-        sums += dz
-        products += dz * centred
+# --- Configurations ---------------------------------------------------------------------------------------------------
 
-    target = partial_pointer + split * 2 * channels + channel
-    mask = channel < channels
-    tl.store(target, tl.sum(sums.to(tl.float64), axis=AXIS, keep_dims=True), mask=mask)
-    products_sum = tl.sum(products.to(tl.float64), axis=AXIS, keep_dims=True)
-    tl.store(target + channels, products_sum * inverse_deviation, mask=mask)
+#: Pointers to a layer's parameters, and to its running statistics.
+AFFINE = frozenset({"weight", "bias"})
+_TRACKED = frozenset({"running_mean", "running_variance"})
+_OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches"}
 
 
-@kernel
-def batch_norm_backward_kernel(
-    g_pointer,  # gradient of the output, as x
-    x_pointer,  # input, (outer, channels, inner)
-    dx_pointer,  # gradient of the input, as x
-    sums_pointer,  # (2, channels): sums of dz and of dz * normalised x; or None where the statistics are constants
-    mean_pointer,  # (channels,)
-    variance_pointer,
-    weight_pointer,  # (channels,), or None
-    bias_pointer,
-    outer: tl.int64,
-    channels,
-    columns,
-    channel_blocks: tl.int64,
-    tracks: tl.int64,
-    tiles_per_track: tl.int64,
-    tiles_per_program: tl.int64,
-    along_inner: tl.int32,
-    inverse_count: tl.float64,  # 1 / the number of values that the sums are over
-    eps: tl.float64,
-    a: tl.float64,
-    b: tl.float64,
-    ACTIVATION: tl.constexpr,
-    AXIS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    columns = aligned(columns, ALIGN)
-    channel_block, track, first, end, _split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    mean, inverse_deviation, scale, bias = normalisation(
-        mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
-    )
-    if sums_pointer is not None:
-        mask = channel < channels
-        mean_dz = (tl.load(sums_pointer + channel, mask=mask, other=0) * inverse_count).to(COMPUTE)
-        mean_product = (tl.load(sums_pointer + channels + channel, mask=mask, other=0) * inverse_count).to(COMPUTE)
-        slope = mean_product * inverse_deviation
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-    for ahead in range(first, end):
-        step = first + end - 1 - ahead  # backward
-        tile, _present = tile_place(
-            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-        )
-        dx = load(g_pointer, tile, COMPUTE)
-        if ACTIVATION.saves != "nothing" or sums_pointer is not None:
-            x = load(x_pointer, tile, COMPUTE)
-            centred = x - mean
-            dx = gradient_from_input(dx, centred * scale + bias, a, b, ACTIVATION)
-            if sums_pointer is not None:
-                dx = dx - mean_dz - centred * slope
-        dx = dx * scale
-        store(dx_pointer, tile, dx)
-
-
-# --- Configurations -------------------------------------------------------------------------------------------------
-
-_VECTORS = ("mean", "variance", "weight", "bias")
-
-
-def _configuration(
+def configuration_of(
     kernel: Any,
-    label: str,
+    direction: str,
     dtype: torch.dtype,
+    parameters: torch.dtype,
     tiling: Tiling,
     row: Activation,
-    affine: bool,
-    absent: dict[str, bool],
+    given: Mapping[str, bool],
+    tells: Mapping[str, bool],
     *,
     wide_loads: int,
     wide_stores: int,
 ) -> Configuration:
-    """``absent`` tells which of the pointers that may be None are."""
-    absent |= {"weight": not affine, "bias": not affine}
+    """``given`` tells which of the pointers that may be None aren't, ``tells`` what of it the label tells.
+
+    ``parameters`` is the type of the layer's parameters and running statistics.
+    """
+    tells = {**tells, "not affine": not given["weight"], "narrow parameters": parameters is not ACCUMULATOR[dtype]}
+    parts = ("batch norm", direction, row.label, *(part for part, told in tells.items() if told))
     return configure_channels(
         kernel,
-        f"batch norm {label}{' not affine' * (not affine)}",
+        " ".join(filter(None, parts)),
         dtype,
         tiling,
-        {"ACTIVATION": row, **{f"{name}_pointer": None for name, missing in absent.items() if missing}},
+        {"ACTIVATION": row, **{f"{name}_pointer": None for name, there in given.items() if not there}},
         pointers={
             "mask": torch.uint8,
-            "partial": torch.float64,
-            "sums": torch.float64,
-            **dict.fromkeys(_VECTORS, ACCUMULATOR[dtype]),
+            "batches": torch.int64,
+            **dict.fromkeys(("mean", "variance", "partial"), ACCUMULATOR[dtype]),
+            **dict.fromkeys((*AFFINE, *_TRACKED, "dweight", "dbias"), parameters),
         },
         wide_loads=wide_loads,
         wide_stores=wide_stores,
     )
 
 
-def _label(direction: str, row: Activation, residual: bool, masked: bool) -> str:
-    parts = (direction, row.label, residual and "+ residual", masked and "+ mask")
-    return " ".join(part for part in parts if part)
-
-
 @cache
-def _normalise(
-    dtype: torch.dtype, tiling: Tiling, row: Activation, residual: bool, masked: bool, affine: bool
+def _forward(
+    dtype: torch.dtype, tiling: Tiling, row: Activation, given: frozenset[str], parameters: torch.dtype | None = None
 ) -> Configuration:
-    return _configuration(
+    """``given`` are the pointers that aren't None, of those that may be."""
+    training = "partial" in given
+    return configuration_of(
         batch_norm_forward_kernel,
-        _label("forward", row, residual, masked),
-        *(dtype, tiling, row, affine),
-        {"residual": not residual, "mask": not masked},
-        wide_loads=2 if residual else 1,
+        "forward",
+        *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
+        {name: name in given for name in sorted(_OPTIONAL)},
+        {
+            "+ residual": "residual" in given,
+            "+ mask": "mask" in given,
+            "evaluation": not training,
+            "not tracked": training and not given >= _TRACKED,
+            "averaged": "batches" in given,
+        },
+        wide_loads=1 + ("residual" in given),
         wide_stores=1,
     )
 
 
-@cache
-def _reduce(
-    dtype: torch.dtype, tiling: Tiling, row: Activation, residual: bool, masked: bool, affine: bool
-) -> Configuration:
-    writes_dz = residual or masked
-    return _configuration(
-        batch_norm_reduce_kernel,
-        _label("reduce", row, residual, masked),
-        *(dtype, tiling, row, affine),
-        {"residual": not residual, "mask": not masked, "dz": not writes_dz},
-        wide_loads=3 if residual else 2,
-        wide_stores=1 if writes_dz else 0,
-    )
-
-
-@cache
-def _gradient(dtype: torch.dtype, tiling: Tiling, row: Activation, training: bool, affine: bool) -> Configuration:
-    return _configuration(
-        batch_norm_backward_kernel,
-        _label("backward", row, False, False) + " evaluation" * (not training),
-        *(dtype, tiling, row, affine),
-        {"sums": not training},
-        wide_loads=2 if training or row is not IDENTITY.row else 1,
-        wide_stores=1,
-    )
+_USUAL = AFFINE | _TRACKED | {"partial"}
 
 
 @ships("batch_norm")
@@ -336,66 +228,69 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _usual_configurations() -> Iterator[Configuration]:
-    for tiling in TILINGS:
-        yield from _plain(torch.bfloat16, tiling)
-    for tiling in COMMON_TILINGS:
-        yield from _plain(torch.float32, tiling)
-        yield from _plain(torch.float64, tiling)
-        yield from _fused(torch.bfloat16, tiling, ACTIVATIONS["relu"])
-    rows = COMMON_TILINGS[1]
-    yield from _plain(torch.float16, rows)
-    yield _normalise(torch.bfloat16, rows, IDENTITY.row, False, False, False)
-    yield _gradient(torch.bfloat16, rows, IDENTITY.row, False, True)
-    for name in ("gelu", "tanh"):
-        yield _reduce(torch.float32, rows, ACTIVATIONS[name], False, False, True)
+    bfloat16 = torch.bfloat16
+    for tiling in tilings_of(bfloat16):
+        yield _forward(bfloat16, tiling, IDENTITY.row, _USUAL)
+    for dtype in (torch.float32, torch.float64):
+        for tiling in common_tilings_of(dtype):
+            yield _forward(dtype, tiling, IDENTITY.row, _USUAL)
+    for tiling in common_tilings_of(bfloat16):
+        yield from _fused(bfloat16, tiling, ACTIVATIONS["relu"])
+    _, rows = common_tilings_of(bfloat16)
+    yield _forward(torch.float16, rows, IDENTITY.row, _USUAL)
+    yield _forward(bfloat16, rows, IDENTITY.row, AFFINE)
+    yield _forward(bfloat16, rows, IDENTITY.row, _USUAL, bfloat16)
 
 
 def _other_configurations() -> Iterator[Configuration]:
     for dtype in DTYPES:
         for tiling in tilings_of(dtype):
-            yield from _plain(dtype, tiling)
-    for dtype, tiling in product(DTYPES, COMMON_TILINGS):
-        yield from _fused(dtype, tiling, ACTIVATIONS["relu"])
-        yield _normalise(dtype, tiling, IDENTITY.row, False, False, False)
-        yield _gradient(dtype, tiling, IDENTITY.row, True, False)
-        yield _gradient(dtype, tiling, IDENTITY.row, False, True)
+            yield _forward(dtype, tiling, IDENTITY.row, _USUAL)
+        for tiling in common_tilings_of(dtype):
+            yield from _fused(dtype, tiling, ACTIVATIONS["relu"])
+            for given in (AFFINE, _USUAL - AFFINE, _USUAL - _TRACKED, _USUAL | {"batches"}):
+                yield _forward(dtype, tiling, IDENTITY.row, given)
+            yield _forward(dtype, tiling, IDENTITY.row, _USUAL, dtype)
     for row in ACTIVATIONS.values():
-        yield from _fused(torch.float32, COMMON_TILINGS[1], row)
-
-
-def _plain(dtype: torch.dtype, tiling: Tiling) -> Iterator[Configuration]:
-    """Training without an activation."""
-    yield _normalise(dtype, tiling, IDENTITY.row, False, False, True)
-    yield _reduce(dtype, tiling, IDENTITY.row, False, False, True)
-    yield _gradient(dtype, tiling, IDENTITY.row, True, True)
+        yield from _fused(torch.float32, common_tilings_of(torch.float32)[1], row)
 
 
 def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
     """Training with an activation, alone and after a residual."""
-    masked = row.saves == "mask"
-    yield _normalise(dtype, tiling, row, False, False, True)
-    yield _reduce(dtype, tiling, row, False, False, True)
-    yield _gradient(dtype, tiling, row, True, True)
-    yield _normalise(dtype, tiling, row, True, masked, True)
-    yield _reduce(dtype, tiling, row, not masked, masked, True)
+    yield _forward(dtype, tiling, row, _USUAL)
+    yield _forward(dtype, tiling, row, _USUAL | {"residual"} | ({"mask"} if row.saves == "mask" else set()))
 
 
-# --- Launchers ------------------------------------------------------------------------------------------------------
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def parameter_type(dtype: torch.dtype, *vectors: Tensor | None) -> torch.dtype:
+    """The type in which kernels for ``dtype`` take these: their own, where all share one that kernels are made for."""
+    types = {vector.dtype for vector in vectors if vector is not None}
+    return dtype if types == {dtype} else ACCUMULATOR[dtype]
+
+
+def as_type(dtype: torch.dtype, *vectors: Tensor | None) -> tuple[Any, ...]:
+    """These, contiguous and of this type; None stays."""
+    return tuple(
+        v if v is None or (v.dtype is dtype and v.is_contiguous()) else v.to(dtype).contiguous() for v in vectors
+    )
+
+
+def both_or_neither(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both, or neither."""
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)
+    elif bias is None and weight is not None:
+        bias = torch.zeros_like(weight)
+    return weight, bias
 
 
 def channel_vectors(
     dtype: torch.dtype, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Statistics and parameters as kernels take them: of the statistics' type; weight and bias both, or neither."""
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)
-    elif bias is None and weight is not None:
-        bias = torch.zeros_like(weight)
-    statistic = ACCUMULATOR[dtype]
-    return tuple(
-        v if v is None or (v.dtype is statistic and v.is_contiguous()) else v.to(statistic).contiguous()
-        for v in (mean, variance, weight, bias)
-    )
+    """Statistics and parameters, all of the statistics' type; weight and bias both, or neither."""
+    return as_type(ACCUMULATOR[dtype], mean, variance, *both_or_neither(weight, bias))
 
 
 def mask_bytes(x: Tensor) -> int:
@@ -404,7 +299,41 @@ def mask_bytes(x: Tensor) -> int:
         return 0
     plan = plan_of(x)
     tiles: int = plan.tracks * plan.tiles_per_track * plan.channel_blocks
-    return tiles * MASK_BYTES
+    return tiles * plan.tiling.height * plan.tiling.width // 8
+
+
+def batch_norm_training(
+    x: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activated,
+    *,
+    masked: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """`batch_norm_forward` with the statistics of ``x``, which come last, and update the running ones.
+
+    As of `merge_statistics`, whose work the programs that normalise do here.
+    """
+    x = dense(x)
+    plan = plan_of(x)
+    partial = partial_over(x, plan)
+    if plan.splits > plan.tiling.lanes:
+        mean, variance = merge_statistics(partial, running_mean, running_variance, batches, momentum)
+        y, mask = batch_norm_forward(x, residual, mean, variance, weight, bias, eps, activation, masked=masked)
+        return y, mask, mean, variance
+    mean, variance = (torch.empty(plan.channels, dtype=partial.dtype, device=x.device) for _ in range(2))
+    y, mask = _normalise(
+        *(x, plan, residual, partial, mean, variance, weight, bias),
+        *(running_mean, running_variance, batches, momentum, eps, activation),
+        masked=masked,
+    )
+    return y, mask, mean, variance
 
 
 def batch_norm_forward(
@@ -424,76 +353,58 @@ def batch_norm_forward(
     With ``masked``, also the packed bits that the activation's gradient needs.
     """
     x = dense(x)
+    if not x.numel():
+        return torch.empty_like(x), x.new_empty(0, dtype=torch.uint8) if masked else None
+    return _normalise(
+        *(x, plan_of(x), residual, None, mean, variance, weight, bias),
+        *(None, None, None, 0.0, eps, activation),
+        masked=masked,
+    )
+
+
+def _normalise(
+    x: Tensor,
+    plan: Plan,
+    residual: Tensor | None,
+    partial: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: Activated,
+    *,
+    masked: bool,
+) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty(mask_bytes(x), dtype=torch.uint8, device=x.device) if masked else None
-    if not x.numel():
-        return y, mask
-    plan = plan_of(x)
-    if residual is not None:
-        residual = dense_like(residual, x.stride())
-    vectors = channel_vectors(x.dtype, mean, variance, weight, bias)
-    affine = vectors[2] is not None
-    configuration = _normalise(x.dtype, plan.tiling, activation.row, residual is not None, masked, affine)
-    launch_over(configuration, plan, (x, residual, y, mask, *vectors), eps, activation.a, activation.b)
+    running = (running_mean, running_variance)
+    parameters = parameter_type(x.dtype, weight, bias, *running)
+    updated = as_type(parameters, *running)
+    mean, variance = as_type(ACCUMULATOR[x.dtype], mean, variance)
+    weight, bias = as_type(parameters, *both_or_neither(weight, bias))
+    pointers = {
+        "x": x,
+        "residual": None if residual is None else dense_like(residual, x.stride()),
+        "y": y,
+        "mask": mask,
+        "partial": partial,
+        "mean": mean,
+        "variance": variance,
+        "weight": weight,
+        "bias": bias,
+        "running_mean": updated[0],
+        "running_variance": updated[1],
+        "batches": batches,
+    }
+    splits, values = plan.splits, float(x.numel() // plan.channels)
+    given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
+    configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters)
+    scalars = (splits, values, momentum, eps, activation.a, activation.b)
+    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
+    copy_back(running, updated)
     return y, mask
-
-
-def batch_norm_reduce(
-    g: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums over each channel, (2, channels): of dz, the gradient before the activation, and of dz * normalised x.
-
-    With a residual or the mask, whose activation's input can't be computed from ``x`` alone, also dz itself.
-    """
-    x = dense(x)
-    g = dense_like(g, x.stride())
-    dz = torch.empty_like(x) if residual is not None or mask is not None else None
-    if not x.numel():
-        return torch.zeros((2, x.shape[1]), dtype=torch.float64, device=x.device), dz
-    plan = plan_of(x)
-    if residual is not None:
-        residual = dense_like(residual, x.stride())
-    partial = torch.empty((plan.splits, 2, plan.channels), dtype=torch.float64, device=x.device)
-    vectors = channel_vectors(x.dtype, mean, variance, weight, bias)
-    affine = vectors[2] is not None
-    configuration = _reduce(x.dtype, plan.tiling, activation.row, residual is not None, mask is not None, affine)
-    launch_over(configuration, plan, (g, x, residual, mask, dz, partial, *vectors), eps, activation.a, activation.b)
-    return partial.sum(0), dz
-
-
-def batch_norm_backward(
-    g: Tensor,
-    x: Tensor,
-    sums: Tensor | None,
-    inverse_count: float,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
-) -> Tensor:
-    """Gradient of the input.
-
-    ``sums`` are those of `batch_norm_reduce`, and ``inverse_count`` is 1 / the number of values that they are over.
-    None where the statistics don't depend on ``x``.
-    """
-    x = dense(x)
-    g = dense_like(g, x.stride())
-    dx = torch.empty_like(x)
-    if not x.numel():
-        return dx
-    plan = plan_of(x)
-    vectors = channel_vectors(x.dtype, mean, variance, weight, bias)
-    configuration = _gradient(x.dtype, plan.tiling, activation.row, sums is not None, vectors[2] is not None)
-    launch_over(configuration, plan, (g, x, dx, sums, *vectors), inverse_count, eps, activation.a, activation.b)
-    return dx

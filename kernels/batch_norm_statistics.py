@@ -1,15 +1,16 @@
 """Batch norm's statistics: mean and variance of channels, of a tensor or of what a convolution left of it.
 
 Each lane of a tile keeps its own running mean and sum of squared deviations (Welford), so nothing is exchanged between
-threads until the end.  Programs write (count, mean, squared deviations), and one small launch merges them in a fixed
-order (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979).  Sums
-of squares, which cancel, never appear: a constant channel has a variance of exactly 0.
+threads until the end.  Programs write (count, mean, squared deviations), and what comes next merges them in a fixed
+order (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979): the
+programs that normalise, or a small launch of its own where something else does.  Sums of squares, which cancel, never
+appear: a constant channel has a variance of exactly 0.
 
-Means and variances are float32 (float64 for float64), but lanes and programs are merged in float64: of the rounding of
-large terms that cancel, only that of single lanes is left.
+Statistics are float32 (float64 for float64), and so is all arithmetic of the large launches: many GPUs do float64 at a
+64th of the rate.  Lanes and programs merge about a mean that is nearly theirs, so no large terms cancel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from .base._triton import tl, triton
 from .base.channels import (
-    COMMON_TILINGS,
-    TILINGS,
+    Plan,
     Tiling,
     channel_tile,
+    common_tilings_of,
     configure_channels,
     lanes,
+    lanes_inside,
     launch_over,
     plan_of,
     program_place,
@@ -32,23 +34,105 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense
-from .base.numerics import divide, scalar
+from .base.numerics import divide, narrow, scalar, widen
 from .base.tiles import aligned, cdiv, load
 
-__all__ = ["merge_statistics", "partial_statistics", "store_statistics"]
+__all__ = [
+    "copy_back",
+    "merge_partial",
+    "merge_statistics",
+    "partial_over",
+    "partial_statistics",
+    "store_moments",
+    "store_statistics",
+]
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def store_statistics(partial_pointer, split, channel, channels, count, mean, deviations):
-    """Store what a program has of these channels, float64 all: count, mean and sum of squared deviations."""
+    """Store what a program has of these channels: count, mean and sum of squared deviations."""
     element: tl.constexpr = partial_pointer.dtype.element_ty
     target = partial_pointer + split * 3 * channels + channel
     inside = channel < channels
-    tl.store(target, (count + tl.zeros(channel.shape, tl.float64)).to(element), mask=inside)
+    tl.store(target, (count + tl.zeros(channel.shape, count.dtype)).to(element), mask=inside)
     tl.store(target + channels, mean.to(element), mask=inside)
     tl.store(target + 2 * channels, deviations.to(element), mask=inside)
+
+
+@triton.jit
+def merge_lanes(count, mean, deviations, total, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and sum of squared deviations of all lanes of each channel, which have ``total`` values.
+
+    They are measured from the first lane's mean, then from the mean itself, near enough for the sum of all distances,
+    0 but for rounding, to correct it.
+    """
+    first_lane = lanes(AXIS, HEIGHT, WIDTH) == 0
+    origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=AXIS, keep_dims=True)
+    mean -= origin
+    shift = divide(tl.sum(count * mean, axis=AXIS, keep_dims=True), total)
+    distance = mean - shift
+    weighted = count * distance
+    rest = divide(tl.sum(weighted, axis=AXIS, keep_dims=True), total)
+    deviations = tl.sum(deviations + weighted * distance, axis=AXIS, keep_dims=True)
+    moved = origin + shift
+    lost = (origin - (moved - shift)) + (shift - (moved - (moved - shift)))  # by rounding (Knuth's TwoSum)
+    return moved + (lost + rest), deviations
+
+
+@triton.jit
+def merge_partial(
+    partial_pointer,
+    splits,
+    channel,
+    channels,
+    total,
+    AXIS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Mean and biased variance of each channel of ``total`` values, from what programs of this geometry left."""
+    split = lanes(AXIS, HEIGHT, WIDTH)
+    inside = split < splits
+    partial_pointer += split.to(tl.int64) * 3 * channels
+    count = tl.load(partial_pointer, mask=inside, other=0)  # all channels have as many values
+    inside = inside & (channel < channels)
+    mean = tl.load(partial_pointer + channels + channel, mask=inside, other=0)
+    deviations = tl.load(partial_pointer + 2 * channels + channel, mask=inside, other=0)
+    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH)
+    return mean, divide(deviations, total)
+
+
+@triton.jit
+def store_moments(
+    mean_pointer,
+    variance_pointer,
+    running_mean_pointer,
+    running_variance_pointer,
+    batches_pointer,
+    channel,
+    inside,
+    mean,
+    variance,
+    count,
+    momentum,
+):
+    """Store statistics of ``count`` values (float64 all), and update the running ones."""
+    tl.store(mean_pointer + channel, mean.to(mean_pointer.dtype.element_ty), mask=inside)
+    tl.store(variance_pointer + channel, variance.to(variance_pointer.dtype.element_ty), mask=inside)
+    if running_mean_pointer is not None:
+        if batches_pointer is not None:
+            rate = 1 / tl.load(batches_pointer).to(tl.float64)
+        else:
+            rate = scalar(momentum, tl.float64)
+        running_mean = widen(tl.load(running_mean_pointer + channel, mask=inside, other=0), tl.float64)
+        running_variance = widen(tl.load(running_variance_pointer + channel, mask=inside, other=0), tl.float64)
+        new_mean = rate * mean + (1 - rate) * running_mean
+        new_variance = rate * (variance * (count / (count - 1))) + (1 - rate) * running_variance
+        element: tl.constexpr = running_mean_pointer.dtype.element_ty
+        tl.store(running_mean_pointer + channel, narrow(new_mean, element), mask=inside)
+        tl.store(running_variance_pointer + channel, narrow(new_variance, element), mask=inside)
 
 
 @kernel
@@ -67,38 +151,34 @@ def batch_norm_statistics_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
     mean = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    for step in range(first, end):
+    for step in tl.range(first, end, num_stages=STAGES):
         tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
         x = load(x_pointer, tile, COMPUTE)
         # A lane that is present now was present in all steps before: the step tells its count.
-        rate = divide(scalar(1.0, COMPUTE), (step - first + 1).to(COMPUTE))
+        rate = divide(scalar(1.0, COMPUTE), (step - first + 1).to(tl.int32).to(COMPUTE))
         difference = tl.where(present, x - mean, 0.0)
         mean += difference * rate
         deviations += difference * (x - mean)
 
-    # A lane that starts inside leaves at the last step, if at all.
-    _, starts = tile_place(first, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH)
-    _, stays = tile_place(end - 1, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH)
-    count = starts.to(COMPUTE) * (end - first - 1).to(COMPUTE) + stays.to(COMPUTE)
-    merged_count = tl.sum(count.to(tl.float64), axis=AXIS, keep_dims=True)
-
-    # Lanes merge about the first one's mean: differences don't lose what a large mean would swallow.
-    first_lane = lanes(AXIS, HEIGHT, WIDTH) == 0
-    origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=AXIS, keep_dims=True)
-    shift = tl.sum((count * (mean - origin)).to(tl.float64), axis=AXIS, keep_dims=True) / merged_count
-    distance = mean - origin - shift.to(COMPUTE)
-    deviations += count * distance * distance
-    merged_deviations = tl.sum(deviations.to(tl.float64), axis=AXIS, keep_dims=True)
+    # A lane that starts inside leaves at the last step, if at all: the steps before have all lanes of the first.
+    before = end - first - 1
+    starts = lanes_inside(first, track, outer, columns, along_inner, AXIS, HEIGHT, WIDTH)
+    stays = lanes_inside(end - 1, track, outer, columns, along_inner, AXIS, HEIGHT, WIDTH)
+    lane = lanes(AXIS, HEIGHT, WIDTH)
+    count = tl.where(lane < starts, before.to(COMPUTE), 0.0) + (lane < stays).to(COMPUTE)
+    total = (starts * before + stays).to(COMPUTE)
+    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
-    store_statistics(partial_pointer, split, channel, channels, merged_count, origin + shift, merged_deviations)
+    store_statistics(partial_pointer, split, channel, channels, total, mean, deviations)
 
 
 @kernel
@@ -143,20 +223,10 @@ def batch_norm_merge_kernel(
         deviations += tl.where(inside, own + n * distance * distance, 0.0)
     deviations = tl.sum(deviations, axis=0, keep_dims=True)
 
-    mean = origin + shift
-    tl.store(mean_pointer + channel, mean.to(mean_pointer.dtype.element_ty), mask=mask)
-    tl.store(variance_pointer + channel, (deviations / count).to(variance_pointer.dtype.element_ty), mask=mask)
-    if running_mean_pointer is not None:
-        if batches_pointer is not None:
-            rate = 1 / tl.load(batches_pointer).to(tl.float64)
-        else:
-            rate = scalar(momentum, tl.float64)
-        running_mean = tl.load(running_mean_pointer + channel, mask=mask, other=0)
-        running_variance = tl.load(running_variance_pointer + channel, mask=mask, other=0)
-        new_mean = rate * mean + (1 - rate) * running_mean
-        new_variance = rate * (deviations / (count - 1)) + (1 - rate) * running_variance
-        tl.store(running_mean_pointer + channel, new_mean.to(running_mean.dtype), mask=mask)
-        tl.store(running_variance_pointer + channel, new_variance.to(running_variance.dtype), mask=mask)
+    store_moments(
+        *(mean_pointer, variance_pointer, running_mean_pointer, running_variance_pointer, batches_pointer),
+        *(channel, mask, origin + shift, deviations / count, count, momentum),
+    )
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
@@ -205,9 +275,8 @@ def configurations() -> Iterator[Configuration]:
     usual = (
         _merge(torch.float32, True, True),
         _merge(torch.float64, False, False),
-        *(_statistics(torch.bfloat16, tiling) for tiling in TILINGS),
-        *(_statistics(dtype, tiling) for tiling in COMMON_TILINGS for dtype in (torch.float32, torch.float64)),
-        _statistics(torch.float16, COMMON_TILINGS[1]),
+        *(_statistics(torch.bfloat16, tiling) for tiling in tilings_of(torch.bfloat16)),
+        *(_statistics(dtype, tiling) for dtype in DTYPES for tiling in common_tilings_of(dtype)),
     )
     every = (
         *(_merge(dtype, *kind) for dtype in (torch.float32, torch.float64) for kind in _MERGED),
@@ -225,7 +294,11 @@ def partial_statistics(x: Tensor) -> Tensor:
     x = dense(x)
     if not x.numel():
         return torch.zeros((1, 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device)
-    plan = plan_of(x)
+    return partial_over(x, plan_of(x))
+
+
+def partial_over(x: Tensor, plan: Plan) -> Tensor:
+    """`partial_statistics` of the dense ``x``, by the programs of its plan."""
     partial = torch.empty((plan.splits, 3, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     launch_over(_statistics(x.dtype, plan.tiling), plan, (x, partial))
     return partial
@@ -250,7 +323,12 @@ def merge_statistics(
     configuration = _merge(partial.dtype, running_mean is not None, batches is not None)
     pointers = (pointer for pointer in (partial, mean, variance, *updated, batches) if pointer is not None)
     launch(configuration, cdiv(channels, _MERGE_CHANNELS), *pointers, splits, channels, momentum)
-    for statistic, update in zip(running, updated, strict=True):
+    copy_back(running, updated)
+    return mean, variance
+
+
+def copy_back(statistics: Iterable[Tensor | None], updated: Iterable[Tensor | None]) -> None:
+    """Give running statistics that were updated in another type, or a copy, their new values."""
+    for statistic, update in zip(statistics, updated, strict=True):
         if update is not statistic and statistic is not None and update is not None:
             statistic.copy_(update)
-    return mean, variance

@@ -21,7 +21,9 @@ chunk of one track, a tile a step.  A track is a column of tiles, or runs along 
         [tile]    [tile]   outer = 2
 
 Reductions walk forward and leave a partial result for each program; the pass that follows has the same programs, and
-walks backward: what it reads first was read last, and is still in the L2 cache.
+walks backward: what it reads first was read last, and is still in the L2 cache.  Each of its programs first puts
+together, in one order, what all programs left of its channels: there are never more of them than the reduced axis of a
+tile has lanes, so that this is one more tile to read.
 
 **Passes of their own** need no tracks: a `ChannelMatrix` is cut into tiles, and a program takes one, or a few below
 each other.  Of a sum over channels it leaves one for each channel that it sees; PyTorch's ``sum`` adds them in a fixed
@@ -30,7 +32,7 @@ order.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -43,16 +45,16 @@ from .numerics import widen
 from .tiles import TILE, Tile, cdiv, steps_for, threads_for, tile_shape, width_for
 
 __all__ = [
-    "COMMON_TILINGS",
-    "TILINGS",
     "ChannelMatrix",
     "Plan",
     "Tiling",
     "channel_matrix",
     "channel_tile",
     "channel_values",
+    "common_tilings_of",
     "configure_channels",
     "lanes",
+    "lanes_inside",
     "launch_over",
     "plan_of",
     "program_place",
@@ -125,6 +127,17 @@ def lanes(AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def lanes_inside(
+    step, track, outer, columns, along_inner, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """How many positions of a tile's reduced axis are inside."""
+    if AXIS == 1:
+        return tl.minimum(columns - tl.where(along_inner != 0, step, track) * WIDTH, WIDTH)
+    else:
+        return tl.minimum(outer - step * HEIGHT, HEIGHT)
+
+
+@triton.jit
 def channel_values(
     pointer,
     block_row,
@@ -171,39 +184,58 @@ def sums_tile(
 # --- Tiles ------------------------------------------------------------------------------------------------------------
 
 # Widths of a tile by its reduced axis.  The widest is taken that needs at most a third more lanes than the best.
-_WIDTHS = {0: (16, 64, 256), 1: (16, 64, 256, TILE)}
+_WIDTHS = {0: (16, 64), 1: (16, 64, 256, TILE)}
 
-# Programs that a pass is split into, where it has work for as many.  Four on each of an H100's multiprocessors are
-# resident at once, with up to 128 registers a thread.  A constant, so that results don't depend on the GPU.
-_PROGRAMS = 512
+# Programs that a pass is split into, where it has work for as many.  Constants, so that results don't depend on the
+# GPU: one, or four, on each of an H100's multiprocessors, with up to 128 registers a thread.  Channels that are columns
+# take programs of four times the threads, so that fewer leave something of each channel to put together again.
+_PROGRAMS = {0: 128, 1: 512}
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The shape of a tile, and which of its axes is reduced."""
+    """The shape of a tile, and which of its axes is reduced.
+
+    Odd numbers of columns take tiles of half the height: there each element of a thread has an address of its own.
+    """
 
     axis: int
+    height: int
     width: int
+    odd: bool = False
 
     @property
-    def height(self) -> int:
-        return TILE // self.width
+    def lanes(self) -> int:
+        """Positions along the reduced axis: the most programs that leave something of a channel."""
+        return self.width if self.axis == 1 else self.height
+
+    def threads(self, dtype: torch.dtype) -> int:
+        return threads_for(dtype) if self.axis == 1 else 512
 
     def __str__(self) -> str:
-        return f"{'rows' if self.axis == 1 else 'columns'} x{self.width}"
+        return f"{'odd ' * self.odd}{'rows' if self.axis == 1 else 'columns'} x{self.width}"
 
 
-TILINGS = tuple(Tiling(axis, width) for axis, widths in _WIDTHS.items() for width in widths)
-
-
+@cache
 def tilings_of(dtype: torch.dtype) -> tuple[Tiling, ...]:
     """Of the widest rows, float64 statistics don't fit into registers."""
-    return tuple(tiling for tiling in TILINGS if dtype is not torch.float64 or tiling.width < TILE)
+    double = dtype is torch.float64
+    columns = TILE * (2 if double else 4)
+    return (
+        *(Tiling(0, columns // 2 // width, width, odd=True) for width in _WIDTHS[0]),
+        *(Tiling(0, columns // width, width) for width in _WIDTHS[0]),
+        *(Tiling(1, TILE // width, width) for width in _WIDTHS[1] if not (double and width == TILE)),
+    )
 
 
-# Tiles that most variants are compiled with, one of each axis: what varies knows nothing of the tile around it, and the
-# tiles' own code is compiled, for every type, without an activation.
-COMMON_TILINGS = (Tiling(0, 64), Tiling(1, 256))
+def common_tilings_of(dtype: torch.dtype) -> tuple[Tiling, Tiling]:
+    """Tiles that most variants are compiled with, one of each axis.
+
+    What varies knows nothing of the tile around it, and the tiles' own code is compiled, for every type, without an
+    activation.
+    """
+    even = [tiling for tiling in tilings_of(dtype) if not tiling.odd]
+    return even[1], even[4]
 
 
 def configure_channels(
@@ -218,7 +250,8 @@ def configure_channels(
     wide_stores: int,
 ) -> Configuration:
     """`configure` for a kernel that walks tiles of ``tiling``: with their constants, and accesses by each of rows."""
-    rows = tile_shape(dtype)[0] if tiling.width >= 64 else 0  # narrower rows are narrower than a warp's accesses
+    # Narrower rows are narrower than a warp's accesses, and odd ones aren't aligned.
+    rows = tile_shape(dtype)[0] if tiling.width >= 64 and not tiling.odd else 0
     return configure(
         kernel,
         f"{label} {tiling} {TRITON_TYPE[dtype]}",
@@ -229,10 +262,13 @@ def configure_channels(
             "COMPUTE": COMPUTE[dtype],
             "HEIGHT": tiling.height,
             "WIDTH": tiling.width,
+            "STAGES": 1 if tiling.odd else 3 if dtype.itemsize == 2 else 2,
+            **({"ALIGN": 1} if tiling.odd else {}),
         },
         pointers=pointers,
         aligned=("columns",),
-        threads=threads_for(dtype),
+        least_aligned=1 if tiling.axis == 1 else 2,
+        threads=tiling.threads(dtype),
         wide_loads=wide_loads * rows,
         wide_stores=wide_stores * rows,
     )
@@ -279,7 +315,8 @@ class Plan:
 
 def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> Tiling:
     """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
-    tilings = [tiling for tiling in tilings_of(dtype) if tiling.axis == axis]
+    odd = axis == 0 and columns % 2 == 1
+    tilings = [tiling for tiling in tilings_of(dtype) if (tiling.axis, tiling.odd) == (axis, odd)]
     lanes = [
         cdiv(columns, tiling.width) * tiling.width * cdiv(rows, tiling.height) * tiling.height for tiling in tilings
     ]
@@ -310,7 +347,8 @@ def _plan(dtype: torch.dtype, outer: int, channels: int, inner: int) -> Plan:
     else:
         channel_blocks = cdiv(channels, tiling.height)
         tracks, tiles_per_track = sorted((outer, cdiv(columns, width)))
-    tiles_per_program = cdiv(tiles_per_track, max(1, _PROGRAMS // (channel_blocks * tracks)))
+    chunks = max(1, min(_PROGRAMS[axis] // (channel_blocks * tracks), tiling.lanes // tracks))
+    tiles_per_program = cdiv(tiles_per_track, chunks)
     along_inner = axis == 1 and tiles_per_track != outer
     return Plan(
         tiling, outer, channels, columns, channel_blocks, tracks, tiles_per_track, tiles_per_program, along_inner

@@ -73,7 +73,7 @@ class Configuration:
     values of the ``tl.constexpr`` arguments.  Pointers are aligned to 16 bytes, and the integers named in ``divisible``
     are multiples of 16; Triton compiles slower variants by itself where a caller's are not.  The integers named in
     ``aligned`` are multiples of the constant ``ALIGN``, by default 16; a launch with others has a smaller one, their
-    greatest common divisor with 16: see `variants`.  ``wide_loads`` and
+    greatest common divisor with 16, and not less than ``least_aligned``: see `variants`.  ``wide_loads`` and
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
     says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`,
     ``keeps_subnormals`` that elementary functions don't flush them to 0; ``large`` ones are for devices that take large
@@ -88,6 +88,7 @@ class Configuration:
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()
+    least_aligned: int = 1
     wide_loads: int = 0
     wide_stores: int = 0
     tensor_cores: bool = False
@@ -135,7 +136,7 @@ class Configuration:
     def variants(self) -> Iterator[Configuration]:
         """What launches whose extents are less aligned take in its place."""
         alignment = dict(self.constants).get("ALIGN", 1)
-        while alignment > 1:
+        while alignment > self.least_aligned:
             alignment //= 2
             constants = {**dict(self.constants), "ALIGN": alignment}
             label = f"{self.label} aligned to {alignment}"
@@ -182,7 +183,7 @@ def configure(
     """
     aligned = tuple(aligned)
     if aligned:
-        constants, divisible = {**constants, "ALIGN": ALIGNMENT}, ()
+        constants, divisible = {"ALIGN": ALIGNMENT, **constants}, ()
     elif divisible is None:
         divisible = (name for name in _untyped_integers(kernel.fn) if name not in constants)
     elements = {f"{name}_pointer": element for name, element in (pointers or {}).items()}

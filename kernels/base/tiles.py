@@ -42,7 +42,6 @@ __all__ = [
 
 TILE = 2048
 MASK_BYTES = TILE // 8
-_MASK_BYTES = tl.constexpr(MASK_BYTES)
 
 
 def threads_for(dtype: torch.dtype) -> int:
@@ -189,14 +188,16 @@ def bit_positions(ROWS: tl.constexpr):
 @triton.jit
 def store_bits(pointer, keep, tile_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pack the booleans (ROWS, COLUMNS) of tile ``tile_index``, and store them."""
-    bits = tl.reshape(keep.to(tl.int32), (ROWS, _MASK_BYTES, 8 // ROWS)) << bit_positions(ROWS)
+    size: tl.constexpr = ROWS * COLUMNS // 8
+    bits = tl.reshape(keep.to(tl.int32), (ROWS, size, 8 // ROWS)) << bit_positions(ROWS)
     packed = tl.sum(tl.sum(bits, axis=2), axis=0).to(tl.uint8)
-    tl.store(pointer + tile_index * _MASK_BYTES + tl.arange(0, _MASK_BYTES), packed)
+    tl.store(pointer + tile_index * size + tl.arange(0, size), packed)
 
 
 @triton.jit
 def load_bits(pointer, tile_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The booleans (ROWS, COLUMNS) that `store_bits` stored."""
-    packed = tl.load(pointer + tile_index * _MASK_BYTES + tl.arange(0, _MASK_BYTES))
+    size: tl.constexpr = ROWS * COLUMNS // 8
+    packed = tl.load(pointer + tile_index * size + tl.arange(0, size))
     bits = (packed.to(tl.int32)[None, :, None] >> bit_positions(ROWS)) & 1
     return tl.reshape(bits, (ROWS, COLUMNS)) != 0

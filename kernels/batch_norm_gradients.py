@@ -1,0 +1,376 @@
+"""Batch norm's gradients, in two passes: sums over each channel, then the input's gradient, which needs them.
+
+The programs of the second add up what those of the first left; the sums are the parameters' gradients.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .base._triton import tl, triton
+from .base.channels import (
+    Tiling,
+    channel_tile,
+    common_tilings_of,
+    lanes,
+    launch_over,
+    plan_of,
+    program_place,
+    tile_place,
+    tilings_of,
+)
+from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
+from .base.layout import dense, dense_like
+from .base.numerics import narrow, precise_sum, scalar
+from .base.tiles import aligned, load, load_bits, store
+from .batch_norm import AFFINE, as_type, both_or_neither, configuration_of, normalisation, parameter_type
+from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
+
+__all__ = ["batch_norm_backward", "batch_norm_reduce"]
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def channel_sums(
+    partial_pointer, splits, channel, channels, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The two sums of each channel, from what programs of this geometry left."""
+    split = lanes(AXIS, HEIGHT, WIDTH)
+    inside = (split < splits) & (channel < channels)
+    partial_pointer += split.to(tl.int64) * 2 * channels + channel
+    first = tl.load(partial_pointer, mask=inside, other=0)
+    second = tl.load(partial_pointer + channels, mask=inside, other=0)
+    return precise_sum(first, AXIS), precise_sum(second, AXIS)
+
+
+@kernel
+def batch_norm_reduce_kernel(
+    g_pointer,  # gradient of the output, as x
+    x_pointer,  # input, (outer, channels, inner)
+    residual_pointer,  # what was added before the activation, as x; or None
+    mask_pointer,  # the packed bits that the forward pass left; or None
+    dz_pointer,  # gradient of the activation's input, as x; or None where the next pass computes it again
+    partial_pointer,  # (splits, 2, channels): sums of dz and of dz * normalised x
+    mean_pointer,  # (channels,)
+    variance_pointer,
+    weight_pointer,  # (channels,), or None
+    bias_pointer,
+    outer: tl.int64,
+    channels,
+    columns,
+    channel_blocks: tl.int64,
+    tracks: tl.int64,
+    tiles_per_track: tl.int64,
+    tiles_per_program: tl.int64,
+    along_inner: tl.int32,
+    eps: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    ACTIVATION: tl.constexpr,
+    AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    columns = aligned(columns, ALIGN)
+    channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    mean, inverse_deviation, scale, bias = normalisation(
+        mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
+    )
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    products = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    for step in tl.range(first, end, num_stages=STAGES):
+        tile, present = tile_place(
+            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
+        )
+        dz = load(g_pointer, tile, COMPUTE)
+        x = load(x_pointer, tile, COMPUTE)
+        centred = x - mean
+        if mask_pointer is not None:
+            tile_index = (step * channel_blocks + channel_block) * tracks + track
+            kept = tl.reshape(load_bits(mask_pointer, tile_index, 1, HEIGHT * WIDTH), (HEIGHT, WIDTH))
+            dz = ACTIVATION.gradient(dz, kept, a, b)
+        else:
+            z = centred * scale + bias
+            if residual_pointer is not None:
+                z += load(residual_pointer, tile, COMPUTE)
+            dz = gradient_from_input(dz, z, a, b, ACTIVATION)
+        if dz_pointer is not None:
+            store(dz_pointer, tile, dz)
+        dz = tl.where(present, dz, 0.0)
+        sums += dz
+        products += dz * centred
+
+    target = partial_pointer + split * 2 * channels + channel
+    mask = channel < channels
+    tl.store(target, precise_sum(sums, AXIS), mask=mask)
+    tl.store(target + channels, precise_sum(products, AXIS) * inverse_deviation, mask=mask)
+
+
+@kernel
+def batch_norm_backward_kernel(
+    g_pointer,  # gradient of the output, as x
+    x_pointer,  # input, (outer, channels, inner)
+    dx_pointer,  # gradient of the input, as x
+    partial_pointer,  # (splits, 2, channels) of sums of dz and of dz * normalised x; or None: constant statistics
+    mean_pointer,  # (channels,)
+    variance_pointer,
+    weight_pointer,  # (channels,), or None
+    bias_pointer,
+    dweight_pointer,  # their gradients; or None
+    dbias_pointer,
+    outer: tl.int64,
+    channels,
+    columns,
+    channel_blocks: tl.int64,
+    tracks: tl.int64,
+    tiles_per_track: tl.int64,
+    tiles_per_program: tl.int64,
+    along_inner: tl.int32,
+    splits: tl.int64,
+    inverse_count: tl.float64,  # 1 / the number of values that the sums are over
+    eps: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    ACTIVATION: tl.constexpr,
+    AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    columns = aligned(columns, ALIGN)
+    channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    mean, inverse_deviation, scale, bias = normalisation(
+        mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
+    )
+    if partial_pointer is not None:
+        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, AXIS, HEIGHT, WIDTH)
+        if dweight_pointer is not None:  # noqa: SIM102  # which is known when it is compiled
+            if split == 0:
+                element: tl.constexpr = dweight_pointer.dtype.element_ty
+                tl.store(dweight_pointer + channel, narrow(dweight, element), mask=channel < channels)
+                tl.store(dbias_pointer + channel, narrow(dbias, element), mask=channel < channels)
+        share = scalar(inverse_count, COMPUTE)
+        mean_dz = dbias * share
+        slope = dweight * share * inverse_deviation
+    a = scalar(a, COMPUTE)
+    b = scalar(b, COMPUTE)
+    for ahead in tl.range(first, end, num_stages=STAGES):
+        step = first + end - 1 - ahead  # backward
+        tile, _present = tile_place(
+            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
+        )
+        dx = load(g_pointer, tile, COMPUTE)
+        if ACTIVATION.saves != "nothing" or partial_pointer is not None:
+            x = load(x_pointer, tile, COMPUTE)
+            centred = x - mean
+            dx = gradient_from_input(dx, centred * scale + bias, a, b, ACTIVATION)
+            if partial_pointer is not None:
+                dx = dx - mean_dz - centred * slope
+        dx = dx * scale
+        store(dx_pointer, tile, dx)
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+# The pointers of each kernel that may be None.
+_GRADIENTS = frozenset({"dweight", "dbias"})
+_REDUCED = AFFINE | {"residual", "mask", "dz"}
+_OPTIONAL = AFFINE | _GRADIENTS | {"partial"}
+
+
+@cache
+def _reduce(
+    dtype: torch.dtype, tiling: Tiling, row: Activation, given: frozenset[str], parameters: torch.dtype | None = None
+) -> Configuration:
+    """``given`` are the pointers that aren't None, of those that may be."""
+    return configuration_of(
+        batch_norm_reduce_kernel,
+        "reduce",
+        *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
+        {name: name in given for name in sorted(_REDUCED)},
+        {"+ residual": "residual" in given, "+ mask": "mask" in given},
+        wide_loads=2 + ("residual" in given),
+        wide_stores=int("dz" in given),
+    )
+
+
+@cache
+def _gradient(
+    dtype: torch.dtype, tiling: Tiling, row: Activation, given: frozenset[str], parameters: torch.dtype | None = None
+) -> Configuration:
+    """``given`` are the pointers that aren't None, of those that may be."""
+    training = "partial" in given
+    return configuration_of(
+        batch_norm_backward_kernel,
+        "backward",
+        *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
+        {name: name in given for name in sorted(_OPTIONAL)},
+        {"evaluation": not training, "of the input alone": training and given >= AFFINE and not given >= _GRADIENTS},
+        wide_loads=2 if training or row is not IDENTITY.row else 1,
+        wide_stores=1,
+    )
+
+
+@ships("batch_norm")
+def configurations() -> Iterator[Configuration]:
+    usual = dict.fromkeys(_usual_configurations())
+    yield from usual
+    yield from (replace(other, rare=True) for other in dict.fromkeys(_other_configurations()) if other not in usual)
+
+
+def _usual_configurations() -> Iterator[Configuration]:
+    bfloat16 = torch.bfloat16
+    for tiling in tilings_of(bfloat16):
+        yield from _plain(bfloat16, tiling)
+    for dtype in (torch.float32, torch.float64):
+        for tiling in common_tilings_of(dtype):
+            yield from _plain(dtype, tiling)
+    for tiling in common_tilings_of(bfloat16):
+        yield from _fused(bfloat16, tiling, ACTIVATIONS["relu"])
+    _, rows = common_tilings_of(bfloat16)
+    yield from _plain(torch.float16, rows)
+    yield from _plain(bfloat16, rows, bfloat16)
+    yield _gradient(bfloat16, rows, IDENTITY.row, AFFINE)
+    for name in ("gelu", "tanh"):
+        yield _reduce(torch.float32, rows, ACTIVATIONS[name], AFFINE)
+
+
+def _other_configurations() -> Iterator[Configuration]:
+    for dtype in DTYPES:
+        for tiling in tilings_of(dtype):
+            yield from _plain(dtype, tiling)
+        for tiling in common_tilings_of(dtype):
+            yield from _fused(dtype, tiling, ACTIVATIONS["relu"])
+            yield from _plain(dtype, tiling, dtype)
+            yield _reduce(dtype, tiling, IDENTITY.row, frozenset())
+            for given in (AFFINE, frozenset({"partial"}), AFFINE | {"partial"}):
+                yield _gradient(dtype, tiling, IDENTITY.row, given)
+    for row in ACTIVATIONS.values():
+        yield from _fused(torch.float32, common_tilings_of(torch.float32)[1], row)
+
+
+def _plain(dtype: torch.dtype, tiling: Tiling, parameters: torch.dtype | None = None) -> Iterator[Configuration]:
+    """Training without an activation."""
+    yield _reduce(dtype, tiling, IDENTITY.row, AFFINE, parameters)
+    yield _gradient(dtype, tiling, IDENTITY.row, _OPTIONAL, parameters)
+
+
+def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
+    """Training with an activation, alone and after a residual."""
+    yield _reduce(dtype, tiling, row, AFFINE)
+    yield _gradient(dtype, tiling, row, _OPTIONAL)
+    yield _reduce(dtype, tiling, row, AFFINE | {"dz", "mask" if row.saves == "mask" else "residual"})
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_reduce(
+    g: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activated,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of dz, the gradient before the activation, and of dz * normalised x: of parts of each channel.
+
+    They are (splits, 2, channels).  With a residual or the mask, whose activation's input can't be computed from ``x``
+    alone, also dz itself.
+    """
+    x = dense(x)
+    dz = torch.empty_like(x) if residual is not None or mask is not None else None
+    if not x.numel():
+        return torch.zeros((1, 2, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
+    plan = plan_of(x)
+    partial = torch.empty((plan.splits, 2, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    parameters = parameter_type(x.dtype, weight, bias)
+    mean, variance = as_type(partial.dtype, mean, variance)
+    weight, bias = as_type(parameters, *both_or_neither(weight, bias))
+    pointers = {
+        "g": dense_like(g, x.stride()),
+        "x": x,
+        "residual": None if residual is None else dense_like(residual, x.stride()),
+        "mask": mask,
+        "dz": dz,
+        "partial": partial,
+        "mean": mean,
+        "variance": variance,
+        "weight": weight,
+        "bias": bias,
+    }
+    given = frozenset(name for name in _REDUCED if pointers[name] is not None)
+    configuration = _reduce(x.dtype, plan.tiling, activation.row, given, parameters)
+    launch_over(configuration, plan, tuple(pointers.values()), eps, activation.a, activation.b)
+    return partial, dz
+
+
+def batch_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    partial: Tensor | None,
+    inverse_count: float,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activated,
+    *,
+    affine: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of the input and, where ``affine``, of weight and bias, in the type of the weight.
+
+    ``partial`` are the sums of `batch_norm_reduce`, and ``inverse_count`` is 1 / the number of values that they are
+    over.  None where the statistics don't depend on ``x``.
+    """
+    x = dense(x)
+    dx = torch.empty_like(x)
+    if not x.numel():
+        nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
+        return dx, *nothing
+    plan = plan_of(x)
+    if partial is not None and partial.shape[0] > plan.tiling.lanes:
+        partial = partial.sum(0, keepdim=True)
+    parameters = parameter_type(x.dtype, weight, bias)
+    dweight, dbias = (
+        torch.empty(plan.channels, dtype=parameters, device=x.device) if affine else None for _ in range(2)
+    )
+    mean, variance = as_type(ACCUMULATOR[x.dtype], mean, variance)
+    kind = None if weight is None else weight.dtype
+    weight, bias = as_type(parameters, *both_or_neither(weight, bias))
+    pointers = {
+        "g": dense_like(g, x.stride()),
+        "x": x,
+        "dx": dx,
+        "partial": partial,
+        "mean": mean,
+        "variance": variance,
+        "weight": weight,
+        "bias": bias,
+        "dweight": dweight,
+        "dbias": dbias,
+    }
+    splits = 0 if partial is None else partial.shape[0]
+    given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
+    configuration = _gradient(x.dtype, plan.tiling, activation.row, given, parameters)
+    scalars = (splits, inverse_count, eps, activation.a, activation.b)
+    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
+    return dx, *as_type(kind or parameters, dweight, dbias)
