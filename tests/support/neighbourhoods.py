@@ -95,5 +95,5 @@ NETWORKS: dict[str, Network] = {
         UNet3d, (2, 1, 4, 6, 6), {**_twice_of("down"), **_twice_of("bottom"), "up": "act", **_twice_of("joined")}
     ),
     "DCGAN's generator": Network(generator, (2, 6, 1, 1), {"0": "1, 2", "3": "4, 5", "6": "7"}),
-    "DCGAN's discriminator": Network(discriminator, (3, 3, 16, 16), {"0": "1", "2": "3, 4", "5": "6"}),
+    "DCGAN's discriminator": Network(discriminator, (2, 3, 32, 32), {"0": "1", "2": "3, 4", "5": "6"}),
 }
