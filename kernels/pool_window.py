@@ -21,6 +21,7 @@ As in PyTorch the first of equal maxima wins, the last NaN, and in a window of n
 that lies inside the image.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
@@ -271,6 +272,8 @@ class Window(NamedTuple):
     @property
     def fixed(self) -> Fixed:
         """What kernels are compiled for, where that is these windows."""
+        if not any(self.padding) and (known := _UNPADDED.get((self.kernel, self.stride, self.dilation))) is not None:
+            return known
         by_direction = list(zip(self.kernel, self.stride, self.padding, self.dilation, strict=True))
         first = next((axis for axis, one in enumerate(by_direction) if one != (1, 1, 0, 1)), len(by_direction))
         kernel, stride, *_ = by_direction[-1]
@@ -292,6 +295,18 @@ FIXED_WINDOWS = (
     Fixed(2, 2, 3),
 )
 ANY = Fixed(0, 0, 0)
+
+
+def _unpadded() -> Iterator[tuple[tuple[tuple[int, ...], ...], Fixed]]:
+    for axes in (2, 3):
+        for one in FIXED_WINDOWS:
+            if (before := axes - one.directions) >= 0:
+                kernel, stride = ((1,) * before + (size,) * one.directions for size in one[:2])
+                yield (kernel, stride, (1,) * axes), one
+
+
+#: Those without padding, by kernel, stride and dilation: each call asks.
+_UNPADDED = dict(_unpadded())
 
 
 @cache

@@ -25,7 +25,7 @@ from ..autograd.conv import (
 )
 from ..autograd.pool import max_pool
 from .compound import Compound
-from .twin import Twin, is_untouched, stock_class, tensors_of
+from .twin import TWINS, Twin, is_untouched, tensors_of
 
 __all__ = [
     "Conv1d",
@@ -135,7 +135,7 @@ def is_plain(layer: nn.Module, twin: type[Twin]) -> bool:
     """Whether a layer is of this class, or of the one whose twin that is, and nobody has changed it: so that it can be
     computed with others.
     """
-    return type(layer) in (twin, stock_class(twin)) and is_untouched(layer)
+    return (type(layer) is twin or TWINS.get(type(layer)) is twin) and is_untouched(layer)
 
 
 def arguments(layer: _ConvNd, input: Tensor) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import Choice, observe_choices
 from fusednn.catalogue import row_of
 from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels import pool_window
 from fusednn.testing import ARRANGEMENTS, LAYOUTS, assert_same_bits, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
@@ -384,3 +385,14 @@ def test_kernels_or_stock_as_the_machine_has_it(device: str) -> None:
     with observe_choices(choices.append):
         layers.MaxPool1d(2)(torch.ones(2, 3, 4, device=device))
     assert [choice.kernel for choice in choices] == [KERNELS_RUN]
+
+
+def test_windows_that_kernels_are_compiled_for_are_told_by_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of those without padding says what is worked out for others."""
+    known = pool_window._UNPADDED
+    windows = [pool_window.Window(kernel, stride, (0,) * len(kernel), dilation) for kernel, stride, dilation in known]
+    windows += [window._replace(padding=(*window.padding[:-1], 1)) for window in windows]
+    windows += [window._replace(dilation=(2,) * len(window.dilation)) for window in windows]
+    found = [window.fixed for window in windows]
+    monkeypatch.setattr(pool_window, "_UNPADDED", {})
+    assert found == [window.fixed for window in windows]
