@@ -21,6 +21,7 @@ Each program leaves a partial sum of its losses and weights, which are added in 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import cache
+from math import inf
 
 import torch
 from torch import Tensor
@@ -35,13 +36,14 @@ from .base.lines import (
     contiguous_extent,
     line_block,
     line_tile,
-    line_tiling,
     lines_of,
     online_softmax_init,
     online_softmax_reduce,
     online_softmax_update,
     pack,
     reference_point,
+    spread,
+    sum_of_pairs,
 )
 from .base.long_lines import LONG_DTYPES, SPLITS, are_shared, join_splits, split_statistics, splits_of
 from .base.numerics import divide, fast_exp, log, negative, require, scalar, widen
@@ -121,6 +123,7 @@ def cross_entropy_forward_kernel(
     value_pointer,  # their sum or mean, one element
     weight_total_pointer,  # sum of the weights, one element; written where `divisor` is 0
     statistics_pointer,  # maximum, log of the sum and, but for indices, sum of weights, each (count,)
+    blocks: tl.int64,  # of lines
     count: tl.int64,
     dim_size,
     inner_size,
@@ -135,68 +138,75 @@ def cross_entropy_forward_kernel(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of a thread's access
+    THREADS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
-    program = tl.program_id(0).to(tl.int64)
-    lines = line_block(program, count, dim_size, inner_size, AXIS, LINES, ALIGN)
-    line, exists = lines.line, lines.exists
+    pairs: tl.constexpr = WIDTH // packed if WIDTH // packed < THREADS else THREADS
     smoothing = scalar(smoothing, COMPUTE)
+    losses = tl.zeros((LINES,), tl.float64)
+    weights = tl.zeros((LINES,), tl.float64)
+    for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
+        lines = line_block(block, count, dim_size, inner_size, AXIS, LINES, ALIGN)
+        line, exists = lines.line, lines.exists
 
-    maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, packed)
-    mass = tl.zeros_like(total)  # sum of the weights of log p
-    moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
-    for first in range(0, dim_size, WIDTH):
-        tile, place = line_tile(lines, first, AXIS, WIDTH)
-        x = load(x_pointer, tile, COMPUTE, float("-inf"))
-        x = pack(x, AXIS, LINES, WIDTH, packed)
-        previous = reference_point(maximum)
-        maximum, total = online_softmax_update(maximum, total, x, AXIS)
-        if TARGETS != _INDICES:
-            weight = class_weights(weight_pointer, place, dim_size, has_weight, COMPUTE)
-            if TARGETS == _PROBABILITIES:
-                q = load(target_pointer, tile, COMPUTE)
-                weight *= q * (1 - smoothing) + smoothing / dim_size
-            weight = pack(tl.where(tile.inside, weight, 0.0), AXIS, LINES, WIDTH, packed)
-            reference = reference_point(maximum)
-            weighted_x = weight * (x - tl.expand_dims(reference, 2 * AXIS))
-            weighted_x = tl.where(pack(tile.inside, AXIS, LINES, WIDTH, packed), weighted_x, 0.0)
-            moment += (previous - reference) * mass + tl.sum(weighted_x, 2 * AXIS)
-            mass += tl.sum(weight, 2 * AXIS)
+        maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, pairs)
+        mass = tl.zeros_like(total)  # sum of the weights of log p
+        moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
+        for first in range(0, dim_size, WIDTH):
+            tile, place = line_tile(lines, first, AXIS, WIDTH)
+            x = load(x_pointer, tile, COMPUTE, float("-inf"))
+            x = pack(x, AXIS, LINES, WIDTH, pairs, packed)
+            previous = reference_point(maximum)
+            maximum, total = online_softmax_update(maximum, total, x, AXIS)
+            if TARGETS != _INDICES:
+                weight = class_weights(weight_pointer, place, dim_size, has_weight, COMPUTE)
+                if TARGETS == _PROBABILITIES:
+                    q = load(target_pointer, tile, COMPUTE)
+                    weight *= q * (1 - smoothing) + smoothing / dim_size
+                weight = pack(tl.where(tile.inside, weight, 0.0), AXIS, LINES, WIDTH, pairs, packed)
+                reference = reference_point(maximum)
+                weighted_x = weight * (x - spread(reference, AXIS))
+                weighted_x = tl.where(pack(tile.inside, AXIS, LINES, WIDTH, pairs, packed), weighted_x, 0.0)
+                moment += (previous - reference) * mass + sum_of_pairs(weighted_x, AXIS)
+                mass += sum_of_pairs(weight, AXIS)
 
-    references = reference_point(maximum)
-    maximum, total = online_softmax_reduce(maximum, total, AXIS)
-    log_total = log(total)
-    if TARGETS != _INDICES and AXIS == _ALONG:
-        moment = tl.sum(moment + (references - reference_point(maximum)[:, None]) * mass, 1)
-        mass = tl.sum(mass, 1)
-    if TARGETS == _PROBABILITIES:
-        loss = tl.where(exists, difference(mass, log_total, moment), 0.0)
-        weight = exists.to(COMPUTE)
-    else:
-        target, counts, weight = line_targets(
-            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, True
-        )
-        place = lines.start + lines.offsets
-        if AXIS == _ALONG:
-            x_target = tl.load(x_pointer + place + target, mask=counts, other=0)
+        references = reference_point(maximum)
+        maximum, total = online_softmax_reduce(maximum, total, AXIS)
+        log_total = log(total)
+        if TARGETS != _INDICES and AXIS == _ALONG:
+            moment = tl.sum(moment + (references - reference_point(maximum)[:, None]) * mass, 1)
+            mass = tl.sum(mass, 1)
+        if TARGETS == _PROBABILITIES:
+            loss = tl.where(exists, difference(mass, log_total, moment), 0.0)
+            weight = exists.to(COMPUTE)
         else:
-            x_target = tl.load(x_pointer + place + target * inner_size, mask=counts, other=0)
-        loss = index_loss(weight, log_total, widen(x_target, COMPUTE), maximum)
-        if TARGETS != _INDICES:
-            loss = (1 - smoothing) * loss + smoothing / dim_size * difference(mass, log_total, moment)
-            mass = (1 - smoothing) * weight + smoothing / dim_size * mass
-        loss = tl.where(counts, loss, 0.0)
-        weight = tl.where(counts, weight, 0.0)
+            target, counts, weight = line_targets(
+                target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, True
+            )
+            place = lines.start + lines.offsets
+            if AXIS == _ALONG:
+                x_target = tl.load(x_pointer + place + target, mask=counts, other=0)
+            else:
+                x_target = tl.load(x_pointer + place + target * inner_size, mask=counts, other=0)
+            loss = index_loss(weight, log_total, widen(x_target, COMPUTE), maximum)
+            if TARGETS != _INDICES:
+                loss = (1 - smoothing) * loss + smoothing / dim_size * difference(mass, log_total, moment)
+                mass = (1 - smoothing) * weight + smoothing / dim_size * mass
+            loss = tl.where(counts, loss, 0.0)
+            weight = tl.where(counts, weight, 0.0)
 
-    tl.store(statistics_pointer + line, maximum, mask=exists)
-    tl.store(statistics_pointer + count + line, log_total, mask=exists)
-    if TARGETS != _INDICES:
-        tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
+        tl.store(statistics_pointer + line, maximum, mask=exists)
+        tl.store(statistics_pointer + count + line, log_total, mask=exists)
+        if TARGETS != _INDICES:
+            tl.store(statistics_pointer + 2 * count + line, mass, mask=exists)
+        if reduced:
+            losses += loss
+            weights += weight
+        else:
+            tl.store(loss_pointer + line, loss.to(COMPUTE), mask=exists)
     if reduced:
-        finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, COMPUTE)
-    else:
-        tl.store(loss_pointer + line, loss.to(COMPUTE), mask=exists)
+        finish_sum(partial_pointer, value_pointer, weight_total_pointer, losses, weights, divisor, COMPUTE)
 
 
 @kernel
@@ -307,22 +317,26 @@ def cross_entropy_backward_kernel(
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
-# Elements of a line that a tile holds at a time: the narrowest that holds a line is taken, or else the widest.  Class
-# indices, the usual targets, get more of them.
-_WIDTHS = {
-    "forward": {ALONG: (16, 128, 1024, 4096), ACROSS: (32,)},
-    "backward": {ALONG: (16, 128, 1024), ACROSS: (32, 128)},
+# Tiles, lines x elements of each, by the longest line that takes them.  A lane holds 16 or 32 elements, and where it
+# can a warp holds whole lines: what is computed once for a line is computed once for many elements.  Class indices, the
+# usual targets, get more shapes.
+_Tiles = dict[float, tuple[int, int]]
+_TILES: dict[str, dict[int, _Tiles]] = {
+    "forward": {
+        ALONG: {16: (128, 16), 128: (16, 128), 1024: (16, 256), 4096: (4, 1024), inf: (1, 4096)},
+        ACROSS: {inf: (64, 32)},
+    },
+    "backward": {ALONG: {16: (128, 16), 128: (16, 128), inf: (2, 1024)}, ACROSS: {32: (64, 32), inf: (64, 128)}},
 }
-_FEWER_WIDTHS = {
-    "forward": {ALONG: (128, 2048), ACROSS: (32,)},
-    "backward": {ALONG: (128, 1024), ACROSS: (32,)},
+_FEWER_TILES: dict[str, dict[int, _Tiles]] = {
+    "forward": {ALONG: {128: (16, 128), 1024: (8, 256), inf: (1, 2048)}, ACROSS: {inf: (64, 32)}},
+    "backward": {ALONG: {128: (16, 128), inf: (2, 1024)}, ACROSS: {inf: (64, 32)}},
 }
-_LINES_ACROSS = 64  # neighbouring lines of a tile, at least
 
 
-def _widths(direction: str, dtype: torch.dtype, targets: Targets, axis: int) -> tuple[int, ...]:
+def _tiles(direction: str, dtype: torch.dtype, targets: Targets, axis: int) -> _Tiles:
     usual = targets is Targets.INDICES and dtype is not torch.float64
-    return (_WIDTHS if usual else _FEWER_WIDTHS)[direction][axis]
+    return (_TILES if usual else _FEWER_TILES)[direction][axis]
 
 
 def _elements(direction: str, dtype: torch.dtype, targets: Targets) -> dict[str, torch.dtype]:
@@ -336,22 +350,22 @@ def _elements(direction: str, dtype: torch.dtype, targets: Targets) -> dict[str,
 
 
 @cache
-def _configuration(direction: str, dtype: torch.dtype, targets: Targets, axis: int, width: int) -> Configuration:
-    tiling = line_tiling(axis, width, _LINES_ACROSS)
-    elements = tiling.lines * width
-    threads = max(elements // 16, threads_for(dtype))
+def _configuration(direction: str, dtype: torch.dtype, targets: Targets, tiling: LineTiling) -> Configuration:
+    axis = tiling.axis
+    elements = tiling.lines * tiling.width
+    threads = max(elements // 32, threads_for(dtype))
     if targets is Targets.PROBABILITIES and axis == ACROSS:
         threads *= 2  # else Triton 3.6 runs out of registers
     reads = 2 if targets is Targets.PROBABILITIES else 1
     wide = elements * dtype.itemsize // (threads * 16)
     if direction == "forward":
-        code, own, stores = cross_entropy_forward_kernel, {"VECTOR": 16 // dtype.itemsize}, 0
+        code, own, stores = cross_entropy_forward_kernel, {"VECTOR": 16 // dtype.itemsize, "THREADS": threads}, 0
     else:
         code, own, stores = cross_entropy_backward_kernel, {}, wide
     place = "along" if axis == ALONG else "across"
     return configure(
         code,
-        f"cross_entropy {direction} {targets.name.lower()} {place} x{width} {TRITON_TYPE[dtype]}",
+        f"cross_entropy {direction} {targets.name.lower()} {place} {tiling.lines}x{tiling.width} {TRITON_TYPE[dtype]}",
         dtype,
         {
             "TARGETS": int(targets),
@@ -393,8 +407,8 @@ def configurations() -> Iterator[Configuration]:
         for targets in Targets:
             for direction in ("forward", "backward"):
                 for axis in (ALONG, ACROSS):
-                    for width in _widths(direction, dtype, targets, axis):
-                        yield _configuration(direction, dtype, targets, axis, width)
+                    for tile in _tiles(direction, dtype, targets, axis).values():
+                        yield _configuration(direction, dtype, targets, LineTiling(axis, *tile))
     yield from map(_long_configuration, LONG_DTYPES)
 
 
@@ -402,9 +416,9 @@ def _configuration_for(
     direction: str, dtype: torch.dtype, targets: Targets, axis: int, dim_size: int
 ) -> tuple[Configuration, LineTiling]:
     """The configuration for lines of ``dim_size`` elements, and its tiles."""
-    widths = _widths(direction, dtype, targets, axis)
-    width = next((width for width in widths if dim_size <= width), widths[-1])
-    return _configuration(direction, dtype, targets, axis, width), line_tiling(axis, width, _LINES_ACROSS)
+    tiles = _tiles(direction, dtype, targets, axis)
+    tiling = LineTiling(axis, *next(tile for longest, tile in tiles.items() if dim_size <= longest))
+    return _configuration(direction, dtype, targets, tiling), tiling
 
 
 def targets_of(x: Tensor, target: Tensor, smoothing: float) -> Targets:
@@ -457,10 +471,11 @@ def cross_entropy_forward(
     lines = lines_of(x, class_dim(x.shape))
     long = targets is Targets.INDICES and are_shared(lines, x.dtype)
     configuration, tiling = _configuration_for("forward", x.dtype, targets, lines.axis, lines.dim_size)
-    programs = lines.blocks(_LONG_LINES if long else tiling.lines)
+    blocks = lines.blocks(_LONG_LINES if long else tiling.lines)
+    reduced = reduction != "none"
+    programs = min(blocks, SUM_PROGRAMS) if reduced and not long else blocks
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
-    reduced = reduction != "none"
     loss = statistics if reduced else statistics.new_empty_strided(line_shape(x.shape), line_strides(x))
     partial = torch.empty((2, programs if reduced else 0), dtype=torch.float64, device=x.device)
     value = torch.empty((), dtype=accumulator, device=x.device)
@@ -485,7 +500,8 @@ def cross_entropy_forward(
             *flags,
         )
     else:
-        launch(configuration, programs, x, *operands, *results, *lines.extents, ignore_index, smoothing, *flags)
+        options = (ignore_index, smoothing, *flags)
+        launch(configuration, programs, x, *operands, *results, blocks, *lines.extents, *options)
     if not reduced:
         return loss.to(dtype), statistics, weight_total
     if programs <= SUM_PROGRAMS:

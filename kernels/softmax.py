@@ -71,10 +71,12 @@ def softmax_forward_kernel(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of a thread's access
+    THREADS: tl.constexpr,
     WHOLE: tl.constexpr,  # WIDTH holds a line
     ALIGN: tl.constexpr,
 ):
     packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
+    pairs: tl.constexpr = WIDTH // packed if WIDTH // packed < THREADS else THREADS
     block = tl.program_id(0).to(tl.int64)
     lines = line_block(block, count, dim_size, inner_size, AXIS, LINES, ALIGN)
     if WHOLE:
@@ -85,11 +87,11 @@ def softmax_forward_kernel(
         y = normalised(shifted, total, LOGARITHM)
         store(y_pointer, tile, y)
     else:
-        maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, WIDTH, packed)
+        maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, pairs)
         for first in range(0, dim_size, WIDTH):
             tile, _place = line_tile(lines, first, AXIS, WIDTH)
             x = load_signed(x_pointer, tile, negated, COMPUTE)
-            maximum, total = online_softmax_update(maximum, total, pack(x, AXIS, LINES, WIDTH, packed), AXIS)
+            maximum, total = online_softmax_update(maximum, total, pack(x, AXIS, LINES, WIDTH, pairs, packed), AXIS)
         maximum, total = online_softmax_reduce(maximum, total, AXIS)
         maximum = tl.expand_dims(maximum, AXIS)
         total = tl.expand_dims(total, AXIS)
@@ -275,11 +277,16 @@ def _tiling(axis: int, width: int | None) -> LineTiling:
     return line_tiling(axis, width or _CHUNK[axis], _LINES_ACROSS)
 
 
+def _threads(dtype: torch.dtype, tiling: LineTiling) -> int:
+    return min(max(tiling.lines * tiling.width // 16, threads_for(dtype)), 1024)
+
+
 @cache
 def _forward(dtype: torch.dtype, axis: int, width: int | None, logarithm: bool) -> Configuration:
     """For lines of up to ``width`` elements; without, for longer ones, in chunks."""
     # One kernel for both would hold what either needs: too much for the registers, in the widest tile.
-    constants = {"LOGARITHM": logarithm, "VECTOR": 16 // dtype.itemsize}
+    threads = _threads(dtype, _tiling(axis, width))
+    constants = {"LOGARITHM": logarithm, "VECTOR": 16 // dtype.itemsize, "THREADS": threads}
     name = "log_softmax" if logarithm else "softmax"
     return _configuration(softmax_forward_kernel, f"{name} forward", 1, constants, dtype, axis, width)
 
@@ -299,9 +306,8 @@ def _configuration(
     width: int | None,
 ) -> Configuration:
     tiling = _tiling(axis, width)
-    elements = tiling.lines * tiling.width
-    threads = min(max(elements // 16, threads_for(dtype)), 1024)
-    wide = elements * dtype.itemsize // (threads * 16)
+    threads = _threads(dtype, tiling)
+    wide = tiling.lines * tiling.width * dtype.itemsize // (threads * 16)
     return configure(
         kernel,
         f"{label} {'along' if axis == ALONG else 'across'} x{width or '-chunks'} {TRITON_TYPE[dtype]}",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ._triton import tl, triton
-from .numerics import fast_exp
+from .numerics import exp_of_term
 from .tiles import TILE, Tile, aligned, cdiv
 
 __all__ = [
@@ -35,6 +35,10 @@ __all__ = [
     "online_softmax_init",
     "online_softmax_reduce",
     "online_softmax_update",
+    "pack",
+    "reference_point",
+    "spread",
+    "sum_of_pairs",
 ]
 
 #: The tile's axis along the lines, where these follow one another in memory, and where they lie side by side.
@@ -142,9 +146,9 @@ def line_tile(lines, first, AXIS: tl.constexpr, WIDTH: tl.constexpr):
 
 # --- Running maximum and sum of exponentials --------------------------------------------------------------------------
 #
-# Long lines are folded chunk by chunk into maxima and sums of exp(x - maximum).  Where a line is contiguous, each PACK
-# neighbouring elements, which one thread holds, share a pair: no exchange between threads until the line's end, and
-# 1 + 1 / PACK exponentials an element.
+# Long lines are folded chunk by chunk into maxima and sums of exp(x - maximum).  Where a line is contiguous, all that a
+# thread holds of a chunk shares a pair: no exchange between threads until the line's end, and hardly more than one
+# exponential an element.  It holds ``PACKED`` neighbours, an access, and as many in each further row of ``PAIRS``.
 
 
 @triton.jit
@@ -154,32 +158,51 @@ def reference_point(maximum):
 
 
 @triton.jit
-def online_softmax_init(
-    COMPUTE: tl.constexpr, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr
-):
+def online_softmax_init(COMPUTE: tl.constexpr, AXIS: tl.constexpr, LINES: tl.constexpr, PAIRS: tl.constexpr):
     """Maxima and sums of nothing."""
     if AXIS == _ALONG:
-        maximum = tl.full((LINES, WIDTH // PACK), float("-inf"), COMPUTE)
+        maximum = tl.full((LINES, PAIRS), float("-inf"), COMPUTE)
     else:
         maximum = tl.full((LINES,), float("-inf"), COMPUTE)
     return maximum, tl.zeros_like(maximum)
 
 
 @triton.jit
-def pack(tile, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr):
-    """The tile with the elements that share a pair along axis 2 (lines x pairs x elements), or 0 (elements x lines)."""
+def pack(tile, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr):
+    """The tile as (lines, rows, pairs, neighbours): a pair is of axes 1 and 3.  Or as it is: of axis 0."""
     if AXIS == _ALONG:
-        tile = tl.reshape(tile, (LINES, WIDTH // PACK, PACK))
+        tile = tl.reshape(tile, (LINES, WIDTH // (PAIRS * PACKED), PAIRS, PACKED))
     return tile
+
+
+@triton.jit
+def spread(values, AXIS: tl.constexpr):
+    """A pair's values, broadcastable to its elements."""
+    if AXIS == _ALONG:
+        values = values[:, None, :, None]
+    else:
+        values = values[None, :]
+    return values
+
+
+@triton.jit
+def sum_of_pairs(tile, AXIS: tl.constexpr):
+    """The sums of what shares a pair."""
+    if AXIS == _ALONG:
+        tile = tl.sum(tile, 3)
+    return tl.sum(tile, AXIS)
 
 
 @triton.jit
 def online_softmax_update(maximum, total, x, AXIS: tl.constexpr):
     """Fold a packed tile into running maxima and sums; elements that don't count are -inf."""
-    largest = tl.maximum(maximum, tl.max(x, 2 * AXIS), propagate_nan=tl.PropagateNan.ALL)
+    largest = x
+    if AXIS == _ALONG:
+        largest = tl.max(largest, 3)
+    largest = tl.maximum(maximum, tl.max(largest, AXIS), propagate_nan=tl.PropagateNan.ALL)
     reference = reference_point(largest)
-    exponentials = fast_exp(x - tl.expand_dims(reference, 2 * AXIS))
-    return largest, total * fast_exp(maximum - reference) + tl.sum(exponentials, 2 * AXIS)
+    exponentials = exp_of_term(x - spread(reference, AXIS))
+    return largest, total * exp_of_term(maximum - reference) + sum_of_pairs(exponentials, AXIS)
 
 
 @triton.jit
@@ -187,6 +210,6 @@ def online_softmax_reduce(maximum, total, AXIS: tl.constexpr):
     """One maximum and one sum for each line."""
     if AXIS == _ALONG:
         largest = tl.max(maximum, 1)
-        total = tl.sum(total * fast_exp(maximum - reference_point(largest)[:, None]), 1)
+        total = tl.sum(total * exp_of_term(maximum - reference_point(largest)[:, None]), 1)
         maximum = largest
     return maximum, total

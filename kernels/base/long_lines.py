@@ -106,15 +106,17 @@ def split_statistics_kernel(
     negated: tl.int32,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of a thread's access
+    THREADS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
+    pairs: tl.constexpr = WIDTH // packed if WIDTH // packed < THREADS else THREADS
     program = tl.program_id(0).to(tl.int64)
     line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size, ALIGN)
-    maximum, total = online_softmax_init(tl.float32, _ALONG, 1, WIDTH, packed)
+    maximum, total = online_softmax_init(tl.float32, _ALONG, 1, pairs)
     for first in range(begin, end, WIDTH):
         x = load_signed(x_pointer, long_line_tile(line, first, WIDTH), negated, tl.float32)
-        maximum, total = online_softmax_update(maximum, total, pack(x, _ALONG, 1, WIDTH, packed), _ALONG)
+        maximum, total = online_softmax_update(maximum, total, pack(x, _ALONG, 1, WIDTH, pairs, packed), _ALONG)
     maximum, total = online_softmax_reduce(maximum, total, _ALONG)
     tl.store(partial_pointer + split * count + line.line, maximum)
     tl.store(partial_pointer + (splits + split) * count + line.line, total)
@@ -141,7 +143,7 @@ def splits_configuration(dtype: torch.dtype) -> Configuration:
         split_statistics_kernel,
         f"splits of lines {TRITON_TYPE[dtype]}",
         dtype,
-        {"WIDTH": CHUNK, "VECTOR": 16 // dtype.itemsize},
+        {"WIDTH": CHUNK, "VECTOR": 16 // dtype.itemsize, "THREADS": threads},
         pointers={"partial": torch.float32},
         aligned=("dim_size",),
         threads=threads,

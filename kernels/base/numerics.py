@@ -5,6 +5,9 @@ Nothing here loads or stores.  Compiled, the transcendental functions are those 
 so there each is written out in NumPy's double precision, by Kahan's formulas for ``expm1`` and ``log1p``.  NumPy's
 single precision differs from processor to processor, double precision rounded to single doesn't: so kernels take every
 function of this kind, and matrix products, from here.
+
+``COARSE`` functions are for results of 16 bits.  They take half of the instructions or fewer, and are off by some 1e-6
+of the result, a hundredth of what rounding it does; the interpreter computes the formula, with accurate parts.
 """
 
 from ._triton import INTERPRETED, libdevice, tl, triton
@@ -45,10 +48,13 @@ def negative(x):
 
 
 @triton.jit
-def exp(x):
+def exp(x, COARSE: tl.constexpr = False):
     if INTERPRETED:
         return tl.exp(x.to(tl.float64)).to(x.dtype)
-    return libdevice.exp(x)
+    elif COARSE:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
 
 
 @triton.jit
@@ -60,6 +66,15 @@ def fast_exp(x):
 
 
 @triton.jit
+def exp_of_term(x):
+    """exp(x) for what is added to exp(0): as `fast_exp`, but numbers below 1e-38 may count as 0."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return fast_exp(x)
+    else:
+        return libdevice.fast_expf(x)
+
+
+@triton.jit
 def log(x):
     if INTERPRETED:
         return tl.log(x.to(tl.float64)).to(x.dtype)
@@ -67,26 +82,34 @@ def log(x):
 
 
 @triton.jit
-def expm1(x):
+def expm1(x, COARSE: tl.constexpr = False):
     """exp(x) - 1, without cancellation near 0."""
-    if INTERPRETED:
+    if COARSE:
+        return tl.where(tl.abs(x) < 0.03125, x * (1 + x * (0.5 + x * 0.16666667)), exp(x, True) - 1)
+    elif INTERPRETED:
         wide = x.to(tl.float64)
         u = tl.exp(wide)
         # Where exp rounds to 1 the answer is x; where exp(x) - 1 rounds to -1, or exp overflows, log(u) has lost x.
         kahan = (u - 1) * (wide / tl.log(tl.where((u == 1) | (u == 0), 2.0, u)))
         return tl.where(u == 1, wide, tl.where((u - 1 == -1) | (u == float("inf")), u - 1, kahan)).to(x.dtype)
-    return libdevice.expm1(x)
+    else:
+        return libdevice.expm1(x)
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x), without cancellation near 0."""
-    if INTERPRETED:
+def log1p(x, COARSE: tl.constexpr = False):
+    """log(1 + x), without cancellation near 0; the coarse one for x from 0 to 1."""
+    if COARSE:  # 2 artanh(x / (2 + x)), whose argument is at most 1/3
+        s = quotient(x, 2 + x, True)
+        square = s * s
+        return s * (2 + square * (0.66666667 + square * (0.4 + square * (0.28571429 + square * 0.22222222))))
+    elif INTERPRETED:
         wide = x.to(tl.float64)
         u = 1 + wide
         kahan = tl.log(u) * (wide / tl.where(u == 1, 1.0, u - 1))
         return tl.where(u == 1, wide, tl.where(u == float("inf"), u, kahan)).to(x.dtype)
-    return libdevice.log1p(x)
+    else:
+        return libdevice.log1p(x)
 
 
 @triton.jit
@@ -104,9 +127,21 @@ def erf(x):
 
 
 @triton.jit
-def sigmoid(x):
+def sigmoid(x, COARSE: tl.constexpr = False):
     """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0."""
-    return 1 / (1 + exp(-x))
+    if COARSE:
+        return 1 / (1 + exp_of_term(-x))
+    else:
+        return 1 / (1 + exp(-x))
+
+
+@triton.jit
+def quotient(x, y, COARSE: tl.constexpr = False):
+    """x / y; coarse, for y that is far from the smallest and largest numbers."""
+    if COARSE and not INTERPRETED:
+        return libdevice.fast_dividef(x, y)
+    else:
+        return x / y
 
 
 @triton.jit
