@@ -13,6 +13,7 @@ from .base.numerics import scalar
 from .base.tiles import (
     configure_flat,
     flat_tile,
+    known,
     load,
     load_bits,
     mask_bytes,
@@ -20,7 +21,7 @@ from .base.tiles import (
     store,
     store_bits,
 )
-from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation
+from .functions.activation import ACTIVATIONS, OVERWRITING, Activated, Activation, gradient_of, value_of
 
 __all__ = [
     "activation_backward",
@@ -49,11 +50,14 @@ def activation_forward_kernel(
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 
-    x = load(x_pointer, tile, COMPUTE)
-    y = ACTIVATION.forward(x, a, b)
-    store(y_pointer, tile, y)
-    if mask_pointer is not None:
-        store_bits(mask_pointer, ACTIVATION.mask(x, a, b), tile_index, ROWS, COLUMNS)
+    for whole in tl.static_range(2):
+        if tile.whole == whole:
+            part = known(tile, whole)
+            x = load(x_pointer, part, COMPUTE)
+            y = value_of(x, a, b, ACTIVATION)
+            store(y_pointer, part, y)
+            if mask_pointer is not None:
+                store_bits(mask_pointer, ACTIVATION.mask(x, a, b), tile_index, ROWS, COLUMNS)
 
 
 @kernel
@@ -73,13 +77,16 @@ def activation_backward_kernel(
     a = scalar(a, COMPUTE)
     b = scalar(b, COMPUTE)
 
-    g = load(g_pointer, tile, COMPUTE)
-    if ACTIVATION.saves == "mask":
-        saved = load_bits(saved_pointer, tile_index, ROWS, COLUMNS)
-    else:
-        saved = load(saved_pointer, tile, COMPUTE)
-    dx = ACTIVATION.gradient(g, saved, a, b)
-    store(dx_pointer, tile, dx)
+    for whole in tl.static_range(2):
+        if tile.whole == whole:
+            part = known(tile, whole)
+            g = load(g_pointer, part, COMPUTE)
+            if ACTIVATION.saves == "mask":
+                saved = load_bits(saved_pointer, tile_index, ROWS, COLUMNS)
+            else:
+                saved = load(saved_pointer, part, COMPUTE)
+            dx = gradient_of(g, saved, a, b, ACTIVATION)
+            store(dx_pointer, part, dx)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ def _forward(row: Activation, dtype: torch.dtype, masked: bool) -> Configuration
         activation_forward_kernel,
         f"{row.name} forward{' + mask' if masked else ''}",
         dtype,
-        {**({} if masked else {"mask_pointer": None}), "ACTIVATION": row},
+        {**({} if masked else {"mask_pointer": None}), "ACTIVATION": row.for_results_of(dtype)},
         pointers={"mask": torch.uint8},
         loads=1,
         stores=1,
@@ -106,7 +113,7 @@ def _backward(row: Activation, dtype: torch.dtype) -> Configuration:
         activation_backward_kernel,
         f"{row.name} backward",
         dtype,
-        {"ACTIVATION": row},
+        {"ACTIVATION": row.for_results_of(dtype)},
         pointers={"saved": torch.uint8} if masked else None,
         loads=1 if masked else 2,
         stores=1,

@@ -43,7 +43,15 @@ from .base.tiles import (
     threads_for,
     tile_shape,
 )
-from .functions.activation import ACTIVATIONS, PRELU, Activated, Activation, prelu_slope_gradient
+from .functions.activation import (
+    ACTIVATIONS,
+    PRELU,
+    Activated,
+    Activation,
+    gradient_of,
+    prelu_slope_gradient,
+    value_of,
+)
 
 __all__ = [
     "bias_activation_dropout_backward",
@@ -188,7 +196,7 @@ def bias_activation_dropout_forward_kernel(
         slope = a
         if slope_pointer is not None:
             slope = slope_values(slope_pointer, block_row, block_column, slopes, BY_ROW, COMPUTE, HEIGHT, WIDTH)
-        y = ACTIVATION.forward(h, slope, b)
+        y = value_of(h, slope, b, ACTIVATION)
         noise = noise_tile(
             seed_pointer,
             tile_index,
@@ -276,7 +284,7 @@ def bias_activation_dropout_backward_kernel(
                     bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
                 )
             if ACTIVATION.saves == "output":  # which is made again, before the noise takes registers
-                saved = ACTIVATION.forward(saved, a, b)
+                saved = value_of(saved, a, b, ACTIVATION)
         g = load(g_pointer, tile, COMPUTE)
         if ACTIVATION.mask_gates:
             g = g * scale
@@ -302,7 +310,7 @@ def bias_activation_dropout_backward_kernel(
         slope = a
         if slope_pointer is not None:
             slope = slope_values(slope_pointer, block_row, block_column, slopes, BY_ROW, COMPUTE, HEIGHT, WIDTH)
-        dx = ACTIVATION.gradient(g, saved, slope, b)
+        dx = gradient_of(g, saved, slope, b, ACTIVATION)
         store(dx_pointer, tile, dx)
 
         if wants_sums:
@@ -340,7 +348,7 @@ def _constants(row: Activation, dtype: torch.dtype, by_row: bool, width: int, of
     return {
         **({} if row is PRELU.row else {"slope_pointer": None, "slopes": None}),
         **({} if of_channels else {"spatial": None}),
-        "ACTIVATION": row,
+        "ACTIVATION": row.for_results_of(dtype),
         "BY_ROW": by_row,
         "COMPUTE": COMPUTE[dtype],
         "SERVES_EIGHT": serves_eight(dtype),

@@ -32,6 +32,7 @@ from .base.tiles import (
     cdiv,
     configure_flat,
     flat_tile,
+    known,
     load,
     matrix_tile,
     programs_for,
@@ -68,10 +69,13 @@ def dropout_kernel(
 ):
     tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
 
-    x = load(x_pointer, tile, COMPUTE)
     keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
-    y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
-    store(y_pointer, tile, y)
+    for whole in tl.static_range(2):
+        if tile.whole == whole:
+            part = known(tile, whole)
+            x = load(x_pointer, part, COMPUTE)
+            y = dropped(x, keep, scalar(scale, COMPUTE), scalar(kept_offset, COMPUTE), scalar(dropped_offset, COMPUTE))
+            store(y_pointer, part, y)
 
 
 @kernel

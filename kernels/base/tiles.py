@@ -26,6 +26,7 @@ __all__ = [
     "cdiv",
     "configure_flat",
     "flat_tile",
+    "known",
     "load",
     "load_bits",
     "mask_bytes",
@@ -133,11 +134,22 @@ def flat_tile(numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def known(tile, WHOLE: tl.constexpr):
+    """The tile, of which it is known whether it is whole.
+
+    A kernel that has its body twice, once for either, decides once: where each access decides by itself, the masks are
+    computed for whole tiles, too.
+    """
+    return Tile(tile.start, tile.offsets, tile.inside, WHOLE)
+
+
+@triton.jit
 def place_tile(tile_index, numel, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Tile ``tile_index``, (ROWS, COLUMNS)."""
     start = tile_index * ROWS * COLUMNS
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return Tile(start, offsets, offsets < numel - start, start + ROWS * COLUMNS <= numel)
+    inside = tl.minimum(numel - start, ROWS * COLUMNS).to(tl.int32)  # elements; comparisons of 64 bits take registers
+    return Tile(start, offsets, offsets < inside, inside == ROWS * COLUMNS)
 
 
 def width_for(columns: int, widths: Sequence[int]) -> int:

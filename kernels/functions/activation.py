@@ -9,18 +9,31 @@ its parameters is `Activated`, the value that travels from a layer to the kernel
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ..base._triton import tl, triton
-from ..base.numerics import erf, exp, expm1, log1p, sigmoid, square_root, tanh
+from ..base.numerics import erf, exp, expm1, log1p, quotient, sigmoid, square_root, tanh
 
-__all__ = ["ACTIVATIONS", "IDENTITY", "OVERWRITING", "PRELU", "Activated", "Activation", "activated"]
+__all__ = [
+    "ACTIVATIONS",
+    "IDENTITY",
+    "OVERWRITING",
+    "PRELU",
+    "Activated",
+    "Activation",
+    "activated",
+    "gradient_from_input",
+    "gradient_of",
+    "value_of",
+]
 
 # --- Device functions: forward(x, a, b); mask(x, a, b); gradient(g, saved, a, b) ------------------------------------
+#
+# Where a function takes ``COARSE``, it may be as coarse as a result of 16 bits is: see `Activation.for_results_of`.
 #
 # Comparisons are written the way round that treats NaN as PyTorch's CUDA kernels and scalar CPU code do (its vectorised
 # CPU code differs for some gradients).
@@ -133,14 +146,14 @@ def hardswish_gradient(g, x, a, b):
 
 
 @triton.jit
-def elu_forward(x, a, b):
+def elu_forward(x, a, b, COARSE: tl.constexpr = False):
     """ELU and SELU: a (exp(x) - 1) below 0, b x above."""
-    return tl.where(x > 0, b * x, a * expm1(x))
+    return tl.where(x > 0, b * x, a * expm1(x, COARSE))
 
 
 @triton.jit
-def elu_gradient(g, x, a, b):
-    return tl.where(x <= 0, g * a * exp(x), g * b)
+def elu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
+    return tl.where(x <= 0, g * a * exp(x, COARSE), g * b)
 
 
 @triton.jit
@@ -150,13 +163,13 @@ def elu_gradient_from_output(g, y, a, b):
 
 
 @triton.jit
-def celu_forward(x, a, b):
-    return tl.where(x > 0, x, a * expm1(x * (1 / a)))  # as PyTorch: one division, not one for each element
+def celu_forward(x, a, b, COARSE: tl.constexpr = False):
+    return tl.where(x > 0, x, a * expm1(x * (1 / a), COARSE))  # as PyTorch: one division, not one for each element
 
 
 @triton.jit
-def celu_gradient(g, x, a, b):
-    return tl.where(x <= 0, g * exp(x * (1 / a)), g)
+def celu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
+    return tl.where(x <= 0, g * exp(x * (1 / a), COARSE), g)
 
 
 @triton.jit
@@ -165,89 +178,119 @@ def celu_gradient_from_output(g, y, a, b):
 
 
 @triton.jit
-def gelu_forward(x, a, b):
-    return x * 0.5 * (1 + erf(x * 0.7071067811865476))
+def normal_distribution(x):
+    """Phi(x) and phi(x), as coarse as 16 bits are: Phi to 7.5e-8, its tail below 0 to some thousandths of itself.
+
+    Source: Abramowitz, Stegun, "Handbook of Mathematical Functions" (1964), formula 7.1.26.
+    """
+    exponential = exp(-0.5 * x * x, True)
+    t = quotient(1.0, 1 + tl.abs(x) * 0.23164189, True)
+    series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    tail = series * exponential  # Phi(-|x|)
+    return tl.where(x > 0, 1 - tail, tail), exponential * 0.3989422804014327
 
 
 @triton.jit
-def gelu_gradient(g, x, a, b):
+def gelu_forward(x, a, b, COARSE: tl.constexpr = False):
+    if COARSE:
+        cumulative, _density = normal_distribution(x)
+        return x * cumulative
+    else:
+        return x * 0.5 * (1 + erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
     # d/dx x Phi(x) = Phi(x) + x phi(x)
-    cumulative = 0.5 * (1 + erf(x * 0.7071067811865476))
-    return g * (cumulative + x * (exp(-0.5 * x * x) * 0.3989422804014327))
+    if COARSE:
+        cumulative, density = normal_distribution(x)
+    else:
+        cumulative = 0.5 * (1 + erf(x * 0.7071067811865476))
+        density = exp(-0.5 * x * x) * 0.3989422804014327
+    return g * (cumulative + x * density)
 
 
 @triton.jit
-def gelu_tanh_forward(x, a, b):
-    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+def gelu_tanh_forward(x, a, b, COARSE: tl.constexpr = False):
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    if COARSE:
+        return x * sigmoid(2 * u, True)
+    else:
+        return 0.5 * x * (1 + tanh(u))
 
 
 @triton.jit
-def gelu_tanh_gradient(g, x, a, b):
-    t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+def gelu_tanh_gradient(g, x, a, b, COARSE: tl.constexpr = False):
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     inner = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
-    return g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner)
+    if COARSE:
+        s = sigmoid(2 * u, True)  # (1 + tanh u) / 2
+        return g * (s + 2 * x * (s * (1 - s)) * inner)
+    else:
+        t = tanh(u)
+        return g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner)
 
 
 @triton.jit
-def silu_forward(x, a, b):
-    return x / (1 + exp(-x))
+def silu_forward(x, a, b, COARSE: tl.constexpr = False):
+    return x / (1 + exp(-x, COARSE))
 
 
 @triton.jit
-def silu_gradient(g, x, a, b):
-    s = sigmoid(x)
+def silu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
+    s = sigmoid(x, COARSE)
     return g * s * (1 + x * (1 - s))
 
 
 @triton.jit
-def quick_gelu_forward(x, a, b):
-    return x / (1 + exp(-1.702 * x))
+def quick_gelu_forward(x, a, b, COARSE: tl.constexpr = False):
+    return x / (1 + exp(-1.702 * x, COARSE))
 
 
 @triton.jit
-def quick_gelu_gradient(g, x, a, b):
-    s = sigmoid(1.702 * x)
+def quick_gelu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
+    s = sigmoid(1.702 * x, COARSE)
     return g * (s + 1.702 * (x * s * (1 - s)))  # 1.702 x may overflow
 
 
 @triton.jit
-def mish_parts(x):
+def mish_parts(x, COARSE: tl.constexpr):
     """tanh(softplus(x)) = n / (n + d), from one exponential that never overflows.
 
     With e = exp(x): tanh(log(1 + e)) = (e^2 + 2e) / (e^2 + 2e + 2); for x > 0 both are divided by e^2.
     """
-    e = exp(-tl.abs(x))
+    e = exp(-tl.abs(x), COARSE)
     n = tl.where(x > 0, 1 + 2 * e, e * (e + 2))
     d = tl.where(x > 0, 2 * e * e, 2.0)
-    s = tl.where(x > 0, 1 / (1 + e), e / (1 + e))
+    s = quotient(tl.where(x > 0, 1.0, e), 1 + e, COARSE)
     return n, d, s
 
 
 @triton.jit
-def mish_forward(x, a, b):
-    n, d, _ = mish_parts(x)
-    return x * (n / (n + d))
+def mish_forward(x, a, b, COARSE: tl.constexpr = False):
+    n, d, _ = mish_parts(x, COARSE)
+    return x * quotient(n, n + d, COARSE)
 
 
 @triton.jit
-def mish_gradient(g, x, a, b):
+def mish_gradient(g, x, a, b, COARSE: tl.constexpr = False):
     # t + x (1 - t^2) sigmoid(x), with 1 - t^2 = d (2n + d) / (n + d)^2: no cancellation where t is near 1.
-    n, d, s = mish_parts(x)
-    t = n / (n + d)
-    return g * (t + x * s * (d / (n + d)) * ((2 * n + d) / (n + d)))
+    n, d, s = mish_parts(x, COARSE)
+    t = quotient(n, n + d, COARSE)
+    return g * (t + x * s * quotient(d, n + d, COARSE) * quotient(2 * n + d, n + d, COARSE))
 
 
 @triton.jit
-def softplus_forward(x, a, b):
+def softplus_forward(x, a, b, COARSE: tl.constexpr = False):
     """a = beta, b = threshold: x itself where beta x > threshold."""
     z = x * a
-    return tl.where(z > b, x, (tl.where(z > 0, z, 0.0) + log1p(exp(-tl.abs(z)))) / a)
+    return tl.where(z > b, x, (tl.where(z > 0, z, 0.0) + log1p(exp(-tl.abs(z), COARSE), COARSE)) / a)
 
 
 @triton.jit
-def softplus_gradient(g, x, a, b):
+def softplus_gradient(g, x, a, b, COARSE: tl.constexpr = False):
     z = x * a
-    return tl.where(z > b, g, g * sigmoid(z))
+    return tl.where(z > b, g, g * sigmoid(z, COARSE))
 
 
 @triton.jit
@@ -285,8 +328,8 @@ def squareplus_gradient(g, x, a, b):
 
 
 @triton.jit
-def sigmoid_forward(x, a, b):
-    return sigmoid(x)
+def sigmoid_forward(x, a, b, COARSE: tl.constexpr = False):
+    return sigmoid(x, COARSE)
 
 
 @triton.jit
@@ -295,13 +338,13 @@ def sigmoid_gradient(g, y, a, b):
 
 
 @triton.jit
-def log_sigmoid_forward(x, a, b):
-    return tl.where(x > 0, 0.0, x) - log1p(exp(-tl.abs(x)))
+def log_sigmoid_forward(x, a, b, COARSE: tl.constexpr = False):
+    return tl.where(x > 0, 0.0, x) - log1p(exp(-tl.abs(x), COARSE), COARSE)
 
 
 @triton.jit
-def log_sigmoid_gradient(g, x, a, b):
-    return g * sigmoid(-x)
+def log_sigmoid_gradient(g, x, a, b, COARSE: tl.constexpr = False):
+    return g * sigmoid(-x, COARSE)
 
 
 @triton.jit
@@ -315,14 +358,33 @@ def tanh_gradient(g, y, a, b):
 
 
 @triton.jit
+def value_of(x, a, b, ACTIVATION: tl.constexpr):
+    """The activation, as coarse as the row may be."""
+    if ACTIVATION.coarse_forward:
+        return ACTIVATION.forward(x, a, b, True)
+    else:
+        return ACTIVATION.forward(x, a, b)
+
+
+@triton.jit
+def gradient_of(g, saved, a, b, ACTIVATION: tl.constexpr):
+    """Its gradient, likewise."""
+    if ACTIVATION.coarse_gradient:
+        return ACTIVATION.gradient(g, saved, a, b, True)
+    else:
+        return ACTIVATION.gradient(g, saved, a, b)
+
+
+@triton.jit
 def gradient_from_input(g, x, a, b, ACTIVATION: tl.constexpr):
     """The gradient where the activation's input is at hand: whatever it is read off is computed again."""
     if ACTIVATION.saves == "mask":
-        return ACTIVATION.gradient(g, ACTIVATION.mask(x, a, b), a, b)
+        saved = ACTIVATION.mask(x, a, b)
     elif ACTIVATION.saves == "output":
-        return ACTIVATION.gradient(g, ACTIVATION.forward(x, a, b), a, b)
+        saved = value_of(x, a, b, ACTIVATION)
     else:
-        return ACTIVATION.gradient(g, x, a, b)
+        saved = x
+    return gradient_of(g, saved, a, b, ACTIVATION)
 
 
 # --- Rows -----------------------------------------------------------------------------------------------------------
@@ -368,7 +430,7 @@ class Activation:
     of both in the ``torch.nn`` module.  ``refuses(a, b, inplace)`` gives the reason why the kernels don't take these
     parameters, or None.  ``overwriting`` names the row that takes over in place, where the input is lost; not in 16
     bits, where the output holds too few digits to read the gradient off it: y + alpha would be 0 long before
-    alpha exp(x) is.
+    alpha exp(x) is.  ``coarse`` rows are made by `for_results_of`.
     """
 
     name: str
@@ -381,10 +443,23 @@ class Activation:
     defaults: tuple[float, float] = (0.0, 0.0)
     refuses: Callable[[float, float, bool], str | None] = _takes_all
     overwriting: str | None = None
+    coarse: bool = False
 
     def __repr__(self) -> str:
         """Triton names what it compiles for a row by this."""
-        return self.name
+        return f"{self.name}{', coarse' * self.coarse}"
+
+    def for_results_of(self, dtype: torch.dtype) -> "Activation":
+        """The row for kernels that round to ``dtype`` what it gives them: in 16 bits its functions may be coarse."""
+        return _coarse(self) if dtype.itemsize == 2 else self
+
+    @property
+    def coarse_forward(self) -> bool:
+        return self.coarse and "COARSE" in self.forward.arg_names
+
+    @property
+    def coarse_gradient(self) -> bool:
+        return self.coarse and "COARSE" in self.gradient.arg_names
 
     @property
     def label(self) -> str:
@@ -396,7 +471,12 @@ class Activation:
         """What a row is to Triton's cache on disk."""
         functions = (self.forward, self.gradient, self.mask)
         keys = (None if function is None else function.cache_key for function in functions)
-        return f"{self.saves} {self.mask_gates} {' '.join(map(str, keys))}"
+        return f"{self.saves} {self.mask_gates} {self.coarse} {' '.join(map(str, keys))}"
+
+
+@cache
+def _coarse(row: Activation) -> Activation:
+    return replace(row, coarse=True)
 
 
 class Activated(NamedTuple):
