@@ -220,6 +220,7 @@ def long_cross_entropy_kernel(
     value_pointer,
     weight_total_pointer,
     statistics_pointer,
+    blocks: tl.int64,
     count: tl.int64,
     dim_size,
     splits: tl.int32,
@@ -230,22 +231,27 @@ def long_cross_entropy_kernel(
     LINES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    exists = line < count
-    maximum, total = join_splits(split_pointer, line, exists, count, splits, SPLITS)
-    log_total = log(total)
-    target, counts, weight = line_targets(
-        target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, True
-    )
-    x_target = widen(tl.load(x_pointer + line * dim_size + target, mask=counts, other=0), tl.float32)
-    loss = tl.where(counts, index_loss(weight, log_total, x_target, maximum), 0.0)
-    weight = tl.where(counts, weight, 0.0)
-    tl.store(statistics_pointer + line, maximum, mask=exists)
-    tl.store(statistics_pointer + count + line, log_total, mask=exists)
+    losses = tl.zeros((LINES,), tl.float64)
+    weights = tl.zeros((LINES,), tl.float64)
+    for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
+        line = block * LINES + tl.arange(0, LINES)
+        exists = line < count
+        maximum, total = join_splits(split_pointer, line, exists, count, splits, SPLITS)
+        log_total = log(total)
+        target, counts, weight = line_targets(
+            target_pointer, weight_pointer, line, exists, dim_size, ignore_index, has_weight, True
+        )
+        x_target = widen(tl.load(x_pointer + line * dim_size + target, mask=counts, other=0), tl.float32)
+        loss = tl.where(counts, index_loss(weight, log_total, x_target, maximum), 0.0)
+        tl.store(statistics_pointer + line, maximum, mask=exists)
+        tl.store(statistics_pointer + count + line, log_total, mask=exists)
+        if reduced:
+            losses += loss
+            weights += tl.where(counts, weight, 0.0)
+        else:
+            tl.store(loss_pointer + line, loss.to(tl.float32), mask=exists)
     if reduced:
-        finish_sum(partial_pointer, value_pointer, weight_total_pointer, loss, weight, divisor, tl.float32)
-    else:
-        tl.store(loss_pointer + line, loss.to(tl.float32), mask=exists)
+        finish_sum(partial_pointer, value_pointer, weight_total_pointer, losses, weights, divisor, tl.float32)
 
 
 @kernel
@@ -473,20 +479,21 @@ def cross_entropy_forward(
     configuration, tiling = _configuration_for("forward", x.dtype, targets, lines.axis, lines.dim_size)
     blocks = lines.blocks(_LONG_LINES if long else tiling.lines)
     reduced = reduction != "none"
-    programs = min(blocks, SUM_PROGRAMS) if reduced and not long else blocks
+    programs = min(blocks, SUM_PROGRAMS) if reduced else blocks
     accumulator = ACCUMULATOR[x.dtype]
     statistics = torch.empty(statistics_shape(x, targets), dtype=accumulator, device=x.device)
     loss = statistics if reduced else statistics.new_empty_strided(line_shape(x.shape), line_strides(x))
     partial = torch.empty((2, programs if reduced else 0), dtype=torch.float64, device=x.device)
-    value = torch.empty((), dtype=accumulator, device=x.device)
+    combined = reduced and programs > 1
+    value = torch.empty((), dtype=dtype if combined else accumulator, device=x.device)
     weight_total = torch.empty(weight_total_shape(reduction), dtype=torch.float64, device=x.device)
     divisor = 0.0 if reduction == "mean" else 1.0
     operands = (target, statistics if weight is None else weight.to(accumulator).contiguous())
-    results = (loss, partial, value, weight_total, statistics)
+    results = (loss, partial, statistics if combined else value, weight_total, statistics)
     flags = (int(weight is not None), int(reduced), divisor)
     if long:
         splits = splits_of(lines)
-        extents = (lines.count, lines.dim_size, splits.number)
+        extents = (blocks, lines.count, lines.dim_size, splits.number)
         partial_lines = split_statistics(x, lines, splits)
         launch(
             _long_configuration(x.dtype),
@@ -504,13 +511,7 @@ def cross_entropy_forward(
         launch(configuration, programs, x, *operands, *results, blocks, *lines.extents, *options)
     if not reduced:
         return loss.to(dtype), statistics, weight_total
-    if programs <= SUM_PROGRAMS:
-        combine(partial, value, weight_total, divisor)
-    else:
-        value, *weights = partial[: 2 if reduction == "mean" else 1].sum(1)
-        if weights:
-            weight_total.copy_(weights[0])
-            value = value / weight_total
+    combine(partial, value, weight_total, divisor)
     return value.to(dtype), statistics, weight_total
 
 
