@@ -152,8 +152,8 @@ def elu_forward(x, a, b, COARSE: tl.constexpr = False):
 
 
 @triton.jit
-def elu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
-    return tl.where(x <= 0, g * a * exp(x, COARSE), g * b)
+def elu_gradient(g, x, a, b):
+    return tl.where(x <= 0, g * a * exp(x), g * b)
 
 
 @triton.jit
@@ -168,8 +168,8 @@ def celu_forward(x, a, b, COARSE: tl.constexpr = False):
 
 
 @triton.jit
-def celu_gradient(g, x, a, b, COARSE: tl.constexpr = False):
-    return tl.where(x <= 0, g * exp(x * (1 / a), COARSE), g)
+def celu_gradient(g, x, a, b):
+    return tl.where(x <= 0, g * exp(x * (1 / a)), g)
 
 
 @triton.jit
@@ -262,14 +262,17 @@ def mish_parts(x, COARSE: tl.constexpr):
     e = exp(-tl.abs(x), COARSE)
     n = tl.where(x > 0, 1 + 2 * e, e * (e + 2))
     d = tl.where(x > 0, 2 * e * e, 2.0)
-    s = quotient(tl.where(x > 0, 1.0, e), 1 + e, COARSE)
+    s = tl.where(x > 0, 1.0, e) / (1 + e)
     return n, d, s
 
 
 @triton.jit
 def mish_forward(x, a, b, COARSE: tl.constexpr = False):
     n, d, _ = mish_parts(x, COARSE)
-    return x * quotient(n, n + d, COARSE)
+    if COARSE:
+        return quotient(x * n, n + d, True)  # n / (n + d) may be too small for it
+    else:
+        return x * (n / (n + d))
 
 
 @triton.jit
