@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..base._triton import tl, triton
-from ..base.numerics import erf, exp, expm1, log1p, quotient, sigmoid, square_root, tanh
+from ..base.numerics import erf, exp, expm1, log1p, normal_distribution, quotient, sigmoid, square_root, tanh
 
 __all__ = [
     "ACTIVATIONS",
@@ -175,19 +175,6 @@ def celu_gradient(g, x, a, b):
 @triton.jit
 def celu_gradient_from_output(g, y, a, b):
     return tl.where(y <= 0, g * (y * (1 / a) + 1), g)
-
-
-@triton.jit
-def normal_distribution(x):
-    """Phi(x) and phi(x), as coarse as 16 bits are: Phi to 7.5e-8, its tail below 0 to some thousandths of itself.
-
-    Source: Abramowitz, Stegun, "Handbook of Mathematical Functions" (1964), formula 7.1.26.
-    """
-    exponential = exp(-0.5 * x * x, True)
-    t = quotient(1.0, 1 + tl.abs(x) * 0.23164189, True)
-    series = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
-    tail = series * exponential  # Phi(-|x|)
-    return tl.where(x > 0, 1 - tail, tail), exponential * 0.3989422804014327
 
 
 @triton.jit
