@@ -28,9 +28,10 @@ from .base.channels import (
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import divide, scalar, square_root, widen
+from .base.random import keep_threshold, keep_tile
 from .base.tiles import aligned, load, store, store_bits
 from .batch_norm_statistics import copy_back, merge_partial, merge_statistics, partial_over, store_moments
-from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
+from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
 
 __all__ = [
     "AFFINE",
@@ -38,10 +39,13 @@ __all__ = [
     "batch_norm_forward",
     "batch_norm_training",
     "both_or_neither",
+    "channel_slopes",
     "channel_vectors",
     "configuration_of",
     "mask_bytes",
+    "noise_tile",
     "normalisation",
+    "options",
     "parameter_type",
 ]
 
@@ -75,6 +79,32 @@ def affine(variance, weight_pointer, bias_pointer, channel, channels, eps, COMPU
     return inverse_deviation, scale, bias
 
 
+@triton.jit
+def channel_slopes(slope_pointer, a, channel, channels, slopes, COMPUTE):
+    """PReLU's slopes, of which there is one or one for each channel; of other activations ``a``."""
+    if slope_pointer is not None:
+        return widen(tl.load(slope_pointer + channel % slopes, mask=channel < channels, other=0), COMPUTE)
+    else:
+        return a
+
+
+@triton.jit
+def noise_tile(
+    seed_pointer,
+    last,
+    tile_index,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What dropout multiplies a tile by: 1 / (1 - p), where ``last`` random numbers of 2^32 are the last kept, or 0."""
+    serves_eight: tl.constexpr = ELEMENT.primitive_bitwidth == 16
+    keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), 1, HEIGHT * WIDTH, serves_eight)
+    scale = (4294967296.0 / (scalar(last, tl.float64) + 1)).to(COMPUTE)
+    return tl.where(tl.reshape(keep, (HEIGHT, WIDTH)), scale, scale * 0)
+
+
 # --- Kernel -----------------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +122,8 @@ def batch_norm_forward_kernel(
     running_mean_pointer,  # updated, or None where nothing is tracked
     running_variance_pointer,
     batches_pointer,  # number of batches: the running statistics are averages over them; or None
+    slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
+    seed_pointer,  # one int64, where dropout follows; or None
     outer: tl.int64,
     channels,
     columns,
@@ -106,6 +138,8 @@ def batch_norm_forward_kernel(
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    slopes,  # one, or one for each channel; or None
+    last,  # the last random number that is kept; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -130,7 +164,7 @@ def batch_norm_forward_kernel(
         mean, _, scale, bias = normalisation(
             mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
         )
-    a = scalar(a, COMPUTE)
+    a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
     for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
@@ -147,6 +181,9 @@ def batch_norm_forward_kernel(
                 mask_pointer, tl.reshape(ACTIVATION.mask(z, a, b), (1, HEIGHT * WIDTH)), tile_index, 1, HEIGHT * WIDTH
             )
         y = ACTIVATION.forward(z, a, b)
+        if seed_pointer is not None:
+            tile_index = (step * channel_blocks + channel_block) * tracks + track
+            y *= noise_tile(seed_pointer, last, tile_index, y_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
         store(y_pointer, tile, y)
 
 
@@ -155,7 +192,7 @@ def batch_norm_forward_kernel(
 #: Pointers to a layer's parameters, and to its running statistics.
 AFFINE = frozenset({"weight", "bias"})
 _TRACKED = frozenset({"running_mean", "running_variance"})
-_OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches"}
+_OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches", "slope", "seed"}
 
 
 def configuration_of(
@@ -182,10 +219,15 @@ def configuration_of(
         " ".join(filter(None, parts)),
         dtype,
         tiling,
-        {"ACTIVATION": row, **{f"{name}_pointer": None for name, there in given.items() if not there}},
+        {
+            "ACTIVATION": row,
+            **{f"{name}_pointer": None for name, there in given.items() if not there},
+            **({} if given["slope"] else {"slopes": None}),
+            **({} if given["seed"] else {"last": None}),
+        },
         pointers={
             "mask": torch.uint8,
-            "batches": torch.int64,
+            **dict.fromkeys(("batches", "seed"), torch.int64),
             **dict.fromkeys(("mean", "variance", "partial"), ACCUMULATOR[dtype]),
             **dict.fromkeys((*AFFINE, *_TRACKED, "dweight", "dbias"), parameters),
         },
@@ -211,6 +253,7 @@ def _forward(
             "evaluation": not training,
             "not tracked": training and not given >= _TRACKED,
             "averaged": "batches" in given,
+            "+ dropout": "seed" in given,
         },
         wide_loads=1 + ("residual" in given),
         wide_stores=1,
@@ -240,6 +283,9 @@ def _usual_configurations() -> Iterator[Configuration]:
     yield _forward(torch.float16, rows, IDENTITY.row, _USUAL)
     yield _forward(bfloat16, rows, IDENTITY.row, AFFINE)
     yield _forward(bfloat16, rows, IDENTITY.row, _USUAL, bfloat16)
+    for tiling in common_tilings_of(bfloat16):
+        yield _forward(bfloat16, tiling, PRELU.row, _USUAL | {"slope"})
+        yield _forward(bfloat16, tiling, ACTIVATIONS["relu"], _USUAL | {"seed"})
 
 
 def _other_configurations() -> Iterator[Configuration]:
@@ -286,6 +332,11 @@ def both_or_neither(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor 
     return weight, bias
 
 
+def options(slopes: Tensor | None, seed: Tensor | None, p: float) -> tuple[int, ...]:
+    """The kernels' ``slopes`` and ``last``, where there are some."""
+    return (*(() if slopes is None else (slopes.numel(),)), *(() if seed is None else (keep_threshold(p),)))
+
+
 def channel_vectors(
     dtype: torch.dtype, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -315,6 +366,9 @@ def batch_norm_training(
     activation: Activated,
     *,
     masked: bool,
+    slopes: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`batch_norm_forward` with the statistics of ``x``, which come last, and update the running ones.
 
@@ -325,13 +379,19 @@ def batch_norm_training(
     partial = partial_over(x, plan)
     if plan.splits > plan.tiling.lanes:
         mean, variance = merge_statistics(partial, running_mean, running_variance, batches, momentum)
-        y, mask = batch_norm_forward(x, residual, mean, variance, weight, bias, eps, activation, masked=masked)
+        vectors = (mean, variance, weight, bias)
+        y, mask = batch_norm_forward(
+            x, residual, *vectors, eps, activation, masked=masked, slopes=slopes, seed=seed, p=p
+        )
         return y, mask, mean, variance
     mean, variance = (torch.empty(plan.channels, dtype=partial.dtype, device=x.device) for _ in range(2))
     y, mask = _normalise(
         *(x, plan, residual, partial, mean, variance, weight, bias),
         *(running_mean, running_variance, batches, momentum, eps, activation),
         masked=masked,
+        slopes=slopes,
+        seed=seed,
+        p=p,
     )
     return y, mask, mean, variance
 
@@ -347,10 +407,14 @@ def batch_norm_forward(
     activation: Activated,
     *,
     masked: bool,
+    slopes: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """activation((x - mean) / sqrt(variance + eps) * weight + bias + residual), in the memory order of ``x``.
 
-    With ``masked``, also the packed bits that the activation's gradient needs.
+    With ``masked``, also the packed bits that the activation's gradient needs.  PReLU has ``slopes``, in the type of
+    ``x``; with a ``seed``, dropout with probability ``p`` < 1 follows.
     """
     x = dense(x)
     if not x.numel():
@@ -359,6 +423,9 @@ def batch_norm_forward(
         *(x, plan_of(x), residual, None, mean, variance, weight, bias),
         *(None, None, None, 0.0, eps, activation),
         masked=masked,
+        slopes=slopes,
+        seed=seed,
+        p=p,
     )
 
 
@@ -379,6 +446,9 @@ def _normalise(
     activation: Activated,
     *,
     masked: bool,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    p: float,
 ) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty(mask_bytes(x), dtype=torch.uint8, device=x.device) if masked else None
@@ -400,11 +470,13 @@ def _normalise(
         "running_mean": updated[0],
         "running_variance": updated[1],
         "batches": batches,
+        "slope": None if slopes is None else slopes.contiguous(),
+        "seed": seed,
     }
     splits, values = plan.splits, float(x.numel() // plan.channels)
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
     configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters)
-    scalars = (splits, values, momentum, eps, activation.a, activation.b)
+    scalars = (splits, values, momentum, eps, activation.a, activation.b, *options(slopes, seed, p))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     copy_back(running, updated)
     return y, mask

@@ -26,8 +26,26 @@ from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import narrow, precise_sum, scalar
 from .base.tiles import aligned, load, load_bits, store
-from .batch_norm import AFFINE, as_type, both_or_neither, configuration_of, normalisation, parameter_type
-from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation, gradient_from_input
+from .batch_norm import (
+    AFFINE,
+    as_type,
+    both_or_neither,
+    channel_slopes,
+    configuration_of,
+    noise_tile,
+    normalisation,
+    options,
+    parameter_type,
+)
+from .functions.activation import (
+    ACTIVATIONS,
+    IDENTITY,
+    PRELU,
+    Activated,
+    Activation,
+    gradient_from_input,
+    prelu_slope_gradient,
+)
 
 __all__ = ["batch_norm_backward", "batch_norm_reduce"]
 
@@ -36,12 +54,19 @@ __all__ = ["batch_norm_backward", "batch_norm_reduce"]
 
 @triton.jit
 def channel_sums(
-    partial_pointer, splits, channel, channels, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+    partial_pointer,
+    splits,
+    channel,
+    channels,
+    SUMS: tl.constexpr,
+    AXIS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """The two sums of each channel, from what programs of this geometry left."""
+    """The first two of the ``SUMS`` sums of each channel, from what programs of this geometry left."""
     split = lanes(AXIS, HEIGHT, WIDTH)
     inside = (split < splits) & (channel < channels)
-    partial_pointer += split.to(tl.int64) * 2 * channels + channel
+    partial_pointer += split.to(tl.int64) * SUMS * channels + channel
     first = tl.load(partial_pointer, mask=inside, other=0)
     second = tl.load(partial_pointer + channels, mask=inside, other=0)
     return precise_sum(first, AXIS), precise_sum(second, AXIS)
@@ -54,11 +79,13 @@ def batch_norm_reduce_kernel(
     residual_pointer,  # what was added before the activation, as x; or None
     mask_pointer,  # the packed bits that the forward pass left; or None
     dz_pointer,  # gradient of the activation's input, as x; or None where the next pass computes it again
-    partial_pointer,  # (splits, 2, channels): sums of dz and of dz * normalised x
+    partial_pointer,  # (splits, 2 or 3, channels): sums of dz and of dz * normalised x
     mean_pointer,  # (channels,)
     variance_pointer,
     weight_pointer,  # (channels,), or None
     bias_pointer,
+    slope_pointer,  # PReLU's slopes, (slopes,), whose gradient's sums then are a third; or None
+    seed_pointer,  # one int64, where dropout followed; or None
     outer: tl.int64,
     channels,
     columns,
@@ -70,6 +97,8 @@ def batch_norm_reduce_kernel(
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    slopes,  # one, or one for each channel; or None
+    last,  # the last random number that is kept; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -84,15 +113,21 @@ def batch_norm_reduce_kernel(
     mean, inverse_deviation, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
-    a = scalar(a, COMPUTE)
+    a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
     sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     products = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    rows: tl.constexpr = 2 if slope_pointer is None else 3
+    if slope_pointer is not None:
+        slope_sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for step in tl.range(first, end, num_stages=STAGES):
         tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
         dz = load(g_pointer, tile, COMPUTE)
+        if seed_pointer is not None:
+            tile_index = (step * channel_blocks + channel_block) * tracks + track
+            dz *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
         x = load(x_pointer, tile, COMPUTE)
         centred = x - mean
         if mask_pointer is not None:
@@ -103,6 +138,8 @@ def batch_norm_reduce_kernel(
             z = centred * scale + bias
             if residual_pointer is not None:
                 z += load(residual_pointer, tile, COMPUTE)
+            if slope_pointer is not None:
+                slope_sums += tl.where(present, prelu_slope_gradient(dz, z), 0.0)
             dz = gradient_from_input(dz, z, a, b, ACTIVATION)
         if dz_pointer is not None:
             store(dz_pointer, tile, dz)
@@ -110,10 +147,12 @@ def batch_norm_reduce_kernel(
         sums += dz
         products += dz * centred
 
-    target = partial_pointer + split * 2 * channels + channel
+    target = partial_pointer + split * rows * channels + channel
     mask = channel < channels
     tl.store(target, precise_sum(sums, AXIS), mask=mask)
     tl.store(target + channels, precise_sum(products, AXIS) * inverse_deviation, mask=mask)
+    if slope_pointer is not None:
+        tl.store(target + 2 * channels, precise_sum(slope_sums, AXIS), mask=mask)
 
 
 @kernel
@@ -128,6 +167,8 @@ def batch_norm_backward_kernel(
     bias_pointer,
     dweight_pointer,  # their gradients; or None
     dbias_pointer,
+    slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
+    seed_pointer,  # one int64, where dropout followed; or None
     outer: tl.int64,
     channels,
     columns,
@@ -141,6 +182,8 @@ def batch_norm_backward_kernel(
     eps: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    slopes,  # one, or one for each channel; or None
+    last,  # the last random number that is kept; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -156,7 +199,8 @@ def batch_norm_backward_kernel(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     if partial_pointer is not None:
-        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, AXIS, HEIGHT, WIDTH)
+        rows: tl.constexpr = 2 if slope_pointer is None else 3
+        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, rows, AXIS, HEIGHT, WIDTH)
         if dweight_pointer is not None:  # noqa: SIM102  # which is known when it is compiled
             if split == 0:
                 element: tl.constexpr = dweight_pointer.dtype.element_ty
@@ -165,7 +209,7 @@ def batch_norm_backward_kernel(
         share = scalar(inverse_count, COMPUTE)
         mean_dz = dbias * share
         slope = dweight * share * inverse_deviation
-    a = scalar(a, COMPUTE)
+    a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
     for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
@@ -173,6 +217,9 @@ def batch_norm_backward_kernel(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
         dx = load(g_pointer, tile, COMPUTE)
+        if seed_pointer is not None:
+            tile_index = (step * channel_blocks + channel_block) * tracks + track
+            dx *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
         if ACTIVATION.saves != "nothing" or partial_pointer is not None:
             x = load(x_pointer, tile, COMPUTE)
             centred = x - mean
@@ -187,8 +234,9 @@ def batch_norm_backward_kernel(
 
 # The pointers of each kernel that may be None.
 _GRADIENTS = frozenset({"dweight", "dbias"})
-_REDUCED = AFFINE | {"residual", "mask", "dz"}
-_OPTIONAL = AFFINE | _GRADIENTS | {"partial"}
+_REDUCED = AFFINE | {"residual", "mask", "dz", "slope", "seed"}
+_TRAINING = AFFINE | _GRADIENTS | {"partial"}
+_OPTIONAL = _TRAINING | {"slope", "seed"}
 
 
 @cache
@@ -201,7 +249,7 @@ def _reduce(
         "reduce",
         *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
         {name: name in given for name in sorted(_REDUCED)},
-        {"+ residual": "residual" in given, "+ mask": "mask" in given},
+        {"+ residual": "residual" in given, "+ mask": "mask" in given, "+ dropout": "seed" in given},
         wide_loads=2 + ("residual" in given),
         wide_stores=int("dz" in given),
     )
@@ -218,7 +266,11 @@ def _gradient(
         "backward",
         *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
         {name: name in given for name in sorted(_OPTIONAL)},
-        {"evaluation": not training, "of the input alone": training and given >= AFFINE and not given >= _GRADIENTS},
+        {
+            "evaluation": not training,
+            "of the input alone": training and given >= AFFINE and not given >= _GRADIENTS,
+            "+ dropout": "seed" in given,
+        },
         wide_loads=2 if training or row is not IDENTITY.row else 1,
         wide_stores=1,
     )
@@ -240,6 +292,10 @@ def _usual_configurations() -> Iterator[Configuration]:
             yield from _plain(dtype, tiling)
     for tiling in common_tilings_of(bfloat16):
         yield from _fused(bfloat16, tiling, ACTIVATIONS["relu"])
+        yield _reduce(bfloat16, tiling, PRELU.row, AFFINE | {"slope"})
+        yield _gradient(bfloat16, tiling, PRELU.row, _TRAINING | {"slope"})
+        yield _reduce(bfloat16, tiling, ACTIVATIONS["relu"], AFFINE | {"seed"})
+        yield _gradient(bfloat16, tiling, ACTIVATIONS["relu"], _TRAINING | {"seed"})
     _, rows = common_tilings_of(bfloat16)
     yield from _plain(torch.float16, rows)
     yield from _plain(bfloat16, rows, bfloat16)
@@ -265,13 +321,13 @@ def _other_configurations() -> Iterator[Configuration]:
 def _plain(dtype: torch.dtype, tiling: Tiling, parameters: torch.dtype | None = None) -> Iterator[Configuration]:
     """Training without an activation."""
     yield _reduce(dtype, tiling, IDENTITY.row, AFFINE, parameters)
-    yield _gradient(dtype, tiling, IDENTITY.row, _OPTIONAL, parameters)
+    yield _gradient(dtype, tiling, IDENTITY.row, _TRAINING, parameters)
 
 
 def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
     """Training with an activation, alone and after a residual."""
     yield _reduce(dtype, tiling, row, AFFINE)
-    yield _gradient(dtype, tiling, row, _OPTIONAL)
+    yield _gradient(dtype, tiling, row, _TRAINING)
     yield _reduce(dtype, tiling, row, AFFINE | {"dz", "mask" if row.saves == "mask" else "residual"})
 
 
@@ -289,18 +345,23 @@ def batch_norm_reduce(
     bias: Tensor | None,
     eps: float,
     activation: Activated,
+    *,
+    slopes: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of dz, the gradient before the activation, and of dz * normalised x: of parts of each channel.
 
-    They are (splits, 2, channels).  With a residual or the mask, whose activation's input can't be computed from ``x``
-    alone, also dz itself.
+    They are (splits, 2, channels); with PReLU's ``slopes`` those of their gradient are a third.  With a residual or the
+    mask, whose activation's input can't be computed from ``x`` alone, also dz itself.
     """
     x = dense(x)
     dz = torch.empty_like(x) if residual is not None or mask is not None else None
+    sums = 2 if slopes is None else 3
     if not x.numel():
-        return torch.zeros((1, 2, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
+        return torch.zeros((1, sums, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
     plan = plan_of(x)
-    partial = torch.empty((plan.splits, 2, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    partial = torch.empty((plan.splits, sums, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     parameters = parameter_type(x.dtype, weight, bias)
     mean, variance = as_type(partial.dtype, mean, variance)
     weight, bias = as_type(parameters, *both_or_neither(weight, bias))
@@ -315,10 +376,13 @@ def batch_norm_reduce(
         "variance": variance,
         "weight": weight,
         "bias": bias,
+        "slope": None if slopes is None else slopes.contiguous(),
+        "seed": seed,
     }
     given = frozenset(name for name in _REDUCED if pointers[name] is not None)
     configuration = _reduce(x.dtype, plan.tiling, activation.row, given, parameters)
-    launch_over(configuration, plan, tuple(pointers.values()), eps, activation.a, activation.b)
+    scalars = (eps, activation.a, activation.b, *options(slopes, seed, p))
+    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return partial, dz
 
 
@@ -335,6 +399,9 @@ def batch_norm_backward(
     activation: Activated,
     *,
     affine: bool,
+    slopes: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the input and, where ``affine``, of weight and bias, in the type of the weight.
 
@@ -367,10 +434,12 @@ def batch_norm_backward(
         "bias": bias,
         "dweight": dweight,
         "dbias": dbias,
+        "slope": None if slopes is None else slopes.contiguous(),
+        "seed": seed,
     }
     splits = 0 if partial is None else partial.shape[0]
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
     configuration = _gradient(x.dtype, plan.tiling, activation.row, given, parameters)
-    scalars = (splits, inverse_count, eps, activation.a, activation.b)
+    scalars = (splits, inverse_count, eps, activation.a, activation.b, *options(slopes, seed, p))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return dx, *as_type(kind or parameters, dweight, dbias)

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation, batch_norm_act, begin_batch_norm
+from ..autograd.batch_norm_chain import batch_norm_chain
 from .compound import Compound
 from .twin import Twin, is_untouched, tensors_of
 
@@ -77,6 +78,16 @@ def forward(
         activation=activation,
         activation_parameters=activation_parameters,
     )
+
+
+def forward_chain(layer: _BatchNorm, input: Tensor, **options: Any) -> Tensor:
+    """dropout(activation(layer(x))), with ``options`` as of `batch_norm_chain`."""
+    layer._check_input_dim(input)
+    count_batch(layer)
+    momentum, batches = weight_of_batch(layer)
+    vectors = (*running_statistics(layer), layer.weight, layer.bias)
+    rest = (uses_batch_statistics(layer), momentum, layer.eps)
+    return batch_norm_chain(input, *vectors, *rest, batches=batches, **options)
 
 
 def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Callable[..., Tensor]:

@@ -288,6 +288,16 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         IMAGES,
         {"0": "1", "2": "3"},
     ),
+    "conv, norm, PReLU": (
+        lambda: Block(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.PReLU(3), nn.BatchNorm2d(3, affine=False), nn.PReLU()),
+        IMAGES,
+        {"0": "1, 2", "3": "4"},
+    ),
+    "linear, norm, act, dropout": (
+        lambda: Block(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0), nn.BatchNorm1d(4), nn.Dropout(0)),
+        ROWS,
+        {"0": "1, 2, 3", "4": "5"},
+    ),
     "conv, act, dropout": (
         lambda: Block(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Dropout2d(0.0), nn.Conv2d(3, 2, 1), nn.SiLU(), nn.Dropout(0.0)),
         IMAGES,

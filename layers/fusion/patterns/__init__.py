@@ -3,12 +3,20 @@
 They are tried in this order, as of ``docs/adding-a-pattern.md``.
 """
 
-from . import conv, conv_dropout, formula, gate, linear, maxout, norm
+from . import conv, conv_dropout, formula, gate, linear, maxout, norm, norm_dropout
 from .pattern import Pattern
 
 __all__ = ["PATTERNS"]
 
 PATTERNS: tuple[Pattern, ...] = (
-    *(conv_dropout.PATTERN, conv.PATTERN, norm.PATTERN, linear.PATTERN, maxout.POOLING, maxout.VIEW),
-    *(formula.PATTERN, gate.PATTERN),
+    *(
+        norm_dropout.PATTERN,
+        conv_dropout.PATTERN,
+        conv.PATTERN,
+        norm.PATTERN,
+        linear.PATTERN,
+        maxout.POOLING,
+        maxout.VIEW,
+    ),
+    *(maxout.POOLING, maxout.VIEW, formula.PATTERN, gate.PATTERN),
 )

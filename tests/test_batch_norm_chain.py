@@ -1,0 +1,230 @@
+"""Batch norm with PReLU or another activation, and dropout behind it, in batch norm's own passes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.device import FLOAT_DTYPES
+from torch import Tensor
+
+from fusednn import kernels
+from fusednn.autograd.batch_norm_chain import batch_norm_chain
+from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.instruments.saved_tensors import saved_tensors
+from fusednn.kernels.functions.activation import PRELU
+from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
+
+if kernels.INTERPRETING:
+    from fusednn.instruments.traffic import measure_traffic
+
+pytestmark = pytest.mark.kernels
+
+EPS = 1e-3
+SHAPES = [(40, 7), (3, 16, 5), (2, 3, 7, 7), (2, 3, 3, 4, 2), (4, 2, 700)]
+
+
+def functions(training: bool, channels: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours and stock's, of the input, weight, bias and slopes; the running statistics are their own."""
+
+    def running(x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype if x.dtype.itemsize > 2 else torch.float32
+        return torch.linspace(-1, 1, channels).to(x.device, dtype), torch.linspace(0.5, 2, channels).to(x.device, dtype)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, slopes: Tensor) -> Tensor:
+        return batch_norm_chain(x, *running(x), weight, bias, training, 0.1, EPS, slopes=slopes)
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor, slopes: Tensor) -> Tensor:
+        return F.prelu(F.batch_norm(x, *running(x), weight, bias, training, 0.1, EPS), slopes)
+
+    return ours, stock
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype, slopes: int, device: str) -> tuple[list[Tensor], Tensor]:
+    x, gradient = (random_tensor(shape, dtype, device, seed) for seed in (0, 1))
+    parameter = dtype if dtype.itemsize > 2 else torch.float32
+    weight, bias = (random_tensor(shape[1:2], parameter, device, seed) for seed in (2, 3))
+    return [x, weight, bias, torch.linspace(-0.5, 0.9, slopes, dtype=dtype, device=device)], gradient
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.thorough)])
+def test_shapes(shape: tuple[int, ...], training: bool, device: str) -> None:
+    tensors, gradient = operands(shape, torch.float32, shape[1], device)
+    check_against_stock(*functions(training, shape[1]), tensors, gradient)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.smoke
+def test_one_slope_in_every_dtype(dtype: torch.dtype, training: bool, device: str) -> None:
+    tensors, gradient = operands((5, 6, 30), dtype, 1, device)
+    check_against_stock(*functions(training, 6), tensors, gradient)
+
+
+@pytest.mark.parametrize(
+    "layout", ["channels_last", *(pytest.param(name, marks=pytest.mark.thorough) for name in LAYOUTS)]
+)
+def test_layouts(layout: str, device: str) -> None:
+    (x, *others), gradient = operands((3, 6, 5, 4), torch.float32, 6, device)
+    check_against_stock(*functions(True, 6), [LAYOUTS[layout](x), *others], gradient)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives(training: bool, device: str) -> None:
+    tensors, _ = operands((3, 2, 2), torch.float64, 2, device)
+    torch.autograd.gradgradcheck(functions(training, 2)[0], [leaf(tensor) for tensor in tensors], fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_only_where_needed(wanted: tuple[int, ...], training: bool, device: str) -> None:
+    tensors, gradient = operands((4, 6, 9), torch.float32, 1, device)
+    results = []
+    for function in functions(training, 6):
+        given = [leaf(tensor) if place in wanted else tensor for place, tensor in enumerate(tensors)]
+        results.append(torch.autograd.grad(function(*given), [given[place] for place in wanted], gradient))
+    torch.testing.assert_close(*results)
+
+
+def test_running_statistics_are_stocks(device: str) -> None:
+    x, weight, bias, slopes = operands((4, 6, 9), torch.float32, 6, device)[0]
+    batches = torch.tensor(3, device=device)
+    for momentum, counted in ((0.25, None), (None, batches)):
+        ours, stock = ([torch.zeros(6, device=device), torch.ones(6, device=device)] for _ in range(2))
+        batch_norm_chain(x, *ours, weight, bias, True, momentum or 0.0, EPS, batches=counted, slopes=slopes)
+        F.batch_norm(x, *stock, weight, bias, True, momentum or 1 / 3, EPS)
+        torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"slopes": torch.ones(2)}, "the slopes are neither one nor one per channel"),
+        ({"slopes": torch.ones(6).double()}, "operands differ in dtype, device or layout"),
+        ({"input": torch.ones(1, 6)}, "one value per channel"),
+        ({"running_mean": None, "running_var": None, "training": False}, "running statistics are missing"),
+    ],
+)
+def test_what_goes_to_stock(change: dict[str, object], reason: str, device: str) -> None:
+    given = {"input": torch.ones(3, 6), "running_mean": torch.zeros(6), "running_var": torch.ones(6)}
+    given |= {"weight": None, "bias": None, "slopes": torch.ones(6), "training": True, "momentum": 0.1, "eps": EPS}
+    given = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in (given | change).items()}
+    choices: list[Choice] = []
+    with observe_choices(choices.append), pytest.raises((RuntimeError, ValueError)):
+        batch_norm_chain(**given)
+    assert [choice.reason for choice in choices] == [reason]
+
+
+@pytest.mark.parametrize("slopes", [1, 6])
+def test_operators_describe_themselves(slopes: int, device: str) -> None:
+    (x, weight, bias, weights), _ = operands((3, 6, 5), torch.float32, slopes, device)
+    ops, mean, variance = torch.ops.fusednn, torch.zeros(6, device=device), torch.ones(6, device=device)
+    vectors = (mean, variance, weight, bias, weights, None, EPS, *PRELU.arguments, 0.0)
+    training = (x, mean.clone(), variance.clone(), None, 0.1, *vectors[2:])
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.batch_norm_chain_training.default, training, test_utils=utilities)
+    torch.library.opcheck(ops.batch_norm_chain.default, (x, *vectors), test_utils=utilities)
+    torch.library.opcheck(ops.batch_norm_chain_reduce.default, (x, x, *vectors), test_utils=utilities)
+    partial = ops.batch_norm_chain_reduce(x, x, *vectors)
+    torch.library.opcheck(ops.batch_norm_chain_backward.default, (x, x, partial, *vectors), test_utils=utilities)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_as_many_bytes_as_batch_norm_alone(memory_format: torch.memory_format, device: str) -> None:
+    """Twice read and once written; backward read twice with the gradient, and written.  The input is kept."""
+    tensors, gradient = operands((8, 16, 16, 16), torch.float32, 16, device)
+    x, weight, bias, slopes = map(leaf, (tensors[0].to(memory_format=memory_format), *tensors[1:]))
+    gradient = gradient.to(memory_format=memory_format)
+    size = x.numel() * x.itemsize
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, slopes=slopes)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, weight, bias, slopes), gradient)
+    statistics = sum(launch.stored_bytes for launch in forward.kernel_launches) - size
+    assert 3 * size <= forward.bytes <= 3.1 * size + 4 * statistics
+    assert 5 * size <= backward.bytes <= 5.3 * size
+    assert (forward.launches, backward.launches) == (2, 2)
+    assert saved.bytes_beside(x, weight, bias, slopes) <= 2 * 16 * 4
+
+
+# --- Dropout ----------------------------------------------------------------------------------------------------------
+
+P = 0.3
+
+
+def dropping_functions(name: str, like: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours, with one mask at every call, and stock's chain given that mask."""
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(11)
+        return batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, activation=name, p=P)
+
+    ones = torch.ones(like.shape[1], device=like.device)
+    torch.manual_seed(11)
+    kept = batch_norm_chain(torch.ones_like(like), ones, ones, None, ones, False, 0.1, EPS, p=P) != 0
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+        return getattr(F, name)(y) * (kept.to(x.dtype) / (1 - P))
+
+    return ours, stock
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["relu", pytest.param("gelu", marks=pytest.mark.thorough)])
+def test_dropout_behind_norm_and_activation(shape: tuple[int, ...], name: str, device: str) -> None:
+    (x, weight, bias, _), gradient = operands(shape, torch.float32, 1, device)
+    check_against_stock(*dropping_functions(name, x), [x, weight, bias], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dropout_in_16_bits(dtype: torch.dtype, device: str) -> None:
+    (x, weight, bias, _), gradient = operands((6, 8, 5, 5), dtype, 1, device)
+    x, gradient = (one.to(memory_format=torch.channels_last) for one in (x, gradient))
+    check_against_stock(*dropping_functions("silu", x), [x, weight, bias], gradient)
+
+
+def test_dropout_drops_as_many_as_it_should(device: str) -> None:
+    x = random_tensor((64, 256), torch.float32, device)
+    y = batch_norm_chain(x, None, None, None, None, True, 0.1, EPS, activation="sigmoid", p=P)
+    assert abs((y == 0).float().mean().item() - P) < 0.02
+    whole = F.batch_norm(x, None, None, training=True, eps=EPS).sigmoid() / (1 - P)
+    torch.testing.assert_close(y, torch.where(y == 0, y, whole))
+
+
+def test_second_derivatives_with_dropout(device: str) -> None:
+    (x, weight, bias, _), gradient = operands((5, 3), torch.float32, 1, device)
+    results = []
+    for function in dropping_functions("silu", x):
+        leaves = [leaf(one) for one in (x, weight, bias)]
+        (first,) = torch.autograd.grad(function(*leaves), leaves[:1], gradient, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), leaves))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_where_dropout_goes_to_stock(device: str) -> None:
+    x = random_tensor((6, 4), torch.float32, device)
+    reasons = []
+    for one, p in ((x, 1.0), (x.double(), P)):
+        choices: list[Choice] = []
+        with observe_choices(choices.append):
+            y = batch_norm_chain(one, None, None, None, None, True, 0.1, EPS, activation="relu", p=p)
+        assert (y == 0).all() == (p == 1)
+        reasons += [choice.reason for choice in choices]
+    assert reasons == ["everything is dropped", "dropout behind a norm in float64"]
+
+
+@pytest.mark.interpreter
+def test_dropout_moves_and_keeps_no_more(device: str) -> None:
+    x, weight, bias, _ = map(leaf, operands((256, 64), torch.float32, 1, device)[0])
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, activation="relu", p=P)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, weight, bias), torch.ones_like(x))
+    size = x.numel() * x.itemsize
+    assert 3 * size <= forward.bytes <= 3.3 * size
+    assert 5 * size <= backward.bytes <= 5.5 * size
+    assert [operation.name for operation in forward.operations] == ["randint"]
+    assert saved.bytes_beside(x, weight, bias) <= 2 * 64 * 4 + 8
