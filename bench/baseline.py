@@ -2,7 +2,8 @@
 
 Bytes and launches of every counted case; registers and spills of every shipped configuration that isn't rare, for
 sm_90; sectors, waves of shared memory and instructions of a representative size of each family, on the virtual GPU;
-launches over a driver that does nothing, and which of them Triton and PyTorch's dispatcher had a part in.  Tests fail
+launches over a driver that does nothing, and which of them Triton and PyTorch's dispatcher had a part in; instructions
+for a thousand elements, and spills, of a few launches at sizes that networks have.  Tests fail
 where one is worse than ``baseline.json``, so that a change which makes it worse has to say so there.  What Triton has
 compiled before it takes from its cache: after a small change, and when interrupted, little is done again.
 """
@@ -30,6 +31,7 @@ FIGURES = {
     "compiled": ("registers", "spills"),
     "executed": ("sectors", "waves", "instructions"),
     "host": ("launches", "prepared", "dispatched"),
+    "instructions": ("instructions", "spills"),
 }
 
 Entries = dict[str, list[int]]
@@ -143,11 +145,18 @@ def _host() -> Entries:
     return entries
 
 
+def _instructions() -> Entries:
+    from instructions import entries
+
+    return entries()
+
+
 _PARTS: dict[str, Callable[[], Entries]] = {
     "counted": _counted,
     "compiled": _compiled,
     "executed": _executed,
     "host": _host,
+    "instructions": _instructions,
 }
 #: Where kernels run in each, as Triton and the tests are told.
 _MODES = {
@@ -155,6 +164,7 @@ _MODES = {
     "compiled": {"TRITON_INTERPRET": "0"},
     "executed": {"TRITON_INTERPRET": "0", "FUSEDNN_VGPU": "80"},
     "host": {"TRITON_INTERPRET": "0"},
+    "instructions": {"TRITON_INTERPRET": "0"},
 }
 
 

@@ -1,8 +1,9 @@
-"""Predict device times from bytes and operations: ``python -m fusednn bench predict [-o FILE]``.  Needs no GPU.
+"""Predict device times from what is moved and computed: ``python -m fusednn bench predict [-o FILE]``.  Needs no GPU.
 
-A prediction is max(bytes / copy rate, operations / matrix rate), with the rates of ``machine.json``.  Cases are those
-of a quick run which are large enough for a GPU's rates to decide, and whose products, if any, are of the type that the
-matrix rate is of.
+A prediction is the largest of bytes / copy rate, operations / matrix rate, and, of ours, the time of the instructions
+of our kernels: see `fusednn_bench.instructions`.  The rates are those of ``machine.json``.  Cases are those of a quick
+run which are large enough for a GPU's rates to decide, and whose products, if any, are of the type that the matrix rate
+is of.
 """
 
 # ruff: noqa: E402
@@ -17,12 +18,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # whoever imports this has decided
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # the traffic meter is the interpreter's
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH))
 
+from fusednn_bench.launched import take_cpu_tensors
+
+if __name__ == "__main__":  # whoever imports this has decided
+    os.environ.pop("TRITON_INTERPRET", None)
+    take_cpu_tensors()
+
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
+from fusednn_bench.instructions import seconds_of
 from fusednn_bench.results import new_result, save_result
 from fusednn_bench.steps import StepCase, eager_step_work
 
@@ -55,12 +61,15 @@ def predictions(machine: Machine) -> Iterator[dict[str, Any]]:
     for path in sorted(BENCH.glob("bench_*.py")):
         for case in import_module(path.stem).timed_cases(full=False):
             if isinstance(case, StepCase):
-                yield from _pair(case.record, case.budget(), eager_step_work(case), machine)
+                seconds = seconds_of(case, machine)["step"]
+                yield from _pair(case.record, case.budget(), eager_step_work(case), seconds, machine)
             elif isinstance(case, Case) and case.budget("forward_backward") >= LARGE_BYTES:
                 yield from _of_case(case, machine)
 
 
 def _of_case(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
+    seconds = seconds_of(case, machine)
+    seconds["forward_backward"] = sum(seconds.values())
     for direction in DIRECTIONS:
         if direction != "forward_backward" and not case.budget("backward"):
             continue  # gradients are made on the way forward: neither direction compares with eager's
@@ -71,19 +80,21 @@ def _of_case(case: Case, machine: Machine) -> Iterator[dict[str, Any]]:
             def record(contestant: str, direction: Any = direction) -> dict[str, Any]:
                 return case.record(contestant, direction)
 
-            yield from _pair(record, budget, work, machine)
+            yield from _pair(record, budget, work, seconds[direction], machine)
 
 
-def _pair(record: Any, budget: float, work: Work, machine: Machine) -> Iterator[dict[str, Any]]:
-    for contestant, moved in (("fusednn", budget), ("eager", work.bytes)):
+def _pair(record: Any, budget: float, work: Work, seconds: float, machine: Machine) -> Iterator[dict[str, Any]]:
+    """Of fusednn, whose instructions take so many ``seconds``, and of eager, whose instructions aren't known."""
+    for contestant, moved, executed in (("fusednn", budget, seconds), ("eager", work.bytes, 0.0)):
         memory = moved / machine["copy_bytes_per_second"]
         products = work.operations / machine["matrix_operations_per_second"]
         yield {
             **record(contestant),
             "bytes": moved,
             "operations": work.operations,
-            "operations_bound": products > memory,
-            "predicted_us": 1e6 * max(memory, products),
+            "operations_bound": products > max(memory, executed),
+            "instructions_us": 1e6 * executed,
+            "predicted_us": 1e6 * max(memory, products, executed),
         }
 
 

@@ -71,6 +71,17 @@ def test_the_host_does_no_more() -> None:
         assert not (worse := complaint("host", name, *figures)), worse
 
 
+@pytest.mark.compiles
+@pytest.mark.thorough
+def test_kernels_execute_no_more() -> None:
+    if not applies("triton"):
+        pytest.skip("the baseline is another Triton's")
+    entries = baseline._in_another_process("instructions")
+    assert set(entries) == set(committed()["instructions"]), RENEW
+    for name, figures in entries.items():
+        assert not (worse := complaint("instructions", name, *figures)), worse
+
+
 @pytest.mark.parametrize(
     ("now", "before", "worse"),
     [

@@ -123,6 +123,19 @@ def compiled() -> dict[str, Any]:
 
 
 @pytest.fixture
+def instructions() -> dict[str, Any]:
+    result = _new("instructions", machine={"name": "A machine"})
+    figures = {"programs": 8, "threads": 128, "registers": 40, "spills": 0, "bytes": 4000, "elements": 1000}
+    executed = {"instructions": 5.0, "instructions_by_pipe": {"ALU": 3.0, "others": 2.0}, "once": 9, "each": 0}
+    ratios = {"issue_over_bytes": 0.5, "busiest_pipe": "ALU", "busiest_over_bytes": 0.8}
+    there = {"trips": 0, "programs_at_once": 4.0, "bytes_in_flight": 4096, "configuration": "relu forward"}
+    result["cases"] = [
+        _case("fusednn", direction, **figures, **executed, **ratios, **there) for direction in ("forward", "backward")
+    ]
+    return result
+
+
+@pytest.fixture
 def memory() -> dict[str, Any]:
     kept = {"eager": 1000, "compile": 900, "checkpoint": 100, "fusednn": 800, "fusednn-recompute": 500}
     result = _new("memory")
@@ -253,7 +266,12 @@ def test_falsified_counts_and_predictions_are_refused(
         (counted, ("cases", 0, "launches"), 0, "launches 0 is no number above 0"),
         (counted, ("cases", 0, "launches"), 2, "launches are not those of kernels and operators"),
         (counted, ("cases", 0, "bytes"), None, "bytes None is no number"),
-        (predicted, ("cases", 0, "predicted_us"), 1.0, "predicted 1.0 us don't follow from bytes and operations"),
+        (
+            predicted,
+            ("cases", 0, "predicted_us"),
+            1.0,
+            "predicted 1.0 us don't follow from bytes, operations and instructions",
+        ),
         (predicted, ("cases", 0, "bytes"), 4e6, "don't follow"),
         (predicted, ("settings", "machine"), None, "no machine"),
         (predicted, ("settings", "machine", "copy_bytes_per_second"), -1, "no machine"),
@@ -484,6 +502,14 @@ def test_what_was_not_timed_says_so(
     assert "No GPU has run" in render.summary({"c": counted}, load_goals())
 
 
+def test_instructions_are_shown(instructions: dict[str, Any]) -> None:
+    assert schema.problems(instructions) == []
+    row = next(line for line in render.render({"i": instructions}, []).splitlines() if line.startswith("| relu forw"))
+    assert [cell.strip() for cell in row.split("|")[4:9]] == ["5.00", "3.00", "0.50", "ALU", "**0.80**"]
+    instructions["cases"][0]["instructions_by_pipe"]["ALU"] = 2.0
+    assert schema.problems(instructions) == ["case 0: instructions are not those of the pipes"]
+
+
 def test_memory_is_judged_and_shown(memory: dict[str, Any]) -> None:
     goals = [
         Goal("kept", (NETWORKS[0].name,), "training_step", ("small",), "memory", "eager", at_most=0.6, of=RECOMPUTE),
@@ -509,9 +535,14 @@ def test_memory_is_judged_and_shown(memory: dict[str, Any]) -> None:
 
 
 def test_plots_of_each_kind(
-    result: dict[str, Any], counted: dict[str, Any], predicted: dict[str, Any], memory: dict[str, Any], tmp_path: Path
+    result: dict[str, Any],
+    counted: dict[str, Any],
+    predicted: dict[str, Any],
+    memory: dict[str, Any],
+    instructions: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    for kind in (result, counted, predicted, memory):
+    for kind in (result, counted, predicted, memory, instructions):
         drawn = plots.draw_plots(kind, f"{kind['kind']}.json", tmp_path)
         assert [plot.name for plot in drawn] == plots.plot_names(kind, f"{kind['kind']}.json") != []
         for plot in drawn:

@@ -358,11 +358,15 @@ def test_eagers_products_and_dropout_are_those_of_a_gpu() -> None:
     assert eager_work(dropout)["forward"].bytes == 5 * dropout.numel  # in and out in 2 bytes, and a mask of 1
 
 
-def test_predictions_are_bounds_of_memory_and_products() -> None:
+def test_predictions_are_bounds_of_memory_products_and_instructions() -> None:
     machine = {"copy_bytes_per_second": 1e12, "matrix_operations_per_second": 1e14}
-    ours, eager = predict._pair(lambda name: {"contestant": name}, 2e6, Work(4_000_000, 300_000_000), machine)
+    work = Work(4_000_000, 300_000_000)
+    ours, eager = predict._pair(lambda name: {"contestant": name}, 2e6, work, 2e-6, machine)
     assert (ours["predicted_us"], ours["operations_bound"]) == (pytest.approx(3.0), True)
     assert (eager["predicted_us"], eager["operations_bound"]) == (pytest.approx(4.0), False)
+    ours, eager = predict._pair(lambda name: {"contestant": name}, 2e6, work, 5e-6, machine)
+    assert (ours["predicted_us"], ours["operations_bound"]) == (pytest.approx(5.0), False)
+    assert (eager["predicted_us"], eager["instructions_us"]) == (pytest.approx(4.0), 0)
 
 
 @pytest.mark.compiles

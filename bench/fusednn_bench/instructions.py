@@ -19,7 +19,7 @@ from fusednn.benchmark.cases import Case, forward, gradients, make_inputs
 from .launched import Launched, launches_of
 from .steps import StepCase
 
-__all__ = ["Call", "calls_of", "execution_of", "records_of"]
+__all__ = ["Call", "calls_of", "execution_of", "records_of", "seconds_of"]
 
 TARGET = "sm_90"
 _LEAST = 1 / 64  # of a call's bytes: smaller launches (sums of partial results) don't count
@@ -199,10 +199,27 @@ def records_of(case: Case | StepCase, machine: Machine) -> Iterator[dict[str, An
                 yield {**call.record, **_record(launched, call.record, machine)}
 
 
+def seconds_of(case: Case | StepCase, machine: Machine) -> dict[str, float]:
+    """The least time that the instructions of each direction take, one launch after another."""
+    return {
+        call.record["direction"]: sum(
+            execution.seconds(machine, max(execution.cycles, key=execution.cycles.__getitem__))
+            for launched in call.launches
+            for execution in [execution_of(launched, *_extent(launched, call.record))]
+        )
+        for call in calls_of(case)
+    }
+
+
+def _extent(launched: Launched, of_call: Mapping[str, Any]) -> tuple[int, float]:
+    """Elements and bytes that a launch is about.  Optimizers reach their tensors by addresses, in one launch."""
+    if of_call["direction"] == "step":
+        return of_call["shape"][-1], of_call["budget_bytes"]
+    return launched.elements, launched.bytes
+
+
 def _record(launched: Launched, of_call: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
-    step = of_call["direction"] == "step"
-    moved = of_call["budget_bytes"] if step else launched.bytes
-    elements = of_call["shape"][-1] if step else launched.elements
+    elements, moved = _extent(launched, of_call)
     execution = execution_of(launched, elements, moved)
     memory = moved / machine["copy_bytes_per_second"]
     warps = execution.programs * execution.threads / 32

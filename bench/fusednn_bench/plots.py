@@ -12,7 +12,7 @@ from typing import Any
 from fusednn.benchmark.quantiles import median
 
 from .memory_table import MEMORY_COLUMNS, kept_shares
-from .tables import by_contestant, copy_rate, product_rate
+from .tables import MOST_ISSUE, by_contestant, copy_rate, product_rate
 
 __all__ = ["digest_of_plot", "draw_plots", "plot_digest", "plot_names"]
 
@@ -68,7 +68,8 @@ def _plots(result: _Result) -> Iterator[tuple[str, Callable[[_Result, Any], None
         yield "saved-activation-memory", _saved_memory
     elif kind == "predicted":
         yield "ratio-by-size", _predicted_ratio
-        yield "roofline", _roofline
+    elif kind == "instructions":
+        yield "issue-against-bytes", _issue_ratios
     elif kind == "memory":
         yield "kept-activations", _kept
 
@@ -164,20 +165,16 @@ def _percent_of_copy(result: _Result, figure: Any) -> None:
 
 def _roofline(result: _Result, figure: Any) -> None:
     """Operations of matrix products a second over operations a byte, under what the device can do at best."""
-    if result["kind"] == "timed":
-        copy, matrix = copy_rate(result), product_rate(result)
-        title = f"Roofline, {result['environment']['device']}"
-    else:
-        machine = result["settings"]["machine"]
-        copy, matrix = (machine[key] / 1e6 for key in ("copy_bytes_per_second", "matrix_operations_per_second"))
-        title = f"Prediction, not a measurement: roofline of {machine['name']}"
+    copy, matrix = copy_rate(result), product_rate(result)
+    title = f"Roofline, {result['environment']['device']}"
     axes = _axes(figure, title, "operations of matrix products a byte", "TFLOP/s")
     points: _Points = {}
     for record in result["cases"]:
         if record["contestant"] == "fusednn" and record["operations"]:
-            moved = record.get("bytes") or record["budget_bytes"]
-            microseconds = record.get("predicted_us") or median(record["device_us"])
-            place = (record["operations"] / moved, record["operations"] / microseconds / 1e6)
+            place = (
+                record["operations"] / record["budget_bytes"],
+                record["operations"] / median(record["device_us"]) / 1e6,
+            )
             points.setdefault(record["family"], []).append(place)
     intensities = [2.0**-2, matrix / copy, 2.0**14]
     axes.plot(intensities, [min(copy * x, matrix) / 1e6 for x in intensities], color="#999999", linewidth=1)
@@ -238,17 +235,42 @@ def _kept(result: _Result, figure: Any) -> None:
 
 
 def _byte_ratios(result: _Result, figure: Any) -> None:
-    pairs = {
-        operation: (1.0, sum(eager) / sum(ours))
+    ratios = {
+        operation: sum(eager) / sum(ours)
         for operation, directions in _both_directions(result).items()
         for ours, eager in [tuple(zip(*directions, strict=True))]
     }
-    axes = _axes(figure, "Bytes that eager PyTorch moves, over fusednn's", "", "both directions together, counted")
-    colours = [OURS if ratio >= 1 else EAGER for _, ratio in pairs.values()]
-    axes.bar(range(len(pairs)), [ratio for _, ratio in pairs.values()], 0.8, color=colours)
-    axes.axhline(1, color="#999999", linewidth=1)
-    axes.set_xticks(range(len(pairs)), list(pairs), rotation=90, fontsize=5)
-    axes.margins(x=0.01)
+    title = "Bytes that eager PyTorch moves, over fusednn's: both directions together, counted"
+    _sorted_bars(figure, ratios, title, 1, lambda ratio: ratio >= 1)
+
+
+def _issue_ratios(result: _Result, figure: Any) -> None:
+    """In 16 bits, where instructions weigh the most; of a call's launches the one that they bind the most."""
+    ratios: dict[str, float] = {}
+    for case in result["cases"]:
+        if case["dtype"] == "bf16":
+            name = f"{case['operation']} {case['direction']} {'x'.join(map(str, case['shape']))}"
+            ratios[name] = max(case["issue_over_bytes"], ratios.get(name, 0.0))
+    machine = result["settings"]["machine"]["name"]
+    title = f"Time of the instructions over that of the bytes, bf16, {machine}: memory binds below {MOST_ISSUE}"
+    _sorted_bars(figure, ratios, title, MOST_ISSUE, lambda ratio: ratio <= MOST_ISSUE)
+
+
+def _sorted_bars(
+    figure: Any, values: Mapping[str, float], title: str, limit: float, good: Callable[[float], bool]
+) -> None:
+    """A horizontal bar for each, the longest on top, on both sides of a ``limit``."""
+    figure.set_size_inches(8, 1 + 0.14 * len(values))
+    axes = _axes(figure, title, "", "")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    ordered = sorted(values.items(), key=lambda item: item[1])
+    colours = [OURS if good(value) else EAGER for _, value in ordered]
+    bars = axes.barh(range(len(ordered)), [value for _, value in ordered], 0.8, color=colours)
+    axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize=6)
+    axes.axvline(limit, color="#999999", linewidth=1)
+    axes.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=6)
+    axes.margins(y=0.005)
 
 
 def _both_directions(result: _Result) -> dict[str, list[tuple[float, float]]]:

@@ -132,10 +132,11 @@ def _predicted(result: Mapping[str, Any], name: str) -> str:
     machine = result["settings"]["machine"]
     parts = [
         "## Predictions, not measurements",
-        "Predicted device time = max(bytes / copy rate, operations / matrix rate), of a call as a whole: a bound that "
-        "no contestant reaches, without launches, caches, occupancy or arithmetic beside the matrix products. Our "
-        "bytes are the budget that the traffic meter holds the kernels to; eager's are those of its ATen operators at "
-        "that shape.",
+        "Predicted device time = max(bytes / copy rate, operations / matrix rate, time of the instructions), of a call "
+        "as a whole: a bound that no contestant reaches, without launches, caches or occupancy. Our bytes are the "
+        "budget that the traffic meter holds the kernels to, our instructions those of the machine code, at the rate "
+        "of the pipe that is busy the longest; eager's bytes are those of its ATen operators at that shape, and its "
+        "instructions aren't known: where it is bound by them, too, the ratio is better than it looks.",
         f"{_origin(result, name)}\n- Machine: {machine['name']}: {machine['copy_bytes_per_second'] / 1e12:g} TB/s, "
         f"{machine['matrix_operations_per_second'] / 1e12:g} TFLOP/s. {machine['source']}",
         predicted_table(result["cases"]),

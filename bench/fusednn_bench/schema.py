@@ -184,9 +184,9 @@ def _prediction_problems(case: Mapping[str, Any], result: Mapping[str, Any]) -> 
     machine = (result.get("settings") or {}).get("machine") or {}
     copy, matrix = (machine.get(f"{name}_per_second") for name in ("copy_bytes", "matrix_operations"))
     if _positive([copy, matrix]) and _is_number(case.get("operations")):
-        expected = 1e6 * max(case["bytes"] / copy, case["operations"] / matrix)
+        expected = max(1e6 * case["bytes"] / copy, 1e6 * case["operations"] / matrix, case.get("instructions_us", 0.0))
         if not _close(case["predicted_us"], expected):
-            yield f"predicted {case['predicted_us']} us don't follow from bytes and operations"
+            yield f"predicted {case['predicted_us']} us don't follow from bytes, operations and instructions"
 
 
 def _close(stated: Any, value: float) -> bool:

@@ -110,7 +110,8 @@ def predicted_table(cases: Iterable[_Record]) -> str:
     rows = []
     for key, records in by_contestant(cases).items():
         ours, eager = records["fusednn"], records["eager"]
-        bound = "products" if ours["operations_bound"] else "memory"
+        by_instructions = ours["predicted_us"] == ours.get("instructions_us")
+        bound = "instructions" if by_instructions else "products" if ours["operations_bound"] else "memory"
         megabytes = [record["bytes"] / 1e6 for record in (ours, eager)]
         times = [record["predicted_us"] for record in (ours, eager)]
         rows.append((_name(key), *megabytes, ours["operations"] / 1e9, *times, _ratio(times[1] / times[0]), bound))
