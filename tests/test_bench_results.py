@@ -506,7 +506,7 @@ def test_instructions_are_shown(instructions: dict[str, Any]) -> None:
     assert schema.problems(instructions) == []
     row = next(line for line in render.render({"i": instructions}, []).splitlines() if line.startswith("| relu forw"))
     assert [cell.strip() for cell in row.split("|")[4:9]] == ["5.00", "3.00", "0.50", "ALU", "**0.80**"]
-    instructions["cases"][0]["instructions_by_pipe"]["ALU"] = 2.0
+    instructions["cases"][0]["instructions"] = 6.0
     assert schema.problems(instructions) == ["case 0: instructions are not those of the pipes"]
 
 

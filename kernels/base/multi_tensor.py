@@ -14,8 +14,9 @@ n each        float64 scalars of each tensor  seldom: they are what a tensor's d
 m             tensor and chunk of a program   never for given tensors
 ============  ==============================  =====================================================================
 
-A row is uploaded when it changed.  While a CUDA graph is captured everything goes to fresh memory that is never written
-again, since the graph will read it whenever it is replayed.
+A row is uploaded when it changed, behind what other streams still read of it.  While a CUDA graph is captured
+everything goes to memory that no later step writes to, since the graph will read it whenever it is replayed.  Nobody
+tells when a graph is gone, so this memory is kept; a graph that is captured again with the same words shares it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ __all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table", "Words"]
 
 #: Elements that a program takes: several tiles, so that its scalars are computed once for many elements.
 CHUNK = 8192
+#: Graphs that may be captured between two eager steps: pinned memory can't be had while one is.
+_RESERVES = 4
 #: Words at the start of a table.
 SETTINGS = 16
 
@@ -44,47 +47,66 @@ class Table:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_gpu = device.type == "cuda"
         self._rows: list[Words] = []
         self._words: Tensor | None = None
-        self._reserve: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._reserves: list[Tensor] = []
         self._captured: list[tuple[Tensor, Tensor]] = []
         self._extents = self._programs = np.empty(0, dtype=np.int64)
 
     def upload(self, rows: Sequence[Words]) -> Tensor:
         """The words of all rows, on the device; only rows that changed since the last call are sent there."""
-        on_gpu = self._device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return self._upload_captured(np.concatenate(rows))
         if self._words is None or [row.size for row in rows] != [row.size for row in self._rows]:
             words = np.concatenate(rows)
             self._words = torch.empty(words.size, dtype=torch.int64, device=self._device)
+            self._stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
             self._send(words, self._words)
         else:
+            self._follow(self._words)
             start = 0
             for row, known in zip(rows, self._rows, strict=True):
                 if row is not known and not np.array_equal(row, known):
                     self._send(row, self._words[start : start + row.size])
                 start += row.size
-        if on_gpu and (self._reserve is None or self._reserve.numel() != self._words.numel()):
-            # Pinned memory can't be had while a graph is captured: have some in reserve.
-            self._reserve = torch.empty(self._words.numel(), dtype=torch.int64, device="cpu", pin_memory=True)
+        if self._on_gpu:
+            self._replenish(self._words.numel())
         self._rows = list(rows)
         return self._words
+
+    def _follow(self, words: Tensor) -> None:
+        """Let a step on another stream than the last one's wait for that, which may still read the words."""
+        if self._stream is None or torch._C._cuda_getCurrentRawStream(self._device.index) == self._stream.cuda_stream:
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        words.record_stream(current)
+        self._stream = current
 
     def _send(self, words: Words, target: Tensor) -> None:
         host = torch.from_numpy(words)
         # The allocator of pinned memory doesn't hand it out again before the copy is done.
         target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
+    def _replenish(self, size: int) -> None:
+        """Have enough pinned memory in reserve."""
+        if not self._reserves or self._reserves[0].numel() != size:
+            self._reserves = list(_pinned(_RESERVES, size).unbind())
+
     def _upload_captured(self, words: Words) -> Tensor:
-        host, self._reserve = self._reserve, None
-        if host is None or host.numel() != words.size:
-            host = torch.from_numpy(words).pin_memory()
+        for host, device_words in self._captured:
+            if np.array_equal(host.numpy(), words):
+                return device_words.copy_(host, non_blocking=True)  # in this graph, too
+        if self._reserves and self._reserves[-1].numel() == words.size:
+            host = self._reserves.pop()
         else:
-            host.copy_(torch.from_numpy(words))
-        device_words = host.to(self._device, non_blocking=True)
+            host = _pinned(1, words.size)[0]
+        host.copy_(torch.from_numpy(words))
+        device_words = torch.empty(words.size, dtype=torch.int64, device=self._device)
         self._captured.append((host, device_words))  # alive, and unchanged, as long as the graph may be replayed
-        return device_words
+        return device_words.copy_(host, non_blocking=True)
 
     def programs(self, elements: Words, chunks: Words) -> Words:
         """`program_words`, which are made anew only where tensors or chunks changed since the last call."""
@@ -92,6 +114,10 @@ class Table:
         if not np.array_equal(extents, self._extents):
             self._extents, self._programs = extents, program_words(elements, chunks)
         return self._programs
+
+
+def _pinned(count: int, size: int) -> Tensor:
+    return torch.empty((count, size), dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def program_words(elements: Words, chunks: Words) -> Words:
