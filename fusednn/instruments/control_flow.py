@@ -347,8 +347,8 @@ def _results(each: Instruction, operands: list[str], known: _Known, parameters: 
         bits = [value(operand) for operand in operands[2:5]]
         if any(bit is None for bit in bits):
             return {}
-        place = sum(bit << n for n, bit in enumerate(reversed(bits)) if bit)
-        return {operands[0]: int(operands[5], 16) >> place & 1}
+        column = sum(bit << n for n, bit in enumerate(reversed(bits)) if bit)
+        return {operands[0]: int(operands[5], 16) >> column & 1}
     return {}
 
 

@@ -7,7 +7,7 @@ Throughputs are those of the table of arithmetic instructions in CUDA's programm
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ def instructions_of(listing: str) -> list[Instruction]:
 
 def busy(counted: Mapping[str, float]) -> dict[str, float]:
     """Cycles that instructions of one warp keep each pipe busy, and the issue of instructions."""
-    cycles: Counter[str] = Counter()
+    cycles: defaultdict[str, float] = defaultdict(float)
     for pipe, count in counted.items():
         cycles[_SHARED.get(pipe, pipe)] += count * PIPES.get(pipe, (0, ()))[0]
     return {"issue": sum(counted.values()), **{pipe: spent for pipe, spent in cycles.items() if spent}}

@@ -68,7 +68,7 @@ def occupancy(target: str, threads: int, registers: int, shared_bytes: int) -> f
     """The share of a multiprocessor's warps that programs with these needs can fill; 0 where none fits."""
     warps = -(-threads // TARGETS[target].warp_size)
     programs = programs_at_once(target, threads, registers, shared_bytes)
-    return programs * warps / _MULTIPROCESSORS[target].warps
+    return float(programs * warps / _MULTIPROCESSORS[target].warps)
 
 
 def programs_at_once(target: str, threads: int, registers: int, shared_bytes: int) -> int:
@@ -76,12 +76,13 @@ def programs_at_once(target: str, threads: int, registers: int, shared_bytes: in
     processor, warp_size = _MULTIPROCESSORS[target], TARGETS[target].warp_size
     warps = -(-threads // warp_size)
     of_a_warp = -(-registers // processor.register_unit) * processor.register_unit * warp_size
-    return min(
+    programs: int = min(
         processor.programs,
         processor.warps // warps,
         _PARTS * (processor.registers // of_a_warp) // warps,
         processor.shared_bytes // max(1, shared_bytes + processor.shared_overhead),
     )
+    return programs
 
 
 def resources_for(configuration: Configuration, target: str) -> Resources:

@@ -365,8 +365,9 @@ def memory_refusal(tensor: torch.Tensor) -> str | None:
             return "CPU tensor"
     elif not tensor.is_cuda:
         return f"no kernels for {tensor.device.type} tensors"
-    if reason := device_refusal(tensor.get_device()):
-        return reason
+    refusal: str | None = device_refusal(tensor.get_device())
+    if refusal is not None:
+        return refusal
     if tensor.layout is not torch.strided:
         return f"{tensor.layout} tensor"
     if tensor.is_nested:
