@@ -195,6 +195,8 @@ def test_another_state_dict_is_named() -> None:
 def test_nothing_is_checked_in_silence() -> None:
     with pytest.raises(ValueError, match="no samples"):
         check_drop_in(F.silu, F.silu, [])
+    with pytest.raises(ValueError, match="no checks are called layout;"):
+        check_drop_in(F.silu, F.silu, [images()], skip=["layout"])
     found = check_drop_in(F.silu, F.silu, [images()], dtypes=[torch.float32], skip=["extremes"])
     assert found.left_out["extremes"] == "told so"
     assert isinstance(found, DropIn)

@@ -39,6 +39,7 @@ ON_CPU = (
     "No GPU: fusednn takes PyTorch's own operators here, so ratios say nothing about kernels, and no time about a GPU. "
     "What means something are bytes, and fusednn's host time beside eager's where tensors are small."
 )
+VIRTUAL = "Kernels run on a virtual GPU: no time here means anything."
 INTERPRETED = "Kernels run in Triton's interpreter: bytes and launches are counted, and nothing is timed."
 
 
@@ -97,7 +98,7 @@ def one(
     for case in cases:
         progress(case.id)
         found += _measured(case, timer, ("fusednn", *against), directions, cold, effort)
-    notes = [INTERPRETED] if kernels.INTERPRETING else [] if on_gpu else [ON_CPU]
+    notes = [] if on_gpu else [INTERPRETED if kernels.INTERPRETING else VIRTUAL if kernels.ON_CPU else ON_CPU]
     if on_gpu and (words := complaint(before, read_clocks())):
         notes.append(words)
     copy_rate, product_rate = _rate(ceilings, "copy", "bytes"), _rate(ceilings, "matrix_product", "operations")

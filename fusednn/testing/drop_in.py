@@ -94,6 +94,8 @@ def check_drop_in(
 
     Raises AssertionError that names every check that failed, with the first complaint of each.
     """
+    if unknown := set(skip) - set(CHECKS):
+        raise ValueError(f"no checks are called {', '.join(sorted(unknown))}; known: {', '.join(CHECKS)}")
     pair = _Pair(ours, stock, tuple(dtypes))
     calls = list(as_samples(samples))
     if not calls:
@@ -133,7 +135,10 @@ def check_drop_in(
 
 
 def assert_same_signature(ours: Callable[..., Any], stock: Callable[..., Any]) -> None:
-    """The same parameters, of modules also of ``forward``; ours may have more, keyword-only and with defaults."""
+    """The same parameters, of modules also of ``forward``; ours may have more, keyword-only and with defaults.
+
+    Raises AssertionError, or LookupError where stock's is a builtin's, which can't be read.
+    """
     pairs = [(ours, stock)]
     if isinstance(ours, type) and isinstance(stock, type):
         pairs.append((getattr(ours, "forward", ours), getattr(stock, "forward", stock)))
@@ -150,7 +155,7 @@ def assert_same_signature(ours: Callable[..., Any], stock: Callable[..., Any]) -
             raise AssertionError(f"({', '.join(map(str, own))}), stock's ({', '.join(map(str, wanted))})")
 
 
-class _CannotAskError(Exception):
+class _CannotAskError(LookupError):
     """Stock can't say what is right."""
 
 
@@ -241,11 +246,10 @@ class _Pair:
         """Ours and stock for a sample: modules with the same parameters and buffers."""
         if not self.modules:
             return self.ours, self.stock
-        device = next((x.device for x in tree_leaves(sample.args) if isinstance(x, Tensor)), torch.device("cpu"))
         both: list[nn.Module] = []
         for cls in (self.ours, self.stock):
             torch.manual_seed(0)
-            both.append(cls(*sample.init_args, **sample.init_kwargs).to(device, dtype))
+            both.append(cls(*sample.init_args, **sample.init_kwargs).to(_device(sample), dtype))
         both[0].load_state_dict(both[1].state_dict())
         return both[0], both[1]
 
@@ -344,7 +348,7 @@ class _Pair:
         raised: list[Exception | None] = []
         for cls in (self.ours, self.stock):
             try:
-                function = cls(*sample.init_args, **sample.init_kwargs) if self.modules else cls
+                function = cls(*sample.init_args, **sample.init_kwargs).to(_device(sample)) if self.modules else cls
                 function(*sample.args, **sample.kwargs)
                 raised.append(None)
             except Exception as error:
@@ -364,6 +368,10 @@ class _Pair:
 
 def _tensors(sample: Sample) -> list[Tensor]:
     return [leaf for leaf in tree_leaves((sample.args, dict(sample.kwargs))) if isinstance(leaf, Tensor)]
+
+
+def _device(sample: Sample) -> torch.device:
+    return next((tensor.device for tensor in _tensors(sample)), torch.device("cpu"))
 
 
 def _given(sample: Sample, dtype: torch.dtype, arrange: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Sample:
