@@ -282,7 +282,7 @@ def configurations() -> Iterator[Configuration]:
         *(_merge(dtype, *kind) for dtype in (torch.float32, torch.float64) for kind in _MERGED),
         *(_statistics(dtype, tiling) for dtype in DTYPES for tiling in tilings_of(dtype)),
     )
-    yield from usual
+    yield from dict.fromkeys(usual)
     yield from (replace(other, rare=True) for other in every if other not in usual)
 
 

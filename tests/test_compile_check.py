@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from support.baseline import applies, complaint
 
 from fusednn import kernels
@@ -111,8 +112,8 @@ def test_compiles_for_extents_like_these(configuration: kernels.Configuration) -
 )
 def test_accesses_are_as_wide_as_extents_allow(label: str, extent: int, bits: int) -> None:
     (configuration,) = (candidate for candidate in CONFIGURATIONS if candidate.label == label)
-    extents = [extent if name in configuration.aligned else 1 for name in configuration.names]
-    alignment = configuration.keywords_for(extents)["ALIGN"]
+    arguments = [extent if name in configuration.aligned else torch.empty(0) for name in configuration.names]
+    alignment = configuration.keywords_for(arguments)["ALIGN"]
     variant = next(each for each in configuration.variants if dict(each.constants)["ALIGN"] == alignment)
     assert check(variant, "sm_90").access_bits == bits
 
