@@ -3,10 +3,15 @@
 import warnings
 
 import pytest
+import torch
 from support import baseline  # noqa: F401 (makes the benchmarks importable)
+from support.neighbourhoods import NETWORKS
 from support.torchvision import mend_torchvision
 
+import fusednn
+
 from fusednn_bench.compiled_steps import CONTESTANTS, CompiledStep, compiled_steps  # isort: skip
+from fusednn_bench.inductor import count_step  # isort: skip
 
 pytestmark = pytest.mark.compiles
 mend_torchvision()  # which transformers imports
@@ -27,6 +32,19 @@ def test_never_more_than_stock(step: CompiledStep) -> None:
     for counts in ours:
         assert counts.launched() <= stock.launched()
         assert counts.bytes() <= stock.bytes()
+
+
+@pytest.mark.parametrize("name", ["a table's", pytest.param("SRResNet", marks=pytest.mark.thorough)])
+def test_neighbours_are_never_more_than_stocks(name: str) -> None:
+    counts = []
+    for fuse in (False, True):
+        model = NETWORKS[name].build()
+        if fuse:
+            fusednn.replace_layers(model, fuse=True)
+        counts.append(count_step(model, [torch.empty(NETWORKS[name].shape, device="meta", requires_grad=True)]))
+    stock, ours = counts
+    assert ours.launched() <= stock.launched()
+    assert ours.bytes() <= stock.bytes()
 
 
 def test_fused_steps_launch_our_kernels() -> None:

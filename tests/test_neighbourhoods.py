@@ -94,10 +94,15 @@ def budget_of(network: Network, stock: nn.Module, x: Tensor) -> float:
         layers = [name for name in names.split(", ") if name in sizes]
         product, result = sizes[first][1], sizes[layers[-1] if layers else first][1]
         normalised = any(isinstance(stock.get_submodule(name), nn.modules.batchnorm._BatchNorm) for name in layers)
+        normalised |= isinstance(stock.get_submodule(first), nn.modules.batchnorm._BatchNorm)
         total += (product * (1 + normalised) + result) * x.itemsize + result / (8 if product == result else 2)
+        total += result * x.itemsize * (first in network.residuals)
     for name, (read, written) in sizes.items():
-        if name not in chained and isinstance(stock.get_submodule(name), nn.modules.pooling._MaxPoolNd):
+        alone = None if name in chained else stock.get_submodule(name)
+        if isinstance(alone, nn.modules.pooling._MaxPoolNd):
             total += (read + written) * x.itemsize + written / 2
+        elif isinstance(alone, nn.PReLU | nn.modules.batchnorm._BatchNorm):
+            total += (read * (1 + (not isinstance(alone, nn.PReLU))) + written) * x.itemsize
     return total
 
 

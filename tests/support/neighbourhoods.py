@@ -17,6 +17,7 @@ class Network(NamedTuple):
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     chains: dict[str, str]
+    residuals: tuple[str, ...] = ()  # the chains that add one
 
 
 # --- M5: Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms" (ICASSP 2017) -----------------------
@@ -89,6 +90,118 @@ def discriminator() -> nn.Module:
     )
 
 
+# --- SRResNet: Ledig et al., "Photo-Realistic Single Image Super-Resolution Using a GAN" (CVPR 2017) ------------------
+
+
+class Recovering(nn.Module):
+    """A residual block: two convolutions with batch norm, PReLU between them, and the sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU()
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.prelu(self.bn1(self.conv1(x)))
+        return x + self.bn2(self.conv2(y))
+
+
+class SRResNet(nn.Module):
+    """One block and one doubling of the size.  PReLU behind the shuffled pixels stays by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.prelu = nn.Conv2d(3, 4, 9, padding=4), nn.PReLU()
+        self.block = Recovering(4)
+        self.conv_mid, self.bn_mid = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv_up, self.shuffle, self.prelu_up = nn.Conv2d(4, 16, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()
+        self.conv_out = nn.Conv2d(4, 3, 9, padding=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = self.prelu(self.conv_in(x))
+        y = head + self.bn_mid(self.conv_mid(self.block(head)))
+        result: Tensor = self.conv_out(self.prelu_up(self.shuffle(self.conv_up(y))))
+        return result
+
+
+# --- IResNet: Duta et al., "Improved Residual Networks for Image and Video Recognition" (ICPR 2020), as ArcFace has it
+
+
+class IBasicBlock(nn.Module):
+    """Batch norm first; PReLU with a slope for each channel between two convolutions; the second has the stride."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, filters, 3, padding=1, bias=False)
+        self.bn2, self.prelu = nn.BatchNorm2d(filters), nn.PReLU(filters)
+        self.conv2, self.bn3 = nn.Conv2d(filters, filters, 3, 2, 1, bias=False), nn.BatchNorm2d(filters)
+        self.downsample = nn.Sequential(nn.Conv2d(channels, filters, 1, 2, bias=False), nn.BatchNorm2d(filters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        y = self.bn3(self.conv2(y))
+        y += self.downsample(x)
+        return y
+
+
+class IResNet(nn.Module):
+    """One block between stem and embedding.  Dropout drops nothing here, so that results can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.prelu, self.layer1 = nn.PReLU(4), IBasicBlock(4, 6)
+        self.bn2, self.dropout = nn.BatchNorm2d(6), nn.Dropout(0.0)
+        self.fc, self.features = nn.Linear(6 * 64, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(self.prelu(self.bn1(self.conv1(x))))
+        x = torch.flatten(self.dropout(self.bn2(x)), 1)
+        result: Tensor = self.features(self.fc(x))
+        return result
+
+
+# --- PointNet: Qi et al., "PointNet: Deep Learning on Point Sets for 3D Classification" (CVPR 2017) -------------------
+
+
+class PointNet(nn.Module):
+    """Layers shared by all points, the maximum over these, and a classifier.  The maximum stays by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(
+            *(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU()),
+            *(nn.Conv1d(4, 8, 1), nn.BatchNorm1d(8), nn.ReLU()),
+        )
+        self.classifier = nn.Sequential(
+            *(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.0)),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.classifier(torch.max(self.shared(x), 2)[0])
+        return result
+
+
+def table() -> nn.Module:
+    """Of numbers in a table: linear layers with batch norm, activation and dropout, in one with PReLU."""
+    return nn.Sequential(
+        *(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Dropout(0.0)),
+        *(nn.Linear(8, 6), nn.PReLU(6), nn.Dropout(0.0)),
+        nn.Linear(6, 3),
+    )
+
+
+def small() -> nn.Module:
+    """Of small images: whole channels dropped behind the activation, elements behind norm and activation."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout2d(0.0)),
+        *(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ELU(0.5), nn.Dropout(0.0)),
+        nn.Conv2d(6, 2, 1),
+    )
+
+
 NETWORKS: dict[str, Network] = {
     "M5": Network(m5, (2, 1, 1200), {"0": "1, 2, 3", "4": "5, 6, 7", "8": "9, 10, 11"}),
     "3-D U-Net": Network(
@@ -96,4 +209,38 @@ NETWORKS: dict[str, Network] = {
     ),
     "DCGAN's generator": Network(generator, (2, 6, 1, 1), {"0": "1, 2", "3": "4, 5", "6": "7"}),
     "DCGAN's discriminator": Network(discriminator, (2, 3, 32, 32), {"0": "1", "2": "3, 4", "5": "6"}),
+    "SRResNet": Network(
+        SRResNet,
+        (2, 3, 14, 14),
+        {
+            "conv_in": "prelu",
+            "block.conv1": "block.bn1, block.prelu",
+            "block.conv2": "block.bn2",
+            "conv_mid": "bn_mid",
+        },
+        ("block.conv2", "conv_mid"),
+    ),
+    "IResNet": Network(
+        IResNet,
+        (4, 3, 16, 16),
+        {
+            "conv1": "bn1, prelu",
+            "layer1.conv1": "layer1.bn2, layer1.prelu",
+            "layer1.conv2": "layer1.bn3",
+            "layer1.downsample.0": "layer1.downsample.1",
+            "bn2": "dropout",
+        },
+        ("layer1.conv2",),
+    ),
+    "PointNet": Network(
+        PointNet,
+        (2, 3, 400),
+        {
+            "shared.0": "shared.1, shared.2",
+            "shared.3": "shared.4, shared.5",
+            "classifier.0": "classifier.1, classifier.2, classifier.3",
+        },
+    ),
+    "a table's": Network(table, (300, 10), {"0": "1, 2, 3", "4": "5, 6"}),
+    "small images'": Network(small, (2, 3, 20, 20), {"0": "1, 2", "3": "4, 5, 6"}),
 }
