@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 import vgpu.driver
 from support.planting import forget_compiled, planted
 from torch import Tensor
@@ -89,14 +88,19 @@ OUTSIDE, MISALIGNED = "outside every tensor", "misaligned address"
 FAULTS = {
     "a flat tile's mask on the tail": Fault(
         tiles.place_tile,
-        "offsets < numel - start",
-        "offsets <= numel - start",
+        "offsets < inside,",
+        "offsets <= inside,",
         lambda: relu(5000),
         VirtualGpuError,
         OUTSIDE,
     ),
     "a line's mask on the tail": Fault(
-        lines.line_tile, "place < dim_size", "place <= dim_size", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
+        lines.line_tile,
+        "place < lines.dim_size",
+        "place <= lines.dim_size",
+        lambda: softmax(1, 3, 100),
+        VirtualGpuError,
+        OUTSIDE,
     ),
     "a mask of the lines": Fault(
         lines.line_block, "line < count", "line <= count", lambda: softmax(1, 3, 100), VirtualGpuError, OUTSIDE
@@ -148,8 +152,8 @@ FAULTS = {
         "tl.cast(units, tl.int64)",
         "units.to(tl.int64)",
         maxout_of_one_unit,
-        triton.CompilationError,
-        "to",
+        RuntimeWarning,
+        "can't be launched",
     ),
 }
 
@@ -169,18 +173,14 @@ SHARED_ACCESS = re.compile(r"\b(ld|st|cp\.async|ldmatrix)\.\S*shared")
 BARRIER = re.compile(r"bar\.sync[^;]*;")
 
 
-def batch_norm() -> None:
-    weights = torch.ones(3), torch.zeros(3)
-    holds(
-        lambda x, *weights: autograd.batch_norm(x, None, None, *weights, True),
-        lambda x, *weights: F.batch_norm(x, None, None, *weights, True),
-        normal(8, 3, 20, 20),
-        *weights,
-    )
+def channel_sums() -> None:
+    holds(autograd.prelu, F.prelu, normal(8, 3, 20, 20), torch.full((3,), 0.25))
 
 
+# Kernels that stage their operands in shared memory (batch norm, products) aren't among them: of the barriers around
+# asynchronous copies some go unnoticed, needless or not.
 BARRIERS: dict[str, Callable[[], None]] = {
-    "batch_norm": batch_norm,
+    "channels' sums": channel_sums,
     "sums over rows": lambda: softmax(0, 64, 40),
     "sums over columns": lambda: softmax(1, 3, 1000),
 }

@@ -12,6 +12,7 @@ from support.fusion import IMAGES, PATTERNS, ROWS, Beside, batch, fused_groups, 
 from torch import Tensor, nn
 
 import fusednn
+from fusednn.autograd import convolution
 from fusednn.autograd import stock as stock_functions
 
 needs_kernels = pytest.mark.kernels
@@ -40,12 +41,10 @@ def memory_ends_at(event: int) -> Iterator[list[str]]:
 
         return call
 
-    places = [(stock_functions, name) for name in ("conv2d", "linear")]
-    places += [
-        (module, "launch")
-        for name, module in sys.modules.items()
-        if name.startswith("fusednn.kernels.") and not name.endswith(".launch") and hasattr(module, "launch")
-    ]
+    places: list[tuple[Any, str]] = [(stock_functions, "linear"), (convolution.Convolution, "product")]
+    for home, function in (("fusednn.kernels.", "launch"), ("fusednn.autograd.", "stock_convolution")):
+        modules = [module for name, module in sys.modules.items() if name.startswith(home)]
+        places += [(module, function) for module in modules if callable(getattr(module, function, None))]
     with pytest.MonkeyPatch.context() as patch:
         for place, name in places:
             patch.setattr(place, name, counted(name, getattr(place, name)))

@@ -66,7 +66,10 @@ def step(operation: Operation, function: Any, call: int) -> list[Tensor]:
 
 
 #: Their products obey PyTorch's switches of precision, or are all that they are.
-WITHOUT_PLANS = {"Conv1d", "Conv2d", "LinearCrossEntropyLoss", "linear_cross_entropy", "maxout_linear"}
+WITHOUT_PLANS = {
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("LinearCrossEntropyLoss", "linear_cross_entropy", "maxout_linear"),
+}
 
 
 @pytest.mark.usefixtures("planned_at_once")
