@@ -64,7 +64,7 @@ class Softmax(Function):
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x) / sum(exp(x)) along ``dim``.  As `torch.nn.functional.softmax`; saves the output."""
     if dim is None:
-        dim = _default_dim("softmax", input.dim(), _stacklevel)
+        dim = _default_dim("softmax", input.dim(), _stacklevel + 1)
     y = _apply(input, dim, dtype, "softmax")
     return F.softmax(input, dim, _stacklevel, dtype) if y is None else y
 
@@ -75,7 +75,7 @@ def log_softmax(
 ) -> Tensor:
     """x - log(sum(exp(x))) along ``dim``.  As `torch.nn.functional.log_softmax`; saves the output."""
     if dim is None:
-        dim = _default_dim("log_softmax", input.dim(), _stacklevel)
+        dim = _default_dim("log_softmax", input.dim(), _stacklevel + 1)
     y = _apply(input, dim, dtype, "log_softmax")
     return F.log_softmax(input, dim, _stacklevel, dtype) if y is None else y
 
@@ -84,7 +84,7 @@ def log_softmax(
 def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """exp(-x) / sum(exp(-x)) along ``dim``.  As `torch.nn.functional.softmin`; saves the output."""
     if dim is None:
-        dim = _default_dim("softmin", input.dim(), _stacklevel)
+        dim = _default_dim("softmin", input.dim(), _stacklevel + 1)
     y = _apply(input, dim, dtype, "softmin")
     return F.softmin(input, dim, _stacklevel, dtype) if y is None else y
 

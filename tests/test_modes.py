@@ -1,5 +1,6 @@
 """What surrounds a call: function modes, dispatch modes and tracers see what they would see of stock's."""
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,14 @@ from fusednn.commands.self_test import FUNCTIONS, function_sample
 from fusednn.layers.twin import TWINS
 
 every_module = pytest.mark.parametrize("stock_class", SAMPLED, ids=lambda cls: cls.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_collected() -> Iterator[None]:
+    """Modes would see what generators of other tests do when they are collected: PyTorch's that turn gradients off."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 class Functions(TorchFunctionMode):

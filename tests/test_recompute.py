@@ -73,19 +73,8 @@ KEPT = {
     *("BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss", "NLLLoss"),
     *("SmoothL1Loss", "LinearCrossEntropyLoss", "binary_cross_entropy_with_logits", "cross_entropy", "kl_div"),
     *("linear_cross_entropy", "nll_loss", "Sigmoid", "Tanh", "bias_activation_dropout", "standout"),
-    *(
-        "Conv1d",
-        "Conv2d",
-        "Conv3d",
-        "ConvTranspose1d",
-        "ConvTranspose2d",
-        "ConvTranspose3d",
-        "conv_act_pool2d",
-        "drop_connect_linear",
-        "maxout",
-        "maxout_conv2d",
-        "maxout_linear",
-    ),
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("conv_act_pool2d", "drop_connect_linear", "maxout", "maxout_conv2d", "maxout_linear"),
     *("channel_statistics",),
 }
 

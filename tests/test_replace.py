@@ -31,10 +31,10 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # The first and the last have no twin.
-        shrink = nn.ConvTranspose2d(1, 4, 3, padding=2)
-        self.features = nn.Sequential(shrink, nn.BatchNorm2d(4), nn.PReLU(4), nn.AvgPool2d(2))
+        shrink = nn.Linear(8, 6)  # of the rows
+        self.features = nn.Sequential(shrink, nn.BatchNorm2d(1), nn.PReLU(1), nn.AvgPool2d(2))
         self.shared = nn.ReLU()
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.GELU("tanh"), nn.Linear(8, 3))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.GELU("tanh"), nn.Linear(8, 3))
         self.loud = LoudReLU()
         self.alias = self.shared
 
