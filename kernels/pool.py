@@ -70,7 +70,9 @@ def _configuration(
     statistic = ACCUMULATOR[dtype]
     # Along a line, larger windows are met in strides.
     contiguous = channels_last or kernel in (1, 2, 4)
-    wide = _HEIGHT * _WIDTH * dtype.itemsize // 16 // _THREADS
+    # Where the columns of a volume are odd, a thread of fewer runs out of registers.
+    threads = 2 * _THREADS if volumes and biased and direction == "backward" and not channels_last else _THREADS
+    wide = _HEIGHT * _WIDTH * dtype.itemsize // 16 // threads
     constants: dict[str, Any] = {"ACTIVATION": row}
     if direction == "forward":
         function = pool_forward_kernel
@@ -125,7 +127,7 @@ def _configuration(
             "weight": statistic,
             "bias": statistic if normalises else dtype,
         },
-        threads=_THREADS,
+        threads=threads,
         aligned=("columns",) if channels_last else ("columns", "width", "pooled_width"),
         wide_loads=wide * wide_loads,
         wide_stores=wide * wide_stores,
