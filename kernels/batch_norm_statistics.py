@@ -34,7 +34,7 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense
-from .base.numerics import divide, narrow, scalar, widen
+from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, cdiv, load
 
 __all__ = [
@@ -65,20 +65,21 @@ def store_statistics(partial_pointer, split, channel, channels, count, mean, dev
 def merge_lanes(count, mean, deviations, total, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """Mean and sum of squared deviations of all lanes of each channel, which have ``total`` values.
 
-    They are measured from the first lane's mean, then from the mean itself, near enough for the sum of all distances,
-    0 but for rounding, to correct it.
+    They are measured from the first lane's mean, then from the mean itself.  What that lost by rounding, and each
+    distance from it, corrects it: the sum of all distances is 0.
     """
     first_lane = lanes(AXIS, HEIGHT, WIDTH) == 0
     origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=AXIS, keep_dims=True)
-    mean -= origin
-    shift = divide(tl.sum(count * mean, axis=AXIS, keep_dims=True), total)
-    distance = mean - shift
-    weighted = count * distance
-    rest = divide(tl.sum(weighted, axis=AXIS, keep_dims=True), total)
-    deviations = tl.sum(deviations + weighted * distance, axis=AXIS, keep_dims=True)
+    shift = divide(tl.sum(count * (mean - origin), axis=AXIS, keep_dims=True), total)
     moved = origin + shift
     lost = (origin - (moved - shift)) + (shift - (moved - (moved - shift)))  # by rounding (Knuth's TwoSum)
-    return moved + (lost + rest), deviations
+    difference = mean - moved
+    behind = difference - mean
+    rounded = ((mean - (difference - behind)) - (moved + behind)) - lost  # off the difference
+    rest = precise_sum(count * difference, AXIS) + tl.sum(count * rounded, axis=AXIS, keep_dims=True)
+    distance = difference + rounded
+    deviations = tl.sum(deviations + count * distance * distance, axis=AXIS, keep_dims=True)
+    return moved + (lost + divide(rest, total)), deviations
 
 
 @triton.jit
