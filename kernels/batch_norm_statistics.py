@@ -62,11 +62,13 @@ def store_statistics(partial_pointer, split, channel, channels, count, mean, dev
 
 
 @triton.jit
-def merge_lanes(count, mean, deviations, total, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def merge_lanes(
+    count, mean, deviations, total, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr
+):
     """Mean and sum of squared deviations of all lanes of each channel, which have ``total`` values.
 
     They are measured from the first lane's mean, then from the mean itself.  What that lost by rounding, and each
-    distance from it, corrects it: the sum of all distances is 0.
+    distance from it, corrects it: the sum of all distances is 0.  ``PRECISE``: that sum is as accurate as float64's.
     """
     first_lane = lanes(AXIS, HEIGHT, WIDTH) == 0
     origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=AXIS, keep_dims=True)
@@ -74,10 +76,14 @@ def merge_lanes(count, mean, deviations, total, AXIS: tl.constexpr, HEIGHT: tl.c
     moved = origin + shift
     lost = (origin - (moved - shift)) + (shift - (moved - (moved - shift)))  # by rounding (Knuth's TwoSum)
     difference = mean - moved
-    behind = difference - mean
-    rounded = ((mean - (difference - behind)) - (moved + behind)) - lost  # off the difference
-    rest = precise_sum(count * difference, AXIS) + tl.sum(count * rounded, axis=AXIS, keep_dims=True)
-    distance = difference + rounded
+    if PRECISE:
+        behind = difference - mean
+        rounded = ((mean - (difference - behind)) - (moved + behind)) - lost  # off the difference
+        rest = precise_sum(count * difference, AXIS) + tl.sum(count * rounded, axis=AXIS, keep_dims=True)
+        distance = difference + rounded
+    else:
+        distance = difference - lost
+        rest = tl.sum(count * distance, axis=AXIS, keep_dims=True)
     deviations = tl.sum(deviations + count * distance * distance, axis=AXIS, keep_dims=True)
     return moved + (lost + divide(rest, total)), deviations
 
@@ -101,7 +107,8 @@ def merge_partial(
     inside = inside & (channel < channels)
     mean = tl.load(partial_pointer + channels + channel, mask=inside, other=0)
     deviations = tl.load(partial_pointer + 2 * channels + channel, mask=inside, other=0)
-    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH)
+    # Every program merges, and there are few to merge: plain sums.
+    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH, False)
     return mean, divide(deviations, total)
 
 
@@ -177,7 +184,7 @@ def batch_norm_statistics_kernel(
     lane = lanes(AXIS, HEIGHT, WIDTH)
     count = tl.where(lane < starts, before.to(COMPUTE), 0.0) + (lane < stays).to(COMPUTE)
     total = (starts * before + stays).to(COMPUTE)
-    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH)
+    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH, True)
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
     store_statistics(partial_pointer, split, channel, channels, total, mean, deviations)
 

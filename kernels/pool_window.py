@@ -22,7 +22,6 @@ that lies inside the image.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -309,11 +308,13 @@ def _unpadded() -> Iterator[tuple[tuple[tuple[int, ...], ...], Fixed]]:
 _UNPADDED = dict(_unpadded())
 
 
-@cache
+#: Windows of one position, by the number of directions.
+_POINTS = {n: Window((1,) * n, (1,) * n, (0,) * n, (1,) * n) for n in (1, 2, 3)}
+
+
 def point(directions: int) -> Window:
     """Windows of one position: no pooling."""
-    ones = (1,) * directions
-    return Window(ones, ones, (0,) * directions, ones)
+    return _POINTS[directions]
 
 
 #: Those of images.
