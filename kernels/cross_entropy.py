@@ -360,8 +360,11 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, tiling:
     axis = tiling.axis
     elements = tiling.lines * tiling.width
     threads = max(elements // 32, threads_for(dtype))
-    if targets is Targets.PROBABILITIES and axis == ACROSS:
-        threads *= 2  # else Triton 3.6 runs out of registers
+    # Else registers run out, with one Triton or another.
+    if targets is not Targets.INDICES and direction == "forward":
+        threads = elements // (8 if targets is Targets.PROBABILITIES and dtype is torch.float64 else 4)
+    elif targets is Targets.PROBABILITIES and axis == ACROSS:
+        threads *= 2
     reads = 2 if targets is Targets.PROBABILITIES else 1
     wide = elements * dtype.itemsize // (threads * 16)
     if direction == "forward":
