@@ -2,46 +2,27 @@
 
 import copy
 import inspect
-import pickle
-import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.activations import PARAMETERS, STOCK
-from support.device import FLOAT_DTYPES, KERNELS_RUN
+from support.batch_norm import check, mostly_thorough, vectors
+from support.device import FLOAT_DTYPES
 from support.gpu import capture, compiled_kernels, no_synchronisation
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusednn
-from fusednn import autograd, kernels, layers
+from fusednn import autograd, layers
 from fusednn.autograd.dispatch import observe_choices
-from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.testing import LAYOUTS, assert_accurate, check_against_stock, leaf, random_tensor
-
-if kernels.INTERPRETING:
-    from fusednn.instruments.traffic import measure_traffic
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 needs_kernels = pytest.mark.kernels
-counts_traffic = [pytest.mark.kernels, pytest.mark.interpreter]
-
-
-def mostly_thorough(values: Iterable[Any], usual: Container[Any]) -> list[Any]:
-    """All values as parameters of a test; those that aren't ``usual`` only where there is time."""
-    return [
-        value if value in usual else pytest.param(*_as_tuple(value), marks=pytest.mark.thorough) for value in values
-    ]
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 SHAPES = [
@@ -56,29 +37,6 @@ SHAPES = [
     (1, 2, 5000),  # a channel is many tiles
     (2, 3, 2, 3, 5),
 ]
-
-
-def vectors(channels: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Running mean and variance, weight and bias."""
-    options = {"dtype": dtype, "device": device}
-    return (
-        torch.linspace(-1, 2, channels, **options),
-        torch.linspace(0.5, 3, channels, **options),
-        torch.linspace(-1.5, 2, channels, **options),
-        torch.linspace(1, -1, channels, **options),
-    )
-
-
-def run(function: Callable[..., Tensor], training: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A call with fresh running statistics, so that it can be repeated."""
-    mean, variance, *_ = vectors(x.shape[1], weight.dtype, x.device.type)
-    return function(x, mean, variance, weight, bias, training)
-
-
-def check(x: Tensor, gradient: Tensor, training: bool) -> None:
-    _, _, weight, bias = vectors(x.shape[1], x.dtype, x.device.type)
-    ours, stock = (partial(run, function, training) for function in (autograd.batch_norm, F.batch_norm))
-    check_against_stock(ours, stock, [x, weight, bias], gradient)
 
 
 # --- Against stock ----------------------------------------------------------------------------------------------------
@@ -338,251 +296,6 @@ def test_half_precision_models(device: str) -> None:
     torch.testing.assert_close(ours(x), stock(x), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(ours.running_var, stock.running_var, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(ours.eval()(x), stock.eval()(x), rtol=2e-3, atol=2e-3)
-
-
-# --- Activation and residual ------------------------------------------------------------------------------------------
-
-ACTS = [None, *sorted(STOCK)]
-
-
-def compose(
-    activation: str | None, training: bool, x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor
-) -> Tensor:
-    """What the fused function stands for, of stock operators."""
-    mean, variance, *_ = vectors(x.shape[1], weight.dtype, x.device.type)
-    y = F.batch_norm(x, mean, variance, weight, bias, training)
-    for added in residual:
-        y = y + added
-    return y if activation is None else STOCK[activation](y)
-
-
-def fused(activation: str | None, training: bool, x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
-    mean, variance, *_ = vectors(x.shape[1], weight.dtype, x.device.type)
-    added = residual[0] if residual else None
-    return autograd.batch_norm_act(x, mean, variance, weight, bias, training, residual=added, activation=activation)
-
-
-@needs_kernels
-@pytest.mark.parametrize("activation", mostly_thorough(ACTS, (None, "relu", "gelu")))
-@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
-@modes
-def test_fused_forms(activation: str | None, joined: bool, training: bool, device: str) -> None:
-    shape = (3, 18, 5, 4)
-    x, gradient, residual = (random_tensor(shape, torch.float32, device, seed) for seed in range(3))
-    _, _, weight, bias = vectors(shape[1], torch.float32, device)
-    ours, stock = (partial(function, activation, training) for function in (fused, compose))
-    for layout in ("contiguous", "channels_last"):
-        operands = [LAYOUTS[layout](x), weight, bias, *([residual] if joined else [])]
-        check_against_stock(ours, stock, operands, gradient)
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_fused_forms_in_other_dtypes(activation: str, dtype: torch.dtype, device: str) -> None:
-    shape = (3, 5, 70)
-    x, gradient, residual = (random_tensor(shape, dtype, device, seed) for seed in range(3))
-    if activation == "relu":
-        residual = 64 * residual.sign()  # no rounding decides which sums are positive
-    _, _, weight, bias = vectors(5, dtype, device)
-    ours, stock = (partial(function, activation, True) for function in (fused, compose))
-    check_against_stock(ours, stock, [x, weight, bias, residual], gradient)
-
-
-@needs_kernels
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_strided_and_expanded_residuals(activation: str, device: str) -> None:
-    x, gradient = (random_tensor((3, 6, 5, 4), torch.float32, device, seed) for seed in (0, 1))
-    _, _, weight, bias = vectors(6, torch.float32, device)
-    ours, stock = (partial(function, activation, True) for function in (fused, compose))
-    for layout in ("sliced", "expanded", "transposed"):
-        residual = LAYOUTS[layout](random_tensor((3, 6, 5, 4), torch.float32, device, seed=2))
-        check_against_stock(ours, stock, [x, weight, bias, residual], gradient)
-    broadcast = random_tensor((1, 6, 1, 1), torch.float32, device)  # takes the stock path
-    torch.testing.assert_close(ours(x, weight, bias, broadcast), stock(x, weight, bias, broadcast))
-
-
-@needs_kernels
-@pytest.mark.parametrize(
-    ("activation", "joined", "training"),
-    mostly_thorough(
-        product((None, "relu", "leaky_relu", "tanh", "silu"), (False, True), (True, False)),
-        {("relu", True, True), ("silu", False, True), ("relu", False, False)},
-    ),
-    ids=str,
-)
-def test_gradcheck(activation: str | None, joined: bool, training: bool, device: str) -> None:
-    x, residual = (random_tensor((3, 2, 3), torch.float64, device, seed).requires_grad_() for seed in (0, 1))
-    parameters = [leaf(vector) for vector in vectors(2, torch.float64, device)[2:]]
-    operands = [x, *parameters, *([residual] if joined else [])]
-    function = partial(fused, activation, training)
-    assert torch.autograd.gradcheck(function, operands, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, operands, fast_mode=True)
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu_tanh", None])
-def test_fused_layers_on_either_path(activation: str | None, device: str) -> None:
-    for cls, stock, shape in (
-        (layers.BatchNormAct1d, nn.BatchNorm1d, (5, 4)),
-        (layers.BatchNormAct2d, nn.BatchNorm2d, (2, 4, 3, 5)),
-        (layers.BatchNormAct3d, nn.BatchNorm3d, (2, 4, 3, 2, 2)),
-    ):
-        ours, plain = cls(4, activation=activation).to(device), stock(4).to(device)
-        assert not isinstance(ours, nn.modules.batchnorm._BatchNorm)
-        ours.load_state_dict(plain.state_dict())
-        x, residual = (random_tensor(shape, torch.float32, device, seed) for seed in (0, 1))
-        for training in (True, False):
-            y = plain.train(training)(x) + residual
-            expected = y if activation is None else STOCK[activation](y)
-            torch.testing.assert_close(ours.train(training)(x, residual), expected)
-        assert ours.running_var.equal(plain.running_var) or KERNELS_RUN
-        assert f"activation={activation!r}" in repr(ours)
-        for duplicate in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            torch.testing.assert_close(duplicate(x, residual), ours(x, residual))
-        with pytest.raises(ValueError, match="expected"):
-            ours(torch.ones(3, device=device))
-
-
-def test_scripting() -> None:
-    x = random_tensor((5, 4), torch.float32, "cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.script(layers.BatchNorm1d(4))
-        torch.testing.assert_close(scripted(x), nn.BatchNorm1d(4)(x))
-        with pytest.raises(NotImplementedError, match=r"BatchNormAct1d has no torch\.nn class"):
-            torch.jit.script(layers.BatchNormAct1d(4))
-
-
-@needs_kernels
-@pytest.mark.parametrize("name", sorted(PARAMETERS))
-@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
-def test_parameters_of_activations(name: str, joined: bool, device: str) -> None:
-    parameters = PARAMETERS[name]
-    x, residual, gradient = (random_tensor((3, 4, 5), torch.float32, device, seed) for seed in range(3))
-    layer = layers.BatchNormAct1d(4, activation=name, activation_parameters=parameters).to(device)
-    assert f"activation={name!r}, activation_parameters={parameters}" in repr(layer)
-
-    def stock(x: Tensor, *residual: Tensor) -> Tensor:
-        y = F.batch_norm(x, None, None, layer.weight.to(x.dtype), layer.bias.to(x.dtype), True)
-        return STOCK[name](sum(residual, y), *parameters)
-
-    check_against_stock(layer, stock, [x, residual] if joined else [x], gradient)
-
-
-def test_unknown_activations_are_named() -> None:
-    for wrong in ("rellu", "elu_"):
-        with pytest.raises(ValueError, match=f"unknown activation '{wrong}'"):
-            layers.BatchNormAct2d(3, activation=wrong)
-        with pytest.raises(ValueError, match=f"unknown activation '{wrong}'"):
-            autograd.batch_norm_act(torch.ones(2, 3), None, None, training=True, activation=wrong)
-
-
-# --- Bytes and launches -----------------------------------------------------------------------------------------------
-
-SHAPE = (4, 16, 16, 16)  # 8 whole tiles, in both memory formats
-
-
-class Counted:
-    """Bytes of a forward and a backward pass in units of the input's, and what was kept."""
-
-    def __init__(self, activation: str | None, joined: bool, layout: torch.memory_format, dtype: torch.dtype) -> None:
-        x, gradient, residual = (
-            random_tensor(SHAPE, dtype, "cpu", seed).contiguous(memory_format=layout) for seed in range(3)
-        )
-        x, residual = leaf(x), leaf(residual)
-        mean, variance, weight, bias = vectors(SHAPE[1], torch.float32, "cpu")
-        weight, bias = leaf(weight), leaf(bias)
-        added = residual if joined else None
-        with measure_traffic() as forward, saved_tensors() as saved:
-            y = autograd.batch_norm_act(x, mean, variance, weight, bias, True, residual=added, activation=activation)
-        with measure_traffic() as backward:
-            torch.autograd.grad(y, [x, weight, bias, *([residual] if joined else [])], gradient)
-        unit = x.numel() * x.itemsize
-        self.forward, self.backward = forward.bytes / unit, backward.bytes / unit
-        self.bit = x.numel() / 8 / unit
-        # Statistics, partial sums and parameters are vectors of the channels, for each program: apart from the budget.
-        # So is what programs left, which those of the pass that follows read.
-        plan = kernels.base.channels.plan_of(x)
-        channels = plan.tiling.width if plan.tiling.axis == 0 else plan.tiling.height
-        self.apart = (16 + 5 * plan.splits) * plan.programs * channels * 4 / unit
-        self.kept = saved.bytes_beside(x, weight, bias) / unit
-        self.launches = forward.launches, backward.launches
-        self.operations = [operation.name for operation in (*forward.operations, *backward.operations)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-class TestBudget:
-    pytestmark = counts_traffic
-
-    @pytest.mark.parametrize("activation", [None, pytest.param("relu", marks=pytest.mark.thorough), "gelu"])
-    def test_alone_and_with_an_activation(
-        self, activation: str | None, layout: torch.memory_format, dtype: torch.dtype
-    ) -> None:
-        counted = Counted(activation, False, layout, dtype)
-        assert 3 <= counted.forward <= 3 + counted.apart
-        assert 5 <= counted.backward <= 5 + counted.apart
-        assert counted.kept <= 0.05
-        assert counted.launches == (2, 2)
-        assert not counted.operations
-
-    def test_with_residual_and_relu(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
-        counted = Counted("relu", True, layout, dtype)
-        assert 4 + counted.bit <= counted.forward <= 4 + counted.bit + counted.apart
-        assert 6 + counted.bit <= counted.backward <= 6 + 2 * counted.bit + counted.apart
-        assert counted.bit <= counted.kept <= counted.bit + 0.05
-        assert counted.launches == (2, 2)
-
-    def test_with_residual_and_a_smooth_activation(self, layout: torch.memory_format, dtype: torch.dtype) -> None:
-        counted = Counted("gelu", True, layout, dtype)
-        assert counted.forward <= 4 + counted.apart
-        assert counted.backward <= 7 + counted.apart
-        assert counted.kept <= 1 + 0.05  # the residual itself
-
-
-@pytest.mark.kernels
-@pytest.mark.interpreter
-def test_evaluation_moves_each_operand_once(device: str) -> None:
-    x, gradient = (random_tensor(SHAPE, torch.float32, device, seed) for seed in (0, 1))
-    unit = x.numel() * x.itemsize
-    running = vectors(SHAPE[1], torch.float32, device)
-    with measure_traffic() as forward:
-        autograd.batch_norm(x, *running)
-    assert forward.bytes <= 2.05 * unit
-    assert forward.launches == 1
-    assert not forward.operations
-    y = autograd.batch_norm(leaf(x), *running)
-    with measure_traffic() as backward:
-        y.backward(gradient)
-    assert backward.bytes <= 2.05 * unit  # the parameters need no gradients, so the input isn't read
-    assert backward.launches == 1
-
-
-@needs_kernels
-@pytest.mark.parametrize(
-    ("shape", "memory_format"),
-    [
-        ((32, 64, 112, 112), torch.contiguous_format),
-        ((32, 64, 112, 112), torch.channels_last),
-        ((32, 256, 56, 56), torch.contiguous_format),
-        ((32, 512, 28, 28), torch.channels_last),
-        ((32, 1024, 14, 14), torch.contiguous_format),
-        ((32, 2048, 7, 7), torch.contiguous_format),
-        ((32, 2048, 7, 7), torch.channels_last),
-        ((1, 1, 1000, 1000), torch.contiguous_format),
-        ((1, 3, 1000, 1000), torch.contiguous_format),
-        ((65536, 16, 1, 1), torch.contiguous_format),
-    ],
-    ids=str,
-)
-def test_programs_fill_a_gpu(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
-    x = torch.empty(1, dtype=torch.bfloat16).expand(shape)
-    strides = torch.empty(shape, device="meta").contiguous(memory_format=memory_format).stride()
-    plan = kernels.base.channels.plan_of(torch.empty_strided(shape, strides, device="meta"))
-    assert x.numel() >= 10**6
-    threads = plan.programs * plan.tiling.threads(x.dtype)
-    assert 112 * 512 <= threads <= 1024 * 128  # of an H200, all but a seventh at 16 warps each
-    assert plan.splits <= plan.tiling.lanes  # which one tile holds
 
 
 # --- In company -------------------------------------------------------------------------------------------------------
