@@ -1,9 +1,10 @@
 """Decisions that are made once for calls that are alike.
 
 Which kernel takes a call, or PyTorch's own operator, and with which arguments, follows from the types and values of its
-arguments, and from what `fusednn.autograd.plans.guards` ask of its operands: dtype, device, shape, strides, whether
-they require gradients.  A function that is `decided_once` looks at these, and returns another one, of the same
-arguments, that computes.  It may depend on nothing else, not on autocast's dtype either, and keeps no operand.
+arguments, from what `fusednn.autograd.plans.guards` ask of its operands (dtype, device, shape, strides, whether they
+require gradients), and from whether small tensors are left to PyTorch.  A function that is `decided_once` looks at
+these, and returns another one, of the same arguments, that computes.  It may depend on nothing else, not on autocast's
+dtype either, and keeps no operand.
 """
 
 from collections.abc import Callable
@@ -32,13 +33,14 @@ def decided_once(decide: Callable[..., Callable[..., Any]]) -> Callable[..., Any
 
     Everything is decided anew where somebody observes choices, or where modes, transforms or tracers have a say.
     """
-    calls = Calls()
-    _DECISIONS.append(calls)
+    always, where_large = Calls(), Calls()
+    _DECISIONS.extend((always, where_large))
 
     @wraps(decide)
     def decided(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or looks_on() or dispatch.are_observed() or forward_ad._current_level >= 0:
             return decide(*arguments)(*arguments)
+        calls = where_large if dispatch.leaves_small() else always
         try:
             found = calls.find(arguments)
         except TypeError:  # a value without a hash, which isn't kept

@@ -7,7 +7,7 @@ which also raises the stock error where the arguments are wrong.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeGuard, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import AVAILABLE, WHERE
 from ..kernels.base.device import LaunchError
+from ..kernels.base.figures import most_small_bytes
 from ..kernels.base.launch import memory_refusal
 from ..kernels.functions.activation import ACTIVATIONS
 
@@ -25,6 +26,7 @@ __all__ = [
     "PLAIN_TYPES",
     "Choice",
     "Refusal",
+    "always_kernels",
     "are_observed",
     "autocast_dtype",
     "compile_policy",
@@ -34,6 +36,8 @@ __all__ = [
     "is_integer",
     "is_number",
     "judged_as_compiled",
+    "judged_as_trained",
+    "leaves_small",
     "observe_choices",
     "or_stock",
     "record_kernels",
@@ -81,7 +85,7 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
 
 def are_observed() -> bool:
     """Whether somebody observes choices, or asks for those that `torch.compile` would make."""
-    return bool(_observers) or _as_compiled
+    return bool(_observers) or _as_compiled or _as_trained
 
 
 def report_stock(operation: str, reason: Callable[[], str | None]) -> None:
@@ -159,6 +163,8 @@ def _refusal(
         for parameter in parameters:
             if parameter.dtype != dtype or parameter.device != first.device or parameter.layout is not torch.strided:
                 return "the parameters differ in dtype, device or layout"
+    if _leaves_small and first.device.type in HOST_BOUND and _is_small(operation, (*tensors, *parameters)):
+        return "small: PyTorch's own operator costs the host less"
     if inplace:
         if first.requires_grad and first.is_leaf and torch.is_grad_enabled():
             return "in-place on a leaf that requires gradients"
@@ -190,6 +196,63 @@ def or_stock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
 def tensor_refusal(tensor: Tensor) -> str | None:
     """Why no kernel takes this operand, whatever the operation, or None."""
     return _refusal("", (tensor,), (), False, False, None)
+
+
+# --- Small tensors ----------------------------------------------------------------------------------------------------
+
+#: Devices that the host enqueues work for.  On CPU tensors kernels are tested, by the interpreter and the like.
+HOST_BOUND = {"cuda"}
+
+_leaves_small = True
+_as_trained = False
+
+
+def leaves_small() -> bool:
+    """Whether operations on small tensors are left to PyTorch where that costs the host less."""
+    return _leaves_small
+
+
+class always_kernels:  # noqa: N801 (it is called like a function)
+    """Let kernels take tensors of any size: from here on, or, as a context manager, inside the ``with`` block.
+
+    A GPU is done with a small tensor before the host comes with the next one.  So a single operation, no fused one, on
+    a tensor of a few MB is left to PyTorch where its operator costs the host less than ours: `fusednn.explain` says so.
+    Kernels are the better choice nevertheless where the host doesn't count, while a CUDA graph is captured, and where
+    less memory is wanted.  ``always_kernels(False)`` lets PyTorch have them again.
+    """
+
+    def __init__(self, always: bool = True) -> None:
+        global _leaves_small
+        self._before, _leaves_small = _leaves_small, not always
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _leaves_small
+        _leaves_small = self._before
+
+
+@contextmanager
+def judged_as_trained() -> Iterator[None]:
+    """Inside, choices are those of calls with a backward pass, though no gradients are computed."""
+    global _as_trained
+    before, _as_trained = _as_trained, True
+    try:
+        yield
+    finally:
+        _as_trained = before
+
+
+def _is_small(operation: str, operands: Sequence[Tensor]) -> bool:
+    """Whether PyTorch's operator is the quicker way, by the model of `fusednn.kernels.base.figures`."""
+    if torch.compiler.is_compiling() or _as_compiled:  # compiled code doesn't wait for Python
+        return False
+    differentiable = _as_trained or (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands))
+    return operands[0].nbytes <= _most_small_bytes(operation, differentiable=differentiable)
+
+
+_most_small_bytes = cache(most_small_bytes)
 
 
 # --- What torch.compile does itself -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .dispatch import PLAIN_TYPES, transform_refusal
+from .dispatch import PLAIN_TYPES, always_kernels, transform_refusal
 from .handles import Handle, Kept, Recipe, View, note, noted
 from .stock_recipes import STOCK_RECIPES
 
@@ -204,7 +204,8 @@ def recompute(model: nn.Module | None = None, *, depth: int = 1) -> Iterator[Non
 
     What was made, by a kernel of ours or an operator of PyTorch's that costs one pass over memory, of tensors that are
     kept anyway isn't kept for those who consume it, but made again for them.  It pays where activations, norms and
-    dropout lie between products, and costs one pass over memory for each result that isn't kept.
+    dropout lie between products, and costs one pass over memory for each result that isn't kept.  Kernels take small
+    tensors here, too, since they keep less.
 
     ``model`` is asked for the ``eps`` of its LayerNorms and RMSNorms, of which PyTorch's graph doesn't know: without it
     their results are kept.  ``depth`` says how many results may be made of one another to make one: with residuals, 0
@@ -219,7 +220,7 @@ def recompute(model: nn.Module | None = None, *, depth: int = 1) -> Iterator[Non
         yield
         return
     outer, region = _here.region, Region(model, depth)
-    with saved_tensors_hooks(region.pack, _unpack):
+    with saved_tensors_hooks(region.pack, _unpack), always_kernels():
         _here.region = region
         try:
             yield

@@ -134,13 +134,14 @@ def _host() -> Entries:
     from fusednn_bench.do_nothing import install
 
     launches = install()
-    from fusednn_bench.host_cases import host_cases
+    from fusednn_bench.host_cases import KERNELS, host_cases
     from host import records
 
     entries: Entries = {}
     for case in host_cases():
         name = f"{case.operation} {case.direction} {'x'.join(map(str, case.shape))}"
-        (ours,) = (record for record in records(case, launches, timed=False) if record["contestant"] == "fusednn")
+        found = {record["contestant"]: record for record in records(case, launches, timed=False)}
+        ours = found.get(KERNELS, found["fusednn"])
         entries[name] = [ours[figure] for figure in FIGURES["host"]]
     return entries
 

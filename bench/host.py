@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -66,11 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def records(case: HostCase, launches: Callable[[], int], *, timed: bool = True) -> Iterator[dict[str, Any]]:
     """One for each contestant; not ``timed``, what is counted alone."""
-    for call in case.calls.values():
-        for _ in range(_WARM):
-            call()
-    counts = {name: _counts(call, launches) for name, call in case.calls.items()}
-    samples = _measure(case.calls) if timed else {}
+    from fusednn_bench.host_cases import KERNELS
+
+    import fusednn
+
+    def under(name: str) -> fusednn.always_kernels:
+        return fusednn.always_kernels(name == KERNELS)
+
+    counts = {}
+    for name, call in case.calls.items():
+        with under(name):
+            for _ in range(_WARM):
+                call()
+            counts[name] = _counts(call, launches)
+    samples = _measure(case.calls, under) if timed else {}
     for name in case.calls:
         yield {
             "family": case.family,
@@ -85,14 +94,17 @@ def records(case: HostCase, launches: Callable[[], int], *, timed: bool = True) 
         }
 
 
-def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Microseconds of CPU time of a call, one figure a round."""
+def _measure(
+    calls: dict[str, Callable[[], object]], under: Callable[[str], AbstractContextManager[None]]
+) -> dict[str, list[float]]:
+    """Microseconds of CPU time of a call, one figure a round; each ``under`` what its contestant's name means."""
     clock = time.process_time_ns
     numbers = {}
     for name, call in calls.items():
-        start = clock()
-        call()
-        numbers[name] = max(1, round(_ROUND_US * 1e3 / max(clock() - start, 1)))
+        with under(name):
+            start = clock()
+            call()
+            numbers[name] = max(1, round(_ROUND_US * 1e3 / max(clock() - start, 1)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     ends = time.monotonic() + _SECONDS
@@ -102,10 +114,11 @@ def _measure(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         while len(samples[order[0][0]]) < _ROUNDS and (time.monotonic() < ends or len(samples[order[0][0]]) < 20):
             order.reverse()
             for name, call in order:
-                start = clock()
-                for _ in range(numbers[name]):
-                    call()
-                samples[name].append((clock() - start) / numbers[name] / 1e3)
+                with under(name):
+                    start = clock()
+                    for _ in range(numbers[name]):
+                        call()
+                    samples[name].append((clock() - start) / numbers[name] / 1e3)
     finally:
         gc.enable()
     return samples

@@ -10,7 +10,7 @@ environment, the kernels in Triton's interpreter.
 
 from . import autograd, benchmark, kernels, layers, optim, testing
 from ._version import __version__
-from .autograd.dispatch import compile_policy, record_kernels
+from .autograd.dispatch import always_kernels, compile_policy, record_kernels
 from .autograd.recompute import recompute
 from .comparison import Comparison, compare
 from .layers import (
@@ -26,6 +26,7 @@ from .layers import (
 __all__ = [
     "Comparison",
     "__version__",
+    "always_kernels",
     "autograd",
     "benchmark",
     "compare",

@@ -60,7 +60,8 @@ def keeps_kernels() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _anew() -> None:
-    """The same random numbers in every test, and operators that remember nothing of others."""
+    """The same random numbers in every test, kernels for tensors of any size, and nothing remembered of others."""
+    fusednn.always_kernels()
     torch.manual_seed(0)
     forget_decisions()
     forget_plans()

@@ -55,9 +55,11 @@ def install() -> Callable[[], int]:
 
     triton.runtime.driver.set_active(Driver())
 
+    from fusednn.autograd import dispatch
     from fusednn.kernels.base import launch
 
     launch.REMEMBERS = True  # as on a GPU: this driver takes addresses
+    dispatch.HOST_BOUND.add("cpu")
     counter: Callable[[], int] = cuda.do_nothing_launches
     return counter
 

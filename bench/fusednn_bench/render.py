@@ -188,8 +188,9 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
         "CPU time, over a driver that does nothing: Triton's own launcher and compiled kernels, CPU tensors of a few "
         "hundred elements. The 5th percentile of many rounds, in which the contestants take turns, and the median. "
         "Eager is PyTorch on the CPU, so that its arithmetic is part of its time and the launch of its kernels isn't. "
-        "A ratio above 1: ours takes longer. Counted of a call of ours: launches, those among them that Triton "
-        "prepared, and operators of ours that went through PyTorch's dispatcher.",
+        "A ratio above 1: ours takes longer. `always_kernels` is ours where small tensors aren't left to PyTorch. "
+        "Counted of such a call: launches, those among them that Triton prepared, and operators of ours that went "
+        "through PyTorch's dispatcher.",
         _of_cases(host_table),
     ),
     "counters": _Section(

@@ -184,7 +184,9 @@ def inductor_table(cases: Iterable[_Record]) -> str:
 
 
 def host_table(cases: Iterable[_Record]) -> str:
-    """CPU time of a call: as on a quiet machine, the median, and ours over the others'; and what is counted of ours."""
+    """CPU time of a call: as on a quiet machine, the median, and ours over the others'; and what is counted of ours,
+    by its kernels.
+    """
     head = ("operation", "direction", "shape", "fusednn us", "median", "eager us", "median", "ratio", "others")
     rows: list[list[Cell]] = []
     for (operation, _, _, shape, direction), records in by_contestant(cases).items():
@@ -195,7 +197,8 @@ def host_table(cases: Iterable[_Record]) -> str:
         row.append(times["fusednn"] / times["eager"] if "eager" in times else None)
         others = {name: time for name, time in times.items() if name not in ("fusednn", "eager")}
         row.append(", ".join(f"{name} {time:.2f}: {times['fusednn'] / time:.2f}" for name, time in others.items()))
-        rows.append(row + [records["fusednn"][name] for name in ("launches", "prepared", "dispatched")])
+        counted = records.get("always_kernels", records["fusednn"])
+        rows.append(row + [counted[name] for name in ("launches", "prepared", "dispatched")])
     return markdown_table((*head, "launches", "prepared by Triton", "dispatched"), rows)
 
 

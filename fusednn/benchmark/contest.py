@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd.dispatch import Choice, observe_choices
+from ..autograd.dispatch import Choice, always_kernels, observe_choices
 from .arithmetic import eager_work
 from .cases import Case, Inputs, forward, gradients, make_inputs
 from .protocol import COMPILE_MODES, DIRECTIONS, CaseRecord, Contest, Direction, Effort
@@ -75,7 +75,7 @@ def run_contest(
     Raises what fusednn raises; where another contestant fails, it is left out and the rest goes on.  Inputs are out of
     the cache (``cold``), or one set is used again and again.
     """
-    with float32_products(case.operation.tf32):
+    with float32_products(case.operation.tf32), always_kernels():
         return _run_contest(case, timer, names, effort, directions, cold)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..autograd.dispatch import always_kernels
 from .accuracy import assert_same_bits
 from .bounds import checked_bounds
 from .layouts import ARRANGEMENTS
@@ -117,7 +118,7 @@ def check_drop_in(
             continue
         for where, check in plan:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), always_kernels():
                     warnings.simplefilter("ignore")
                     check()
                 found.checked[name] += 1

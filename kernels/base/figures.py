@@ -1,8 +1,8 @@
 """Figures of machines that decisions are made with, each with its source, and the thresholds that follow from them.
 
 Where one kernel of ours is the quicker way, and where PyTorch's product or convolution followed by a pass, depends on
-what a GPU multiplies and moves.  A figure that a GPU corrects is corrected here, and the thresholds follow;
-``bench/thresholds.py`` times both ways on each side of them.
+what a GPU multiplies and moves; where a tensor is small, on what a call costs the host.  A figure that a GPU corrects
+is corrected here, and the thresholds follow; ``bench/thresholds.py`` times both ways on each side of them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from typing import NamedTuple
 
 __all__ = [
     "COPY_RATE",
+    "DRIVER_LAUNCH",
+    "HOST_TIMES",
     "MATRIX_RATES",
     "RELATIVE_RATES",
+    "SMALL_CALLS",
     "Figure",
+    "SmallCall",
     "most_convolution_depth",
     "most_maxout_features",
     "most_maxout_features_backward",
+    "most_small_bytes",
 ]
 
 
@@ -91,3 +96,59 @@ def most_maxout_features_backward() -> int:
 def _power_of_2(number: float) -> int:
     """The largest that isn't larger."""
     return int(1 << int(number).bit_length() - 1)
+
+
+# --- Small tensors ----------------------------------------------------------------------------------------------------
+
+
+class SmallCall(NamedTuple):
+    """What a call costs the host, by a kernel of ours and by PyTorch, in us; how often PyTorch's moves the input."""
+
+    ours: float
+    stock: float
+    passes: float
+
+
+#: What a driver takes to launch a kernel, which the host times below, over one that does nothing, don't have in them.
+DRIVER_LAUNCH = Figure(3.0, "us", "assumed: 2 to 4 us, ours and PyTorch's alike")
+
+#: The source of the host times below.
+HOST_TIMES = "bench/results/host.json: the 5th percentile, of ours by its kernels; PyTorch's is its CPU path's"
+
+_POINTWISE = (SmallCall(13, 2.5, 2), SmallCall(31, 13, 5))
+_DROPOUT = (SmallCall(15, 10, 2.25), SmallCall(35, 22, 4.5))
+_SOFTMAX = (SmallCall(11, 3.3, 2), SmallCall(29, 14, 5))
+_POINTWISE_LOSS = (SmallCall(16, 7.2, 4), SmallCall(40, 19, 7))
+
+#: Operations that PyTorch has an operator for, whose host time is below ours: of a call without gradients, and of one
+#: with them and its backward pass.  What isn't here, above all what is fused of several, takes its kernel at any size.
+SMALL_CALLS: dict[str, tuple[SmallCall, SmallCall]] = {
+    **dict.fromkeys(
+        (
+            *("celu", "elu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid"),
+            *("mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh", "threshold"),
+        ),
+        _POINTWISE,
+    ),
+    "prelu": (SmallCall(11, 3.8, 2), SmallCall(40, 20, 7)),
+    "dropout": _DROPOUT,
+    **dict.fromkeys(("softmax", "log_softmax"), _SOFTMAX),
+    "cross_entropy": (SmallCall(16, 5.6, 2), SmallCall(37, 19, 6)),
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _POINTWISE_LOSS),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (SmallCall(18, 4.6, 2), SmallCall(46, 18, 5))),
+    "batch_norm": (SmallCall(29, 13, 3), SmallCall(72, 33, 8)),
+}
+
+
+def most_small_bytes(operation: str, *, differentiable: bool) -> int:
+    """The bytes of an input up to which PyTorch's operator is the quicker way, or 0.
+
+    A call takes as long as the host or the device, whichever is longer.  As long as PyTorch's passes over memory take
+    less than its host does, and ours move fewer bytes, both wait for the host: for ours the longer.
+    """
+    calls = SMALL_CALLS.get(operation)
+    if calls is None or (call := calls[differentiable]).ours <= call.stock:
+        return 0
+    launches = 2 if differentiable else 1
+    seconds = (call.stock + launches * DRIVER_LAUNCH.number) * 1e-6
+    return int(seconds * COPY_RATE.number / call.passes)

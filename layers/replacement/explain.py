@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autograd.dispatch import Choice, judged_as_compiled, observe_choices
+from ...autograd.dispatch import Choice, judged_as_compiled, judged_as_trained, observe_choices
 from ...autograd.recompute import observe_saved
 from ..fusion.host import recomputes
 from ..fusion.members import observe_chains, observe_modules
@@ -86,9 +86,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     """Run ``model(*inputs, **kwargs)`` once, and report the path that each layer took and why.
 
     The pass leaves no trace: buffers (running statistics) and the random generators are put back, and no gradients are
-    computed.  The model stays in the mode (training or evaluation) that it is in.  Of a model that `torch.compile`
-    compiled it runs the code that was compiled, and reports what the compiler is given: what is kept is the compiler's
-    choice.  Of another model whose results are made again it also reports what each layer keeps for the backward pass.
+    computed; where the model is in training, choices are those of a training step.  It stays in the mode (training or
+    evaluation) that it is in.  Of a model that `torch.compile` compiled it runs the code that was compiled, and
+    reports what the compiler is given: what is kept is the compiler's choice.  Of another model whose results are made
+    again it also reports what each layer keeps for the backward pass.
     """
     if compiled := hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         model = getattr(model, "_orig_mod", model)
@@ -153,6 +154,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             observe_chains(observe_chain),
             observe_modules(enter, leave),
             _uncompiled() if compiled else nullcontext(),
+            judged_as_trained() if model.training else nullcontext(),
         ):
             model(*inputs, **kwargs)
     finally:
