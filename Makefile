@@ -107,27 +107,32 @@ recipe: .venv/.complete ## train the recipe's ladder and write docs/recipe.md; t
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-interpreter test-stock test-compiled test-thorough test-oldest test-oldest-torch test-newest test-gpu lint
-test: lint test-compiled test-interpreter test-stock ## lint, and the suite in its three modes; needs no GPU, but gcc
+.PHONY: test test-all test-interpreter test-stock test-compiled test-thorough test-oldest test-oldest-torch test-newest test-gpu lint
+test: lint test-compiled test-interpreter test-stock ## lint, and each test in its three modes; needs no GPU, but gcc
+
+test-all: test test-thorough ## all cases of all tests
+
+# Of a grid of cases `make test` takes a few (tests/support/sample.py).
+QUICK := not thorough and not grid
 
 # Compiled kernels are kept in .cache: the first run takes minutes longer.
 test-compiled: .venv/.complete ## the suite on kernels compiled for a GPU, on a virtual one (tests/vgpu)
-	FUSEDNN_VGPU=80 $(call pytest,.venv,not thorough)
-	FUSEDNN_VGPU=90 $(call pytest,.venv,compiled and not thorough) tests/test_vgpu_checks.py tests/test_compiled.py \
+	FUSEDNN_VGPU=80 $(call pytest,.venv,$(QUICK))
+	FUSEDNN_VGPU=90 $(call pytest,.venv,compiled and $(QUICK)) tests/test_vgpu_checks.py tests/test_compiled.py \
 		-k "products or conv or linear"
 
 # Compiled kernels are quicker, and show more.  What the interpreter alone can do is count bytes, and do without gcc: where
 # there is none, it runs everything.
 test-interpreter: .venv/.complete
-	TRITON_INTERPRET=1 $(call pytest,.venv,$(if $(shell command -v gcc),(interpreter or smoke) and )not thorough)
+	TRITON_INTERPRET=1 $(call pytest,.venv,$(if $(shell command -v gcc),(interpreter or smoke) and )$(QUICK))
 
 test-stock: .venv/.complete
-	TRITON_INTERPRET=0 $(call pytest,.venv,not thorough)
+	TRITON_INTERPRET=0 $(call pytest,.venv,$(QUICK))
 
 test-thorough: .venv/.complete .build/models/.complete ## what `make test` leaves out for time
-	PYTHONPATH=.build/models TRITON_INTERPRET=1 $(call pytest,.venv,not (interpreter or smoke) or thorough)
-	PYTHONPATH=.build/models TRITON_INTERPRET=0 $(call pytest,.venv,thorough)
-	FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough)
+	PYTHONPATH=.build/models TRITON_INTERPRET=1 $(call pytest,.venv,not (interpreter or smoke) or thorough or grid)
+	PYTHONPATH=.build/models TRITON_INTERPRET=0 $(call pytest,.venv,thorough or grid)
+	FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough or grid)
 
 test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton
 	TRITON_INTERPRET=0 $(call pytest,.venv-oldest,compiles and not thorough)

@@ -87,12 +87,16 @@ class Conv3d(Twin, nn.Conv3d):
         return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-def _output_padding(layer: _ConvTransposeNd, input: Tensor, output_size: list[int] | None) -> Any:
-    """What makes the result of this size, where one is given.  Raises ValueError as ``torch.nn``'s layers do."""
+def _transposed(layer: _ConvTransposeNd, input: Tensor, output_size: list[int] | None) -> tuple[Any, ...]:
+    """A call of a layer, as `conv_transpose1d` and its kin take it; the result has the size that is given, if one is.
+
+    Raises ValueError as ``torch.nn``'s layers do.
+    """
     if layer.padding_mode != "zeros":
         raise ValueError(f"Only `zeros` padding mode is supported for {type(layer).__name__}")
     sizes = (layer.stride, layer.padding, layer.kernel_size)
-    return layer._output_padding(input, output_size, *sizes, len(layer.kernel_size), layer.dilation)  # type: ignore[arg-type]
+    extra = layer._output_padding(input, output_size, *sizes, len(layer.kernel_size), layer.dilation)  # type: ignore[arg-type]
+    return input, layer.weight, layer.bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation
 
 
 class ConvTranspose1d(Twin, nn.ConvTranspose1d):
@@ -102,9 +106,7 @@ class ConvTranspose1d(Twin, nn.ConvTranspose1d):
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = _output_padding(self, input, output_size)
-        sizes: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
-        return conv_transpose1d(input, self.weight, self.bias, *sizes)
+        return conv_transpose1d(*_transposed(self, input, output_size))
 
 
 class ConvTranspose2d(Twin, nn.ConvTranspose2d):
@@ -114,9 +116,7 @@ class ConvTranspose2d(Twin, nn.ConvTranspose2d):
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = _output_padding(self, input, output_size)
-        sizes: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
-        return conv_transpose2d(input, self.weight, self.bias, *sizes)
+        return conv_transpose2d(*_transposed(self, input, output_size))
 
 
 class ConvTranspose3d(Twin, nn.ConvTranspose3d):
@@ -126,9 +126,7 @@ class ConvTranspose3d(Twin, nn.ConvTranspose3d):
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = _output_padding(self, input, output_size)
-        sizes: Any = (self.stride, self.padding, extra, self.groups, self.dilation)
-        return conv_transpose3d(input, self.weight, self.bias, *sizes)
+        return conv_transpose3d(*_transposed(self, input, output_size))
 
 
 def is_plain(layer: nn.Module, twin: type[Twin]) -> bool:

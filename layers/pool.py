@@ -15,6 +15,10 @@ from .twin import Twin
 __all__ = ["MaxPool1d", "MaxPool2d", "MaxPool3d"]
 
 
+def _sizes(layer: Any) -> tuple[Any, ...]:
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation
+
+
 class MaxPool1d(Twin, nn.MaxPool1d):
     """y[n, c, i] = max over k of x[n, c, stride i + dilation k - padding], input (N, C, L) or (C, L).
 
@@ -23,15 +27,7 @@ class MaxPool1d(Twin, nn.MaxPool1d):
     """
 
     def forward(self, input: Tensor) -> Any:
-        return max_pool1d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices,
-        )
+        return max_pool1d(input, *_sizes(self), ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
 
 class MaxPool2d(Twin, nn.MaxPool2d):
@@ -42,15 +38,7 @@ class MaxPool2d(Twin, nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Any:
-        return max_pool2d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices,
-        )
+        return max_pool2d(input, *_sizes(self), ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
 
 class MaxPool3d(Twin, nn.MaxPool3d):
@@ -61,12 +49,4 @@ class MaxPool3d(Twin, nn.MaxPool3d):
     """
 
     def forward(self, input: Tensor) -> Any:
-        return max_pool3d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices,
-        )
+        return max_pool3d(input, *_sizes(self), ceil_mode=self.ceil_mode, return_indices=self.return_indices)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.compiled import ARCHITECTURE, MISSING
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
+from support.sample import beyond_each_choice
 
 import fusednn
 from fusednn.autograd.decisions import forget_decisions
@@ -31,6 +32,7 @@ _RUNS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks for what is of a grid
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if ARCHITECTURE and MISSING:
         for item in items:
@@ -38,7 +40,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     idle = [item for item in items if any(item.get_closest_marker(name) and not runs for name, runs in _RUNS.items())]
     config.hook.pytest_deselected(items=idle)
-    items[:] = [item for item in items if item not in set(idle)]
+    left_out = set(idle)
+    items[:] = [item for item in items if item not in left_out]
+    for item in beyond_each_choice(item for item in items if not item.get_closest_marker("thorough")):
+        item.add_marker(pytest.mark.grid)
 
 
 def pytest_report_header() -> str:

@@ -82,7 +82,7 @@ def _run(library: str, tests: Sequence[str], limit: int) -> Outcome:
         os.chdir(TESTS.parent)
         sys.path.insert(0, library)
         os.environ["PYTHONPATH"] = library  # for processes that tests start
-        options = ["-x", "-q", "-m", "not thorough and not compiles", *tests]
+        options = ["-x", "-q", "-m", "not thorough and not grid and not compiles", *tests]
         os._exit(int(import_module("pytest").main(options, plugins=[_Plugin(write)])))
     os.close(write)
     with os.fdopen(read) as pipe:

@@ -1,0 +1,53 @@
+"""Which cases of a parametrised test `make test` runs.
+
+Of a grid of cases (activations times dtypes times layouts), as many as it takes for each word of their names to occur
+once, in the place where it stands, which is known as each-choice coverage.  Lists without a word in common stay whole.
+The other cases have the marker ``grid``.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+
+import pytest
+
+
+def words(case: str) -> frozenset[tuple[int, str]]:
+    """The words of a case's name, with their places.
+
+    >>> sorted(words("relu backward-float32"))
+    [(0, 'backward'), (0, 'relu'), (1, 'float32')]
+    """
+    return frozenset((place, word) for place, part in enumerate(case.split("-")) for word in part.split())
+
+
+def each_choice(test: str, cases: Sequence[str]) -> set[str]:
+    """A few of a test's cases that have all words of all of them; always the same few.
+
+    >>> len(each_choice("test_values", ["relu-float32", "relu-float16", "gelu-float32", "gelu-float16"]))
+    2
+    """
+    # The order differs from test to test, so that not all meet the same pairs of words.
+    pool = {case: words(case) for case in sorted(cases, key=lambda case: zlib.crc32(f"{test}[{case}]".encode()))}
+    missing = frozenset[tuple[int, str]]().union(*pool.values())
+    chosen = set()
+    while missing:
+        best = max(pool, key=lambda case: len(pool[case] & missing))
+        missing -= pool[best]
+        chosen.add(best)
+    return chosen
+
+
+def beyond_each_choice(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """The cases of each test that have no word of their own to add."""
+    tests: dict[str, dict[str, pytest.Item]] = {}
+    for item in items:
+        test, bracket, case = item.nodeid.partition("[")
+        if bracket:
+            tests.setdefault(test, {})[case.removesuffix("]")] = item
+    return [
+        item
+        for test, cases in tests.items()
+        for chosen in [each_choice(test, list(cases))]
+        for case, item in cases.items()
+        if case not in chosen
+    ]
