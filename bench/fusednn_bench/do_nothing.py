@@ -56,12 +56,31 @@ def install() -> Callable[[], int]:
     triton.runtime.driver.set_active(Driver())
 
     from fusednn.autograd import dispatch
-    from fusednn.kernels.base import launch
+    from fusednn.kernels.base import launch, random
 
     launch.REMEMBERS = True  # as on a GPU: this driver takes addresses
     dispatch.HOST_BOUND.add("cpu")
+    generator = CountingGenerator()
+    random.counting_generator = lambda device: generator
+    random._drawn = lambda device, seed, offset: torch.zeros(random._BLOCK, 1, dtype=torch.int64).unbind()
     counter: Callable[[], int] = cuda.do_nothing_launches
     return counter
+
+
+class CountingGenerator:
+    """As much of a GPU's generator as is asked for on the host."""
+
+    def __init__(self) -> None:
+        self._seed, self._offset = 0, 0
+
+    def initial_seed(self) -> int:
+        return self._seed
+
+    def get_offset(self) -> int:
+        return self._offset
+
+    def set_offset(self, offset: int) -> None:
+        self._offset = offset
 
 
 def _build() -> Path:

@@ -1,14 +1,19 @@
 """Randomness that costs no memory: Philox numbers from a seed and an element's position.
 
 A kernel draws the same numbers whenever it is given the same seed, so a backward pass regenerates what the forward
-pass drew.  The seed itself comes from PyTorch's generator of the tensor's device and stays on that device: nothing
+pass drew.  The seed itself follows from PyTorch's generator of the tensor's device and lies on that device: nothing
 syncs, and ``torch.manual_seed``, checkpointing and CUDA-graph replay behave.
+
+A GPU's generator is two numbers on the host, a seed and an offset, which its kernels advance by what they draw; so do
+ours, on the host, without a launch.  What they are given is the number at the offset in a block of seeds, which is made
+of the generator's seed and the block's place alone: one launch for many draws, and the same seed at the same offset
+wherever the generator was in between.  While a graph is captured the offset is the replay's, and the device draws.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +22,7 @@ from ._triton import tl, triton
 
 __all__ = [
     "channel_bits",
+    "counting_generator",
     "draw_seed",
     "keep_threshold",
     "keep_tile",
@@ -41,6 +47,16 @@ def with_seed(device: torch.device, compute: Callable[[Tensor], _Result]) -> _Re
     """``compute`` of a new seed.  Where it raises, for want of memory say, the generator is as if none were drawn."""
     if torch.compiler.is_compiling():
         return compute(draw_seed(device))
+    generator = counting_generator(device)
+    if generator is not None:
+        offset = generator.get_offset()
+        try:
+            seed = _seed_at(device, generator.initial_seed(), offset)
+            generator.set_offset(offset + _STEP)
+            return compute(seed)
+        except BaseException:
+            generator.set_offset(offset)
+            raise
     before = torch.get_rng_state() if device.type == "cpu" else None
     seed = draw_seed(device)
     try:
@@ -48,16 +64,44 @@ def with_seed(device: torch.device, compute: Callable[[Tensor], _Result]) -> _Re
     except BaseException:
         if before is not None:
             torch.set_rng_state(before)
-        elif not torch.cuda.is_current_stream_capturing():
-            _take_back(torch.cuda.default_generators[seed.device.index], seed.device)
         raise
 
 
-def _take_back(generator: torch.Generator, device: torch.device) -> None:
-    """Undo the last draw of a seed: another one tells how far each moves the generator."""
-    after = generator.get_offset()
-    draw_seed(device)
-    generator.set_offset(2 * after - generator.get_offset())
+def counting_generator(device: torch.device) -> Any:
+    """The device's generator, where it is a seed and an offset on the host."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.default_generators[device.index]
+
+
+#: How far a draw advances a generator; PyTorch's offsets are multiples of it.
+_STEP = 4
+#: The seeds of a block, and the most blocks that are kept: a checkpoint goes back, and another stream has its own.
+_BLOCK, _MOST_BLOCKS = 256, 16
+_blocks: dict[tuple[torch.device, int, int, int], Sequence[Tensor]] = {}
+
+
+def _seed_at(device: torch.device, seed: int, offset: int) -> Tensor:
+    """The seed that a generator with this seed has at an offset, shape (1,), int64, drawn on the current stream."""
+    block, place = divmod(offset, _STEP * _BLOCK)
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    key = (device, stream, seed, block)
+    found = _blocks.get(key)
+    if found is None:
+        if len(_blocks) >= _MOST_BLOCKS:
+            _blocks.clear()
+        with torch.inference_mode(False), torch.no_grad():  # others will save them for their backward pass
+            found = _blocks[key] = _drawn(device, seed, block * _STEP * _BLOCK)
+    return found[place // _STEP]
+
+
+def _drawn(device: torch.device, seed: int, offset: int) -> Sequence[Tensor]:
+    """The seeds of the block that begins at an offset, each aligned to 16 bytes as kernels like it."""
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    generator.set_offset(offset)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK, 2), dtype=torch.int64, device=device, generator=generator)
+    return drawn[:, :1].unbind()
 
 
 def keep_threshold(p: float) -> int:
