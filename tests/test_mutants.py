@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mutants.__main__ import FLOORS, ROOT, changed_lines, own_tests, sample, verdict
 from mutants.mutators import mutants_of
-from mutants.worker import Worker
+from mutants.worker import MODES, QUICK, Selection, Worker
 
 RESULTS = sorted((ROOT / "tests" / "mutants" / "results").glob("*.json"))
 
@@ -50,8 +50,9 @@ def test_what_is_left_alone() -> None:
         def f(x: "a < b" = None) -> list[1]:
             """3 - 4"""
             return "é", x
+            raise ValueError(f"{x[-1]}")
     '''
-    assert not mutants_of("file.py", textwrap.dedent(source))
+    assert [mutant.kind for mutant in mutants_of("file.py", textwrap.dedent(source))] == ["an error is missing"]
 
 
 def test_refusals() -> None:
@@ -78,10 +79,14 @@ def test_every_survivor_of_the_committed_samples_is_judged() -> None:
 
 
 def test_tests_of_a_family() -> None:
-    assert own_tests("kernels/dropout.py")[:2] == ["tests/test_dropout.py", "tests/test_dropout_layers.py"]
-    assert own_tests("kernels/pool_window.py")[0] == "tests/test_pool.py"
-    assert "tests/test_optimizer.py" in own_tests("optim/state.py")
-    assert "tests/test_gradients.py" in own_tests("kernels/base/tiles.py")
+    assert own_tests("kernels/dropout.py").tests[:2] == ["tests/test_dropout.py", "tests/test_dropout_layers.py"]
+    window = own_tests("kernels/pool_window.py")  # of pools, and of what pools behind it
+    assert {"tests/test_pool.py", "tests/test_conv.py", "tests/test_conv_batch_norm.py"} <= {*window.tests}
+    assert {"maxpool2d", "conv_act_pool2d"} <= {*window.names}
+    assert "tests/test_optimizer.py" in own_tests("optim/state.py").tests
+    tiles = own_tests("kernels/base/tiles.py")  # everybody's
+    assert "tests/test_gradients.py" in tiles.of_all
+    assert not tiles.names
 
 
 def test_lines_that_a_change_touches() -> None:
@@ -108,6 +113,14 @@ def test_lines_that_differ_from_a_commits(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert changed_lines("HEAD") == {"optim/file.py:2", "optim/file.py:3"}
 
 
+def test_modes_are_those_of_make_test() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for variables, markers in MODES.values():
+        assert any(f"{name}={value} $(call pytest,.venv," in makefile for name, value in variables.items())
+        assert QUICK in markers
+    assert f"QUICK := {QUICK}\n" in makefile
+
+
 @pytest.mark.thorough
 @pytest.mark.stock
 def test_a_fault_is_noticed() -> None:
@@ -115,8 +128,8 @@ def test_a_fault_is_noticed() -> None:
     path = "autograd/dispatch.py"
     mutants = mutants_of(path, (ROOT / path).read_text(encoding="utf-8"))
     harmless = next(one for one in mutants if one.kind == "a refusal is missing")
-    tests = ["tests/test_dispatch.py::test_choices_are_not_observed_after_the_block"]
-    with closing(Worker(interpreting=False)) as worker:
+    tests = Selection(["tests/test_dispatch.py::test_choices_are_not_observed_after_the_block"])
+    with closing(Worker("stock")) as worker:
         found = [
             verdict(mutant, tests, [worker], limit)["verdict"]
             for mutant, limit in ((harmless._replace(after="return ("), 60), (harmless, 60), (harmless, 0))

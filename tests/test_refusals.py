@@ -133,6 +133,32 @@ def test_own_layers_refuse_what_their_stock_formulation_does(name: str, training
                 assert ours == outcome(layer, changed), words(changed)
 
 
+WRONG_ACTIVATIONS = [
+    ({"activation": "elu_"}, "unknown activation 'elu_'"),  # stock has it
+    ({"activation": "rellu"}, "unknown activation 'rellu'"),
+    ({"activation": "relu", "parameters": (0.1,)}, "relu has 0 parameters, but got 1"),
+    ({"activation": "elu", "parameters": (0.1, 0.2)}, "elu has 1 parameter, but got 2"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_ACTIVATIONS)
+def test_activations_that_there_are_none_of(wrong: dict[str, Any], message: str, device: str) -> None:
+    """Of every function and layer that has one."""
+    asked = 0
+    for function in (getattr(module, name) for module in (autograd, layers) for name in module.__all__):
+        known = inspect.signature(function).parameters if callable(function) else {}
+        options = {key if key in known else f"activation_{key}": value for key, value in wrong.items()}
+        if not options.keys() <= known.keys() or function in (autograd.sync_batch_norm, layers.register_activation):
+            continue
+        arguments: dict[str, Any] = OWN_ARGUMENTS.get(function.__name__, {})
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+        sizes = [1 for one in known.values() if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+        with pytest.raises(ValueError, match=message):
+            function(*([] if arguments else sizes), **{**moved, **options})
+        asked += 1
+    assert asked > 10
+
+
 @pytest.mark.parametrize("dims", [1, 2])
 def test_windows_that_do_not_fit(dims: int, device: str) -> None:
     x = torch.randn(1, 1, *[5] * dims, device=device)

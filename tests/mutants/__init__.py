@@ -1,9 +1,12 @@
 """Mutation testing: small faults put into the library on purpose, one at a time, which the tests have to notice.
 
-``make mutants SEED=1 NUMBER=20 FOLDERS="kernels autograd"`` takes a sample, runs for each mutant the tests of its
-family and those of all families in both modes, and lists the survivors; ``SINCE=main`` changes nothing but lines that
-differ from a commit's, as continuous integration does.  A survivor is a fault that the tests don't see, or a change
-that changes nothing: a person judges.  ``results/`` holds samples that were judged, and says why.
+``make mutants SEED=1 NUMBER=20 FOLDERS="kernels autograd"`` takes a sample, runs for each mutant the tests that belong
+to it in the modes of ``make test``, and lists the survivors; ``SINCE=main`` changes nothing but lines that differ from
+a commit's, as continuous integration does.  A survivor is a fault that the tests don't see, or a change that changes
+nothing: a person judges.  ``results/`` holds samples that were judged, and says why.
+
+To a mutant belong the tests of the families whose files use its file, those of its theme (fusion, replacement,
+libraries, optimizers), and of the tests that go through every operation the cases of those families.
 
 A mutant's tests end with the first that fails; one case of each test function comes before the second of any.  Of those
 that didn't end within ``--limit`` seconds of processor time it is undecided whether they'd have noticed.

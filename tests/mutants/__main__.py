@@ -1,6 +1,7 @@
 """``PYTHONPATH=tests python -m mutants``: take a sample, run its tests, list the survivors."""
 
 import argparse
+import ast
 import json
 import random
 import re
@@ -15,22 +16,33 @@ from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 
+from fusednn import optim
+from fusednn.catalogue import ROWS
+
 from .mutators import Mutant, mutants_of
-from .worker import Worker
+from .worker import MODES, Selection, Worker
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "autograd", "layers", "optim")
 #: Those of all families, which notice most.
-GENERIC = ("test_gradients.py", "test_memory.py", "test_in_place.py", "test_options.py", "test_paths.py")
+GENERIC = tuple(
+    f"test_{theme}.py"
+    for theme in (
+        *("gradients", "memory", "in_place", "options", "paths", "aliases", "testing", "refusals", "mixed_dtypes"),
+        *("defaults", "pytorch_cases"),
+    )
+)
 #: And of what is done to models and optimizers, by folder.
 THEMES = {
-    "fusion": ("test_fuse*.py",),
+    "fusion": ("test_fuse*.py", "test_neighbourhoods.py", "test_paths.py"),
     "replacement": ("test_replace.py", "test_conversions.py", "test_classes.py", "test_works_with.py", "test_fold.py"),
+    "libraries": ("test_libraries.py",),
     "optim": ("test_optimizer*.py",),
 }
 PASSED = (0, 5)  # 5: no test has anything to say in this mode
 ENDED_BY_LIMIT = (-signal.SIGXCPU, -signal.SIGKILL)
 LIMIT = 120  # seconds of processor time in each mode
+MANY = 5  # families that use a file: of more, tests of all are those to run
 
 
 @cache
@@ -65,16 +77,60 @@ def changed_lines(since: str) -> set[str]:
     return lines
 
 
-def own_tests(path: str) -> list[str]:
-    """The tests of a file's family and theme, and then those of all."""
-    family = Path(path).stem
-    patterns = [f"test_{family}*.py"]
-    while "_" in family and not list((ROOT / "tests").glob(patterns[-1])):  # pool_window's are pool's
-        family = family.rpartition("_")[0]
-        patterns.append(f"test_{family}*.py")
-    patterns += [pattern for folder, some in THEMES.items() if folder in path for pattern in some]
-    names = [test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern))]
-    return [f"tests/{name}" for name in dict.fromkeys((*names, *GENERIC))]
+def imported(path: Path) -> set[Path]:
+    """The library's files that a file imports, and those that these do."""
+    found, left = set(), [path]
+    while left:
+        new = _imported_by(left.pop()) - found
+        found |= new
+        left += new
+    return found
+
+
+@cache
+def _imported_by(path: Path) -> frozenset[Path]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            found += [module.with_suffix(".py"), *(module / f"{name.name}.py" for name in node.names)]
+    return frozenset(one for one in found if one.exists())
+
+
+@cache
+def families(path: str) -> tuple[str, ...]:
+    """Those of the catalogue whose files a file is one of, or used by; none where it is many families'."""
+    known = sorted({row.family for row in ROWS})
+    users = []
+    for family in known:
+        own = [ROOT / floor / f"{family}.py" for floor in FLOORS]
+        if any(ROOT / path == one or (one.exists() and ROOT / path in imported(one)) for one in own):
+            users.append(family)
+    users.sort(key=lambda family: not Path(path).stem.startswith(family))
+    return tuple(users) if len(users) <= MANY else ()
+
+
+def commit() -> str:
+    """That of the sources, shortened."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def own_tests(path: str) -> Selection:
+    """The tests of a file's families and theme, and their cases of those of all."""
+    users = families(path)
+    themes = [pattern for folder, patterns in THEMES.items() if folder in path for pattern in patterns]
+    patterns = [f"test_{Path(path).stem}*.py", *(f"test_{family}*.py" for family in users), *themes]
+    tests = dict.fromkeys(test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern)))
+    names = {name for row in ROWS if row.family in users for name in (row.name, *row.layers)}
+    if path.startswith("optim/"):
+        names.update(optim.__all__)
+    of_all = [name for name in GENERIC if name not in tests and (names or not themes)]
+    return Selection(
+        [f"tests/{name}" for name in tests],
+        [f"tests/{name}" for name in of_all],
+        sorted(name.lower() for name in names),
+    )
 
 
 def installed(folder: Path) -> Path:
@@ -85,7 +141,7 @@ def installed(folder: Path) -> Path:
     return folder / "fusednn"
 
 
-def verdict(mutant: Mutant, tests: list[str], workers: Iterable[Worker], limit: int = LIMIT) -> dict[str, str]:
+def verdict(mutant: Mutant, selection: Selection, workers: Iterable[Worker], limit: int = LIMIT) -> dict[str, str]:
     """``noticed`` by a test that fails or can't be collected; ``undecided`` where they didn't end in time."""
     ended = True
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +149,9 @@ def verdict(mutant: Mutant, tests: list[str], workers: Iterable[Worker], limit: 
         path = library / mutant.path
         path.write_text(mutant.of(path.read_text(encoding="utf-8")), encoding="utf-8")
         for worker in workers:
-            outcome = worker.run(Path(folder), tests, limit)
+            if worker.mode == "stock" and mutant.path.startswith("kernels/"):
+                continue  # no kernel runs
+            outcome = worker.run(Path(folder), selection, limit)
             if outcome.status in ENDED_BY_LIMIT and not outcome.failed:
                 ended = False
             elif outcome.status not in PASSED:
@@ -107,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--since", help="change nothing but lines that differ from this commit's")
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of processor time for a mutant in each mode")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="of the suite, in this order")
     parser.add_argument("--list", action="store_true", help="list the sample, and run nothing")
     parser.add_argument("--output", type=Path, help="a file for the verdicts, as JSON")
     parser.add_argument("folders", nargs="*", default=list(FLOORS))
@@ -118,14 +177,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     verdicts = []
     with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(interpreting=mode))) for mode in (True, False)]
+        workers = [stack.enter_context(closing(Worker(mode))) for mode in options.modes]
         for mutant in mutants:
             verdicts.append(verdict(mutant, own_tests(mutant.path), workers, options.limit))
             print(f"{verdicts[-1]['verdict']:9}", mutant, verdicts[-1]["by"], flush=True)
+            if options.output:
+                written = {"commit": commit(), "seed": options.seed, "mutants": verdicts}
+                options.output.write_text(json.dumps(written, indent=1) + "\n")
     counted = Counter(one["verdict"] for one in verdicts)
     print(f"{counted['noticed']} of {len(mutants)} were noticed; the others are for a person to judge")
-    if options.output:
-        options.output.write_text(json.dumps({"seed": options.seed, "mutants": verdicts}, indent=1) + "\n")
     return 0
 
 

@@ -77,8 +77,10 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
 
 
 def _behaviour(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that a run can depend on: no annotations, no decorators, no names for the reader."""
+    """The nodes that a run can depend on: no annotations, no decorators, no words of errors."""
     yield node
+    if isinstance(node, ast.Raise):
+        return
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue

@@ -15,6 +15,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TESTS = Path(__file__).parents[1]
+QUICK = "not thorough and not grid"
+#: The suite's modes: their environment, and the tests that ``make test`` runs in them.
+MODES = {
+    "stock": ({"FUSEDNN_VGPU": "0", "TRITON_INTERPRET": "0"}, f"{QUICK} and not compiles"),
+    "compiled": ({"FUSEDNN_VGPU": "80", "TRITON_INTERPRET": "0"}, QUICK),
+    "interpreter": ({"FUSEDNN_VGPU": "0", "TRITON_INTERPRET": "1"}, f"(interpreter or smoke) and {QUICK}"),
+}
+
+
+class Selection(NamedTuple):
+    """Test files, and those of all operations: of these, where there are ``names``, the cases that have one of them."""
+
+    tests: Sequence[str]
+    of_all: Sequence[str] = ()
+    names: Sequence[str] = ()
 
 
 class Outcome(NamedTuple):
@@ -26,20 +41,23 @@ class Outcome(NamedTuple):
 
 
 class Worker:
-    """Runs tests on copies of the library, in one mode."""
+    """Runs tests on copies of the library, in one of the `MODES`."""
 
-    def __init__(self, *, interpreting: bool) -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreting)), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "mutants.worker"]
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        variables, markers = MODES[mode]
+        environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
+        environment.setdefault("VGPU_CACHE", str(TESTS.parent / ".cache" / "vgpu"))  # not the copy's
+        command = [sys.executable, "-m", "mutants.worker", markers]
         self._process: Any = subprocess.Popen(
             command, cwd=TESTS, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, library: Path, tests: Sequence[str], limit: int) -> Outcome:
-        """``tests``, as pytest is given them, on the library in the folder ``library``, up to the first that fails, for
-        ``limit`` seconds of processor time at most.
+    def run(self, library: Path, selection: Selection, limit: int) -> Outcome:
+        """Tests on the library in the folder ``library``, up to the first that fails, for ``limit`` seconds of
+        processor time at most.
         """
-        print(json.dumps([str(library), tests, limit]), file=self._process.stdin, flush=True)
+        print(json.dumps([str(library), selection, limit]), file=self._process.stdin, flush=True)
         return Outcome(*json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
@@ -52,10 +70,17 @@ class _Plugin:
     alone; and tells which test fails.
     """
 
-    def __init__(self, pipe: int) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: int, selection: Selection) -> None:
+        self._pipe, self._selection = pipe, selection
+
+    def _is_of_another(self, test: str) -> bool:
+        file, _, rest = test.partition("::")
+        case = rest.partition("[")[2].lower()
+        of_all = bool(case and self._selection.names) and file in self._selection.of_all
+        return of_all and not any(name in case for name in self._selection.names)
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if not self._is_of_another(item.nodeid)]
         cases: dict[str, int] = {}
         rank = {}
         for item in items:
@@ -70,7 +95,7 @@ class _Plugin:
     pytest_collectreport = pytest_runtest_logreport
 
 
-def _run(library: str, tests: Sequence[str], limit: int) -> Outcome:
+def _run(markers: str, library: str, selection: Selection, limit: int) -> Outcome:
     read, write = os.pipe()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
@@ -82,8 +107,8 @@ def _run(library: str, tests: Sequence[str], limit: int) -> Outcome:
         os.chdir(TESTS.parent)
         sys.path.insert(0, library)
         os.environ["PYTHONPATH"] = library  # for processes that tests start
-        options = ["-x", "-q", "-m", "not thorough and not grid and not compiles", *tests]
-        os._exit(int(import_module("pytest").main(options, plugins=[_Plugin(write)])))
+        options = ["-x", "-q", "-m", markers, *selection.tests, *selection.of_all]
+        os._exit(int(import_module("pytest").main(options, plugins=[_Plugin(write, selection)])))
     os.close(write)
     with os.fdopen(read) as pipe:
         failed = pipe.read()
@@ -98,4 +123,5 @@ if __name__ == "__main__":
         if find_spec(name.partition(".")[0]):
             import_module(name)
     for line in sys.stdin:
-        print(json.dumps(_run(*json.loads(line))), flush=True)
+        library, selection, limit = json.loads(line)
+        print(json.dumps(_run(sys.argv[1], library, Selection(*selection), limit)), flush=True)
