@@ -240,8 +240,10 @@ _STOCK_GRADIENT: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
-def stock_activation(x: Tensor, activation: Activated) -> Tensor:
-    """activation(x), by PyTorch's operators."""
+def stock_activation(x: Tensor, activation: Activated, slopes: Tensor | None = None) -> Tensor:
+    """activation(x), by PyTorch's operators; PReLU's with its ``slopes``."""
+    if slopes is not None:
+        return F.prelu(x, slopes)
     row, a, b = activation
     return x if activation.saves == "nothing" else STOCK[row.name](x, a, b)
 

@@ -23,7 +23,7 @@ from .dispatch import autocast_dtype, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 
-__all__ = ["batch_norm_chain"]
+__all__ = ["batch_norm_chain", "slopes_refusal"]
 
 # --- Operators --------------------------------------------------------------------------------------------------------
 
@@ -234,14 +234,10 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
 
     def chained(x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
         y = F.batch_norm(x, mean, variance, weight, bias, chain.training, 0.0, chain.eps)
-        y = _activated(y, chain.activation, slopes)
+        y = stock_activation(y, chain.activation, slopes)
         return y if noise is None else y * noise
 
     return stock_gradients(chained, (x, weight, bias, slopes), ctx.needs_input_grad[:4], g)
-
-
-def _activated(y: Tensor, activation: Activated, slopes: Tensor | None) -> Tensor:
-    return stock_activation(y, activation) if slopes is None else F.prelu(y, slopes)
 
 
 # --- Function ---------------------------------------------------------------------------------------------------------
@@ -276,7 +272,7 @@ def batch_norm_chain(
     def refusal() -> str | None:
         reason = argument_refusal(input, *vectors, momentum, eps, None, batches)
         if reason is None and slopes is not None:
-            reason = _slopes_refusal(slopes, input)
+            reason = slopes_refusal(slopes, input)
         if reason is None and not training and running_mean is None:
             reason = "running statistics are missing"
         if reason is None and training and input.numel() == input.shape[1]:
@@ -291,7 +287,7 @@ def batch_norm_chain(
     if not takes_kernel(name, *operands, parameters=parameters, refusal=refusal):
         if batches is not None and training:
             momentum = 1.0 / float(batches)
-        y = _activated(F.batch_norm(input, *vectors, training, momentum, eps), resolved, slopes)
+        y = stock_activation(F.batch_norm(input, *vectors, training, momentum, eps), resolved, slopes)
         return F.dropout(y, p) if p else y
     running = (running_mean, running_var, batches, float(momentum))
     chain = Chain(training, float(eps), resolved, float(p))
@@ -311,7 +307,8 @@ def batch_norm_chain(
     return with_seed(input.device, compute) if p else compute(None)
 
 
-def _slopes_refusal(slopes: Tensor, input: Tensor) -> str | None:
+def slopes_refusal(slopes: Tensor, input: Tensor) -> str | None:
+    """Why kernels of chains don't take these slopes of a PReLU, or None."""
     if slopes.dim() > 1 or slopes.numel() not in (1, input.shape[1]):
         return "the slopes are neither one nor one per channel"
     low = autocast_dtype(input)

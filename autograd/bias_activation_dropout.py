@@ -208,7 +208,7 @@ def _differentiable_gradients(
     operands = (x, bias, slopes)
     needed = [t is not None and t.requires_grad for t in operands]
     return stock_gradients(
-        lambda x, bias, slopes: _activated(_biased(x, bias, chain.dim), chain.activation, slopes) * noise,
+        lambda x, bias, slopes: stock_activation(_biased(x, bias, chain.dim), chain.activation, slopes) * noise,
         operands,
         needed,
         g,
@@ -217,10 +217,6 @@ def _differentiable_gradients(
 
 #: What leaves of ones the numbers that dropout multiplies by.
 _NOISE = Activated(ACTIVATIONS["relu"])
-
-
-def _activated(x: Tensor, activation: Activated, slopes: Tensor | None) -> Tensor:
-    return stock_activation(x, activation) if slopes is None else F.prelu(x, slopes)
 
 
 def _biased(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
@@ -318,7 +314,7 @@ def _by_stock(
     """dropout(activation(x)), by stock operators."""
     resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
     drop = _CHANNELS.get(x.dim(), F.dropout2d) if of_channels else F.dropout
-    return drop(_activated(x, resolved, slopes), p, training)
+    return drop(stock_activation(x, resolved, slopes), p, training)
 
 
 #: Stock's dropout of channels by the number of dimensions.

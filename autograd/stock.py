@@ -6,6 +6,12 @@ The library calls these, never ``torch.nn.functional``'s by name: a program may 
 import torch
 from torch import sigmoid, tanh
 from torch.nn.functional import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
     alpha_dropout,
     batch_norm,
     binary_cross_entropy,
@@ -63,6 +69,12 @@ if hasattr(torch.nn.functional, "linear_cross_entropy"):  # from torch 2.12 on
     from torch.nn.functional import linear_cross_entropy
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
     "alpha_dropout",
     "batch_norm",
     "binary_cross_entropy",

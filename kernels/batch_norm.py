@@ -35,6 +35,7 @@ from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activ
 
 __all__ = [
     "AFFINE",
+    "VECTORS",
     "as_type",
     "batch_norm_forward",
     "batch_norm_training",
@@ -42,6 +43,7 @@ __all__ = [
     "channel_slopes",
     "channel_vectors",
     "configuration_of",
+    "given_vectors",
     "mask_bytes",
     "noise_tile",
     "normalisation",
@@ -56,13 +58,21 @@ __all__ = [
 def normalisation(mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE):
     """Of each channel: mean, 1 / standard deviation, scale (that times the weight), and bias.
 
-    The result is (x - mean) * scale + bias.  Without parameters, weight and bias are 1 and 0.
+    The result is (x - mean) * scale + bias.  Without parameters, weight and bias are 1 and 0; without statistics it is
+    x + bias.
     """
     inside = channel < channels
-    mean = tl.load(mean_pointer + channel, mask=inside, other=0)
-    variance = tl.load(variance_pointer + channel, mask=inside, other=0)
-    inverse_deviation, scale, bias = affine(variance, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE)
-    return mean, inverse_deviation, scale, bias
+    if mean_pointer is not None:
+        mean = tl.load(mean_pointer + channel, mask=inside, other=0)
+        variance = tl.load(variance_pointer + channel, mask=inside, other=0)
+        inverse_deviation, scale, bias = affine(variance, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE)
+        return mean, inverse_deviation, scale, bias
+    else:
+        zero = tl.zeros(channel.shape, COMPUTE)
+        bias = zero
+        if bias_pointer is not None:
+            bias = widen(tl.load(bias_pointer + channel, mask=inside, other=0), COMPUTE)
+        return zero, zero + 1, zero + 1, bias
 
 
 @triton.jit
@@ -191,6 +201,7 @@ def batch_norm_forward_kernel(
 
 #: Pointers to a layer's parameters, and to its running statistics.
 AFFINE = frozenset({"weight", "bias"})
+VECTORS = ("mean", "variance", "weight", "bias")
 _TRACKED = frozenset({"running_mean", "running_variance"})
 _OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches", "slope", "seed"}
 
@@ -207,6 +218,7 @@ def configuration_of(
     *,
     wide_loads: int,
     wide_stores: int,
+    constants: Mapping[str, Any] | None = None,
 ) -> Configuration:
     """``given`` tells which of the pointers that may be None aren't, ``tells`` what of it the label tells.
 
@@ -223,11 +235,12 @@ def configuration_of(
             "ACTIVATION": row,
             **{f"{name}_pointer": None for name, there in given.items() if not there},
             **({} if given["slope"] else {"slopes": None}),
-            **({} if given["seed"] else {"last": None}),
+            **({} if given.get("seed", True) else {"last": None}),
+            **(constants or {}),
         },
         pointers={
             "mask": torch.uint8,
-            **dict.fromkeys(("batches", "seed"), torch.int64),
+            **dict.fromkeys(("batches", "position", "seed"), torch.int64),
             **dict.fromkeys(("mean", "variance", "partial"), ACCUMULATOR[dtype]),
             **dict.fromkeys((*AFFINE, *_TRACKED, "dweight", "dbias"), parameters),
         },
@@ -344,6 +357,22 @@ def channel_vectors(
     return as_type(ACCUMULATOR[dtype], mean, variance, *both_or_neither(weight, bias))
 
 
+def given_vectors(
+    dtype: torch.dtype,
+    parameters: torch.dtype,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """What kernels for ``dtype`` are given as `VECTORS`: the parameters in their type.
+
+    Weight and bias are both there, or neither, but where there are no statistics.
+    """
+    affine = (weight, bias) if mean is None else both_or_neither(weight, bias)
+    return *as_type(ACCUMULATOR[dtype], mean, variance), *as_type(parameters, *affine)
+
+
 def mask_bytes(x: Tensor) -> int:
     """Bytes of the packed mask for the dense ``x``, whole tiles.  Sizes may be symbolic."""
     if not x.numel():
@@ -455,18 +484,14 @@ def _normalise(
     running = (running_mean, running_variance)
     parameters = parameter_type(x.dtype, weight, bias, *running)
     updated = as_type(parameters, *running)
-    mean, variance = as_type(ACCUMULATOR[x.dtype], mean, variance)
-    weight, bias = as_type(parameters, *both_or_neither(weight, bias))
+    vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
     pointers = {
         "x": x,
         "residual": None if residual is None else dense_like(residual, x.stride()),
         "y": y,
         "mask": mask,
         "partial": partial,
-        "mean": mean,
-        "variance": variance,
-        "weight": weight,
-        "bias": bias,
+        **dict(zip(VECTORS, vectors, strict=True)),
         "running_mean": updated[0],
         "running_variance": updated[1],
         "batches": batches,

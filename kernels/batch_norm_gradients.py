@@ -24,14 +24,15 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
-from .base.numerics import narrow, precise_sum, scalar
+from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, load, load_bits, store
 from .batch_norm import (
     AFFINE,
+    VECTORS,
     as_type,
-    both_or_neither,
     channel_slopes,
     configuration_of,
+    given_vectors,
     noise_tile,
     normalisation,
     options,
@@ -72,9 +73,50 @@ def channel_sums(
     return precise_sum(first, AXIS), precise_sum(second, AXIS)
 
 
+@triton.jit
+def shared_gradient(
+    g_pointer,
+    position_pointer,
+    tile,
+    step,
+    track,
+    channel,
+    channels,
+    places,
+    along_inner,
+    COMPUTE: tl.constexpr,
+    AXIS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradient of a tile's elements, where (samples, channels) is that of what was reduced over all places.
+
+    Of a maximum it is that of the element at its position; of a mean all have an equal share.
+    """
+    if AXIS == 1:
+        start = tl.where(along_inner != 0, track, step) * channels
+        offset = channel.to(tl.int32)
+        place = (tl.where(along_inner != 0, step, track) * WIDTH).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
+        inside = channel < channels
+    else:
+        # Only the first row needs 64 bits.
+        first = step * HEIGHT
+        row = (first % places).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
+        start = first // places * channels
+        offset = row // places * channels + channel.to(tl.int32)
+        place = row % places
+        inside = tile.inside
+    g = widen(tl.load(g_pointer + start + offset, mask=inside, other=0), COMPUTE)
+    if position_pointer is not None:
+        position = tl.load(position_pointer + start + offset, mask=inside, other=-1).to(tl.int32)
+        return tl.where(place == position, g, 0.0)
+    else:
+        return divide(g, scalar(places, COMPUTE)) + tl.zeros((HEIGHT, WIDTH), COMPUTE)
+
+
 @kernel
 def batch_norm_reduce_kernel(
-    g_pointer,  # gradient of the output, as x
+    g_pointer,  # gradient of the output, as x, or of the means over ``places``, (samples, channels)
     x_pointer,  # input, (outer, channels, inner)
     residual_pointer,  # what was added before the activation, as x; or None
     mask_pointer,  # the packed bits that the forward pass left; or None
@@ -99,6 +141,7 @@ def batch_norm_reduce_kernel(
     b: tl.float64,
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
+    places,  # of a sample's channel, whose mean the gradient is of; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -124,7 +167,13 @@ def batch_norm_reduce_kernel(
         tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        dz = load(g_pointer, tile, COMPUTE)
+        if places is None:
+            dz = load(g_pointer, tile, COMPUTE)
+        else:
+            dz = shared_gradient(
+                *(g_pointer, None, tile, step, track, channel, channels, places, along_inner),
+                *(COMPUTE, AXIS, HEIGHT, WIDTH),
+            )
         if seed_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             dz *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
@@ -157,7 +206,7 @@ def batch_norm_reduce_kernel(
 
 @kernel
 def batch_norm_backward_kernel(
-    g_pointer,  # gradient of the output, as x
+    g_pointer,  # gradient of the output, as x, or of what was reduced over ``places``, (samples, channels)
     x_pointer,  # input, (outer, channels, inner)
     dx_pointer,  # gradient of the input, as x
     partial_pointer,  # (splits, 2, channels) of sums of dz and of dz * normalised x; or None: constant statistics
@@ -169,6 +218,7 @@ def batch_norm_backward_kernel(
     dbias_pointer,
     slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
     seed_pointer,  # one int64, where dropout followed; or None
+    position_pointer,  # places of maxima, (samples, channels), whose gradient it then is; or None
     outer: tl.int64,
     channels,
     columns,
@@ -184,6 +234,7 @@ def batch_norm_backward_kernel(
     b: tl.float64,
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
+    places,  # of a sample's channel, over which was reduced; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -216,7 +267,13 @@ def batch_norm_backward_kernel(
         tile, _present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        dx = load(g_pointer, tile, COMPUTE)
+        if places is None:
+            dx = load(g_pointer, tile, COMPUTE)
+        else:
+            dx = shared_gradient(
+                *(g_pointer, position_pointer, tile, step, track, channel, channels, places, along_inner),
+                *(COMPUTE, AXIS, HEIGHT, WIDTH),
+            )
         if seed_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             dx *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
@@ -236,31 +293,58 @@ def batch_norm_backward_kernel(
 _GRADIENTS = frozenset({"dweight", "dbias"})
 _REDUCED = AFFINE | {"residual", "mask", "dz", "slope", "seed"}
 _TRAINING = AFFINE | _GRADIENTS | {"partial"}
-_OPTIONAL = _TRAINING | {"slope", "seed"}
+_OPTIONAL = _TRAINING | {"slope", "seed", "position"}
 
 
 @cache
 def _reduce(
-    dtype: torch.dtype, tiling: Tiling, row: Activation, given: frozenset[str], parameters: torch.dtype | None = None
+    dtype: torch.dtype,
+    tiling: Tiling,
+    row: Activation,
+    given: frozenset[str],
+    parameters: torch.dtype | None = None,
+    normalised: bool = True,
+    shared: bool = False,
 ) -> Configuration:
-    """``given`` are the pointers that aren't None, of those that may be."""
+    """``given`` are the pointers that aren't None, of those that may be; ``shared``: the gradient is that of means."""
+    residual, mask, noise = ("residual" in given, "mask" in given, "seed" in given)
+    tells = {"+ residual": residual, "+ mask": mask, "+ dropout": noise}
     return configuration_of(
         batch_norm_reduce_kernel,
         "reduce",
         *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
         {name: name in given for name in sorted(_REDUCED)},
-        {"+ residual": "residual" in given, "+ mask": "mask" in given, "+ dropout": "seed" in given},
-        wide_loads=2 + ("residual" in given),
+        {**tells, "without statistics": not normalised, "of all places": shared, "+ emits": emits_alone(given)},
+        wide_loads=2 + residual - shared,
         wide_stores=int("dz" in given),
+        constants=_missing(normalised, shared),
     )
+
+
+def emits_alone(given: frozenset[str]) -> bool:
+    """Whether the gradient before the activation is wanted, which could be computed from the input."""
+    return "dz" in given and given.isdisjoint({"residual", "mask"})
+
+
+def _missing(normalised: bool, shared: bool) -> dict[str, None]:
+    """The arguments that are None where the input isn't normalised, or the gradient not shared."""
+    statistics = () if normalised else ("mean_pointer", "variance_pointer")
+    return dict.fromkeys((*statistics, *(() if shared else ("places",))))
 
 
 @cache
 def _gradient(
-    dtype: torch.dtype, tiling: Tiling, row: Activation, given: frozenset[str], parameters: torch.dtype | None = None
+    dtype: torch.dtype,
+    tiling: Tiling,
+    row: Activation,
+    given: frozenset[str],
+    parameters: torch.dtype | None = None,
+    normalised: bool = True,
+    shared: bool = False,
 ) -> Configuration:
-    """``given`` are the pointers that aren't None, of those that may be."""
+    """``given`` are the pointers that aren't None, of those that may be; ``shared`` is the gradient of a reduction."""
     training = "partial" in given
+    reads = training or row is not IDENTITY.row
     return configuration_of(
         batch_norm_backward_kernel,
         "backward",
@@ -270,9 +354,13 @@ def _gradient(
             "evaluation": not training,
             "of the input alone": training and given >= AFFINE and not given >= _GRADIENTS,
             "+ dropout": "seed" in given,
+            "without statistics": not normalised,
+            "of maxima": "position" in given,
+            "of means": shared and "position" not in given,
         },
-        wide_loads=2 if training or row is not IDENTITY.row else 1,
+        wide_loads=1 + reads - shared,
         wide_stores=1,
+        constants=_missing(normalised, shared),
     )
 
 
@@ -296,6 +384,7 @@ def _usual_configurations() -> Iterator[Configuration]:
         yield _gradient(bfloat16, tiling, PRELU.row, _TRAINING | {"slope"})
         yield _reduce(bfloat16, tiling, ACTIVATIONS["relu"], AFFINE | {"seed"})
         yield _gradient(bfloat16, tiling, ACTIVATIONS["relu"], _TRAINING | {"seed"})
+        yield from _of_all_places(bfloat16, tiling, ACTIVATIONS["relu"])
     _, rows = common_tilings_of(bfloat16)
     yield from _plain(torch.float16, rows)
     yield from _plain(bfloat16, rows, bfloat16)
@@ -311,6 +400,7 @@ def _other_configurations() -> Iterator[Configuration]:
         for tiling in common_tilings_of(dtype):
             yield from _fused(dtype, tiling, ACTIVATIONS["relu"])
             yield from _plain(dtype, tiling, dtype)
+            yield from _of_all_places(dtype, tiling, ACTIVATIONS["silu"])
             yield _reduce(dtype, tiling, IDENTITY.row, frozenset())
             for given in (AFFINE, frozenset({"partial"}), AFFINE | {"partial"}):
                 yield _gradient(dtype, tiling, IDENTITY.row, given)
@@ -331,6 +421,15 @@ def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Conf
     yield _reduce(dtype, tiling, row, AFFINE | {"dz", "mask" if row.saves == "mask" else "residual"})
 
 
+def _of_all_places(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
+    """Behind a reduction over all places: a maximum's and a mean's, and both without statistics."""
+    yield _reduce(dtype, tiling, row, AFFINE, shared=True)
+    yield _gradient(dtype, tiling, row, AFFINE | {"partial"}, shared=True)
+    yield _gradient(dtype, tiling, IDENTITY.row, AFFINE | {"partial", "position"}, shared=True)
+    yield _gradient(dtype, tiling, IDENTITY.row, frozenset({"position"}), normalised=False, shared=True)
+    yield _reduce(dtype, tiling, row, frozenset({"bias", "dz"}), dtype, normalised=False, shared=True)
+
+
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -339,8 +438,8 @@ def batch_norm_reduce(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -349,39 +448,41 @@ def batch_norm_reduce(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    places: int | None = None,
+    emits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of dz, the gradient before the activation, and of dz * normalised x: of parts of each channel.
 
     They are (splits, 2, channels); with PReLU's ``slopes`` those of their gradient are a third.  With a residual or the
-    mask, whose activation's input can't be computed from ``x`` alone, also dz itself.
+    mask, whose activation's input can't be computed from ``x`` alone, or where it ``emits`` it, also dz itself.
+
+    Without ``mean`` and ``variance``, x + bias is what was activated.  With the number of ``places`` of a sample's
+    channel, ``g`` is the gradient of their mean, (samples, channels).
     """
     x = dense(x)
-    dz = torch.empty_like(x) if residual is not None or mask is not None else None
+    dz = torch.empty_like(x) if emits or residual is not None or mask is not None else None
     sums = 2 if slopes is None else 3
     if not x.numel():
         return torch.zeros((1, sums, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
-    plan = plan_of(x)
+    plan = plan_of(x, places)
     partial = torch.empty((plan.splits, sums, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     parameters = parameter_type(x.dtype, weight, bias)
-    mean, variance = as_type(partial.dtype, mean, variance)
-    weight, bias = as_type(parameters, *both_or_neither(weight, bias))
+    vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
     pointers = {
-        "g": dense_like(g, x.stride()),
+        "g": dense_like(g, x.stride()) if places is None else g.contiguous(),
         "x": x,
         "residual": None if residual is None else dense_like(residual, x.stride()),
         "mask": mask,
         "dz": dz,
         "partial": partial,
-        "mean": mean,
-        "variance": variance,
-        "weight": weight,
-        "bias": bias,
+        **dict(zip(VECTORS, vectors, strict=True)),
         "slope": None if slopes is None else slopes.contiguous(),
         "seed": seed,
     }
     given = frozenset(name for name in _REDUCED if pointers[name] is not None)
-    configuration = _reduce(x.dtype, plan.tiling, activation.row, given, parameters)
-    scalars = (eps, activation.a, activation.b, *options(slopes, seed, p))
+    kind = (parameters, mean is not None, places is not None)
+    configuration = _reduce(x.dtype, plan.tiling, activation.row, given, *kind)
+    scalars = (eps, activation.a, activation.b, *options(slopes, seed, p), *(() if places is None else (places,)))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return partial, dz
 
@@ -391,8 +492,8 @@ def batch_norm_backward(
     x: Tensor,
     partial: Tensor | None,
     inverse_count: float,
-    mean: Tensor,
-    variance: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -402,44 +503,44 @@ def batch_norm_backward(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    places: int | None = None,
+    position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the input and, where ``affine``, of weight and bias, in the type of the weight.
 
     ``partial`` are the sums of `batch_norm_reduce`, and ``inverse_count`` is 1 / the number of values that they are
-    over.  None where the statistics don't depend on ``x``.
+    over.  None where the statistics don't depend on ``x``.  ``places`` as of `batch_norm_reduce`; with the ``position``
+    of maxima over these, the gradient is theirs.
     """
     x = dense(x)
     dx = torch.empty_like(x)
     if not x.numel():
         nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
         return dx, *nothing
-    plan = plan_of(x)
+    plan = plan_of(x, places)
     if partial is not None and partial.shape[0] > plan.tiling.lanes:
         partial = partial.sum(0, keepdim=True)
     parameters = parameter_type(x.dtype, weight, bias)
     dweight, dbias = (
         torch.empty(plan.channels, dtype=parameters, device=x.device) if affine else None for _ in range(2)
     )
-    mean, variance = as_type(ACCUMULATOR[x.dtype], mean, variance)
-    kind = None if weight is None else weight.dtype
-    weight, bias = as_type(parameters, *both_or_neither(weight, bias))
+    vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
     pointers = {
-        "g": dense_like(g, x.stride()),
+        "g": dense_like(g, x.stride()) if places is None else g.contiguous(),
         "x": x,
         "dx": dx,
         "partial": partial,
-        "mean": mean,
-        "variance": variance,
-        "weight": weight,
-        "bias": bias,
+        **dict(zip(VECTORS, vectors, strict=True)),
         "dweight": dweight,
         "dbias": dbias,
         "slope": None if slopes is None else slopes.contiguous(),
         "seed": seed,
+        "position": position,
     }
     splits = 0 if partial is None else partial.shape[0]
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
-    configuration = _gradient(x.dtype, plan.tiling, activation.row, given, parameters)
+    kind = (parameters, mean is not None, places is not None)
+    configuration = _gradient(x.dtype, plan.tiling, activation.row, given, *kind)
     scalars = (splits, inverse_count, eps, activation.a, activation.b, *options(slopes, seed, p))
-    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
-    return dx, *as_type(kind or parameters, dweight, dbias)
+    launch_over(configuration, plan, tuple(pointers.values()), *scalars, *(() if places is None else (places,)))
+    return dx, *as_type(parameters if weight is None else weight.dtype, dweight, dbias)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation, batch_norm_act, begin_batch_norm
 from ..autograd.batch_norm_chain import batch_norm_chain
+from ..autograd.batch_norm_pool import batch_norm_pool
 from .compound import Compound
 from .twin import Twin, is_untouched, tensors_of
 
@@ -82,12 +83,21 @@ def forward(
 
 def forward_chain(layer: _BatchNorm, input: Tensor, **options: Any) -> Tensor:
     """dropout(activation(layer(x))), with ``options`` as of `batch_norm_chain`."""
+    return _chained(batch_norm_chain, layer, input, options)
+
+
+def forward_pool(layer: _BatchNorm, input: Tensor, **options: Any) -> Tensor:
+    """The maximum or the mean over all places of activation(layer(x)), with ``options`` as of `batch_norm_pool`."""
+    return _chained(batch_norm_pool, layer, input, options)
+
+
+def _chained(function: Callable[..., Tensor], layer: _BatchNorm, input: Tensor, options: dict[str, Any]) -> Tensor:
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
     vectors = (*running_statistics(layer), layer.weight, layer.bias)
     rest = (uses_batch_statistics(layer), momentum, layer.eps)
-    return batch_norm_chain(input, *vectors, *rest, batches=batches, **options)
+    return function(input, *vectors, *rest, batches=batches, **options)
 
 
 def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Callable[..., Tensor]:

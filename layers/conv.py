@@ -4,7 +4,7 @@ Batches (N, C, L), (N, C, H, W) or (N, C, D, H, W), or without N, contiguous or 
 float32 or float64; whatever else PyTorch accepts goes to the stock operators, which raise the stock errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +23,7 @@ from ..autograd.conv import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from ..autograd.convolution import stock_convolution
 from ..autograd.pool import max_pool
 from .compound import Compound
 from .twin import TWINS, Twin, is_untouched, tensors_of
@@ -148,6 +149,14 @@ def arguments(layer: _ConvNd, input: Tensor) -> tuple[Any, ...]:
         layer.groups,
         layer.output_padding if layer.transposed else None,
     )
+
+
+def product_of(layer: _ConvNd, input: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """A call of a layer, as a function of the bias in the place of its own."""
+    if not layer.transposed:
+        return lambda bias: layer._conv_forward(input, layer.weight, bias)
+    directions, _, weight, _, *rest = arguments(layer, input)
+    return lambda bias: stock_convolution(directions, input, weight, bias, *rest)
 
 
 def pooled(

@@ -93,6 +93,8 @@ def budget_of(network: Network, stock: nn.Module, x: Tensor) -> float:
     for first, names in network.chains.items():
         layers = [name for name in names.split(", ") if name in sizes]
         product, result = sizes[first][1], sizes[layers[-1] if layers else first][1]
+        if first in network.reduced:
+            result = x.shape[0] * stock.get_submodule(first).out_channels
         normalised = any(isinstance(stock.get_submodule(name), nn.modules.batchnorm._BatchNorm) for name in layers)
         normalised |= isinstance(stock.get_submodule(first), nn.modules.batchnorm._BatchNorm)
         total += (product * (1 + normalised) + result) * x.itemsize + result / (8 if product == result else 2)

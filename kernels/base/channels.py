@@ -60,6 +60,7 @@ __all__ = [
     "program_place",
     "sums_tile",
     "tile_place",
+    "tiling_for",
     "tilings_of",
 ]
 
@@ -313,7 +314,7 @@ class Plan:
         )
 
 
-def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> Tiling:
+def tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> Tiling:
     """Tiles for a matrix of ``columns``, of which ``rows`` rows may share a tile."""
     odd = axis == 0 and columns % 2 == 1
     tilings = [tiling for tiling in tilings_of(dtype) if (tiling.axis, tiling.odd) == (axis, odd)]
@@ -326,11 +327,14 @@ def _tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> Tilin
     )
 
 
-def plan_of(x: Tensor) -> Plan:
-    """The division of the dense ``x`` into programs: a function of its shape and strides."""
+def plan_of(x: Tensor, places: int | None = None) -> Plan:
+    """The division of the dense ``x`` into programs: a function of its shape and strides.
+
+    With the number of ``places`` of a sample's channel, samples stay apart where there is but one channel.
+    """
     channels = x.shape[1]
     # Dense memory: the dimensions inside a channel span its stride, whatever their order.
-    inner = x.numel() if channels == 1 else x.stride(1)
+    inner = (places or x.numel()) if channels == 1 else x.stride(1)
     outer = x.numel() // (channels * inner)
     # In a traced function sizes may be symbolic, and can't be a key.
     plan = _plan if type(outer) is int else _plan.__wrapped__
@@ -340,7 +344,7 @@ def plan_of(x: Tensor) -> Plan:
 @lru_cache(maxsize=4096)
 def _plan(dtype: torch.dtype, outer: int, channels: int, inner: int) -> Plan:
     axis, columns = (0, channels) if inner == 1 else (1, inner)
-    tiling = _tiling_for(dtype, axis, columns, channels if axis == 1 else outer)
+    tiling = tiling_for(dtype, axis, columns, channels if axis == 1 else outer)
     width = tiling.width
     if axis == 0:
         channel_blocks, tracks, tiles_per_track = cdiv(columns, width), 1, cdiv(outer, tiling.height)

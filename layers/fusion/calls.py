@@ -1,18 +1,26 @@
-"""Functions in a graph that stand where a layer could: activations, max pooling, sums."""
+"""Functions in a graph that stand where a layer could: activations, max pooling, reductions, sums."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...autograd import stock as F
 from ...autograd.activation import resolve_activation
 from ...autograd.dispatch import is_number
 
-__all__ = ["activation_function", "changes_more", "pooling_function", "summand"]
+__all__ = [
+    "Reduction",
+    "activation_function",
+    "changes_more",
+    "is_values",
+    "pooling_function",
+    "reduction",
+    "summand",
+]
 
 _FUNCTIONS: dict[Any, str] = {
     **{
@@ -89,6 +97,66 @@ def pooling_function(node: fx.Node, directions: int) -> tuple[Any, Any, Any] | N
     if not plain or any(value != _POOLING_DEFAULTS[name] for name, value in options.items()):
         return None
     return sizes[0], sizes[1], sizes[2]
+
+
+class Reduction(NamedTuple):
+    """A maximum or a mean over dimensions, which stay where it ``keeps`` them; ``picks`` the first of two results."""
+
+    maximum: bool
+    dims: tuple[int, ...]
+    keeps: bool
+    picks: bool = False
+
+    def covers(self, rank: int) -> bool:
+        """Whether of a tensor of so many dimensions all but batch and channels are reduced."""
+        inside = all(-rank <= dim < rank for dim in self.dims)
+        return inside and sorted(dim % rank for dim in self.dims) == list(range(2, rank))
+
+    def of(self, y: Tensor) -> Tensor:
+        """As the code computes it, apart."""
+        if not self.maximum:
+            return torch.mean(y, self.dims, self.keeps)
+        maxima: Tensor = y.max(self.dims[0], self.keeps).values if self.picks else _MAXIMA[len(self.dims)](y, 1)
+        return maxima
+
+
+#: Adaptive poolings by the number of directions.
+_MAXIMA: dict[int, Any] = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_MEANS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_ADAPTIVE = {
+    function: (maximum, directions)
+    for maximum, functions in ((True, _MAXIMA), (False, _MEANS))
+    for directions, function in functions.items()
+}
+
+
+def reduction(node: fx.Node) -> Reduction | str | None:
+    """The reduction that a call is, or why it isn't one of those that are fused."""
+    if node.target in ("amax", torch.amax):
+        return "amax shares its gradient among equal elements: max doesn't"
+    adaptive = _ADAPTIVE.get(node.target)
+    maximum = node.target in ("max", torch.max)
+    if adaptive is None and not maximum and node.target not in ("mean", torch.mean):
+        return None
+    names = ("input", "output_size") if adaptive is not None else ("input", "dim", "keepdim")
+    options = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if len(node.args) > len(names) or options.keys() - {*names} or names[1] not in options:
+        return None
+    if adaptive is not None:
+        maximum, directions = adaptive
+        one_place = options["output_size"] in (1, (1,) * directions, [1] * directions)
+        return Reduction(maximum, tuple(range(-directions, 0)), True) if one_place else None
+    dim, keeps = options["dim"], options.get("keepdim", False)
+    dims = tuple(dim) if isinstance(dim, tuple | list) and not maximum else (dim,)
+    if type(keeps) is not bool or any(type(one) is not int for one in dims):
+        return None
+    return Reduction(maximum, dims, keeps, picks=maximum)
+
+
+def is_values(node: fx.Node) -> bool | None:
+    """True for the first of a maximum's two results."""
+    picks = node.target is operator.getitem and node.args[1] == 0
+    return True if picks or (node.target is getattr and node.args[1] == "values") else None
 
 
 def changes_more(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from .calls import activation_function, changes_more, pooling_function, summand
+from .calls import activation_function, changes_more, pooling_function, reduction, summand
 from .members import ACTIVATIONS, STEADY, Activation, is_one_of, is_plain_container, is_steady, keeps_to_itself, know
 from .norms import IMAGE_NORMS
 from .patterns import PATTERNS
@@ -108,7 +108,8 @@ class Search:
         if user.op == "call_module":
             return _follows(_end(self.callee(user), 0))
         if summand(user, node) is None:
-            return activation_function(user) is not None or any(pooling_function(user, n) for n in (1, 2, 3))
+            poolings = any(pooling_function(user, directions) for directions in (1, 2, 3))
+            return poolings or activation_function(user) is not None or reduction(user) is not None
         # The last summand, and only where the other isn't the end of a chain that can take the sum.
         others = [operand for operand in user.all_input_nodes if operand is not node and operand.op == "call_module"]
         return not others or not (is_one_of(self.callee(others[0]), _chained()) or _comes_after(others[0], node))

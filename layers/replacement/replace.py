@@ -45,6 +45,7 @@ def replace_layers(
             - a batch norm, a residual that is added, an activation;
             - Linear or a convolution, an activation or PReLU, dropout of elements, or of a convolution's channels;
             - Linear or a convolution, a batch norm, an activation or PReLU, Dropout;
+            - a convolution, a batch norm, an activation or PReLU, and the maximum or the mean over all places;
             - Linear, and the maximum over pieces of its features;
             - an activation, and the product with what it gates (SwiGLU, GEGLU);
             - GELU, SiLU and Mish that code writes out in operators.

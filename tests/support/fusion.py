@@ -237,6 +237,26 @@ class Upsampled(nn.Module):
         return F.relu(self.norm(self.up(x)) + torch.tanh(self.skip(x)))
 
 
+class Pooled(nn.Module):
+    """A mean that isn't over all places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, (2, 1))
+
+
+class Reductions(nn.Module):
+    """As PointNet's and text classifiers' code writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.norm = nn.Conv1d(4, 4, 1), nn.Tanh(), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        most = torch.max(self.act(self.conv(x)), 2, keepdim=True)[0]
+        mean = F.hardswish(self.norm(x)).mean(dim=(-1,))
+        return most.view(-1, 4) + mean
+
+
 Block = nn.Sequential
 IMAGES, ROWS, LINES, VOLUMES = (2, 4, 6, 6), (5, 6), (2, 4, 12), (2, 4, 5, 6, 6)
 PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, str]]] = {
@@ -273,6 +293,31 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
     ),
     "norm, act": (lambda: Block(nn.BatchNorm1d(6), nn.Sigmoid(), nn.BatchNorm1d(6)), ROWS, {"0": "1"}),
     "synchronised norm, act": (lambda: Block(nn.SyncBatchNorm(6), nn.ReLU()), ROWS, {"0": "1"}),
+    "conv, norm, act, maximum": (
+        lambda: Block(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveMaxPool2d(1)),
+        IMAGES,
+        {"0": "1, 2, 3"},
+    ),
+    "norm, act, mean": (
+        lambda: Block(nn.BatchNorm3d(4), nn.SiLU(), nn.AdaptiveAvgPool3d((1, 1, 1)), nn.Flatten(), nn.Linear(4, 2)),
+        VOLUMES,
+        {"0": "1, 2"},
+    ),
+    "lines: conv, PReLU, maximum": (
+        lambda: Block(nn.Conv1d(4, 3, 3), nn.PReLU(3), nn.AdaptiveMaxPool1d(1)),
+        LINES,
+        {"0": "1, 2"},
+    ),
+    "transposed: PReLU, mean": (
+        lambda: Block(nn.ConvTranspose2d(4, 3, 3), nn.PReLU(), nn.ConvTranspose2d(3, 2, 3), nn.Tanh(), Pooled()),
+        IMAGES,
+        {"0": "1", "2": "3"},
+    ),
+    "reductions by functions": (
+        Reductions,
+        LINES,
+        {"conv": "act", "norm": "the functions behind it"},
+    ),
     "linear, act, dropout": (
         lambda: Block(nn.Linear(6, 4), nn.LeakyReLU(0.3), nn.Dropout(0.0), nn.Linear(4, 3), nn.Hardtanh(-0.5, 0.25)),
         ROWS,

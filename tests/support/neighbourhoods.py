@@ -18,6 +18,7 @@ class Network(NamedTuple):
     shape: tuple[int, ...]
     chains: dict[str, str]
     residuals: tuple[str, ...] = ()  # the chains that add one
+    reduced: tuple[str, ...] = ()  # those that end with a function that leaves one place
 
 
 # --- M5: Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms" (ICASSP 2017) -----------------------
@@ -166,7 +167,7 @@ class IResNet(nn.Module):
 
 
 class PointNet(nn.Module):
-    """Layers shared by all points, the maximum over these, and a classifier.  The maximum stays by itself."""
+    """Layers shared by all points, the maximum over these, and a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,6 +200,15 @@ def small() -> nn.Module:
         *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout2d(0.0)),
         *(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ELU(0.5), nn.Dropout(0.0)),
         nn.Conv2d(6, 2, 1),
+    )
+
+
+def heads() -> nn.Module:
+    """A mean over all places as classifiers have it, and behind it a maximum, of what is left of one place each."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.ConvTranspose2d(8, 4, 3), nn.SiLU(), nn.AdaptiveMaxPool2d(1)),
+        *(nn.Flatten(), nn.Linear(4, 3)),
     )
 
 
@@ -237,10 +247,12 @@ NETWORKS: dict[str, Network] = {
         (2, 3, 400),
         {
             "shared.0": "shared.1, shared.2",
-            "shared.3": "shared.4, shared.5",
+            "shared.3": "shared.4, shared.5",  # and the maximum
             "classifier.0": "classifier.1, classifier.2, classifier.3",
         },
+        reduced=("shared.3",),
     ),
+    "heads": Network(heads, (2, 3, 12, 12), {"0": "1, 2, 3", "4": "5, 6"}),
     "a table's": Network(table, (300, 10), {"0": "1, 2, 3", "4": "5, 6"}),
     "small images'": Network(small, (2, 3, 20, 20), {"0": "1, 2", "3": "4, 5, 6"}),
 }

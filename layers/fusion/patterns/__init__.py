@@ -3,13 +3,14 @@
 They are tried in this order, as of ``docs/adding-a-pattern.md``.
 """
 
-from . import conv, conv_dropout, formula, gate, linear, maxout, norm, norm_dropout
+from . import conv, conv_dropout, formula, gate, linear, maxout, norm, norm_dropout, places
 from .pattern import Pattern
 
 __all__ = ["PATTERNS"]
 
 PATTERNS: tuple[Pattern, ...] = (
     *(
+        places.PATTERN,
         norm_dropout.PATTERN,
         conv_dropout.PATTERN,
         conv.PATTERN,

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ....autograd.bias_activation_dropout import conv_activation_dropout
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
+from ...conv import product_of
 from ..members import (
     ACTIVATIONS,
     SLOPED,
@@ -29,8 +30,7 @@ from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN"]
 
-#: By the number of directions.
-_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _match(search: Finder, node: fx.Node, conv: Any) -> Match | None:
@@ -44,7 +44,7 @@ def _match(search: Finder, node: fx.Node, conv: Any) -> Match | None:
     return Match(nodes, _compute, (node.args[0],), {"conv": conv, "activation": activation, "drop": drop})
 
 
-PATTERN = Pattern(tuple(_CONVOLUTIONS.values()), (*ACTIVATIONS, *SLOPED, nn.Dropout, *CHANNELS.values()), _match)
+PATTERN = Pattern(_CONVOLUTIONS, (*ACTIVATIONS, *SLOPED, nn.Dropout, *CHANNELS.values()), _match)
 
 
 def _compute(input: Tensor, *, conv: Any, activation: Activation, drop: Dropping) -> Tensor:
@@ -54,13 +54,11 @@ def _compute(input: Tensor, *, conv: Any, activation: Activation, drop: Dropping
     p, training = options_of(drop)
 
     def together() -> Tensor:
-        def convolution(bias: Tensor | None) -> Tensor:
-            z: Tensor = conv._conv_forward(input, conv.weight, bias)
-            return z
-
         options: dict[str, Any] = {"slopes": slopes_of(activation), "of_channels": drops_channels(drop) and training}
         dim = -1 - len(conv.kernel_size)
-        return conv_activation_dropout(convolution, conv.bias, p, name, parameters, training, dim, **options)
+        return conv_activation_dropout(
+            product_of(conv, input), conv.bias, p, name, parameters, training, dim, **options
+        )
 
     return computed(together, conv, activation, drop)
 
@@ -70,7 +68,7 @@ def _refusal(input: Tensor, conv: Any, activation: Activation, drop: Dropping) -
     directions = len(conv.kernel_size)
     refusal = (
         call_refusal(input)
-        or layer_refusal(conv, _CONVOLUTIONS[directions])
+        or layer_refusal(conv, *_CONVOLUTIONS)
         or activation_refusal(activation, *SLOPED)
         or layer_refusal(drop, nn.Dropout, CHANNELS[directions])
     )

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ....autograd.maxout import maxout_linear
 from ... import pool as _pool  # noqa: F401 (for its twins)
+from ..calls import is_values
 from ..members import apart, call_refusal, computed, layer_refusal
 from .pattern import Finder, Match, Pattern
 
@@ -68,7 +69,7 @@ def _match_view(search: Finder, node: fx.Node, linear: nn.Linear) -> Match | Non
     nodes = [node]
     split = search.extend(nodes, lambda n: _split(n, node.args[0], linear.out_features))
     dim = None if split is None else search.extend(nodes, lambda n: _maximum(n, split))
-    if split is None or dim is None or search.extend(nodes, _is_values) is None:
+    if split is None or dim is None or search.extend(nodes, is_values) is None:
         return None
     members = {"linear": linear, "sizes": split.sizes, "dim": dim, "how": split.how}
     return Match(nodes, _compute_view, (node.args[0],), members)
@@ -141,9 +142,3 @@ def _maximum(node: fx.Node, split: _Split) -> int | None:
     given: Any = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
     dims = {-1: -1, -2: -2} if split.how == -1 else {-1: -1, -2: -2, 2: -1, 1: -2}
     return dims.get(given) if type(given) is int else None
-
-
-def _is_values(node: fx.Node) -> bool | None:
-    """True for the first of a maximum's two results."""
-    picks = node.target is operator.getitem and node.args[1] == 0
-    return True if picks or (node.target is getattr and node.args[1] == "values") else None

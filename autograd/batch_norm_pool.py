@@ -1,0 +1,333 @@
+"""Batch norm or a bias, an activation, and the maximum or the mean over all places behind it, in their last pass.
+
+The activated tensor is never written.  The gradient of maxima is that of as many elements as there are channels: sums
+are over these alone, and one pass over the input, or none, scatters it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..kernels import batch_norm_gradients
+from ..kernels import batch_norm_pool as kernels
+from ..kernels.base.launch import ACCUMULATOR
+from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
+from . import stock as F
+from .activation import resolve_activation, stock_activation
+from .batch_norm import argument_refusal
+from .batch_norm_chain import slopes_refusal
+from .batch_norm_operators import statistics
+from .dispatch import autocast_dtype, takes_kernel
+from .gradients import stock_gradients
+from .operators import given, operator
+
+__all__ = ["activation_pool", "batch_norm_pool"]
+
+# --- Operators --------------------------------------------------------------------------------------------------------
+
+#: What both of them are given: statistics, or none, parameters, and the activation.
+_CHAIN = (
+    "Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, Tensor? slopes, float eps, str name, float a,"
+    " float b"
+)
+
+
+def _fake_pool(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, maximum, keeps = arguments
+    y = x.new_empty(x.shape[:2])
+    kept = y.shape if maximum and keeps else (0,)
+    return y, x.new_empty(kept), x.new_empty(kept, dtype=torch.int64)
+
+
+@operator(f"batch_norm_pool(Tensor x, {_CHAIN}, bool maximum, bool keeps) -> (Tensor, Tensor, Tensor)", fake=_fake_pool)
+def _forward(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    eps: float,
+    name: str,
+    a: float,
+    b: float,
+    maximum: bool,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fusednn.kernels.batch_norm_pool.batch_norm_pool`; empty tensors stand for None."""
+    y, winner, position = kernels.batch_norm_pool(
+        *(x, mean, variance, weight, bias, eps, activated(name, a, b)), maximum=maximum, keeps=keeps, slopes=slopes
+    )
+    if winner is None or position is None:
+        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    return y, winner, position
+
+
+def _fake_backward(
+    g: Tensor,
+    x: Tensor,
+    winner: Tensor | None,
+    position: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype])
+
+
+@operator(
+    f"batch_norm_pool_backward(Tensor g, Tensor x, Tensor? winner, Tensor? position, {_CHAIN}, bool training)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_backward,
+)
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    winner: Tensor | None,
+    position: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    eps: float,
+    name: str,
+    a: float,
+    b: float,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the input, and sums over each channel: the gradients of bias, weight and slopes."""
+    activation = activated(name, a, b)
+    vectors: tuple[Any, ...] = (mean, variance, weight, bias)
+    places = x.numel() // g.numel()
+    maximum, normalised = winner is not None, mean is not None
+    partial, dz = batch_norm_gradients.batch_norm_reduce(
+        *(g, winner if winner is not None else x, None, None, *vectors, eps, activation),
+        slopes=slopes,
+        places=None if maximum else places,
+        emits=maximum or not normalised,
+    )
+    sums = partial.sum(0)
+    if dz is not None and not maximum:
+        return dz, sums
+    if dz is not None:
+        g, activation, slopes = dz, IDENTITY, None
+        vectors = vectors if normalised else (None,) * 4
+    dx, *_ = batch_norm_gradients.batch_norm_backward(
+        *(g, x, sums[None, : 2 if slopes is None else 3] if training else None, x.shape[1] / x.numel()),
+        *(*vectors, eps, activation),
+        affine=False,
+        slopes=slopes,
+        places=places,
+        position=position,
+    )
+    return dx, sums
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+class Chain(NamedTuple):
+    """What is reduced: of the input normalised by the batch's statistics (``training``) or others, or with a bias."""
+
+    maximum: bool
+    training: bool
+    eps: float
+    activation: Activated
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What operators are given of it."""
+        return self.eps, *self.activation.arguments
+
+
+class BatchNormPool(Function):
+    """Saves the input, the parameters and the statistics; of maxima the input there, and the place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        chain: Chain,
+    ) -> Tensor:
+        y: Tensor
+        vectors = (mean, variance, weight, bias, slopes)
+        y, winner, position = _forward(x, *vectors, *chain.arguments, chain.maximum, True)
+        ctx.save_for_backward(x, given(winner), given(position), *vectors)
+        ctx.chain = chain
+        return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        chain = ctx.chain
+
+        def again(x: Tensor, winner: Tensor | None, position: Tensor | None, *vectors: Tensor | None) -> Tensor:
+            y: Tensor = _forward(x, *vectors, *chain.arguments, chain.maximum, False)[0]
+            return y
+
+        return again
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, winner, position, mean, variance, weight, bias, slopes = ctx.saved_tensors
+        chain = ctx.chain
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            dtype = x.dtype if weight is None else weight.dtype
+            mean, variance = (None if chain.training or one is None else one.to(dtype) for one in (mean, variance))
+
+            def chained(x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
+                return _stock(x, mean, variance, weight, bias, slopes, chain)
+
+            return *stock_gradients(chained, (x, weight, bias, slopes), needed, g), None, None, None
+        vectors = (mean, variance, weight, bias, slopes)
+        dx, sums = _backward(g, x, winner, position, *vectors, *chain.arguments, chain.training)
+        dbias, dweight, *dslopes = sums.unbind()
+        if slopes is not None:
+            dslopes = [(dslopes[0].sum() if slopes.numel() == 1 else dslopes[0]).view(slopes.shape)]
+        found = zip((weight, bias, slopes), (dweight, dbias, *dslopes, None), needed[1:], strict=False)
+        gradients = [gradient.to(one.dtype) if wanted else None for one, gradient, wanted in found]
+        return dx if needed[0] else None, *gradients, None, None, None
+
+
+def _stock(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    chain: Chain,
+    momentum: float = 0.0,
+) -> Tensor:
+    """By stock operators."""
+    if chain.training or mean is not None:
+        x = F.batch_norm(x, mean, variance, weight, bias, chain.training, momentum, chain.eps)
+    elif bias is not None:
+        x = x + bias.view(-1, *[1] * (x.dim() - 2))
+    y = stock_activation(x, chain.activation, slopes).flatten(2)
+    return y.max(2).values if chain.maximum else y.mean(2)
+
+
+# --- Functions --------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_pool(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    maximum: bool,
+    batches: Tensor | None = None,
+    activation: str | None = None,
+    activation_parameters: Sequence[float] = (),
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """max or mean over all places of activation(batch_norm(x)): (N, C) of (N, C, *).
+
+    Reads the input twice in training and once in evaluation, and writes no tensor of its size.  The other arguments are
+    those of `batch_norm_chain`.  Saves the input; of maxima also the input there, and the place.
+    """
+    resolved, slopes = _resolved(input, activation, activation_parameters, slopes)
+    vectors = (running_mean, running_var, weight, bias)
+
+    def refusal() -> str | None:
+        reason = argument_refusal(input, *vectors, momentum, eps, None, batches)
+        if reason is None and not training and running_mean is None:
+            reason = "running statistics are missing"
+        if reason is None and training and input.numel() == input.shape[1]:
+            reason = "one value per channel"
+        return reason or _refusal(input, slopes, resolved)
+
+    chain = Chain(maximum, training, float(eps), resolved)
+    name = "batch_norm_act" if batches is None else "cumulative_batch_norm"
+    parameters = [vector for vector in vectors if vector is not None]
+    if not takes_kernel(name, *_operands(input, slopes), parameters=parameters, refusal=refusal):
+        if batches is not None and training:
+            momentum = 1.0 / float(batches)
+        return _stock(input, *vectors, slopes, chain, momentum)
+    x = kernels.placed(input)
+    if training:
+        running = (running_mean, running_var, batches, float(momentum))
+        running_mean, running_var = statistics(x.detach(), *running)
+    return _reduced(x, running_mean, running_var, weight, bias, slopes, chain)
+
+
+def activation_pool(
+    product: Callable[[Tensor | None], Tensor],
+    bias: Tensor | None,
+    activation: str | None,
+    parameters: Sequence[float],
+    *,
+    maximum: bool,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """max or mean over all places of activation(product(bias)), with a convolution's ``product``.
+
+    Where no kernel takes the result of ``product(None)``, the product adds the bias itself.
+    """
+    z = product(None)
+    resolved, weights = _resolved(z, activation, parameters, slopes)
+    addend = bias.to(z.dtype) if bias is not None and autocast_dtype(z) else bias
+    operands = _operands(z, addend, weights)
+    if not takes_kernel("bias_activation", *operands, refusal=lambda: _refusal(z, weights, resolved)):
+        z = z if bias is None else product(bias)
+        return _stock(z, None, None, None, None, slopes, Chain(maximum, False, 0.0, resolved))
+    return _reduced(kernels.placed(z), None, None, None, addend, weights, Chain(maximum, False, 0.0, resolved))
+
+
+def _resolved(
+    input: Tensor, activation: str | None, parameters: Sequence[float], slopes: Tensor | None
+) -> tuple[Activated, Tensor | None]:
+    """The activation, and PReLU's slopes as autocast gives them to it."""
+    if slopes is None:
+        return resolve_activation(activation, parameters), None
+    low = isinstance(input, Tensor) and autocast_dtype(input) is input.dtype
+    return PRELU, slopes.to(input.dtype) if low else slopes
+
+
+def _operands(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _refusal(input: Tensor, slopes: Tensor | None, activation: Activated) -> str | None:
+    if input.dim() < 3 or not input.numel():
+        return "there are no places to reduce over"
+    if input.shape[2:].numel() > kernels.MOST_PLACES:
+        return "there are too many places"
+    return activation.refusal() or (None if slopes is None else slopes_refusal(slopes, input))
+
+
+def _reduced(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    chain: Chain,
+) -> Tensor:
+    y: Tensor
+    if torch.is_grad_enabled() and any(one.requires_grad for one in _operands(x, weight, bias, slopes)):
+        if mean is not None and variance is not None and not chain.training:
+            mean, variance = torch.stack((mean, variance)).unbind()  # they may be updated before the backward pass
+        y = BatchNormPool.apply(x, weight, bias, slopes, mean, variance, chain)
+    else:
+        y, *_ = _forward(x, mean, variance, weight, bias, slopes, *chain.arguments, chain.maximum, False)
+    return y

@@ -1,0 +1,240 @@
+"""Batch norm's last pass where of each channel of a sample only the maximum, or the mean, over all places is wanted.
+
+A program has a block of channels of one sample, and walks over its places; the normalised and activated tensor is never
+written.  Of the maximum its place is kept, and the input there: sums of gradients are over these alone.  Without
+statistics it is a bias, an activation and the reduction.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base._triton import tl
+from .base.channels import Tiling, channel_tile, common_tilings_of, lanes, tile_place, tiling_for, tilings_of
+from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, launch, ships
+from .base.layout import dense
+from .base.numerics import divide, narrow, precise_sum, scalar
+from .base.tiles import aligned, cdiv, load
+from .batch_norm import VECTORS, channel_slopes, configuration_of, given_vectors, normalisation, parameter_type
+from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
+
+__all__ = ["MOST_PLACES", "batch_norm_pool", "placed"]
+
+#: Places of a channel that 32 bits can count.
+MOST_PLACES = 2**31 - 2**15
+
+# --- Kernel -----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def batch_norm_pool_kernel(
+    x_pointer,  # input, (samples, channels, places), channels last or not
+    y_pointer,  # (samples, channels): the maxima or means of activation(normalised x)
+    winner_pointer,  # (samples, channels): the input where the maximum is; or None
+    position_pointer,  # (samples, channels): its place; or None
+    mean_pointer,  # (channels,); or None: the input is taken as it is
+    variance_pointer,
+    weight_pointer,  # (channels,), or None
+    bias_pointer,  # (channels,), or None
+    slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
+    channels,
+    places,
+    columns,  # places, or channels where these are last
+    channel_blocks: tl.int64,
+    steps: tl.int32,
+    eps: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    slopes,  # one, or one for each channel; or None
+    ACTIVATION: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    AXIS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    columns = aligned(columns, ALIGN)
+    program = tl.program_id(0).to(tl.int64)
+    channel_block = program % channel_blocks
+    sample = program // channel_blocks
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    mean, _, scale, bias = normalisation(
+        mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
+    )
+    a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
+    b = scalar(b, COMPUTE)
+    track = sample
+    if AXIS == 0:
+        x_pointer += sample * places * columns
+        track = 0
+    sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    best = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    winner = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        tile, present = tile_place(step, channel_block, track, places, channels, columns, 1, AXIS, HEIGHT, WIDTH)
+        x = load(x_pointer, tile, COMPUTE)
+        value = ACTIVATION.forward((x - mean) * scale + bias, a, b)
+        if MAXIMUM:
+            # The first of equal ones, and the first that isn't a number before all.
+            wins = (value > best) | ((value != value) & (best == best)) | (position < 0)
+            wins = wins & present
+            best = tl.where(wins, value, best)
+            winner = tl.where(wins, x, winner)
+            position = tl.where(wins, step * (HEIGHT if AXIS == 0 else WIDTH) + lanes(AXIS, HEIGHT, WIDTH), position)
+        else:
+            sums += tl.where(present, value, 0.0)
+
+    target = sample * channels + channel
+    inside = channel < channels
+    if MAXIMUM:
+        there = position >= 0
+        unlike = there & (best != best)
+        unlikes = tl.max(unlike.to(tl.int32), axis=AXIS, keep_dims=True)
+        peak = tl.max(tl.where(there & (unlike == 0), best, float("-inf")), axis=AXIS, keep_dims=True)
+        leads = there & tl.where(unlikes != 0, unlike, best == peak)
+        first = tl.min(tl.where(leads, position, 2147483647), axis=AXIS, keep_dims=True)
+        leads = leads & (position == first)
+        y = tl.sum(tl.where(leads, best, 0.0), axis=AXIS, keep_dims=True)
+        if position_pointer is not None:
+            x = tl.sum(tl.where(leads, winner, 0.0), axis=AXIS, keep_dims=True)
+            tl.store(winner_pointer + target, narrow(x, winner_pointer.dtype.element_ty), mask=inside)
+            tl.store(position_pointer + target, first.to(tl.int64), mask=inside)
+    else:
+        y = divide(precise_sum(sums, AXIS), places.to(COMPUTE))
+    tl.store(y_pointer + target, narrow(y, y_pointer.dtype.element_ty), mask=inside)
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+_OPTIONAL = ("bias", "mean", "position", "slope", "variance", "weight", "winner")
+_NORM = frozenset({"bias", "mean", "variance", "weight"})
+_KEPT = frozenset({"position", "winner"})
+
+
+@cache
+def _configuration(
+    dtype: torch.dtype,
+    tiling: Tiling,
+    row: Activation,
+    maximum: bool,
+    given: frozenset[str],
+    parameters: torch.dtype | None = None,
+) -> Configuration:
+    """``given`` are the pointers that aren't None, of those that may be."""
+    return configuration_of(
+        batch_norm_pool_kernel,
+        f"over all places, {'maximum' if maximum else 'mean'}",
+        *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
+        {name: name in given for name in _OPTIONAL},
+        {"without statistics": "mean" not in given, "kept": "position" in given},
+        wide_loads=1,
+        wide_stores=0,
+        constants={"MAXIMUM": maximum},
+    )
+
+
+@ships("batch_norm")
+def configurations() -> Iterator[Configuration]:
+    bfloat16, relu = torch.bfloat16, ACTIVATIONS["relu"]
+    usual = [
+        *(_configuration(bfloat16, tiling, relu, True, _NORM | _KEPT) for tiling in common_tilings_of(bfloat16)),
+        *(_configuration(bfloat16, tiling, relu, False, _NORM) for tiling in common_tilings_of(bfloat16)),
+        _configuration(bfloat16, common_tilings_of(bfloat16)[1], relu, True, _KEPT | {"bias"}, bfloat16),
+        _configuration(torch.float32, common_tilings_of(torch.float32)[1], PRELU.row, True, _NORM | _KEPT | {"slope"}),
+    ]
+    every = (
+        _configuration(dtype, tiling, row, maximum, given)
+        for dtype in DTYPES
+        for tiling in tilings_of(dtype)
+        for row in (relu, IDENTITY.row)
+        for maximum, given in ((True, _NORM | _KEPT), (False, _NORM))
+    )
+    yield from usual
+    yield from (replace(other, rare=True) for other in every if other not in usual)
+
+
+# --- Launcher ---------------------------------------------------------------------------------------------------------
+
+
+class _Division(NamedTuple):
+    """How the programs of (samples, channels, places) have it."""
+
+    tiling: Tiling
+    programs: int
+    extents: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _divide(dtype: torch.dtype, samples: int, channels: int, places: int, channels_last: bool) -> _Division:
+    axis = 0 if channels_last else 1
+    columns, rows = (channels, places) if channels_last else (places, channels)
+    tiling = tiling_for(dtype, axis, columns, rows)
+    channel_blocks = cdiv(channels, tiling.width if channels_last else tiling.height)
+    return _Division(
+        tiling, samples * channel_blocks, (channels, places, columns, channel_blocks, cdiv(places, tiling.lanes))
+    )
+
+
+def placed(x: Tensor) -> Tensor:
+    """``x`` where samples lie one after another, and each channel is a run of its sample's memory, or a column; else a
+    copy.
+    """
+    x = dense(x)
+    samples, channels = x.shape[:2]
+    places = x.numel() // (samples * channels)
+    alike = samples == 1 or x.stride(0) == places * channels
+    return x if alike and (channels == 1 or x.stride(1) in (1, places)) else x.contiguous()
+
+
+def batch_norm_pool(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activated,
+    *,
+    maximum: bool,
+    keeps: bool,
+    slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """max or mean over all places of activation((x - mean) / sqrt(variance + eps) * weight + bias).
+
+    The result is (samples, channels).  ``x`` as of `placed`.  Without ``mean`` it is of activation(x + bias).  Where it
+    ``keeps`` of the maxima what the gradient needs, also the input and its place, int64, counted in the order of
+    memory.  PReLU has ``slopes``, in the type of ``x``.
+    """
+    samples, channels = x.shape[:2]
+    places = x.numel() // (samples * channels)
+    channels_last = channels > 1 and x.stride(1) == 1 and places > 1
+    y = torch.empty((samples, channels), dtype=x.dtype, device=x.device)
+    keeps = keeps and maximum
+    winner = torch.empty_like(y) if keeps else None
+    position = torch.empty_like(y, dtype=torch.int64) if keeps else None
+    parameters = parameter_type(x.dtype, weight, bias)
+    pointers = {
+        "x": x,
+        "y": y,
+        "winner": winner,
+        "position": position,
+        **dict(zip(VECTORS, given_vectors(x.dtype, parameters, mean, variance, weight, bias), strict=True)),
+        "slope": None if slopes is None else slopes.contiguous(),
+    }
+    given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
+    tiling, programs, extents = _divide(x.dtype, samples, channels, places, channels_last)
+    launch(
+        _configuration(x.dtype, tiling, activation.row, maximum, given, parameters),
+        programs,
+        *(pointer for pointer in pointers.values() if pointer is not None),
+        *(*extents, eps, activation.a, activation.b),
+        *(() if slopes is None else (slopes.numel(),)),
+    )
+    return y, winner, position
