@@ -292,7 +292,7 @@ def composed(
 ) -> Tensor:
     """What torch 2.13 computes and raises, for older versions."""
     if options is not None:
-        raise RuntimeError("options need torch 2.13")
+        raise RuntimeError(f"options of linear_cross_entropy need torch 2.13; this is {torch.__version__}")
     if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
         raise RuntimeError(
             "expected input (features) or (N, features) and linear_weight (C, d1, ..., features),"

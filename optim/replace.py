@@ -27,16 +27,17 @@ def replace(optimizer: Optimizer, **options: Any) -> FusedOptimizer:
     """
     twin = type(optimizer) if isinstance(optimizer, FusedOptimizer) else TWINS.get(type(optimizer))
     if twin is None:
-        raise TypeError(f"{type(optimizer).__name__} has no fusednn twin")
+        known = ", ".join(sorted(stock.__name__ for stock in TWINS))
+        raise TypeError(f"{type(optimizer).__name__} has no fusednn twin; exactly these classes have: {known}")
     if unknown := [name for name in options if name not in twin.options]:
-        raise TypeError(f"{twin.__name__} has no option {', '.join(unknown)}")
+        raise TypeError(f"{twin.__name__} has no option {', '.join(unknown)}; it has: {', '.join(twin.options)}")
     check_options(options)
     for group in optimizer.param_groups:
         twin._check_group({**options, **group})
     if not isinstance(optimizer, FusedOptimizer):
         scheduled = optimizer.__dict__.get("step")
         if scheduled is not None and not hasattr(scheduled, "_wrapped_by_lr_sched"):
-            raise ValueError("step is overridden on the instance")
+            raise ValueError("step is overridden on the instance, which a twin would drop: construct the twin instead")
         optimizer.__dict__.pop("step", None)
         optimizer.__class__ = twin
         optimizer._patch_step_function()

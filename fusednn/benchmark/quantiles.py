@@ -19,7 +19,7 @@ class Spread(NamedTuple):
 def quantile(samples: Sequence[float], q: float) -> float:
     """The ``q``-quantile (0 to 1), linear between neighbours.  Raises ValueError without samples."""
     if not samples:
-        raise ValueError("no samples")
+        raise ValueError("no samples: nothing has quantiles")
     ordered = sorted(samples)
     place = q * (len(ordered) - 1)
     low = int(place)

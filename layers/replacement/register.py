@@ -132,7 +132,7 @@ def _all(fingerprints: str | Iterable[str]) -> tuple[str, ...]:
 
 def _register(their_class: type[nn.Module] | str, registration: Registration) -> None:
     if their_class in TWINS:
-        raise ValueError(f"{their_class} has a twin")
+        raise ValueError(f"{their_class} has a twin already, which can't be registered anew")
     _registered[their_class] = registration
 
 
