@@ -3,11 +3,12 @@
 A call takes 6.5 minutes at most.  The second, given the first one's folder (or ``--after FOLDER``), goes on where it
 ended.  The parts (``--list``), their order and their times are in ``fusednn_bench/parts.py``; what fails or hangs takes
 no other part with it.  At most eight files are left in the folder, written as results come: ``summary.json`` (each
-command's outcome), ``report.md``, ``logs.tar.gz``, ``benchmarks.json``, ``thresholds.json``, ``counters.json``.
+command's outcome), ``report.md``, ``logs.tar.gz``, ``benchmarks.json``, ``thresholds.json``, ``host-times.json``,
+``counters.json``.
 
-``--rehearse`` runs the same commands without a GPU: tests on kernels compiled for the virtual GPU, all else in Triton's
-interpreter, and scripts in the place of Nsight Compute and compute-sanitizer.  Its files say so, and none of them is a
-measurement.
+``--rehearse`` runs the same commands without a GPU: tests on kernels compiled for the virtual GPU, the host's time over
+a driver that does nothing, all else in Triton's interpreter, and scripts in the place of Nsight Compute and
+compute-sanitizer.  Its files say so, and none of them is a measurement.
 
 Exit code: 0 where all that ran passed, 1 where something failed, 2 without a GPU.
 """
@@ -92,7 +93,9 @@ def call(
         _write_summary(folder, logs, machine, outcomes)
 
     outcomes = run_parts(chosen, logs, environment, seconds - _FOR_REPORTS, before, written)
-    _write_report(folder)
+    _write_report(folder, outcomes)
+    for left in folder.glob(".*.json.*"):  # of what was killed while it wrote
+        left.unlink()
     new = [outcome for outcome in outcomes if outcome not in before]
     for outcome in new:
         if not outcome.passed:
@@ -140,14 +143,27 @@ def _write_summary(folder: Path, logs: Path, machine: Machine, outcomes: Sequenc
         archive.add(logs, arcname="logs")
 
 
-def _write_report(folder: Path) -> None:
-    result = folder / "benchmarks.json"
-    if result.exists():
-        line = [sys.executable, str(BENCH / "report.py"), "--uncommitted", str(result), "-o", str(folder / REPORT)]
-        try:
-            subprocess.run(line, check=False, timeout=_FOR_REPORTS)
-        except subprocess.TimeoutExpired:  # what was measured is written already
-            print(f"no time was left for {REPORT}: python -m fusednn bench report {result}")
+#: What measured results are compared with.
+_MADE_WITHOUT_A_GPU = ("predicted.json", "host.json", "instructions.json")
+
+
+def _write_report(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """What failed, and behind it the report of what was measured."""
+    failed = [f"1. {one.command}: {one.words}" for one in outcomes if not one.passed]
+    head = "\n".join(["# Failed, or out of time", "", *(failed or ["Nothing."]), "", ""])
+    (folder / REPORT).write_text(head, encoding="utf-8")
+    known = [ROOT / "bench" / "results" / name for name in _MADE_WITHOUT_A_GPU]
+    beside = [word for path in known if path.exists() for word in ("--beside", str(path))]
+    files = [str(path) for path in sorted(folder.glob("*.json")) if path.name != SUMMARY]
+    line = [sys.executable, str(BENCH / "report.py"), "--uncommitted", *beside, *files]
+    try:
+        done = subprocess.run(line, check=False, timeout=_FOR_REPORTS, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:  # what was measured is written already
+        print(f"no time was left for {REPORT}: python -m fusednn bench report {folder}/*.json")
+        return
+    with (folder / REPORT).open("a", encoding="utf-8") as file:
+        file.write(done.stdout)
+    print(done.stderr, end="")
 
 
 def _environment(machine: Machine, commit: str | None) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""What calls cost the host, over a GPU that does nothing: ``python -m fusednn bench host [-o FILE] [-k NAME]``.
+"""What calls cost the host, over a GPU that does nothing where none is: ``python -m fusednn bench host [-o FILE]``.
 
 CPU time of layers of every family, of networks and optimizers, beside stock's: the contestants take turns in short
 rounds, and the 5th percentile is what counts, since other programs run on the machine as well.  Launches are counted,
 those that Triton had to prepare, and operators of ours that went through PyTorch's dispatcher.  Stock is PyTorch's on
-the CPU with tiny tensors, so its arithmetic on some hundred elements is part of its time.  Needs gcc, and no GPU.
+the CPU with tiny tensors, so its arithmetic on some hundred elements is part of its time.  Needs gcc.
+
+With a GPU both run on that: what its driver takes for launches is part of both contestants' time.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-k", metavar="NAME", default="", help="only operations whose name has this in it; none are kept"
     )
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="for each case (default: %(default)s)")
+    parser.add_argument("--warm", action="store_true", help="compile what is launched, and measure nothing")
     parsed = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
     from fusednn_bench.do_nothing import install
+    from fusednn_bench.where import TIMED
 
-    launches = install()
+    launches = None if TIMED else install()
     import torch
     from fusednn_bench.environment import describe_environment, describe_sources
     from fusednn_bench.host_cases import host_cases
@@ -50,12 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fusednn_bench.tables import host_table
 
     torch.set_num_threads(1)
-    result = new_result("host", describe_environment(), describe_sources(), {"threads": 1})
-    for case in host_cases():
+    settings = {"threads": 1, "over": "the GPU's own driver" if TIMED else "a driver that does nothing"}
+    result = new_result("host", describe_environment(), describe_sources(), settings)
+    for case in _made_on("cuda" if TIMED else "cpu", host_cases()):
         if parsed.k.lower() in case.operation.lower():
-            result["cases"] += records(case, launches)
+            result["cases"] += records(case, launches, timed=not parsed.warm, seconds=parsed.seconds)
+            if not (parsed.k or parsed.warm):
+                save_result(result, parsed.output)
             print(f"\r{case.operation} {case.direction}".ljust(60), end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    if parsed.warm:
+        return 0
     print(host_table(result["cases"]))
     if not parsed.k:
         result["complete"] = True
@@ -64,8 +74,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def records(case: HostCase, launches: Callable[[], int], *, timed: bool = True) -> Iterator[dict[str, Any]]:
-    """One for each contestant; not ``timed``, what is counted alone."""
+def _made_on(device: str, cases: Iterable[HostCase]) -> Iterator[HostCase]:
+    """Cases whose tensors are made on a device; their calls run without its mode, which both sides would notice."""
+    import torch
+
+    making = iter(cases)
+    while True:
+        with torch.device(device):
+            case = next(making, None)
+        if case is None:
+            return
+        yield case
+
+
+def records(
+    case: HostCase, launches: Callable[[], int] | None, *, timed: bool = True, seconds: float = _SECONDS
+) -> Iterator[dict[str, Any]]:
+    """One for each contestant; not ``timed``, what is counted alone.  Triton counts launches where nobody else does."""
     from fusednn_bench.host_cases import KERNELS
 
     import fusednn
@@ -79,7 +104,7 @@ def records(case: HostCase, launches: Callable[[], int], *, timed: bool = True) 
             for _ in range(_WARM):
                 call()
             counts[name] = _counts(call, launches)
-    samples = _measure(case.calls, under) if timed else {}
+    samples = _measure(case.calls, under, seconds) if timed else {}
     for name in case.calls:
         yield {
             "family": case.family,
@@ -95,9 +120,11 @@ def records(case: HostCase, launches: Callable[[], int], *, timed: bool = True) 
 
 
 def _measure(
-    calls: dict[str, Callable[[], object]], under: Callable[[str], AbstractContextManager[None]]
+    calls: dict[str, Callable[[], object]], under: Callable[[str], AbstractContextManager[None]], seconds: float
 ) -> dict[str, list[float]]:
     """Microseconds of CPU time of a call, one figure a round; each ``under`` what its contestant's name means."""
+    import torch
+
     clock = time.process_time_ns
     numbers = {}
     for name, call in calls.items():
@@ -107,13 +134,15 @@ def _measure(
             numbers[name] = max(1, round(_ROUND_US * 1e3 / max(clock() - start, 1)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
-    ends = time.monotonic() + _SECONDS
+    ends = time.monotonic() + seconds
     gc.collect()
     gc.disable()
     try:
         while len(samples[order[0][0]]) < _ROUNDS and (time.monotonic() < ends or len(samples[order[0][0]]) < 20):
             order.reverse()
             for name, call in order:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # a full queue would keep the host
                 with under(name):
                     start = clock()
                     for _ in range(numbers[name]):
@@ -124,17 +153,36 @@ def _measure(
     return samples
 
 
-def _counts(call: Callable[[], object], launches: Callable[[], int]) -> dict[str, int]:
+def _counts(call: Callable[[], object], launches: Callable[[], int] | None) -> dict[str, int]:
     import torch
     from triton.runtime.jit import JITFunction
 
+    launched = _entered(call) if launches is None else _increase(call, launches)
     with (
         _counted(JITFunction, "run") as prepared,
         _counted(torch._ops.OpOverload, "__call__", lambda operator: operator.namespace == "fusednn") as dispatched,
     ):
-        before = launches()
         call()
-        return {"launches": launches() - before, "prepared": len(prepared), "dispatched": len(dispatched)}
+    return {"launches": launched, "prepared": len(prepared), "dispatched": len(dispatched)}
+
+
+def _increase(call: Callable[[], object], launches: Callable[[], int]) -> int:
+    before = launches()
+    call()
+    return launches() - before
+
+
+def _entered(call: Callable[[], object]) -> int:
+    """Launches that Triton tells its hooks of."""
+    from triton import knobs
+
+    hook = mock.Mock()
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        call()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    return hook.call_count
 
 
 @contextmanager

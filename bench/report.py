@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusednn bench report", description="Turn benchmark results into a report.")
     parser.add_argument("results", type=Path, nargs="*", metavar="FILE", help="what the benchmarks wrote")
     parser.add_argument("-o", "--output", type=Path, help="write here instead of to the terminal")
+    parser.add_argument(
+        "--beside", type=Path, action="append", default=[], metavar="FILE", help="only compare with this"
+    )
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots, too")
     parser.add_argument("--uncommitted", action="store_true", help="sources that were changed since their commit, too")
     parser.add_argument("--docs", action="store_true", help="write the documents, from all of bench/results")
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         results = load_results(parsed.results or documents.committed_results(ROOT), uncommitted=parsed.uncommitted)
+        compared = load_results(parsed.beside)
     except InvalidResultError as error:
         print(error, file=sys.stderr)
         return 1
@@ -48,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots = (
         [] if parsed.plots is None else [p for name, r in results.items() for p in draw_plots(r, name, parsed.plots)]
     )
-    beside = [Path(os.path.relpath(plot.resolve(), report_folder)) for plot in plots]
-    report = render(results, load_goals(), beside)
+    links = [Path(os.path.relpath(plot.resolve(), report_folder)) for plot in plots]
+    report = render(results, load_goals(), links, compared)
     if parsed.output:
         parsed.output.write_text(report, encoding="utf-8")
     else:

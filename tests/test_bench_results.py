@@ -419,38 +419,6 @@ def test_report_shows_times_goals_losses_and_origin(result: dict[str, Any], tmp_
     assert "incomplete" in render.render({"name": {**result, "complete": False}}, load_goals())
 
 
-def test_report_holds_a_gpus_figures_against_those_made_without_one(
-    result: dict[str, Any], predicted: dict[str, Any], tmp_path: Path
-) -> None:
-    ways, counters = _new("thresholds"), _new("counters")
-    ways["cases"] = [
-        _case("one kernel", "forward", device_us=8.0, host_us=0.0),
-        _case("apart", "forward", device_us=6.0, host_us=0.0),
-    ]
-    figures = {"dram_bytes": 5000.0, "duration_us": 2.0, "issue_percent": 41.0, "bank_conflicts": 7}
-    counters["cases"] = [
-        _case("fusednn", "forward_backward", kernel="0 relu_kernel", **figures),
-        _case("fusednn", "forward_backward", kernel="1 relu_kernel", **{**figures, "issue_percent": 3.0}),
-    ]
-    files = []
-    for name, one in {"a": result, "b": predicted, "c": ways, "d": counters}.items():
-        files.append(tmp_path / f"{name}.json")
-        results.save_result(one, files[-1])
-    written = tmp_path / "report.md"
-    assert report.main([*map(str, files), "-o", str(written)]) == 0
-    text = written.read_text()
-    rows = {
-        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in text.splitlines()
-        if "|" in line
-    }
-    assert rows["relu bf16 large 64x64"] == ["forward", "one kernel", "8.00", "apart", "6.00", "0.75"]
-    assert rows["relu bf16 64x64"] == ["2", "0.01", "0.00", "2.50", "4.00", "41.00", "relu_kernel", "14"]
-    assert "## Measured over predicted" in text
-    assert rows["activation"][0].startswith(f"{1.0 / predicted['cases'][0]['predicted_us']:.2f} (")
-    assert "1. relu forward bf16 large 64x64: eager is faster (0.90)" in text
-
-
 def test_what_was_not_timed_says_so(
     counted: dict[str, Any], predicted: dict[str, Any], compiled: dict[str, Any]
 ) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 
 #: Of ``thresholds.py``.
-QUESTIONS = ("conv", "maxout", "maxout_backward", "small")
+QUESTIONS = ("conv", "maxout", "maxout_backward", "small", "clusters")
 
 _SHORTEST = 15.0  # seconds of a part, however short the whole is made: Python and PyTorch have to start
 
@@ -52,7 +52,7 @@ class Part:
 @dataclass(frozen=True)
 class Machine:
     """Where the parts run: on a GPU, or in rehearsal, where Triton's interpreter takes its place, for tests the virtual
-    GPU (where there is gcc), and stand-ins that of tools.
+    GPU (where there is gcc), for the host's time a driver that does nothing, and stand-ins that of tools.
 
     ``scale`` multiplies all times; a part has no more than ``most`` commands.
     """
@@ -84,7 +84,11 @@ def parts(folder: Path, machine: Machine, families: Sequence[str]) -> list[Part]
 
 def _parts(folder: Path, machine: Machine, families: Sequence[str]) -> list[Part]:
     python, cores = sys.executable, machine.cores
-    ahead = (Command(f"ahead-{name}", (python, str(BENCH / "warm.py"), name)) for name in _benchmarks())
+    ahead = (
+        *(Command(f"ahead-{name}", (python, str(BENCH / "warm.py"), name)) for name in _benchmarks()),
+        *(Command(f"ahead-{name}", (python, str(BENCH / "thresholds.py"), name, "--warm")) for name in QUESTIONS),
+        Command("ahead-host", (python, str(BENCH / "host.py"), "--warm")),
+    )
     return [
         Part("smoke", "every family once, every dtype, against stock", tuple(_checks(families)), 45, cores),
         Part(
@@ -106,15 +110,17 @@ def _parts(folder: Path, machine: Machine, families: Sequence[str]) -> list[Part
             "thresholds",
             "where one of our two ways becomes the faster one",
             _programs(folder, "thresholds", QUESTIONS),
-            70,
+            75,
             limit=25,
         ),
+        Part("host", "what calls of tiny tensors cost the host", (Command("host", _host(folder)),), 50, limit=45),
         Part(
             "counters",
             "DRAM bytes, issue slots and bank conflicts by Nsight Compute",
             _programs(folder, "counters", _benchmarks()),
             90,
-            limit=20,
+            max(1, cores // 4),
+            limit=40,
         ),
         Part(
             "sanitizers", "memcheck and racecheck on the smoke set", tuple(_sanitizers(families)), 90, cores, limit=60
@@ -156,6 +162,10 @@ def _programs(folder: Path, name: str, arguments: Iterable[str]) -> tuple[Comman
     """One after another: they add to one file."""
     line = (sys.executable, str(BENCH / f"{name}.py"), "-o", str(folder / f"{name}.json"))
     return tuple(Command(f"{name}-{argument}", (*line, argument)) for argument in arguments)
+
+
+def _host(folder: Path) -> tuple[str, ...]:
+    return (sys.executable, str(BENCH / "host.py"), "-o", str(folder / "host-times.json"), "--seconds", "0.3")
 
 
 def _benchmarks() -> list[str]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .goals import OUTCOMES, Goal, judge
-from .gpu_tables import counters_table, next_steps, predictions_table, thresholds_table
+from .gpu_tables import (
+    counters_table,
+    host_model_table,
+    issue_table,
+    next_steps,
+    predictions_table,
+    thresholds_table,
+)
 from .memory_table import memory_table
 from .tables import (
     compiled_table,
@@ -41,10 +49,13 @@ _ORDER = (
 )
 
 
-def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) -> str:
+def render(
+    results: Results, goals: Sequence[Goal], plots: Iterable[Path] = (), beside: Results = MappingProxyType({})
+) -> str:
     """The report of valid results, from their data alone.  ``plots`` are shown where a result's file name begins
-    their own.
+    their own; results ``beside`` are compared with, and not shown.
     """
+    everything = {**beside, **results}
     drawn = list(plots)
     parts = ["# Benchmarks", _state(results)]
     for name, result in sorted(results.items(), key=lambda item: (_ORDER.index(item[1]["kind"]), item[0])):
@@ -53,12 +64,21 @@ def render(results: Results, goals: Sequence[Goal], plots: Iterable[Path] = ()) 
         if result["left_out"]:
             rows = [(item["case"], item["contestant"] or "all", item["reason"]) for item in result["left_out"]]
             parts += ["### Left out", markdown_table(("case", "contestant", "reason"), rows)]
-    if against := predictions_table(results):
-        parts += ["## Measured over predicted device time: median (lowest to highest)", against]
-    if steps := next_steps(results, goals):
+    for title, table in _COMPARISONS.items():
+        if against := table(everything):
+            parts += [f"## {title}: median (lowest to highest)", against]
+    if steps := next_steps(results, goals, beside):
         parts += ["## What to do next, the worst first", "\n".join(f"1. {step}" for step in steps)]
     parts += ["## Goals", _goals(results, goals)]
     return "\n\n".join(parts) + "\n"
+
+
+#: Of a GPU's figures with those that were made without one.
+_COMPARISONS: dict[str, Callable[[Results], str]] = {
+    "Measured over predicted device time": predictions_table,
+    "Measured over modelled host time": host_model_table,
+    "Issued over expected instructions": issue_table,
+}
 
 
 def summary(results: Results, goals: Sequence[Goal]) -> str:
@@ -152,7 +172,7 @@ class _Section(NamedTuple):
     table: Callable[[Mapping[str, Any]], str]
 
     def __call__(self, result: Mapping[str, Any], name: str) -> str:
-        words = self.words.format(**result["settings"])
+        words = self.words.format(**{"over": "a driver that does nothing", **result["settings"]})
         return "\n\n".join([f"## {self.title}", words, _origin(result, name), self.table(result)])
 
 
@@ -179,18 +199,19 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     ),
     "thresholds": _Section(
         "Thresholds",
-        "Two ways to compute the same, on both sides of the size at which the library takes one for the other. Device "
-        "time, and for small tensors host time beside it. A ratio below 1: the second way is faster.",
+        "Two ways to compute the same, on both sides of the size at which the library takes one for the other. A call "
+        "takes the longer of the device's time and, where tensors are small, the host's. A ratio below 1: the way that "
+        "the library doesn't take is faster.",
         _of_cases(thresholds_table),
     ),
     "host": _Section(
         "What calls cost the host",
-        "CPU time, over a driver that does nothing: Triton's own launcher and compiled kernels, CPU tensors of a few "
-        "hundred elements. The 5th percentile of many rounds, in which the contestants take turns, and the median. "
-        "Eager is PyTorch on the CPU, so that its arithmetic is part of its time and the launch of its kernels isn't. "
-        "A ratio above 1: ours takes longer. `always_kernels` is ours where small tensors aren't left to PyTorch. "
-        "Counted of such a call: launches, those among them that Triton prepared, and operators of ours that went "
-        "through PyTorch's dispatcher.",
+        "CPU time of calls on a few hundred elements, with Triton's own launcher and compiled kernels. The 5th "
+        "percentile of many rounds, in which the contestants take turns, and the median. Here they run over {over}. "
+        "Over one that does nothing, eager is PyTorch on the CPU, so that its arithmetic is part of its time and the "
+        "launch of its kernels isn't. A ratio above 1: ours takes longer. `always_kernels` is ours where small tensors "
+        "aren't left to PyTorch. Counted of such a call: launches, those among them that Triton prepared, and "
+        "operators of ours that went through PyTorch's dispatcher.",
         _of_cases(host_table),
     ),
     "counters": _Section(

@@ -14,9 +14,20 @@ from fusednn.benchmark.quantiles import spread
 
 from .schema import SAMPLED, SCHEMA_VERSION, problems
 
-__all__ = ["InvalidResultError", "load_result", "new_result", "reserve_file", "save_result", "with_spreads"]
+__all__ = [
+    "TIME_LIMIT",
+    "InvalidResultError",
+    "load_result",
+    "new_result",
+    "reserve_file",
+    "save_result",
+    "with_spreads",
+]
 
 Result = dict[str, Any]
+
+#: Why cases are left out that weren't begun in time.
+TIME_LIMIT = "time limit"
 
 
 class InvalidResultError(ValueError):

@@ -15,11 +15,10 @@ from fusednn.benchmark.timing import DeviceTimer
 
 from .environment import describe_environment, describe_settings, describe_sources
 from .measure import count, hold
-from .results import Result, load_result, new_result, reserve_file, save_result, with_spreads
+from .results import TIME_LIMIT, Result, load_result, new_result, reserve_file, save_result, with_spreads
 
 __all__ = ["ResumeError", "Run"]
 
-TIME_LIMIT = "time limit"
 _SAME = ("device", "torch", "triton")
 
 

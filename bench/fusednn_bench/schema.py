@@ -144,6 +144,8 @@ def _case_problems(case: Mapping[str, Any], kind: str, result: Mapping[str, Any]
             yield f"{key} is {value}"
     if kind == "host" and not (_positive(case.get("cpu_us")) and len(case["cpu_us"]) >= FEWEST_SAMPLES):
         yield f"fewer than {FEWEST_SAMPLES} samples of the CPU time"
+    if kind == "thresholds" and type(case.get("taken")) is not bool:
+        yield "not said whether the library takes this way"
     if kind == "timed":
         if not case.get("budget_bytes") and case.get("direction") != "training_step":
             yield "no budget"  # a whole network has none
