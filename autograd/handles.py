@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Handle", "Kept", "Recipe", "View", "note", "noted"]
+__all__ = ["Handle", "Kept", "Recipe", "Result", "View", "mark", "marked", "note", "noted"]
 
 
 class Kept:
@@ -32,6 +32,24 @@ class Kept:
         return self.tensor
 
 
+class Result:
+    """What is known of a tensor that was computed, without its memory: how it lies there, and its version."""
+
+    __slots__ = ("counter", "dtype", "size", "strides", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.counter, self.version = _version_counter(tensor), tensor._version
+        self.size, self.strides, self.dtype = tensor.size(), tensor.stride(), tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.counter.device
+
+    @property
+    def changed(self) -> bool:
+        return self.counter._version != self.version
+
+
 class Recipe:
     """How a result is made again of its operands.
 
@@ -39,14 +57,12 @@ class Recipe:
     """
 
     __slots__ = (
-        *("__weakref__", "_again", "_counter", "_made", "_operands", "_strides", "_waiting"),
-        *("depth", "shares", "stream", "version"),
+        *("__weakref__", "_again", "_made", "_operands", "_result", "_waiting"),
+        *("depth", "shares", "stream"),
     )
 
-    def __init__(self, result: Tensor, again: Callable[..., Tensor], operands: Sequence[Any]) -> None:
-        self._again, self._operands = again, operands
-        self._counter, self.version = _version_counter(result), result._version
-        self._strides = result.stride()
+    def __init__(self, result: Result, again: Callable[..., Tensor], operands: Sequence[Any]) -> None:
+        self._result, self._again, self._operands = result, again, operands
         self.depth = 1 + max((operand.depth for operand in operands if operand is not None), default=-1)
         self.stream = _stream(result.device)
         self.shares = self._waiting = 0
@@ -56,12 +72,16 @@ class Recipe:
                 operand.shares += 1
 
     @property
+    def version(self) -> int:
+        return self._result.version
+
+    @property
     def changed(self) -> bool:
-        return self._counter._version != self.version
+        return self._result.changed
 
     def get(self) -> Tensor:
-        _check(self._counter, self.version)
-        stream, made = _stream(self._counter.device), self._made
+        _check(self._result.counter, self._result.version)
+        stream, made = _stream(self._result.device), self._made
         if made is None or made[0] != stream:
             made = stream, self._make(stream)
             self._made, self._waiting = made, self.shares
@@ -73,13 +93,14 @@ class Recipe:
 
     def _make(self, stream: int) -> Tensor:
         operands = [operand if operand is None else operand.get() for operand in self._operands]
-        with torch.no_grad(), _without_autocast(self._counter.device.type):
+        with torch.no_grad(), _without_autocast(self._result.device.type):
             y = self._again(*operands)
         if stream != self.stream:  # the allocator must know that the operands are used there
             for operand in operands:
                 if operand is not None:
                     operand.record_stream(torch.cuda.current_stream(y.device))
-        assert y.stride() == self._strides, f"made again with strides {y.stride()}, not {self._strides}"
+        strides = self._result.strides
+        assert y.stride() == strides, f"made again with strides {y.stride()}, not {strides}"
         return y
 
 
@@ -140,6 +161,7 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 # --- Where they are found ---------------------------------------------------------------------------------------------
 
 _NOTE = "fusednn.saved"  # in a node's metadata, with the number of its output: a weak reference to the handle
+_MARK = "fusednn.result"  # likewise: the result
 
 
 def noted(node: Any, output: int) -> Kept | Recipe | None:
@@ -149,7 +171,18 @@ def noted(node: Any, output: int) -> Kept | Recipe | None:
     return handle
 
 
-def note(tensor: Tensor, handle: Kept | Recipe) -> None:
-    """Let `noted` find the handle of a tensor that was computed, as long as somebody holds it."""
+def note(node: Any, output: int, handle: Kept | Recipe) -> None:
+    """Let `noted` find the handle of a node's output, as long as somebody holds it."""
+    node.metadata[_NOTE, output] = weakref.ref(handle)
+
+
+def mark(tensor: Tensor) -> None:
+    """Let `marked` know a tensor that was computed, whose recipe may be asked for when it is out of reach itself."""
     node: Any = tensor.grad_fn
-    node.metadata[_NOTE, tensor.output_nr] = weakref.ref(handle)
+    node.metadata[_MARK, tensor.output_nr] = Result(tensor)
+
+
+def marked(node: Any, output: int) -> Result | None:
+    """A node's output that was marked, where it is unchanged since then."""
+    result: Result | None = node.metadata.get((_MARK, output))
+    return None if result is None or result.changed else result

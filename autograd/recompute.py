@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .dispatch import PLAIN_TYPES, always_kernels, transform_refusal
-from .handles import Handle, Kept, Recipe, View, note, noted
+from .handles import Handle, Kept, Recipe, Result, View, mark, marked, note, noted
 from .stock_recipes import STOCK_RECIPES
 
-__all__ = ["needs", "observe_saved", "only_watches", "reason_to_keep", "recompute"]
+__all__ = ["DEPTH", "needs", "observe_saved", "only_watches", "reason_to_keep", "recompute"]
 
+#: How many results are made of one another, where nobody says.
+DEPTH = 3
 
 # --- What is saved ----------------------------------------------------------------------------------------------------
 
@@ -40,9 +42,12 @@ __all__ = ["needs", "observe_saved", "only_watches", "reason_to_keep", "recomput
 class Region:
     """One `recompute`: what becomes of a tensor that is saved there."""
 
-    def __init__(self, model: nn.Module | None, depth: int) -> None:
-        self.model, self.depth = model, depth
-        self._norms: dict[int, nn.Module | None] | None = None
+    def __init__(self, model: nn.Module | None, depth: int, recast_parameters: bool) -> None:
+        self.depth, self._recasts = depth, recast_parameters
+        norms = [] if model is None else [module for module in model.modules() if type(module).forward in _NORMS]
+        self._norms = _by_weight(norms)
+        # Their results may be copied before anybody saves them.
+        self._watched = [norm.register_forward_hook(self._mark) for norm in norms]
         # What nodes don't save, but make their result of.
         self._needed: weakref.WeakKeyDictionary[Any, tuple[Handle | None, ...] | None] = weakref.WeakKeyDictionary()
         # FSDP takes parameters' memory away behind their layers, and fetches it for these layers' own backward pass.
@@ -60,7 +65,7 @@ class Region:
             found = self.find(whole)
             if found is None:
                 found = Kept(whole)
-                note(whole, found)
+                note(whole.grad_fn, whole.output_nr, found)
             if isinstance(found, Recipe):
                 found.shares += 1
             handle = found if whole is tensor else View(found, tensor)
@@ -73,12 +78,22 @@ class Region:
 
     def find(self, tensor: Tensor) -> Kept | Recipe | None:
         """The handle of a tensor that isn't a view and was computed, where it is kept anyway or can be made again."""
-        handle = noted(tensor.grad_fn, tensor.output_nr)
+        node, output = tensor.grad_fn, tensor.output_nr
+        handle = noted(node, output)
         if handle is None or handle.version != tensor._version:
-            handle = self._recipe(tensor)
+            handle = self._recipe(node, Result(tensor)) if _has_recipe(node) and _is_fresh(tensor) else None
             if handle is not None:
-                note(tensor, handle)
+                note(node, output, handle)
         return handle
+
+    def find_output(self, node: Any, output: int) -> Kept | Recipe | None:
+        """Likewise of a node's output that is out of reach: where it is unchanged since it was noted or marked."""
+        handle = noted(node, output)
+        if handle is None and (result := marked(node, output)) is not None:
+            handle = self._recipe(node, result)
+            if handle is not None:
+                note(node, output, handle)
+        return None if handle is None or handle.changed else handle
 
     def need(self, ctx: Any, tensors: Sequence[Tensor | None]) -> None:
         found = [None if tensor is None else self._operand(tensor) for tensor in tensors]
@@ -88,14 +103,22 @@ class Region:
 
     def norm_of(self, weight: Handle | None) -> Any:
         """The layer or RMS norm of the model that has this weight, or None."""
-        if self.model is None or not isinstance(weight, Kept):
-            return None
-        if self._norms is None:
-            self._norms = _norms_by_weight(self.model)
-        return self._norms.get(id(weight.tensor))
+        return self._norms.get(id(weight.tensor)) if isinstance(weight, Kept) else None
+
+    def parameter(self, node: Any) -> Kept | None:
+        """The handle of a parameter, where its copies aren't kept."""
+        return Kept(node.variable) if self._recasts and hasattr(node, "variable") else None
 
     def close(self) -> None:
         self._needed.clear()
+        for watched in self._watched:
+            watched.remove()
+
+    def _mark(self, _: nn.Module, __: Any, result: Any) -> None:
+        if torch.compiler.is_compiling() or _here.region is not self:
+            return
+        if isinstance(result, Tensor) and result.grad_fn is not None and _is_fresh(result):
+            mark(result)
 
     def _operand(self, tensor: Tensor) -> Handle | None:
         if tensor.grad_fn is None:
@@ -106,14 +129,11 @@ class Region:
         found = self.find(whole)
         return found if found is None or whole is tensor else View(found, tensor)
 
-    def _recipe(self, tensor: Tensor) -> Recipe | None:
-        node: Any = tensor.grad_fn
+    def _recipe(self, node: Any, result: Result) -> Recipe | None:
         kind: Any = type(node)
-        find = _recipe_of(kind)
-        if find is None or not _is_fresh(tensor):
-            return None
+        find: Any = _recipe_of(kind)
         try:
-            found = find(node, self)
+            found = find(node, self, result)
         except RuntimeError:  # its backward pass has been, and what it saved is gone
             return None
         if found is None:
@@ -123,7 +143,7 @@ class Region:
             return None
         if self._shards and any(map(_is_gone, operands)):
             return None
-        return Recipe(tensor, again, operands)
+        return Recipe(result, again, operands)
 
     def of_function(self, node: Any) -> tuple[Callable[..., Tensor], Sequence[Handle | None]] | None:
         """The recipe of a `torch.autograd.Function`, and its operands."""
@@ -139,12 +159,17 @@ class Region:
 
 
 @functools.cache
-def _recipe_of(kind: Any) -> Callable[[Any, Region], Any] | None:
+def _recipe_of(kind: Any) -> Callable[[Any, Region, Result], Any] | None:
     """What finds the recipe of a node of this class."""
     function = getattr(kind, "_forward_cls", None)
     if function is None:
         return STOCK_RECIPES.get(kind.__name__)
-    return (lambda node, region: region.of_function(node)) if hasattr(function, "recipe") else None
+    return (lambda node, region, _: region.of_function(node)) if hasattr(function, "recipe") else None
+
+
+def _has_recipe(node: Any) -> bool:
+    kind: Any = type(node)
+    return _recipe_of(kind) is not None
 
 
 def _is_fresh(tensor: Tensor) -> bool:
@@ -160,13 +185,15 @@ def _is_alike(tensor: Tensor, whole: Tensor) -> bool:
     )
 
 
-def _norms_by_weight(model: nn.Module) -> dict[int, nn.Module | None]:
+_NORMS = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+
+
+def _by_weight(norms: Sequence[nn.Module]) -> dict[int, nn.Module | None]:
     """Layer and RMS norms by the identity of their weights; None where several share one."""
     found: dict[int, nn.Module | None] = {}
-    for module in model.modules():
-        if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
-            weight = id(module.weight)
-            found[weight] = None if weight in found else module
+    for norm in norms:
+        weight = id(norm.weight)
+        found[weight] = None if weight in found else norm
     return found
 
 
@@ -193,7 +220,7 @@ _observers: list[Callable[[Tensor, bool], None]] = []
 
 
 @contextmanager
-def recompute(model: nn.Module | None = None, *, depth: int = 1) -> Iterator[None]:
+def recompute(model: nn.Module | None = None, *, depth: int = DEPTH, recast_parameters: bool = False) -> Iterator[None]:
     """Keep less of a forward pass, and make results again in the backward pass, which gives the same bits.
 
     Around a forward pass::
@@ -209,7 +236,8 @@ def recompute(model: nn.Module | None = None, *, depth: int = 1) -> Iterator[Non
 
     ``model`` is asked for the ``eps`` of its LayerNorms and RMSNorms, of which PyTorch's graph doesn't know: without it
     their results are kept.  ``depth`` says how many results may be made of one another to make one: with residuals, 0
-    keeps every second block's result, 1 every third.
+    keeps every second block's result, 3 every fifth.  With ``recast_parameters`` the copies that autocast makes of
+    parameters aren't kept, either: a parameter may then not be changed before the backward pass.
 
     Changes in place raise where they do without it.  Nothing is done where nothing would be saved (``no_grad``), in
     compiled code, whose compiler decides what is kept, inside of transforms and tracers, and where others have hooks on
@@ -219,7 +247,7 @@ def recompute(model: nn.Module | None = None, *, depth: int = 1) -> Iterator[Non
     if torch.compiler.is_compiling() or reason_to_keep() is not None:
         yield
         return
-    outer, region = _here.region, Region(model, depth)
+    outer, region = _here.region, Region(model, depth, recast_parameters)
     with saved_tensors_hooks(region.pack, _unpack), always_kernels():
         _here.region = region
         try:

@@ -27,8 +27,8 @@ from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, t
 __all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "recompute_in", "recomputes", "unfuse"]
 
 _PLAN = "_fusednn_plan"
-#: Marks a module whose forward pass is one of `fusednn.recompute`, with its depth.
-_DEPTH = "_fusednn_recompute_depth"
+#: Marks a module whose forward pass is one of `fusednn.recompute`, with its options.
+_RECOMPUTE = "_fusednn_recompute"
 
 
 class Variant(NamedTuple):
@@ -137,10 +137,10 @@ def _subclass(stock: Any) -> type[Fused]:
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        depth = self.__dict__.get(_DEPTH)
-        if depth is None or torch.compiler.is_compiling():
+        options = self.__dict__.get(_RECOMPUTE)
+        if options is None or torch.compiler.is_compiling():
             return run(self, *args, **kwargs)
-        with recompute(self, depth=depth):
+        with recompute(self, **options):
             return run(self, *args, **kwargs)
 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
@@ -298,8 +298,8 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)
 
 
-def recompute_in(module: nn.Module, depth: int) -> str | None:
-    """Put `fusednn.recompute` into a module's own forward; returns why it can't be, or None."""
+def recompute_in(module: nn.Module, **options: Any) -> str | None:
+    """Put `fusednn.recompute` with these options into a module's own forward; returns why it can't be, or None."""
     stock = stock_of(module)
     if issubclass(stock, Layer):
         return "a single layer"
@@ -311,20 +311,20 @@ def recompute_in(module: nn.Module, depth: int) -> str | None:
         return str(error)
     if not isinstance(module, Fused):
         module.__class__ = fused
-    module.__dict__[_DEPTH] = depth
+    module.__dict__[_RECOMPUTE] = options
     return None
 
 
 def recomputes(module: nn.Module) -> bool:
     """Whether `recompute_in` was done to a module."""
-    return _DEPTH in module.__dict__
+    return _RECOMPUTE in module.__dict__
 
 
 def unfuse(module: nn.Module) -> list[nn.Module]:
     """Undo `fuse_neighbours` and `recompute_in`; returns the layers that were fused."""
     if not isinstance(module, Fused):
         return []
-    module.__dict__.pop(_DEPTH, None)
+    module.__dict__.pop(_RECOMPUTE, None)
     plan = module.__dict__.pop(_PLAN, None)
     stock: Any = module._fusednn_stock
     fused = fused_class(stock)

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ...autograd.recompute import DEPTH
 from ..derived import beneath
 from ..fusion.host import fuse_neighbours, is_searched, recompute_in
 from ..twin import ALL_TWINS, TWINS, Layer, is_untouched
@@ -29,7 +30,8 @@ def replace_layers(
     exclude: Selection | None = None,
     fuse: bool = False,
     recompute: bool = False,
-    recompute_depth: int = 1,
+    recompute_depth: int = DEPTH,
+    recast_parameters: bool = False,
 ) -> ReplacementReport:
     """Swap every layer of ``model`` that has a fusednn twin for it, in place: ``torch.nn``'s, and registered ones.
 
@@ -53,7 +55,7 @@ def replace_layers(
             Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.
         recompute: also run the model's forward pass in `fusednn.recompute`: what is made of kept tensors in one pass
             over memory is made again in the backward pass, not kept.
-        recompute_depth: that function's ``depth``.
+        recompute_depth, recast_parameters: that function's ``depth`` and ``recast_parameters``.
 
     Returns:
         A report of what was replaced, what was left, and why.  A layer used under several names is one row.
@@ -85,7 +87,7 @@ def replace_layers(
         if fuse:
             report.untraced = _fuse(modules, rows, include, exclude)
         if recompute:
-            refusal = recompute_in(model, recompute_depth)
+            refusal = recompute_in(model, depth=recompute_depth, recast_parameters=recast_parameters)
             report.recompute = f"depth {recompute_depth}" if refusal is None else f"no: {refusal}"
     report.rows = list(rows.values())
     return report
