@@ -133,16 +133,15 @@ def instructions() -> dict[str, Any]:
 
 @pytest.fixture
 def memory() -> dict[str, Any]:
-    kept = {"eager": 1000, "compile": 900, "checkpoint": 100, "fusednn": 800, "fusednn-recompute": 500}
+    kept = {"eager": 1000, "compile": 900, "checkpoint": 100, "fusednn": 800, "fusednn-recompute": 500, "depth 0": 600}
     result = _new("memory")
-    result["cases"] = [
-        {
-            **NETWORKS[0].record(name),
-            "kept_bytes": size,
-            **({"bytes": 10000 + (name == "fusednn-recompute") * 1500} if name.startswith("fusednn") else {}),
-        }
-        for name, size in kept.items()
-    ]
+    result["cases"] = [{**NETWORKS[0].record(name), "kept_bytes": size} for name, size in kept.items()]
+    for case in result["cases"]:
+        if case["contestant"] not in ("compile", "checkpoint"):
+            size = case["kept_bytes"]
+            case["kept_bytes_by_maker"] = {"MkldnnConvolution": size - 100, "statistics": 100}
+            case["bytes"] = 10000 if case["contestant"] == "fusednn" else 11500
+            case["peak_bytes"] = 2 * size
     return result
 
 
@@ -458,7 +457,14 @@ def test_memory_is_judged_and_shown(memory: dict[str, Any]) -> None:
         "0.80",
         "0.50",
         "1.15",
+        "0.50",
     ]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert [NETWORKS[0].name, "0", "0.60", "1.15", "0.60"] in shown
+    assert [NETWORKS[0].name, "MkldnnConvolution", "0.80"] in shown
+    memory["cases"][0]["kept_bytes_by_maker"]["statistics"] += 1
+    assert schema.problems(memory) == ["case 0: kept bytes are not those of their makers"]
+    del memory["cases"][0]["kept_bytes_by_maker"]
     del memory["cases"][0]["kept_bytes"]
     assert schema.problems(memory) == ["case 0: kept bytes None is no number from 0"]
 

@@ -1,13 +1,16 @@
 """What networks keep between forward and backward: stock, compiled, checkpointed, with fusednn, and made again.
 
 Kept are the bytes of distinct memory that autograd saved, beside parameters, buffers and the input.  Moved are those
-of a forward and a backward pass, counted in Triton's interpreter.
+of a forward and a backward pass, and the peak is the most that tensors hold in between: of launches that are counted
+and not run.  Gradients' bits are compared in Triton's interpreter, with fewer channels on smaller images.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -16,12 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusednn.autograd.recompute import only_watches
 from fusednn.benchmark.counting import operators_of_cuda
 from fusednn.benchmark.protocol import WrongResultError
 
 from .networks import FirstResult
+from .peak import Peak
 
-__all__ = ["NETWORKS", "MemoryCase", "count_memory"]
+__all__ = ["DEPTHS", "NETWORKS", "MemoryCase", "count_memory"]
+
+#: Depths of results that are made of one another, beside the default one.
+DEPTHS = (0, 1, 2, 9)
 
 _BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer", "_Transition")
 
@@ -118,37 +126,127 @@ def count_memory(case: MemoryCase) -> list[dict[str, Any]]:
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0  # a GPU's attention keeps no probabilities for it, a CPU's does
     x = torch.randn(case.shape).bfloat16()
-    records = [
-        {**case.record("eager"), **_counts(copy.deepcopy(model), x)[0]},
+
+    def replaced(of: nn.Module = model, **options: Any) -> nn.Module:
+        ours = copy.deepcopy(of)
+        fusednn.replace_layers(ours, fuse=True, **options)
+        return ours
+
+    small = (model, x) if x.dim() < 4 else (_narrowed(copy.deepcopy(model)), x[..., :_SIDE, :_SIDE])
+    _check_bits([replaced(small[0], recompute=again) for again in (False, True)], small[1])
+    return [
+        {**case.record("eager"), **_counts(copy.deepcopy(model), x)},
         {**case.record("compile"), **_compiled(copy.deepcopy(model), x)},
         {**case.record("checkpoint"), **_checkpointed(copy.deepcopy(model), x)},
+        {**case.record("fusednn"), **_counts(replaced(), x)},
+        {**case.record("fusednn-recompute"), **_counts(replaced(recompute=True), x)},
+        *(
+            {**case.record(f"depth {depth}"), **_counts(replaced(recompute=True, recompute_depth=depth), x)}
+            for depth in DEPTHS
+        ),
     ]
-    gradients = []
-    for again in (False, True):
-        ours = copy.deepcopy(model)
-        fusednn.replace_layers(ours, fuse=True, recompute=again)
-        counts, found = _counts(ours, x)
-        records.append({**case.record("fusednn-recompute" if again else "fusednn"), **counts})
-        gradients.append(found)
-    if not all(map(torch.equal, *gradients)):
-        raise WrongResultError(f"{case.name}: gradients have other bits where results are made again")
-    return records
 
 
-def _counts(model: nn.Module, x: Tensor) -> tuple[dict[str, int], list[Tensor]]:
-    """What is kept and moved, and the gradients."""
-    from fusednn.instruments.saved_tensors import saved_tensors
-    from fusednn.instruments.traffic import measure_traffic
+#: Of images on which bits are compared: of the last feature maps of VGG-11 one pixel is left.
+_SIDE = 32
 
-    torch.manual_seed(1)
-    with operators_of_cuda(), measure_traffic() as traffic:
-        with saved_tensors() as census:
+
+def _narrowed(model: nn.Module) -> nn.Module:
+    """An eighth of the channels, but of the input's: the layers are as many, and the interpreter's programs fewer."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.groups = _eighth(layer.groups)
+            layer.in_channels, layer.out_channels = _eighth(layer.in_channels), _eighth(layer.out_channels)
+            _shorten(layer, layer.out_channels, layer.in_channels // layer.groups)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.num_features = _eighth(layer.num_features)
+            _shorten(layer, layer.num_features)
+        elif isinstance(layer, nn.Linear):
+            layer.in_features, layer.out_features = _eighth(layer.in_features), _eighth(layer.out_features)
+            _shorten(layer, layer.out_features, layer.in_features)
+    return model
+
+
+def _eighth(channels: int) -> int:
+    return channels if channels <= 3 else max(1, channels // 8)
+
+
+def _shorten(layer: nn.Module, first: int, second: int | None = None) -> None:
+    """Tensors of a layer to so many of their first dimension, and of a weight's second."""
+    for tensors in (layer._parameters, layer._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.dim() > 0:
+                part = tensor.detach()[:first] if tensor.dim() == 1 else tensor.detach()[:first, :second]
+                tensors[name] = nn.Parameter(part.clone()) if isinstance(tensor, nn.Parameter) else part.clone()
+
+
+def _check_bits(models: Sequence[nn.Module], x: Tensor) -> None:
+    """Whether the gradients of all parameters are the same bits, of copies of one model."""
+    found = []
+    for model in models:
+        torch.manual_seed(1)
+        model(x).float().square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    if not found[0] or not all(all(map(torch.equal, found[0], other)) for other in found[1:]):
+        raise WrongResultError("gradients have other bits where results are made again")
+
+
+def _counts(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """What is kept and moved, and the peak.  Kernels aren't run: the model is of no use afterwards."""
+    from fusednn.instruments.launches import count_launches
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_let_go)
+    held = (x, *model.parameters(), *model.buffers())
+    with operators_of_cuda(), count_launches() as traffic, Peak(held) as peak:
+        with _kept_by_maker(held) as makers:
             y = model(x)
-        kept = census.bytes_beside(x, *model.parameters(), *model.buffers())
-        del census
         y.float().square().mean().backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return {"kept_bytes": kept, "bytes": traffic.bytes + traffic.aten_bytes}, gradients
+    by_maker = dict(sorted(makers.items(), key=lambda item: -item[1]))
+    return {
+        "kept_bytes": sum(by_maker.values()),
+        "kept_bytes_by_maker": by_maker,
+        "bytes": traffic.bytes + traffic.aten_bytes,
+        "peak_bytes": peak.bytes,
+    }
+
+
+@contextmanager
+def _kept_by_maker(others: Sequence[Tensor]) -> Iterator[dict[str, int]]:
+    """Bytes of distinct memory that is saved in the ``with`` block beside that of ``others``, by what made it."""
+    kept: dict[str, int] = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in others}
+    alive: list[Tensor] = []  # so that no other comes to lie in its place
+
+    @only_watches
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            alive.append(tensor.detach())
+            maker = _maker(tensor)
+            kept[maker] = kept.get(maker, 0) + storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+    alive.clear()
+
+
+def _maker(tensor: Tensor) -> str:
+    """The operator that made a tensor, by its name in autograd's graph; else what a layer made for itself."""
+    whole = tensor._base if tensor._is_view() else tensor
+    node = None if whole is None else whole.grad_fn
+    while node is not None and re.search("View|Transpose|TBackward", node.name()):
+        node = node.next_functions[0][0]
+    if node is not None:
+        return re.sub("Backward[0-9]*$", "", node.name())
+    return "statistics" if tensor.is_floating_point() else "masks, codes and seeds"
+
+
+def _let_go(parameter: Tensor) -> None:
+    """Parameters' gradients, as large as these, would hide what is looked for at the peak."""
+    parameter.grad = None
 
 
 def _compiled(model: nn.Module, x: Tensor) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fusednn.autograd.recompute import DEPTH
+
 from .tables import by_contestant, markdown_table
 
 __all__ = ["MEMORY_COLUMNS", "kept_shares", "memory_summary", "memory_table"]
@@ -35,19 +37,58 @@ def kept_shares(result: _Result) -> dict[str, dict[str, float]]:
 
 
 def memory_table(result: _Result) -> str:
-    head = ("network", "input", "eager, MB", *MEMORY_COLUMNS.values(), "moved")
+    """What is kept beside what others keep; by depth; and what is kept still, the largest first."""
+    head = ("network", "input", "eager, MB", *MEMORY_COLUMNS.values(), "moved", "peak")
     shares = kept_shares(result)
-    rows = [
-        (
-            key[0],
-            "x".join(map(str, key[3])),
-            records["eager"]["kept_bytes"] / 1e6,
-            *shares[key[0]].values(),
-            records["fusednn-recompute"]["bytes"] / records["fusednn"]["bytes"],
+    groups = by_contestant(result["cases"])
+    rows = []
+    depths = []
+    census = []
+    for (network, _, _, shape, _), records in groups.items():
+        eager, fused, again = (records[name] for name in ("eager", "fusednn", "fusednn-recompute"))
+        rows.append(
+            (
+                *(network, "x".join(map(str, shape)), eager["kept_bytes"] / 1e6, *shares[network].values()),
+                *(again["bytes"] / fused["bytes"], again["peak_bytes"] / eager["peak_bytes"]),
+            )
         )
-        for key, records in by_contestant(result["cases"]).items()
+        for name, record in sorted(records.items()):
+            if name.startswith("depth") and _differs(record, again):
+                depths.append((network, name.removeprefix("depth "), *_of(record, eager, fused)))
+        census += [(network, maker, size / again["kept_bytes"]) for maker, size in _largest(again)]
+    parts = [
+        markdown_table(head, rows),
+        f"### By depth, where that makes a difference; the default is {DEPTH}",
+        markdown_table(("network", "depth", "kept", "moved", "peak"), depths),
+        "### What is kept still, the largest first, by what made it",
+        markdown_table(("network", "made by", "of all that is kept"), census),
     ]
-    return markdown_table(head, rows)
+    return "\n\n".join(parts)
+
+
+def _of(record: _Result, eager: _Result, fused: _Result) -> tuple[float, float, float]:
+    """Kept and peak of eager's, and moved of what is moved where all is kept."""
+    return (
+        record["kept_bytes"] / eager["kept_bytes"],
+        record["bytes"] / fused["bytes"],
+        record["peak_bytes"] / eager["peak_bytes"],
+    )
+
+
+def _differs(record: _Result, other: _Result) -> bool:
+    return bool(record["kept_bytes"] != other["kept_bytes"])
+
+
+def _largest(record: _Result) -> list[tuple[str, int]]:
+    """The makers of the most of what is kept, up to nine tenths of it."""
+    found, rest = [], 0.1 * record["kept_bytes"]
+    left = record["kept_bytes"]
+    for maker, size in record["kept_bytes_by_maker"].items():
+        if left <= rest:
+            break
+        found.append((maker, size))
+        left -= size
+    return found
 
 
 def memory_summary(results: Sequence[_Result]) -> str:

@@ -194,7 +194,9 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
         "PyTorch's. Compiled: torch.compile's own partition. Checkpointed: each block's input alone, or every fourth "
         "layer's, for which the whole forward pass is computed again. Fused: `replace_layers(model, fuse=True)`; made "
         "again: with `recompute=True`, whose gradients had the same bits. Moved: bytes of forward and backward, of "
-        "those without making results again. Blocks of transformers have no dropout in attention.",
+        "those without making results again, launches as they move their operands. Peak: the most that tensors held at "
+        "one time, beside parameters and the input, of eager's, while each parameter's gradient is let go as it "
+        "comes; cuDNN's workspaces aren't in it. Blocks of transformers have no dropout in attention.",
         memory_table,
     ),
     "thresholds": _Section(

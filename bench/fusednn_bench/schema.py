@@ -154,6 +154,9 @@ def _case_problems(case: Mapping[str, Any], kind: str, result: Mapping[str, Any]
         for what in ("bytes", "launches"):
             if case.get(what) != sum(case.get(f"{maker}_{what}", 0) for maker in ("inductor", "library", "fusednn")):
                 yield f"{what} are not those of Inductor, libraries and fusednn"
+    by_maker = case.get("kept_bytes_by_maker")
+    if kind == "memory" and by_maker is not None and _sum(by_maker) != case.get("kept_bytes"):
+        yield "kept bytes are not those of their makers"
     if kind == "instructions" and not _close(case.get("instructions"), _sum(case.get("instructions_by_pipe"))):
         yield "instructions are not those of the pipes"
     if kind == "counted" and case.get("launches") != sum(
