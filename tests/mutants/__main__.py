@@ -32,13 +32,21 @@ GENERIC = tuple(
         *("defaults", "pytorch_cases"),
     )
 )
-#: And of what is done to models and optimizers, by folder.
+#: And those of what isn't a family's, by a part of its path.
 THEMES = {
-    "fusion": ("test_fuse*.py", "test_neighbourhoods.py", "test_paths.py"),
-    "replacement": ("test_replace.py", "test_conversions.py", "test_classes.py", "test_works_with.py", "test_fold.py"),
-    "libraries": ("test_libraries.py",),
+    "base/random": ("test_seeds.py", "test_dropout*.py", "test_rrelu.py"),
+    "autograd/handles": ("test_recompute.py",),
+    "autograd/stock_recipes": ("test_recompute.py",),
+    "layers/dropout_schedule": ("test_dropout_layers.py",),
+    "layers/fusion/": ("test_fuse*.py", "test_neighbourhoods.py", "test_paths.py"),
+    "layers/libraries/": ("test_libraries.py",),
+    "layers/replacement/": tuple(
+        f"test_{theme}.py" for theme in ("replace", "conversions", "classes", "works_with", "fold")
+    ),
     "optim": ("test_optimizer*.py",),
 }
+#: Folders of which the tests of all operations see little.
+BESIDE_OPERATIONS = ("layers/fusion/", "layers/libraries/", "layers/replacement/")
 PASSED = (0, 5)  # 5: no test has anything to say in this mode
 ENDED_BY_LIMIT = (-signal.SIGXCPU, -signal.SIGKILL)
 LIMIT = 120  # seconds of processor time in each mode
@@ -99,14 +107,18 @@ def _imported_by(path: Path) -> frozenset[Path]:
 
 @cache
 def families(path: str) -> tuple[str, ...]:
-    """Those of the catalogue whose files a file is one of, or used by; none where it is many families'."""
-    known = sorted({row.family for row in ROWS})
-    users = []
-    for family in known:
-        own = [ROOT / floor / f"{family}.py" for floor in FLOORS]
-        if any(ROOT / path == one or (one.exists() and ROOT / path in imported(one)) for one in own):
-            users.append(family)
-    users.sort(key=lambda family: not Path(path).stem.startswith(family))
+    """Those of the catalogue that use a file; where these are many, those whose kernels import it; none where these
+    are, too.
+    """
+    own: dict[str, list[Path]] = {}
+    for family in {row.family for row in ROWS}:
+        own[family] = [ROOT / floor / f"{family}.py" for floor in FLOORS]
+        own[family] = [one for one in own[family] if one.exists()]
+    file = ROOT / path
+    users = [family for family, files in own.items() if any(file == one or file in imported(one) for one in files)]
+    if len(users) > MANY:
+        users = [family for family, files in own.items() if any(file in _imported_by(one) for one in files)]
+    users.sort(key=lambda family: (not Path(path).stem.startswith(family), family))
     return tuple(users) if len(users) <= MANY else ()
 
 
@@ -119,13 +131,13 @@ def commit() -> str:
 def own_tests(path: str) -> Selection:
     """The tests of a file's families and theme, and their cases of those of all."""
     users = families(path)
-    themes = [pattern for folder, patterns in THEMES.items() if folder in path for pattern in patterns]
+    themes = [pattern for part, patterns in THEMES.items() if part in path for pattern in patterns]
     patterns = [f"test_{Path(path).stem}*.py", *(f"test_{family}*.py" for family in users), *themes]
     tests = dict.fromkeys(test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern)))
     names = {name for row in ROWS if row.family in users for name in (row.name, *row.layers)}
     if path.startswith("optim/"):
         names.update(optim.__all__)
-    of_all = [name for name in GENERIC if name not in tests and (names or not themes)]
+    of_all = [] if path.startswith(BESIDE_OPERATIONS) else [name for name in GENERIC if name not in tests]
     return Selection(
         [f"tests/{name}" for name in tests],
         [f"tests/{name}" for name in of_all],
