@@ -130,8 +130,9 @@ def test_nothing_is_kept_for_second_derivatives_where_no_gradients_are(device: s
 
 #: Whose results and gradients are chosen, not computed, or computed from integers.
 CHOICES = (
-    *("Hardtanh", "MaxPool1d", "MaxPool2d", "ReLU", "ReLU6", "Threshold", "max_pool2d of overlapping windows"),
-    *("maxout", "maxout_conv2d", "maxout_linear"),
+    *("Hardtanh", "MaxPool1d", "MaxPool2d", "MaxPool3d", "PReLU", "ReLU", "ReLU6", "Threshold"),
+    *("conv_act_pool2d", "max_pool2d of overlapping windows", "maxout", "maxout_conv2d", "maxout_linear"),
+    *("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"),  # of half, so that the others are doubled
 )
 
 
@@ -143,13 +144,16 @@ def test_choices_among_integers_are_exact(name: str, dtype: torch.dtype) -> None
     operation = Operation(name, dtype)
     operands = [operand.clamp(-2, 2).round() for operand in operation.operands]
 
-    def result_and_gradients() -> list[Tensor]:
+    def result_and_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
         leaves = [operand.clone().requires_grad_() for operand in operands]
-        y = operation.call(operation.ours, leaves)
+        y = operation.call(function, leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
-    ours = result_and_gradients()
-    with mock.patch.object(dispatch, "AVAILABLE", False):
-        stock = result_and_gradients()
+    ours = result_and_gradients(operation.ours)
+    if name.startswith("Dropout"):  # which is given the same mask
+        stock = result_and_gradients(operation.stock)
+    else:
+        with mock.patch.object(dispatch, "AVAILABLE", False):
+            stock = result_and_gradients(operation.ours)
     for mine, theirs in zip(ours, stock, strict=True):
         assert torch.equal(mine, theirs)

@@ -51,6 +51,7 @@ def test_what_is_left_alone() -> None:
             """3 - 4"""
             return "é", x
             raise ValueError(f"{x[-1]}")
+            zip(x, strict=True)
     '''
     assert [mutant.kind for mutant in mutants_of("file.py", textwrap.dedent(source))] == ["an error is missing"]
 
@@ -84,6 +85,9 @@ def test_tests_of_a_family() -> None:
     assert {"tests/test_pool.py", "tests/test_conv.py", "tests/test_conv_batch_norm.py"} <= {*window.tests}
     assert {"maxpool2d", "conv_act_pool2d"} <= {*window.names}
     assert "tests/test_optimizer.py" in own_tests("optim/state.py").tests
+    path = "autograd/dispatch.py"
+    line = (ROOT / path).read_text(encoding="utf-8").partition("def record_kernels")[0].count("\n") + 2
+    assert "tests/test_modes.py" in own_tests(path, line).tests
     tiles = own_tests("kernels/base/tiles.py")  # everybody's
     assert "tests/test_gradients.py" in tiles.of_all
     assert not tiles.names

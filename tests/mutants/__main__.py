@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from fusednn import optim
 from fusednn.catalogue import ROWS
 
 from .mutators import Mutant, mutants_of
-from .worker import MODES, Selection, Worker
+from .worker import MODES, PASSED, Selection, Worker
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "autograd", "layers", "optim")
@@ -47,7 +47,6 @@ THEMES = {
 }
 #: Folders of which the tests of all operations see little.
 BESIDE_OPERATIONS = ("layers/fusion/", "layers/libraries/", "layers/replacement/")
-PASSED = (0, 5)  # 5: no test has anything to say in this mode
 ENDED_BY_LIMIT = (-signal.SIGXCPU, -signal.SIGKILL)
 LIMIT = 120  # seconds of processor time in each mode
 MANY = 5  # families that use a file: of more, tests of all are those to run
@@ -128,12 +127,28 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def own_tests(path: str) -> Selection:
-    """The tests of a file's families and theme, and their cases of those of all."""
+@cache
+def naming(name: str) -> tuple[str, ...]:
+    """The tests that name a function or a class; none where these are many."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    found = [one.name for one in files if re.search(rf"\b{name}\b", one.read_text(encoding="utf-8"))]
+    return tuple(found) if len(found) <= MANY else ()
+
+
+def names_around(path: str, line: int) -> Iterator[str]:
+    """That of the function or class of the module that a line is of."""
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno <= line <= (node.end_lineno or 0):
+            yield node.name
+
+
+def own_tests(path: str, line: int = 0) -> Selection:
+    """The tests of a file's families and theme, those that name what a line is of, and their cases of those of all."""
     users = families(path)
     themes = [pattern for part, patterns in THEMES.items() if part in path for pattern in patterns]
     patterns = [f"test_{Path(path).stem}*.py", *(f"test_{family}*.py" for family in users), *themes]
-    tests = dict.fromkeys(test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern)))
+    found = [test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern))]
+    tests = dict.fromkeys((*found, *(test for name in names_around(path, line) for test in naming(name))))
     names = {name for row in ROWS if row.family in users for name in (row.name, *row.layers)}
     if path.startswith("optim/"):
         names.update(optim.__all__)
@@ -191,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStack() as stack:
         workers = [stack.enter_context(closing(Worker(mode))) for mode in options.modes]
         for mutant in mutants:
-            verdicts.append(verdict(mutant, own_tests(mutant.path), workers, options.limit))
+            verdicts.append(verdict(mutant, own_tests(mutant.path, mutant.line), workers, options.limit))
             print(f"{verdicts[-1]['verdict']:9}", mutant, verdicts[-1]["by"], flush=True)
             if options.output:
                 written = {"commit": commit(), "seed": options.seed, "mutants": verdicts}

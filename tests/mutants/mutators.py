@@ -77,9 +77,9 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
 
 
 def _behaviour(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that a run can depend on: no annotations, no decorators, no words of errors."""
+    """The nodes that a run can depend on: no annotations, no decorators, no words of errors, no checks of `zip`."""
     yield node
-    if isinstance(node, ast.Raise):
+    if isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg == "strict"):
         return
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
