@@ -28,6 +28,7 @@ from .activation import (
 )
 from .batch_norm import batch_norm, batch_norm_act, channel_statistics
 from .bias_activation_dropout import bias_activation_dropout
+from .block_end import block_end
 from .conv import (
     conv1d,
     conv2d,
@@ -41,7 +42,7 @@ from .conv_batch_norm import conv_batch_norm_act2d
 from .cross_entropy import cross_entropy
 from .drop_connect import drop_connect_linear
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
-from .gated import gated, gated_channels, gated_halves, glu
+from .gated import gated, gated_channels, gated_halves, glu, highway
 from .linear_cross_entropy import linear_cross_entropy
 from .maxout import maxout, maxout_conv2d, maxout_linear
 from .nll_loss import nll_loss
@@ -68,6 +69,7 @@ __all__ = [
     "bias_activation_dropout",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "block_end",
     "celu",
     "channel_statistics",
     "conv1d",
@@ -94,6 +96,7 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "highway",
     "huber_loss",
     "kl_div",
     "l1_loss",

@@ -269,7 +269,7 @@ _FUSED_BY_COMPILER = frozenset(
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
         *("softmax", "log_softmax", "softmin"),
         *("batch_norm", "batch_norm_act", "channel_statistics"),
-        *("bias_activation", "channel_bias_activation_dropout", "gated", "gated_halves", "glu"),
+        *("bias_activation", "block_end", "channel_bias_activation_dropout", "gated", "gated_halves", "glu", "highway"),
         *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss"),
         *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
     )

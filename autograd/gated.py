@@ -1,7 +1,8 @@
-"""Gates: activation(gate) * other, of two tensors or of the halves of one, and GLU; channels with a gate each.
+"""Gates: activation(gate) * other, of two tensors or of the halves of one, and GLU; gates of channels; highways.
 
 Dauphin et al., "Language Modeling with Gated Convolutional Networks" (ICML 2017); Shazeer, "GLU Variants Improve
-Transformer" (2020); Hu, Shen, Sun, "Squeeze-and-Excitation Networks" (CVPR 2018).
+Transformer" (2020); Hu, Shen, Sun, "Squeeze-and-Excitation Networks" (CVPR 2018); Srivastava, Greff, Schmidhuber,
+"Highway Networks" (2015).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.autograd import Function
 
 from ..kernels import gated as kernels
 from ..kernels import gated_channels as channels
+from ..kernels import gated_highway as highways
 from ..kernels.base.layout import is_dense
 from ..kernels.functions.activation import Activated, activated
 from . import stock as F
@@ -21,12 +23,14 @@ from .dispatch import is_integer, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
 
-__all__ = ["CHANNEL_GATES", "GATES", "gated", "gated_channels", "gated_halves", "glu"]
+__all__ = ["CHANNEL_GATES", "GATES", "HIGHWAY_GATES", "gated", "gated_channels", "gated_halves", "glu", "highway"]
 
 #: The activations that kernels gate with.
 GATES = kernels.GATES
 #: Those that they gate channels with.
 CHANNEL_GATES = channels.CHANNEL_GATES
+#: Those of highways.
+HIGHWAY_GATES = highways.HIGHWAY_GATES
 
 
 @operator(
@@ -78,6 +82,25 @@ def _channels_forward(x: Tensor, gate: Tensor, name: str, a: float, b: float) ->
 )
 def _channels_backward(g: Tensor, x: Tensor, gate: Tensor, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
     return channels.gated_channels_backward(g, x, gate, activated(name, a, b))
+
+
+@operator(
+    "highway(Tensor gate, Tensor transformed, Tensor carried, str name, float a, float b) -> Tensor",
+    fake=lambda gate, transformed, carried, name, a, b: torch.empty_like(gate),
+)
+def _highway_forward(gate: Tensor, transformed: Tensor, carried: Tensor, name: str, a: float, b: float) -> Tensor:
+    return highways.highway_forward(gate, transformed, carried, activated(name, a, b))
+
+
+@operator(
+    "highway_backward(Tensor g, Tensor gate, Tensor transformed, Tensor carried, str name, float a, float b)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda g, gate, *_: tuple(torch.empty_like(gate) for _ in range(3)),
+)
+def _highway_backward(
+    g: Tensor, gate: Tensor, transformed: Tensor, carried: Tensor, name: str, a: float, b: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return highways.highway_backward(g, gate, transformed, carried, activated(name, a, b))
 
 
 class Gated(Function):
@@ -162,6 +185,36 @@ class GatedChannels(Function):
         return dx if needed[0] else None, dgate if needed[1] else None, None
 
 
+class Highway(Function):
+    """Saves the operands; one pass gives all three gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activated) -> Tensor:
+        ctx.save_for_backward(gate, transformed, carried)
+        ctx.activation = activation
+        y: Tensor = _highway_forward(gate, transformed, carried, *activation.arguments)
+        return y
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        activation = ctx.activation
+        return lambda *operands: _highway_forward(*operands, *activation.arguments)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        operands, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            found = stock_gradients(lambda *operands: _stock_highway(*operands, ctx.activation), operands, needed, g)
+        else:
+            found = _highway_backward(g, *operands, *ctx.activation.arguments)
+        return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), None
+
+
+def _stock_highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activated) -> Tensor:
+    t = stock_activation(gate, activation)
+    return t * transformed + (1 - t) * carried
+
+
 def _stock_halves(x: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
     first, second = x.chunk(2, dim)
     gate, other = (first, second) if gate_first else (second, first)
@@ -217,6 +270,30 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     if not takes_kernel("glu", input, refusal=lambda: _halves_refusal(input, dim, "sigmoid")):
         return F.glu(input, dim)
     return _apply_halves(input, dim % input.dim(), resolve_activation("sigmoid"), False)
+
+
+@or_stock
+def highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: str = "sigmoid") -> Tensor:
+    """t * transformed + (1 - t) * carried, where t = activation(gate): how far a layer transforms what it is given.
+
+    Kernels have "sigmoid" and "hardsigmoid", and operands of one shape; others take PyTorch's operators.  Saves the
+    operands: 4 elements are moved forward for each of the result, 7 backward.
+    """
+    resolved = resolve_activation(activation)
+    operands = (gate, transformed, carried)
+
+    def refusal() -> str | None:
+        if activation not in HIGHWAY_GATES:
+            return f"no kernel has highways with {activation}"
+        return None if gate.shape == transformed.shape == carried.shape else "operands differ in shape"
+
+    if not all(isinstance(one, Tensor) for one in operands) or not takes_kernel("highway", *operands, refusal=refusal):
+        return _stock_highway(*operands, resolved)
+    if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
+        result: Tensor = Highway.apply(*operands, resolved)
+    else:
+        result = _highway_forward(*operands, *resolved.arguments)
+    return result
 
 
 def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> Tensor:

@@ -1,4 +1,4 @@
-"""The gated family: SwiGLU's gate of two tensors, of the halves of one as GEGLU and GLU have it, and of channels."""
+"""The gated family: gates of two tensors (SwiGLU), of the halves of one (GEGLU, GLU), of channels, and highways."""
 
 from __future__ import annotations
 
@@ -32,8 +32,17 @@ def _stock_halves(x: Tensor) -> Tensor:
     return other * F.gelu(gate)
 
 
+def _stock_highway(gate: Tensor, h: Tensor, x: Tensor) -> Tensor:
+    t = gate.sigmoid()
+    return t * h + (1 - t) * x
+
+
 def _two(x: Tensor) -> tuple[Tensor, ...]:
     return x.requires_grad_(), x.detach().flip(0).requires_grad_()
+
+
+def _three(x: Tensor) -> tuple[Tensor, ...]:
+    return *_two(x), x.detach().flip(1).requires_grad_()
 
 
 def _halved(shape: torch.Size) -> tuple[int, ...]:
@@ -60,6 +69,7 @@ OPERATIONS = {
             row_of("gated_channels").budget,
             operands=lambda x: (x.requires_grad_(), x.detach()[:, :, :1, :1].clone().requires_grad_()),
         ),
+        Operation("highway", "gated", autograd.highway, _stock_highway, row_of("highway").budget, operands=_three),
         Operation("glu", "gated", autograd.glu, F.glu, row_of("glu").budget, output_shape=_halved),
     )
 }

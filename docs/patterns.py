@@ -47,7 +47,7 @@ def _formula(module: ModuleType) -> str:
 
 
 def _lists(pattern: Pattern, module: ModuleType) -> Iterator[str]:
-    yield f"- Begins with: {_names(pattern.first) or 'a function'}."
+    yield f"- Begins with: {', or '.join(filter(None, (_names(pattern.first), 'a function' * pattern.anywhere)))}."
     if following := _names(pattern.following):
         yield f"- Goes on with: {following}."
     if reasons := list(dict.fromkeys(_reasons(module))):

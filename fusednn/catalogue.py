@@ -236,6 +236,12 @@ ROWS: tuple[Row, ...] = (
         in_stock=lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0],
     ),
     Row("glu", ("GLU",), "the input", "1.5e", "2.5e"),
+    Row(
+        *("highway", (), "the operands", "4e", "7e"),
+        {"gate": _x, "transformed": _flipped, "carried": _transposed},
+        _MATRIX,
+        in_stock=lambda gate, h, x: F.sigmoid(gate) * h + (1 - F.sigmoid(gate)) * x,
+    ),
     # --- Normalisation
     Row(
         *("batch_norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "the input"),
@@ -398,6 +404,17 @@ ROWS: tuple[Row, ...] = (
         _MATRIX,
         in_stock=lambda kept, x, bias, residual: F.relu(x + bias) * kept * 2 + residual,
         drawn=lambda ours, x, *_: _kept_of_ones(ours, x),
+    ),
+    Row(
+        "block_end",
+        (),
+        "the scale and a seed; the input, where the scale learns",
+        "3e",
+        "3e",
+        {"input": _x, "residual": _flipped, "scale": _of(-2, 1)},
+        options={"p": 0.5},
+        in_stock=lambda kept, x, residual, scale: x * scale * kept * 2 + residual,
+        drawn=lambda ours, x, _, scale: ours(torch.ones_like(x), torch.zeros_like(x), torch.ones_like(scale)) != 0,
     ),
     Row(
         "drop_connect_linear",

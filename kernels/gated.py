@@ -39,8 +39,8 @@ __all__ = [
     "halved_strides",
 ]
 
-#: The activations that gates have: of GLU, ReGLU, GEGLU (both forms of GELU) and SwiGLU.
-GATES = ("gelu", "gelu_tanh", "relu", "sigmoid", "silu")
+#: The activations that gates have: of GLU, ReGLU, GEGLU (both forms of GELU) and SwiGLU, and the hard sigmoid.
+GATES = ("gelu", "gelu_tanh", "hardsigmoid", "relu", "sigmoid", "silu")
 
 
 @triton.jit

@@ -121,6 +121,12 @@ def _operator_calls() -> list[object]:
             (_ops.gated_channels_backward, (t.flip(0), t.contiguous(), t[:, :, :1], "hardsigmoid", 0.0, 0.0)),
             (_ops.gated_halves, (t[..., :4], 2, "sigmoid", 0.0, 0.0, False)),
             (_ops.gated_halves_backward, (t[..., :2], t[..., :4], 2, "sigmoid", 0.0, 0.0, True)),
+            (_ops.highway, (t, t.flip(0), t.flip(1), "sigmoid", 0.0, 0.0)),
+            (_ops.highway_backward, (t, t.flip(0), t.flip(1), t, "hardsigmoid", 0.0, 0.0)),
+            (_ops.block_end, (t, t.flip(0), tensor(t.shape[1]), seed, 0.5, 1, t.shape[0])),
+            (_ops.block_end, (t.bfloat16(), t.flip(0), None, seed, 0.5, 0, 1)),
+            (_ops.block_end_backward, (t, t.flip(0), tensor(t.shape[1]), seed, strides, t.dtype, 0.5, 1, t.shape[0])),
+            (_ops.block_end_backward, (t, None, None, seed, strides, torch.bfloat16, 0.5, 0, 1)),
             (_ops.prelu_backward, (t, t, tensor(t.shape[1]))),
         ]
     calls.append((_ops.activation_, (x.clone(), "silu", 0.0, 0.0)))

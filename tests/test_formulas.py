@@ -77,6 +77,62 @@ class Square(Formula):
         return self.linear(x).relu().square()
 
 
+class WithLayers(Formula):
+    """Formulas whose parts are layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.sigmoid, self.tanh, self.softplus = nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.Softplus()
+
+
+class PowerOfLayer(WithLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.linear(x)) ** 2
+
+
+class SwishOfLayer(WithLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.sigmoid(x) * x
+
+
+class QuickOfLayer(WithLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * self.sigmoid(1.702 * x)
+
+
+class MishOfLayers(WithLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * self.tanh(self.softplus(x))
+
+
+class OpenAIOfLayer(WithLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return 0.5 * x * (1 + self.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class OtherSoftplus(WithLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.softplus = nn.Softplus(beta=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * self.tanh(self.softplus(x))
+
+
+class InPlaceReLU(WithLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.linear(x)) ** 2
+
+
 class OtherConstant(Formula):
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear(x)
@@ -105,9 +161,13 @@ FOUND = {
     Swish: "silu",
     Mish: "mish",
     Quick: "quick_gelu",
-    **dict.fromkeys((Power, Square), "relu_squared"),
+    **dict.fromkeys((Power, Square, PowerOfLayer), "relu_squared"),
+    SwishOfLayer: "silu",
+    QuickOfLayer: "quick_gelu",
+    MishOfLayers: "mish",
+    OpenAIOfLayer: "gelu_tanh",
 }
-NOT_FOUND = (OtherConstant, UsedTwice, ChangedBetween)
+NOT_FOUND = (OtherConstant, UsedTwice, ChangedBetween, OtherSoftplus, InPlaceReLU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -151,6 +211,22 @@ def test_a_module_of_a_formula_alone(device: str) -> None:
     assert type(model[0]) is Alone
 
 
+def test_layers_of_a_formula_are_heard(device: str) -> None:
+    """One by one, where a layer has a hook, another class or other options since."""
+    stock = SwishOfLayer().to(device)
+    model = copy.deepcopy(stock)
+    report = fusednn.replace_layers(model, fuse=True)
+    assert next(row.reason for row in report.rows if row.names[0] == "sigmoid") == "fused with the functions behind it"
+    x = random_tensor((5, 6), torch.float32, device)
+    heard: list[Tensor] = []
+    model.sigmoid.register_forward_hook(lambda *args: heard.append(args[-1].detach()))
+    torch.testing.assert_close(model(x), stock(x))
+    torch.testing.assert_close(heard, [stock.linear(x).sigmoid()])
+    for one in (stock, model):
+        one.sigmoid = nn.Tanh()
+    torch.testing.assert_close(model(x), stock(x))
+
+
 @pytest.mark.parametrize("cls", FOUND)
 def test_under_autocast(cls: type[Formula], device: str) -> None:
     """The dtype of the result is that of the code; CUDA's autocast computes ``pow`` and ``softplus`` in float32."""
@@ -161,5 +237,7 @@ def test_under_autocast(cls: type[Formula], device: str) -> None:
     with torch.autocast(device, torch.bfloat16), observe_choices(lambda choice: chosen.append(choice.operation)):
         y, expected = (one(random_tensor((5, 6), torch.float32, device)) for one in (model, stock))
     assert y.dtype is expected.dtype
-    assert chosen == [FOUND[cls]] * (KERNELS_RUN and cls not in (OpenAI, Mish, Power))
+    assert chosen == [FOUND[cls]] * (
+        KERNELS_RUN and cls not in (OpenAI, Mish, Power, OpenAIOfLayer, MishOfLayers, PowerOfLayer)
+    )
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)

@@ -1,4 +1,4 @@
-"""Gates: values, gradients and bytes of activation(gate) * other, of two tensors and of the halves of one."""
+"""Gates: values, gradients and bytes of activation(gate) * other, of two tensors and of the halves of one; highways."""
 
 import copy
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from fusednn import autograd, kernels
 from fusednn.autograd.dispatch import observe_choices
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.gated import GATES
+from fusednn.kernels.gated_highway import HIGHWAY_GATES
 from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
 
 if kernels.INTERPRETING:
@@ -41,7 +42,9 @@ def stock_halves(activation: str, dim: int, gate_first: bool) -> Callable[[Tenso
 def test_two_tensors(activation: str, dtype: torch.dtype, device: str) -> None:
     gate, other, gradient = (random_tensor((3, 701), dtype, device, seed) for seed in range(3))
     ours = partial(autograd.gated, activation=activation)
-    check_against_stock(ours, stock_gate(activation), [gate, other], gradient)
+    # Stock rounds the hard sigmoid's 1/6 to float32 even in float64.
+    options = {"float32_constants": activation == "hardsigmoid"}
+    check_against_stock(ours, stock_gate(activation), [gate, other], gradient, **options)
 
 
 @pytest.mark.kernels
@@ -76,6 +79,47 @@ def test_glu(dim: int, layout: str, device: str) -> None:
     gradient = random_tensor(F.glu(x, dim).shape, torch.float32, device, seed=1)
     check_against_stock(partial(autograd.glu, dim=dim), partial(F.glu, dim=dim), [x], gradient)
     assert autograd.glu(x, dim).stride() == F.glu(x, dim).stride() or "expanded" in layout
+
+
+def stock_highway(activation: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def highway(gate: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        t = STOCK[activation](gate)
+        return t * h + (1 - t) * x
+
+    return highway
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", HIGHWAY_GATES)
+def test_highways(activation: str, dtype: torch.dtype, device: str) -> None:
+    *operands, gradient = (random_tensor((3, 701), dtype, device, seed) for seed in range(4))
+    ours = partial(autograd.highway, activation=activation)
+    options = {"float32_constants": activation == "hardsigmoid"}
+    check_against_stock(ours, stock_highway(activation), operands, gradient, **options)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_highways(layout: str, device: str) -> None:
+    gate, h, x, gradient = (random_tensor((3, 6, 5, 4), torch.float32, device, seed) for seed in range(4))
+    change = LAYOUTS[layout]
+    for operands in ([change(gate), h, x, gradient], [gate, change(h), change(x), change(gradient)]):
+        check_against_stock(autograd.highway, stock_highway("sigmoid"), operands[:3], operands[3])
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
+def test_budget_of_highways(device: str) -> None:
+    """4 elements forward, 7 backward; the operands are kept."""
+    operands = tuple(leaf(random_tensor((64, 1024), torch.bfloat16, device, seed)) for seed in range(3))
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = autograd.highway(*operands)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, operands, torch.ones_like(y))
+    tensor = y.numel() * y.itemsize
+    assert (forward.bytes, backward.bytes, saved.bytes) == (4 * tensor, 7 * tensor, 3 * tensor)
+    assert (forward.launches, backward.launches) == (1, 1)
 
 
 #: Places that a narrow tile holds, that take several tiles, and several programs; in channels last, too.
@@ -137,6 +181,7 @@ def test_second_derivatives(gate_first: bool, device: str) -> None:
     halves = partial(autograd.gated_halves, activation="gelu_tanh", gate_first=gate_first)
     assert torch.autograd.gradgradcheck(halves, (gate,))
     assert torch.autograd.gradcheck(halves, (gate,))
+    assert torch.autograd.gradgradcheck(autograd.highway, (gate, other, leaf(gate.detach().flip(0))))
     x, of_channels = (leaf(random_tensor(shape, torch.float64, device)) for shape in ((2, 3, 4), (2, 3, 1)))
     assert torch.autograd.gradcheck(autograd.gated_channels, (x, of_channels))
     assert torch.autograd.gradgradcheck(autograd.gated_channels, (x, of_channels))
@@ -171,6 +216,9 @@ def test_what_stock_serves(device: str) -> None:
         expected = STOCK[activation](x) * other
         torch.testing.assert_close(autograd.gated(x, other, activation), expected)
     torch.testing.assert_close(autograd.gated(x, x), F.silu(x) * x)
+    for h, activation in ((x, "tanh"), (x[:1], "sigmoid"), (x.double(), "sigmoid"), (2.0, "sigmoid")):
+        t = STOCK[activation](x)
+        torch.testing.assert_close(autograd.highway(x, h, x.flip(0), activation), t * h + (1 - t) * x.flip(0))
     with pytest.raises(ValueError, match="unknown activation"):
         autograd.gated(x, x, "swiglu")
     for bad in (x[:, :5], x[0, 0], x.long()):
@@ -236,3 +284,69 @@ def test_halves_write_one_gradient(device: str) -> None:
     with observe_choices(lambda choice: chosen.append(choice.operation)):
         model(x)
     assert chosen == ["gated_halves", "gated_halves"] or not KERNELS_RUN
+
+
+class Highway(nn.Module):
+    """As Srivastava et al. have it; its gate is a layer, and comes after what it mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform, self.gate, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.transform(x))
+        t = self.act(self.gate(x))
+        return t * h + (1 - t) * x
+
+
+class Recurrent(Highway):
+    """A gated unit's next state: functions, the other way round, and the gate comes first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.sigmoid(self.gate(x))
+        n = torch.tanh(self.transform(x))
+        return x * (1.0 - z) + n * z
+
+
+class NoHighway(Highway):
+    """2 - t, and t used once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.transform(x)
+        t = self.act(self.gate(x))
+        return (t * h + (2 - t) * x) * (t * x + (1 - t) * h + t)
+
+
+class Broadcast(Highway):
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.act(self.gate(x))
+        return t * self.transform(x) + (1 - t) * x[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("cls", "found"), [(Highway, 1), (Recurrent, 1), (NoHighway, 0), (Broadcast, 0)])
+def test_code_with_a_highway(cls: type[nn.Module], found: int, dtype: torch.dtype, device: str) -> None:
+    stock = cls().to(device, dtype)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    x, gradient = (random_tensor((3, 6), dtype, device, seed) for seed in range(2))
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(choice.operation)):
+        model(x)
+    assert chosen.count("highway") == found * KERNELS_RUN
+
+    def of(one: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: copy.deepcopy(one).to(x.dtype)(x)
+
+    check_against_stock(of(model), of(stock), [x], gradient)
+
+
+def test_a_hook_hears_a_highways_gate(device: str) -> None:
+    model = Highway().to(device)
+    stock = copy.deepcopy(model)
+    fusednn.replace_layers(model, fuse=True)
+    heard: list[Tensor] = []
+    model.act.register_forward_hook(lambda *args: heard.append(args[-1].detach()))
+    x = random_tensor((3, 6), torch.float32, device)
+    torch.testing.assert_close(model(x), stock(x))
+    torch.testing.assert_close(heard, [stock.gate(x).sigmoid()])

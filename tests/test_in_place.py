@@ -69,6 +69,7 @@ KEEPS_MORE: dict[str, set[int]] = {
     "cross_entropy of weights": {0},
     "drop_connect_linear": {1},
     "gated_channels": {1},
+    "highway": {0},
     "kl_div of logarithms": {0, 1},
     "relu_squared": {0},
 }

@@ -16,6 +16,7 @@ __all__ = [
     "Reduction",
     "activation_function",
     "changes_more",
+    "is_squared",
     "is_values",
     "pooling_function",
     "reduction",
@@ -53,11 +54,8 @@ _POOLING_DEFAULTS: dict[str, Any] = {
 
 
 def activation_function(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
-    """The name of an activation that is called with constants, and these: its parameters in PyTorch's order.
-
-    None also for part of a longer formula.
-    """
-    if len(node.args) != 1 or _is_squared(node):
+    """The name of an activation that is called with constants, and these: its parameters in PyTorch's order."""
+    if len(node.args) != 1:
         return None
     if node.op == "call_method":
         name = None if node.kwargs else _METHODS.get(str(node.target))
@@ -78,7 +76,7 @@ def activation_function(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
     return None if resolve_activation(name, parameters).refusal(inplace) else (name, parameters)
 
 
-def _is_squared(node: fx.Node) -> bool:
+def is_squared(node: fx.Node) -> bool:
     """Whether the only use of a value is to be squared."""
     (user,) = node.users if len(node.users) == 1 else (node,)
     return user.target in (torch.square, "square") or (

@@ -47,7 +47,7 @@ class FrozenState:
 
     def __init__(self, layer: Any) -> None:
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
-        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, getattr(layer, "eps", 1e-5)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Refused before."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from .calls import activation_function, changes_more, pooling_function, reduction, summand
+from .calls import activation_function, changes_more, is_squared, pooling_function, reduction, summand
 from .members import ACTIVATIONS, STEADY, Activation, is_one_of, is_plain_container, is_steady, keeps_to_itself, know
 from .norms import IMAGE_NORMS
 from .patterns import PATTERNS
@@ -126,9 +126,9 @@ class Search:
     def _match(self, node: fx.Node) -> Match | None:
         first = self.layer(node, *_first())
         for pattern in PATTERNS:
-            begins = not pattern.first or (first is not None and is_one_of(first, pattern.first))
+            begins = pattern.anywhere or (first is not None and is_one_of(first, pattern.first))
             match = pattern.match(self, node, first) if begins else None
-            if match is not None and len(match.nodes) > 1:
+            if match is not None and len(match.nodes) > 1 and self._taken.isdisjoint(match.nodes):
                 return match
         return None
 
@@ -197,7 +197,12 @@ class Search:
         return None
 
     def activation(self, node: fx.Node, *others: type[nn.Module]) -> Activation:
-        """The activation that a call is: its layer, also of ``others``, or its function's name and parameters."""
+        """The activation that a call is: its layer, also of ``others``, or its function's name and parameters.
+
+        None also for part of a longer formula.
+        """
+        if is_squared(node):
+            return None
         return self.layer(node, *ACTIVATIONS, *others) or activation_function(node)
 
     def identity(self, nodes: list[fx.Node]) -> nn.Module | None:

@@ -276,7 +276,7 @@ class _Globals(dict[str, Any]):
 # --- The trace --------------------------------------------------------------------------------------------------------
 
 _ARITHMETIC = ("math", "operator", "_operator")
-_BUILTINS = (abs, enumerate, len, max, min, range, reversed, sum, zip)
+_BUILTINS = (abs, all, any, enumerate, len, max, min, range, reversed, sum, zip)
 _TYPES: tuple[Any, ...] = (bool, dict, float, int, list, str, tuple, Tensor)
 _SIDE_EFFECTS = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR", "IMPORT_", "YIELD_")
 _CONTEXTS = ("SETUP_", "BEFORE_WITH", "LOAD_SPECIAL", "PUSH_EXC_INFO")

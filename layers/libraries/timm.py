@@ -1,4 +1,4 @@
-"""timm: batch norm with an activation, also frozen, the activations that it defines itself, and losses."""
+"""timm: batch norm with an activation, also frozen, the activations that it defines itself, ends of blocks, losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ...autograd.prelu import prelu
 from .. import batch_norm
 from ..fusion.members import activation_of, call_refusal, computed
 from ..fusion.norms import Norm, activation_within, within_refusal
-from ..replacement.register import register_activation, register_norm, register_twin
+from ..replacement.register import (
+    register_activation,
+    register_drop_path,
+    register_norm,
+    register_scale,
+    register_twin,
+)
 from ..twin import stock_class
 from .torchvision import frozen, takes_frozen
 from .transformers import written_out
@@ -51,8 +57,8 @@ def _frozen_batch_norm_act(layer: Any, x: Tensor) -> Tensor:
 
 
 _NORMS = "timm.layers.norm_act."
-register_norm(_NORMS + "BatchNormAct2d", _batch_norm_act, Norm(activates=True), fingerprints="a8c4bd1b74dc")
-register_norm(_NORMS + "FrozenBatchNormAct2d", _frozen_batch_norm_act, Norm(True, True), fingerprints="4dcff3a8b7b8")
+register_norm(_NORMS + "BatchNormAct2d", _batch_norm_act, Norm(activates=True), fingerprints="8d171dd34cca")
+register_norm(_NORMS + "FrozenBatchNormAct2d", _frozen_batch_norm_act, Norm(True, True), fingerprints="c199b34ccd94")
 
 # --- Activations ------------------------------------------------------------------------------------------------------
 #
@@ -60,27 +66,45 @@ register_norm(_NORMS + "FrozenBatchNormAct2d", _frozen_batch_norm_act, Norm(True
 
 _ACTIVATIONS = "timm.layers.activations."
 for _name, _activation_name, _inplace, _fingerprint in (
-    ("GELU", "gelu", None, "813bee56035c"),
-    ("GELUTanh", "gelu_tanh", None, "bc91fc1a51ec"),
-    ("QuickGELU", "quick_gelu", None, "f0b0765a6e67"),
-    ("HardSigmoid", "hardsigmoid", "inplace", "7424682cc827"),
-    ("HardSwish", "hardswish", "inplace", "77783226d9d7"),
-    ("Sigmoid", "sigmoid", "inplace", "84c0c7a699fe"),
-    ("Swish", "silu", "inplace", "7d71b546de1a"),
-    ("Tanh", "tanh", "inplace", "5ead6686d3c1"),
+    ("GELU", "gelu", None, "7c47ef1a4c80"),
+    ("GELUTanh", "gelu_tanh", None, "ea55f6142896"),
+    ("QuickGELU", "quick_gelu", None, "ea98139ece22"),
+    ("HardSigmoid", "hardsigmoid", "inplace", "527066ec13bf"),
+    ("HardSwish", "hardswish", "inplace", "5a30fdd4a939"),
+    ("Sigmoid", "sigmoid", "inplace", "b0048eb1746c"),
+    ("Swish", "silu", "inplace", "e18ab3898f96"),
+    ("Tanh", "tanh", "inplace", "49b62292704b"),
 ):
     register_activation(_ACTIVATIONS + _name, _activation_name, inplace=_inplace, fingerprints=_fingerprint)
 _mish = written_out("mish", in_float32=True)
-register_twin(_ACTIVATIONS + "Mish", _mish, fingerprints="72fad20217da")
-register_twin("timm.layers.activations_me.MishMe", _mish, fingerprints="c04854f10f71")
-register_activation("timm.layers.activations_me.SwishMe", "silu", fingerprints="7f9b1dd27461")
+register_twin(_ACTIVATIONS + "Mish", _mish, fingerprints="f02c245e4826")
+register_twin("timm.layers.activations_me.MishMe", _mish, fingerprints="215ce471db3e")
+register_activation("timm.layers.activations_me.SwishMe", "silu", fingerprints="94528dcf2d75")
 
 
 def _prelu(layer: Any, input: Tensor) -> Tensor:
     return prelu(input, layer.weight)
 
 
-register_twin(_ACTIVATIONS + "PReLU", _prelu, fingerprints="9e5c902152ab")
+register_twin(_ACTIVATIONS + "PReLU", _prelu, fingerprints="9d2656c72107")
+
+# --- Ends of blocks ---------------------------------------------------------------------------------------------------
+
+
+def _keeps_its_scale(layer: Any) -> str | None:
+    return None if layer.scale_by_keep else "what is kept isn't divided by the chance to be"
+
+
+register_scale("timm.layers.layer_scale.LayerScale", lambda layer: layer.gamma, fingerprints="2f3c38889834")
+register_scale(
+    "timm.layers.layer_scale.LayerScale2d", lambda layer: layer.gamma.view(1, -1, 1, 1), fingerprints="d45fe7117362"
+)
+register_drop_path(
+    "timm.layers.drop.DropPath",
+    lambda layer: (layer.drop_prob, "row"),
+    refuses=_keeps_its_scale,
+    fingerprints="37054f5b876d",
+)
 
 # --- Losses -----------------------------------------------------------------------------------------------------------
 #
@@ -126,6 +150,6 @@ def _binary(layer: Any, x: Tensor, target: Tensor) -> Tensor:
 
 
 _LOSSES = "timm.loss."
-register_twin(_LOSSES + "cross_entropy.LabelSmoothingCrossEntropy", _smoothed, fingerprints="75ac7699218b")
-register_twin(_LOSSES + "cross_entropy.SoftTargetCrossEntropy", _soft, fingerprints="c570d3125807")
-register_twin(_LOSSES + "binary_cross_entropy.BinaryCrossEntropy", _binary, fingerprints="ccb1da68b02d")
+register_twin(_LOSSES + "cross_entropy.LabelSmoothingCrossEntropy", _smoothed, fingerprints="1969b87153a9")
+register_twin(_LOSSES + "cross_entropy.SoftTargetCrossEntropy", _soft, fingerprints="818a570682cf")
+register_twin(_LOSSES + "binary_cross_entropy.BinaryCrossEntropy", _binary, fingerprints="399ca4112894")

@@ -1,6 +1,7 @@
 """Hugging Face's transformers: the activations of ``ACT2CLS``, those of its models that have their own, and losses.
 
-Left out are those that clip, and those without a row in the table of activations.
+Left out are those that clip, and those without a row in the table of activations.  What stands at the ends of blocks,
+and frozen batch norms, each model has in a class of its own, all of the same code.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ from ...autograd import stock as F
 from ...autograd.activation import apply_kernel, taken
 from ...autograd.cross_entropy import cross_entropy_in_float32
 from ...autograd.dispatch import autocast_dtype
-from ..replacement.register import register_activation, register_twin
+from ..fusion.norms import Norm
+from ..replacement.register import (
+    register_activation,
+    register_drop_path,
+    register_norm,
+    register_scale,
+    register_twin,
+)
 from ..twin import stock_class
+from .torchvision import frozen_forward
 
 __all__ = ["causal_lm_loss", "masked_lm_loss", "token_classification_loss", "written_out"]
 
@@ -41,12 +50,12 @@ def _calls(name: str, **options: Any) -> Any:
     return refusal
 
 
-register_activation(_ACTIVATIONS + "GELUActivation", "gelu", refuses=_calls("gelu"), fingerprints="44cac1283b2a")
+register_activation(_ACTIVATIONS + "GELUActivation", "gelu", refuses=_calls("gelu"), fingerprints="bdc85cbdda22")
 register_activation(
-    _ACTIVATIONS + "GELUTanh", "gelu_tanh", refuses=_calls("gelu", approximate="tanh"), fingerprints="10cb7fda2a7f"
+    _ACTIVATIONS + "GELUTanh", "gelu_tanh", refuses=_calls("gelu", approximate="tanh"), fingerprints="bdc85cbdda22"
 )
-register_activation(_ACTIVATIONS + "MishActivation", "mish", refuses=_calls("mish"), fingerprints="6c7cecb81882")
-register_activation(_ACTIVATIONS + "SiLUActivation", "silu", fingerprints="4529c3499d30")
+register_activation(_ACTIVATIONS + "MishActivation", "mish", refuses=_calls("mish"), fingerprints="bdc85cbdda22")
+register_activation(_ACTIVATIONS + "SiLUActivation", "silu", fingerprints="c653f79bea7b")
 
 
 def written_out(activation: str, *, exact: bool = True, in_float32: bool = False) -> Callable[[Any, Tensor], Tensor]:
@@ -69,15 +78,26 @@ def written_out(activation: str, *, exact: bool = True, in_float32: bool = False
 
 
 _with_pow = written_out("gelu_tanh", in_float32=True)
-register_twin(_ACTIVATIONS + "AccurateGELUActivation", _with_pow, fingerprints="bae35ecb0c1c")
-register_twin(_ACTIVATIONS + "NewGELUActivation", _with_pow, fingerprints="ce6abf1b40b4")
+register_twin(_ACTIVATIONS + "AccurateGELUActivation", _with_pow, fingerprints="50485ed7aadb")
+register_twin(_ACTIVATIONS + "NewGELUActivation", _with_pow, fingerprints="29eedddbd466")
 
-register_twin(_ACTIVATIONS + "QuickGELUActivation", written_out("quick_gelu"), fingerprints="d372c97a949c")
-register_twin(_ACTIVATIONS + "ReLUSquaredActivation", written_out("relu_squared"), fingerprints="b77a5331cfc1")
+register_twin(_ACTIVATIONS + "QuickGELUActivation", written_out("quick_gelu"), fingerprints="2c0d04e6d638")
+register_twin(_ACTIVATIONS + "ReLUSquaredActivation", written_out("relu_squared"), fingerprints="83f1835e70c0")
 
 _with_few_digits = written_out("gelu_tanh", exact=False)
-register_twin(_ACTIVATIONS + "FastGELUActivation", _with_few_digits, fingerprints="e418414e54aa")
-register_twin("transformers.models.bloom.modeling_bloom.BloomGelu", _with_few_digits, fingerprints="1e77908a506a")
+register_twin(_ACTIVATIONS + "FastGELUActivation", _with_few_digits, fingerprints="73b812585c9e")
+register_twin("transformers.models.bloom.modeling_bloom.BloomGelu", _with_few_digits, fingerprints="4b6884a6436f")
+
+# --- Norms, and ends of blocks ----------------------------------------------------------------------------------------
+
+_MODELS = "transformers.models.*."
+register_norm(_MODELS + "*FrozenBatchNorm2d", frozen_forward, Norm(frozen=True), fingerprints="7a4ea12ce5d7")
+register_drop_path(_MODELS + "*DropPath", lambda layer: (layer.drop_prob, "row"), fingerprints="90a9ad0447a1")
+register_scale(
+    _MODELS + "*LayerScale",
+    lambda layer: layer.lambda1 if hasattr(layer, "lambda1") else layer.scale,
+    fingerprints=("d02e9a4e17d1", "ffd160a9e51d"),
+)
 
 # --- Losses -----------------------------------------------------------------------------------------------------------
 #

@@ -13,12 +13,15 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from ...autograd.activation import apply_kernel, resolve_activation, taken
+from ...autograd.block_end import block_end
+from ..fusion.block_ends import drops, join_drop_paths, join_scales
 from ..fusion.members import ACTIVATIONS, know
 from ..fusion.norms import Norm, join
 from ..twin import ALL_TWINS, OTHER_TWINS, TWINS, Twin, stock_class
@@ -28,7 +31,9 @@ __all__ = [
     "is_registered",
     "refusal_of",
     "register_activation",
+    "register_drop_path",
     "register_norm",
+    "register_scale",
     "register_twin",
     "twin_of",
 ]
@@ -40,8 +45,7 @@ class Registration(NamedTuple):
     forward: Callable[..., Any]
     refuses: Callable[[Any], str | None] | None
     fingerprints: tuple[str, ...]  # of the versions of the class that it was written for; any, where there are none
-    activation: Callable[[Any], tuple[str, tuple[float, ...]]] | None = None  # what a layer of it is to those before it
-    norm: Norm | None = None  # that it is a batch norm of images, to its neighbours
+    joins: Callable[[type[nn.Module]], None] = lambda _: None  # lets layers of the class be parts of chains
 
 
 _registered: dict[type[nn.Module] | str, Registration] = {}
@@ -66,7 +70,8 @@ def register_twin(
     is called as the class's own, and may call that: ``Norm.forward(layer, x)``.  It serves whatever that served.
 
     Args:
-        their_class: the class, or its name: the module that defines it, a dot, and what it is called there.
+        their_class: the class, or its name: the module that defines it, a dot, and what it is called there.  A name may
+            have shell wildcards, where a library has the same class many times.
         forward: a function of the layer and its inputs.
         refuses: gives the reason why a layer, with the options that it has, must stay as it is, or None.
         fingerprints: of the versions of the class that ``forward`` computes the same as (`fingerprint`).  Where a class
@@ -80,7 +85,39 @@ def register_twin(
 
 def register_norm(their_class: str, forward: Callable[..., Any], norm: Norm, *, fingerprints: str) -> None:
     """As `register_twin`, for batch norms of images that chains may be made of."""
-    _register(their_class, Registration(forward, None, _all(fingerprints), norm=norm))
+    _register(their_class, Registration(forward, None, _all(fingerprints), lambda cls: join(cls, norm)))
+
+
+def register_scale(their_class: str, scale_of: Callable[[Any], Tensor], *, fingerprints: str | Iterable[str]) -> None:
+    """As `register_twin`, for layers that multiply by ``scale_of(layer)``, as of `fusednn.autograd.block_end`."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and not getattr(layer, "inplace", False):
+            return block_end(x, None, scale_of(layer))
+        result: Tensor = stock_class(type(layer)).forward(layer, x)
+        return result
+
+    _register(their_class, Registration(forward, None, _all(fingerprints), lambda cls: join_scales(cls, scale_of)))
+
+
+def register_drop_path(
+    their_class: str,
+    options_of: Callable[[Any], tuple[Any, str]],
+    *,
+    refuses: Callable[[Any], str | None] | None = None,
+    fingerprints: str | Iterable[str],
+) -> None:
+    """As `register_twin`, for layers that drop samples; ``options_of(layer)`` are their probability and mode."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        p, mode = options_of(layer)
+        if isinstance(x, Tensor) and drops(p, mode, layer.training):
+            return block_end(x, None, None, p, mode=mode)
+        result: Tensor = stock_class(type(layer)).forward(layer, x)
+        return result
+
+    registration = Registration(forward, refuses, _all(fingerprints), lambda cls: join_drop_paths(cls, options_of))
+    _register(their_class, registration)
 
 
 def register_activation(
@@ -123,7 +160,11 @@ def register_activation(
         result: Tensor = stock_class(type(layer)).forward(layer, *args, **kwargs)
         return result
 
-    _register(their_class, Registration(forward, refuses, _all(fingerprints), read))
+    def joins(cls: type[nn.Module]) -> None:
+        ACTIVATIONS[cls] = read
+        know((cls,))
+
+    _register(their_class, Registration(forward, refuses, _all(fingerprints), joins))
 
 
 def _all(fingerprints: str | Iterable[str]) -> tuple[str, ...]:
@@ -171,11 +212,7 @@ def twin_of(cls: type[nn.Module]) -> type[nn.Module] | None:
         return None
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     twin: type[nn.Module] = type(cls.__name__, (RegisteredTwin, cls), {**names, "forward": registration.forward})
-    if registration.activation is not None:
-        ACTIVATIONS[cls] = registration.activation
-        know((cls,))
-    if registration.norm is not None:
-        join(cls, registration.norm)
+    registration.joins(cls)
     return twin
 
 
@@ -194,7 +231,12 @@ def is_registered(cls: type[nn.Module]) -> bool:
 
 
 def _registration(cls: type[nn.Module]) -> Registration | None:
-    return _registered.get(cls) or _registered.get(f"{cls.__module__}.{cls.__qualname__}")
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return _registered.get(cls) or _registered.get(name) or _by_wildcards(name)
+
+
+def _by_wildcards(name: str) -> Registration | None:
+    return next((_registered[key] for key in _registered if isinstance(key, str) and fnmatchcase(name, key)), None)
 
 
 def _version_refusal(cls: type[nn.Module], registration: Registration) -> str | None:
@@ -210,14 +252,15 @@ def _version_refusal(cls: type[nn.Module], registration: Registration) -> str | 
 def fingerprint(cls: type[nn.Module]) -> str:
     """What tells versions of a class apart: a digest of its ``forward``, and of what that calls of the same library.
 
-    Comments, docstrings, annotations and layout don't count.  Where there are no sources, it is "unknown".
+    Comments, docstrings, annotations, layout and the class's name don't count.  Where there are no sources, it is
+    "unknown".
     """
     found: dict[str, str] = {}
     try:
         _collect(cls, cls.forward, found)
     except (OSError, TypeError, SyntaxError):
         return "unknown"
-    text = "\n".join(f"{name}: {source}" for name, source in sorted(found.items()))
+    text = "\n".join(f"{name.removeprefix(cls.__qualname__)}: {source}" for name, source in sorted(found.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -87,6 +87,7 @@ _NORM = {
 OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "batch_norm_act": {**_SPECIAL["batch_norm"], "residual": _IMAGES.flip(-1)},
     "bias_activation_dropout": {"input": _X, "bias": torch.ones(4), "residual": _T},
+    "block_end": {"input": _X, "residual": _T, "scale": torch.arange(1.0, 5.0), "p": 1.0},
     "channel_statistics": {"input": _IMAGES},
     "conv_act_pool2d": _CONVOLUTION,
     "conv_batch_norm_act2d": {**_CONVOLUTION, **_NORM, "training": True},
@@ -94,6 +95,7 @@ OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "gated": {"gate": _X, "other": _T, "activation": "gelu"},
     "gated_channels": {"input": _IMAGES, "gate": _IMAGES[:, :, :1, :1].flip(1), "activation": "hardsigmoid"},
     "gated_halves": {"input": _X, "dim": 1, "activation": "silu"},
+    "highway": {"gate": _X, "transformed": _T, "carried": _P},
     "maxout": {"input": _X, "pieces": 2},
     "maxout_conv2d": {"input": _IMAGES, "weight": torch.stack((_FILTERS_2D, -_FILTERS_2D)), "bias": torch.ones(2, 3)},
     "maxout_linear": {

@@ -3,7 +3,7 @@
 They are tried in this order, as of ``docs/adding-a-pattern.md``.
 """
 
-from . import conv, conv_dropout, formula, gate, linear, maxout, norm, norm_dropout, places
+from . import block_end, conv, conv_dropout, formula, gate, highway, linear, maxout, norm, norm_dropout, places
 from .pattern import Pattern
 
 __all__ = ["PATTERNS"]
@@ -19,5 +19,5 @@ PATTERNS: tuple[Pattern, ...] = (
         maxout.POOLING,
         maxout.VIEW,
     ),
-    *(maxout.POOLING, maxout.VIEW, formula.PATTERN, gate.PATTERN),
+    *(formula.PATTERN, highway.PATTERN, gate.PATTERN, block_end.PATTERN),
 )

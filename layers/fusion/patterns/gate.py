@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.gated import CHANNEL_GATES, GATES, gated, gated_channels, gated_halves
-from ..members import Activation, activated, activation_of, activation_refusal, apart, call_refusal, computed
+from ..members import (
+    ACTIVATIONS,
+    Activation,
+    activated,
+    activation_of,
+    activation_refusal,
+    apart,
+    call_refusal,
+    computed,
+)
+from .highway import is_highway, is_of_highway
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN", "is_gate"]
@@ -36,12 +46,12 @@ def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
     return Match(nodes, _compute, (gate, other), members)
 
 
-PATTERN = Pattern((), (), _match)
+PATTERN = Pattern(ACTIVATIONS, (), _match, anywhere=True)
 
 
 def is_gate(node: fx.Node, activation: Activation) -> bool:
-    """Whether the only use of an activation's value is to gate another."""
-    return _is_multiplied(node) and _is_a_gates(activation)
+    """Whether the only use of an activation's value is to gate another, or two as of a highway."""
+    return is_highway(node, activation) or (_is_multiplied(node) and _is_a_gates(activation))
 
 
 def _is_a_gates(activation: Activation) -> bool:
@@ -49,7 +59,8 @@ def _is_a_gates(activation: Activation) -> bool:
 
 
 def _is_multiplied(node: fx.Node) -> bool:
-    return len(node.users) == 1 and _gated_by(next(iter(node.users)), node) is not None
+    (user,) = node.users if len(node.users) == 1 else (node,)
+    return _gated_by(user, node) is not None and not is_of_highway(user)
 
 
 def _gated_by(node: fx.Node, value: fx.Node) -> fx.Node | None:

@@ -34,6 +34,9 @@ class Finder(Protocol):
 
     stops: dict[nn.Module, str]  # why a layer isn't in a chain, or its chain isn't longer
 
+    def callee(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls."""
+
     def layer(self, node: fx.Node, *classes: type[nn.Module]) -> nn.Module | None:
         """The layer that a call is of, if it is of these classes and may be fused."""
 
@@ -71,12 +74,13 @@ class Match(NamedTuple):
 class Pattern(NamedTuple):
     """A kind of neighbours: the classes of its first layer, those of the others, and how it is found.
 
-    Without classes it may begin with any call, also of a function: its match is asked of each.
+    ``anywhere``: it may begin with a function, too; its match is asked of each call.
     """
 
     first: Collection[type[nn.Module]]
     following: tuple[type[nn.Module], ...]
     match: Callable[[Finder, fx.Node, Any], Match | None]
+    anywhere: bool = False
 
 
 def are_alike(residual: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
