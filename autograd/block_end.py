@@ -20,7 +20,7 @@ from .dispatch import or_stock, takes_kernel
 from .operators import operator
 from .recompute import needs
 
-__all__ = ["block_end"]
+__all__ = ["block_end", "by_kernels"]
 
 
 def _fake_forward(x: Tensor, residual: Tensor | None, scale: Tensor | None, *_: Any) -> Tensor:
@@ -147,15 +147,15 @@ def block_end(
         raise ValueError(f"mode has to be either 'row' or 'batch', not {mode!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"p has to be a probability, not {p}")
-    y: Tensor | None = _by_kernels(input, residual, scale, p, training, mode)
+    y: Tensor | None = by_kernels(input, residual, scale, p, training, mode)
     return _by_stock(input, residual, scale, p, training, mode) if y is None else y
 
 
 @decided_once
-def _by_kernels(
+def by_kernels(
     input: Tensor, residual: Tensor | None, scale: Tensor | None, p: float, training: bool, mode: str
 ) -> Callable[..., Tensor | None]:
-    """`block_end` by its kernels, or None."""
+    """`block_end` by its kernels, or None where these don't take it."""
     others = [one for one in (residual, scale) if one is not None]
     if not takes_kernel(
         "block_end", input, parameters=others, refusal=lambda: _refusal(input, residual, scale, p, training)

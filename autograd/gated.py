@@ -204,7 +204,7 @@ class Highway(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         operands, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            found = stock_gradients(lambda *operands: _stock_highway(*operands, ctx.activation), operands, needed, g)
+            found = stock_gradients(lambda gate, h, x: _stock_highway(gate, h, x, ctx.activation), operands, needed, g)
         else:
             found = _highway_backward(g, *operands, *ctx.activation.arguments)
         return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), None

@@ -86,8 +86,8 @@ def counted_cases() -> list[Case]:
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:
     """Bytes within the budget, beside what there is of each channel.
 
-    A program reads the scale of its columns, and leaves a sum for each, which is read once more: three times 4 bytes for
-    a column of at least 8 elements.
+    A program reads the scale of its columns, and leaves a sum for each, which is read once more: three times 4 bytes
+    for a column of at least 8 elements.
     """
     for record in counts:
         if record["contestant"] == "fusednn":

@@ -184,11 +184,11 @@ def test_formulas(cls: type[Formula], dtype: torch.dtype, device: str) -> None:
     with observe_choices(lambda choice: chosen.append(choice.operation)):
         y = model(x)
     served = KERNELS_RUN and dtype is not torch.float64
-    if cls in FOUND:
+    if cls in FOUND and (served or not issubclass(cls, WithLayers)):
         assert chosen == [FOUND[cls]] * served
-    else:
+    else:  # but for layers, each by itself
         assert not set(chosen) & set(FOUND.values())
-    if not served:
+    if not (served or chosen):
         torch.testing.assert_close(y, stock(x), rtol=0, atol=0)
     assert torch.equal(copy.deepcopy(model)(x), y)
 
@@ -237,7 +237,6 @@ def test_under_autocast(cls: type[Formula], device: str) -> None:
     with torch.autocast(device, torch.bfloat16), observe_choices(lambda choice: chosen.append(choice.operation)):
         y, expected = (one(random_tensor((5, 6), torch.float32, device)) for one in (model, stock))
     assert y.dtype is expected.dtype
-    assert chosen == [FOUND[cls]] * (
-        KERNELS_RUN and cls not in (OpenAI, Mish, Power, OpenAIOfLayer, MishOfLayers, PowerOfLayer)
-    )
+    in_float32 = (OpenAI, Mish, Power, OpenAIOfLayer, MishOfLayers, PowerOfLayer)
+    assert chosen.count(FOUND[cls]) == (KERNELS_RUN and cls not in in_float32)
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)

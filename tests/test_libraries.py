@@ -8,6 +8,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -60,6 +61,23 @@ NORMS: dict[str, list[dict[str, Any]]] = {
         {"num_features": 6, "drop_layer": partial(nn.Dropout, 0.0)},
     ],
     "torchvision.ops.misc.FrozenBatchNorm2d": [{"num_features": 6}],
+    "transformers.models.detr.modeling_detr.DetrFrozenBatchNorm2d": [{"n": 6}],
+}
+SCALES: dict[str, list[dict[str, Any]]] = {
+    "timm.layers.layer_scale.LayerScale": [{"dim": 4}],
+    "timm.layers.layer_scale.LayerScale2d": [{"dim": 6}],
+    "transformers.models.dinov2.modeling_dinov2.Dinov2LayerScale": [
+        {"config": SimpleNamespace(hidden_size=4, layerscale_value=0.5)}
+    ],
+    "transformers.models.mimi.modeling_mimi.MimiLayerScale": [
+        {"config": SimpleNamespace(hidden_size=4, layer_scale_initial_scale=0.5)}
+    ],
+}
+#: What drops nothing yet, and the attribute with the probability.
+DROP_PATHS: dict[str, list[dict[str, Any]]] = {
+    "timm.layers.drop.DropPath": [{"drop_prob": 0.0}],
+    "torchvision.ops.stochastic_depth.StochasticDepth": [{"p": 0.0, "mode": "row"}, {"p": 0.0, "mode": "batch"}],
+    "transformers.models.convnext.modeling_convnext.ConvNextDropPath": [{"drop_prob": 0.0}],
 }
 LOSSES: list[tuple[str, dict[str, Any], str]] = [
     ("timm.loss.cross_entropy.LabelSmoothingCrossEntropy", {}, "classes"),
@@ -74,13 +92,14 @@ LOSSES: list[tuple[str, dict[str, Any], str]] = [
 ]
 EVERY = [
     pytest.param(name, options, id=f"{name.rpartition('.')[2]}{index or ''}")
-    for name, several in (ACTIVATIONS | NORMS).items()
+    for name, several in (ACTIVATIONS | NORMS | SCALES | DROP_PATHS).items()
     for index, options in enumerate(several)
 ]
 #: Activations compute the same in both modes.
 IN_EACH_MODE = [
     pytest.param(*one.values, training, id=f"{one.id}-{'training' if training else 'evaluation'}")
     for one in EVERY
+    if one.values[0] not in DROP_PATHS
     for training in ((True, False) if one.values[0] in NORMS else (True,))
 ]
 
@@ -107,8 +126,11 @@ def of_fresh(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
 
 
 def test_every_class_with_a_twin_is_tried() -> None:
-    tried = {*ACTIVATIONS, *NORMS, *(name for name, _, _ in LOSSES)}
-    assert {name for name in register._registered if isinstance(name, str)} == tried
+    """Of names with wildcards, one that they mean."""
+    tried = {*ACTIVATIONS, *NORMS, *SCALES, *DROP_PATHS, *(name for name, _, _ in LOSSES)}
+    registered = [name for name in register._registered if isinstance(name, str)]
+    assert all(any(fnmatchcase(one, name) for one in tried) for name in registered)
+    assert all(any(fnmatchcase(one, name) for name in registered) for one in tried)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -167,6 +189,141 @@ def test_what_they_raise_and_promote(name: str, options: dict[str, Any], dtype: 
             torch.testing.assert_close(outcomes[0][1], outcomes[1][1], rtol=1e-6, atol=1e-6)
         else:
             assert outcomes[0][1] == outcomes[1][1]
+
+
+DROPPING = [
+    pytest.param(name, index, id=f"{name.rpartition('.')[2]}{index or ''}")
+    for name, several in DROP_PATHS.items()
+    for index in range(len(several))
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "index"), DROPPING)
+def test_drop_paths(name: str, index: int, dtype: torch.dtype, device: str) -> None:
+    """Samples stay, divided by the chance to, or go; so do their gradients.  Nothing happens in evaluation."""
+    options = {**DROP_PATHS[name][index], ("p" if "torchvision" in name else "drop_prob"): 0.375}
+    stock = build(name, options, device)
+    model = nn.Sequential(copy.deepcopy(stock))
+    assert fusednn.replace_layers(model).rows[0].replaced
+    x = torch.ones(2000, 3, dtype=dtype, device=device, requires_grad=True)
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(choice.path)):
+        y = model(x)
+    assert chosen == ["kernel"] or not KERNELS_RUN
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    kept = y != 0
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1.6))
+    torch.testing.assert_close(gradient, y)
+    assert (kept == kept[:, :1]).all()
+    if options.get("mode") == "batch":
+        assert kept.all() or not kept.any()
+    else:
+        deviation = (0.375 * 0.625 / len(x)) ** 0.5
+        assert abs(kept[:, 0].double().mean().item() - 0.625) < 6 * deviation
+    assert model.eval()(x) is x
+
+
+class End(nn.Module):
+    """As the end of timm's and transformers' blocks."""
+
+    def __init__(self, scale: nn.Module, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.scale, self.drop_path = nn.Linear(4, 4), scale, drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.scale(self.linear(x)))
+
+
+class ConvNeXtEnd(nn.Module):
+    """As transformers' ConvNeXt: a parameter, and a permutation between."""
+
+    def __init__(self, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.gamma, self.drop_path = nn.Linear(6, 6), nn.Parameter(torch.randn(6)), drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gamma * self.linear(x.permute(0, 2, 3, 1))
+        return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+class TorchvisionEnd(ConvNeXtEnd):
+    """As torchvision's ConvNeXt: in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gamma.view(-1, 1, 1) * self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.drop_path(y)
+        y += x
+        return y
+
+
+def ends() -> list[Any]:
+    scale = "timm.layers.layer_scale.LayerScale"
+    drops = "timm.layers.drop.DropPath"
+    row = "torchvision.ops.stochastic_depth.StochasticDepth"
+    theirs = "transformers.models.convnext.modeling_convnext.ConvNextDropPath"
+    return [
+        pytest.param(lambda: End(their_class(scale)(4), their_class(drops)(0.5)), id="timm"),
+        pytest.param(lambda: End(their_class(scale)(4), nn.Identity()), id="timm, nothing dropped"),
+        pytest.param(lambda: End(nn.Identity(), their_class(drops)(0.5)), id="timm, nothing scaled"),
+        pytest.param(lambda: ConvNeXtEnd(their_class(theirs)(0.5)), id="transformers"),
+        pytest.param(lambda: TorchvisionEnd(their_class(row)(0.5, "row")), id="torchvision"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", ends())
+def test_ends_of_blocks(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> None:
+    """One kernel; in evaluation stock's results, in training those of the samples that are kept, twice as far."""
+    stock = make().to(device, dtype)
+    for parameter in stock.parameters():
+        nn.init.normal_(parameter)
+    model = copy.deepcopy(stock)
+    report = fusednn.replace_layers(model, fuse=True)
+    x, gradient = (random_tensor((6, 6, 4, 4), dtype, device, seed) for seed in range(2))
+    if isinstance(stock, TorchvisionEnd):  # what is added to in place decides how the sum lies in memory
+        x = x.contiguous(memory_format=torch.channels_last)
+    for one in (stock, model):
+        one.eval()
+    check_against_stock(of_fresh(model, dtype), of_fresh(stock, dtype), [x], gradient)
+    model.train()
+    chosen: list[str] = []
+    with observe_choices(lambda choice: chosen.append(f"{choice.operation} {choice.path}")):
+        y = model(x * 1)
+    assert chosen == ["block_end kernel"] * KERNELS_RUN or not KERNELS_RUN, report
+    branch = stock(x * 1) - x
+    kept = ((y - x).reshape(6, -1).abs().amax(1) > 0).view(-1, 1, 1, 1)
+    dropping = not isinstance(model.drop_path, nn.Identity)
+    tolerance = 0.1 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y - x, branch * (kept * 2 if dropping else 1), rtol=tolerance, atol=tolerance)
+
+
+def test_what_changes_in_an_end_is_seen(device: str) -> None:
+    """Hooks, other classes and options, and no tensor beside the input."""
+    stock = End(their_class("timm.layers.layer_scale.LayerScale")(4), their_class("timm.layers.drop.DropPath")(0.5))
+    model = copy.deepcopy(stock.to(device))
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor((3, 4), torch.float32, device)
+    heard: list[Tensor] = []
+
+    def hear(_: nn.Module, args: Any, y: Tensor) -> None:
+        heard.append(y.detach().clone())
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda one: (one.eval(), setattr(one.scale, "inplace", True)),
+        lambda one: setattr(one.drop_path, "drop_prob", 0.0),
+        lambda one: setattr(one.drop_path, "drop_prob", 1.0),
+        lambda one: setattr(one, "drop_path", nn.Tanh()),
+        lambda one: (one.eval(), one.scale.register_forward_hook(hear)),
+        lambda one: (one.eval(), one.drop_path.register_forward_hook(hear)),
+    ]
+    for change in changes:
+        heard.clear()
+        ours, theirs = copy.deepcopy(model), copy.deepcopy(stock)
+        for one in (ours, theirs):
+            change(one)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(heard[: len(heard) // 2], heard[len(heard) // 2 :])
 
 
 class Inverted(nn.Module):

@@ -33,13 +33,15 @@ def join_drop_paths(cls: type[nn.Module], options_of: Callable[[Any], tuple[Any,
 
 
 def scale_of(layer: nn.Module) -> Tensor:
+    """What a layer of `SCALES` multiplies by."""
     return SCALES[class_of(layer)](layer)
 
 
 def drop_options(layer: nn.Module) -> tuple[Any, str]:
+    """Probability and mode of a layer of `DROP_PATHS`."""
     return DROP_PATHS[class_of(layer)](layer)
 
 
 def drops(p: object, mode: object, training: object) -> bool:
-    """Whether samples are dropped, with options that kernels have."""
-    return training is True and isinstance(p, float | int) and 0 < p <= 1 and mode in ("row", "batch")
+    """Whether some samples are dropped; where all are, what is left is up to the class."""
+    return training is True and isinstance(p, float | int) and 0 < p < 1 and mode in ("row", "batch")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from ...autograd.activation import apply_kernel, resolve_activation, taken
-from ...autograd.block_end import block_end
+from ...autograd.block_end import by_kernels
 from ..fusion.block_ends import drops, join_drop_paths, join_scales
 from ..fusion.members import ACTIVATIONS, know
 from ..fusion.norms import Norm, join
@@ -92,10 +92,10 @@ def register_scale(their_class: str, scale_of: Callable[[Any], Tensor], *, finge
     """As `register_twin`, for layers that multiply by ``scale_of(layer)``, as of `fusednn.autograd.block_end`."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
+        y: Tensor | None = None
         if isinstance(x, Tensor) and not getattr(layer, "inplace", False):
-            return block_end(x, None, scale_of(layer))
-        result: Tensor = stock_class(type(layer)).forward(layer, x)
-        return result
+            y = by_kernels(x, None, scale_of(layer), 0.0, False, "row")
+        return stock_class(type(layer)).forward(layer, x) if y is None else y
 
     _register(their_class, Registration(forward, None, _all(fingerprints), lambda cls: join_scales(cls, scale_of)))
 
@@ -111,10 +111,10 @@ def register_drop_path(
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         p, mode = options_of(layer)
+        y: Tensor | None = None
         if isinstance(x, Tensor) and drops(p, mode, layer.training):
-            return block_end(x, None, None, p, mode=mode)
-        result: Tensor = stock_class(type(layer)).forward(layer, x)
-        return result
+            y = by_kernels(x, None, None, p, True, mode)
+        return stock_class(type(layer)).forward(layer, x) if y is None else y
 
     registration = Registration(forward, refuses, _all(fingerprints), lambda cls: join_drop_paths(cls, options_of))
     _register(their_class, registration)

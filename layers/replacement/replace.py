@@ -49,8 +49,9 @@ def replace_layers(
             - Linear or a convolution, a batch norm, an activation or PReLU, Dropout;
             - a convolution, a batch norm, an activation or PReLU, and the maximum or the mean over all places;
             - Linear, and the maximum over pieces of its features;
-            - an activation, and the product with what it gates (SwiGLU, GEGLU);
-            - GELU, SiLU and Mish that code writes out in operators.
+            - an activation, and the product with what it gates (SwiGLU, GEGLU); a highway's t * h + (1 - t) * x;
+            - a scale (LayerScale), what drops samples (DropPath), a residual that is added;
+            - GELU, SiLU, Mish and the like that code writes out in operators or layers.
 
             Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.
         recompute: also run the model's forward pass in `fusednn.recompute`: what is made of kept tensors in one pass

@@ -42,6 +42,7 @@ def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
         return None
     operands = (node.args[0] if input is None else input, scale, residual)
     members = {"layer": layer, "dims": dims, "identity": identity, "drop": drop, "in_place": in_place}
+    members["leads"] = not in_place and nodes[-1].args[0] is residual
     return Match(nodes, _compute, operands, members)
 
 
@@ -83,8 +84,12 @@ def _compute(
     identity: nn.Module | None,
     drop: nn.Module | None,
     in_place: bool,
+    leads: bool,
 ) -> Tensor:
-    """``layer`` or ``scale``: what multiplies; ``dims``: how the code permutes; ``in_place``: how it adds."""
+    """``layer`` or ``scale``: what multiplies; ``dims``: how the code permutes; ``in_place``: how it adds.
+
+    ``leads``: the residual comes first in the sum, which then lies in memory as the residual does.
+    """
     if apart(_refusal(input, residual, scale, layer, identity, drop), layer, drop):
         y = layer(input) if layer is not None else input if scale is None else input * scale
         y = y if dims is None else y.permute(dims)
@@ -95,7 +100,18 @@ def _compute(
     if dims is not None and factor is not None:
         input = input.permute(dims)
         factor = factor.view([1] * (len(dims) - factor.dim()) + list(factor.shape)).permute(dims)
+    if leads:
+        input = _laid_out(input, residual)
     return computed(lambda: block_end(input, distinct(residual, input), factor, p, training, mode), layer, drop)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory format of another tensor."""
+    formats = (torch.contiguous_format, torch.channels_last) if x.stride() != like.stride() else ()
+    for memory_format in formats:
+        if like.is_contiguous(memory_format=memory_format):
+            return x.contiguous(memory_format=memory_format)
+    return x
 
 
 def _refusal(
@@ -113,10 +129,10 @@ def _refusal(
         return refusal
     if getattr(layer, "inplace", False):
         return "the layer that scales writes over its input"
-    dropping = drop is not None and drop.training
-    if dropping and not drops(*drop_options(drop), True):
-        return "nothing is dropped, or by other rules"
-    if not dropping and scale is None and layer is None:
+    if drop is not None and drop.training:
+        if not drops(*drop_options(drop), True):
+            return "nothing is dropped, or by other rules"
+    elif scale is None and layer is None:
         return "nothing is dropped in evaluation"
     if not isinstance(residual, Tensor) or residual.device != input.device:
         return "the residual is no tensor beside the input"

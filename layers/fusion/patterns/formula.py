@@ -150,7 +150,8 @@ def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
             layers = {one: f"layer_{place}" for place, one in enumerate(nodes) if one.op == "call_module"}
             widened = any(name_of(one) in _IN_FLOAT32 for one in nodes)
             members = {name: search.callee(one) for one, name in layers.items()}
-            return Match(nodes, _computing(name, _apart(nodes, x, layers), widened), (x,), members)
+            classes = tuple(map(class_of, members.values()))
+            return Match(nodes, _computing(name, _apart(nodes, x, layers), widened, classes), (x,), members)
     return None
 
 
@@ -190,12 +191,17 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _computing(name: str, one_by_one: Callable[..., Tensor], widened: bool) -> Callable[..., Tensor]:
-    """What is called in place of a formula.  Its constants may be rounded to float32: float64 is the code's own."""
+def _computing(
+    name: str, one_by_one: Callable[..., Tensor], widened: bool, classes: tuple[type[nn.Module], ...]
+) -> Callable[..., Tensor]:
+    """What is called in place of a formula.  Its constants may be rounded to float32: float64 is the code's own.
+
+    ``classes`` are those that its layers were of.
+    """
 
     def formula(x: Tensor, **layers: nn.Module) -> Tensor:
         activation = None
-        if not apart(_refusal(x, widened, layers.values()), *layers.values()):
+        if not apart(_refusal(x, widened, zip(layers.values(), classes, strict=True)), *layers.values()):
             activation = taken(name, x)
         if activation is None:
             return one_by_one(x, **layers)
@@ -204,7 +210,7 @@ def _computing(name: str, one_by_one: Callable[..., Tensor], widened: bool) -> C
     return formula
 
 
-def _refusal(x: Tensor, widened: bool, layers: Iterable[nn.Module]) -> str | None:
+def _refusal(x: Tensor, widened: bool, layers: Iterable[tuple[nn.Module, type[nn.Module]]]) -> str | None:
     """Why the calls are made one by one, or None."""
     if not isinstance(x, Tensor) or x.dtype is torch.float64:
         return "computed as the code has it in float64"
@@ -212,8 +218,8 @@ def _refusal(x: Tensor, widened: bool, layers: Iterable[nn.Module]) -> str | Non
         return refusal
     if widened and autocast_dtype(x) is not None:
         return "autocast computes a part of the formula in float32"
-    for layer in layers:
-        if (refusal := layer_refusal(layer, *_LAYERS)) is not None:
+    for layer, cls in layers:
+        if (refusal := layer_refusal(layer, cls)) is not None:
             return refusal
         if _other_options(layer):
             return "a layer of the formula has got options"

@@ -76,7 +76,7 @@ def _is_rest(node: fx.Node, t: fx.Node) -> bool:
     if node.kwargs or len(node.args) != 2:
         return False
     left, right = node.args if node.target not in _REVERSED else node.args[::-1]
-    return node.target in (*_SUBTRACT, *_REVERSED) and right is t and not isinstance(left, fx.Node) and left == 1
+    return node.target in (*_SUBTRACT, *_REVERSED) and right is t and isinstance(left, int | float) and left == 1
 
 
 def _times(node: fx.Node, value: fx.Node) -> fx.Node | None:
