@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 from vgpu import Counters, counted
 
-from fusednn import autograd
+from fusednn import autograd, optim
 
 
-def _normal(*shape: int, **layout: torch.memory_format) -> Tensor:
-    return torch.randn(shape).contiguous(**layout).requires_grad_()
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape).requires_grad_()
 
 
-#: In float32.  Small tensors weigh scalars (a mean, a seed, a target) heavily: a sector for 4 or 8 bytes.
+def _image(count: int, channels: int, size: int = 12) -> Tensor:
+    """Or a filter, as the single kernel of a convolution takes them."""
+    x = torch.randn(count, channels, size, size, dtype=torch.float16)
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+#: In float32, convolutions in float16.  Small tensors weigh scalars (a mean, a seed, a target) heavily: a sector for 4
+#: or 8 bytes.
 CASES: dict[str, Callable[[], Tensor]] = {
     "relu": lambda: autograd.relu(_normal(8192)),
     "gelu": lambda: autograd.gelu(_normal(8192)),
@@ -43,6 +50,34 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "max_pool2d": lambda: autograd.max_pool2d(_normal(4, 16, 16, 16), 2),
     "maxout": lambda: autograd.maxout(_normal(64, 128), 2),
     "maxout_linear": lambda: autograd.maxout_linear(_normal(64, 64), _normal(2, 64, 64)),
+    "bias_activation_dropout": lambda: autograd.bias_activation_dropout(
+        _normal(64, 128), _normal(128), activation="relu", p=0.5, training=True
+    ),
+    "drop_connect_linear": lambda: autograd.drop_connect_linear(_normal(64, 64), _normal(64, 64), _normal(64), 0.5),
+    "standout": lambda: autograd.standout(_normal(64, 128), _normal(64, 128)),
+    "gated": lambda: autograd.gated(_normal(64, 128), _normal(64, 128), "gelu"),
+    "conv_act_pool2d": lambda: autograd.conv_act_pool2d(
+        _image(2, 16), _image(32, 16, 3), activation="relu", pool_size=2
+    ),
+}
+
+
+def _step(optimizer_class: Any, **options: Any) -> Callable[[], object]:
+    """A later one: the first makes state."""
+    parameters = [torch.nn.Parameter(torch.randn(numel)) for numel in (4096, 100)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = optimizer_class(parameters, lr=1e-3, **options)
+    optimizer.step()
+    step: Callable[[], object] = optimizer.step
+    return step
+
+
+#: Of optimizers, with the names of what they do in one pass.
+STEPS: dict[str, Callable[[], Callable[[], object]]] = {
+    "sgd": lambda: _step(optim.SGD, momentum=0.9),
+    "adamw": lambda: _step(optim.AdamW),
+    "rmsprop": lambda: _step(optim.RMSprop),
 }
 
 
@@ -84,9 +119,22 @@ class Executed(NamedTuple):
         )
 
 
+def names() -> list[str]:
+    """Of everything that is counted."""
+    return [f"{case} {pass_}" for case in CASES for pass_ in ("forward", "backward")] + [
+        f"{case} step" for case in STEPS
+    ]
+
+
 def passes(name: str) -> Iterator[tuple[str, Executed]]:
-    """A case's two passes, named."""
+    """A case's two passes, or an optimizer's one, named."""
     torch.manual_seed(0)  # some instructions are for some values
+    if name in STEPS:
+        call = STEPS[name]()
+        with counted() as step:
+            call()
+        yield f"{name} step", Executed.by(step)
+        return
     with counted() as forward:
         y = CASES[name]()
     with counted() as backward:
@@ -97,10 +145,10 @@ def passes(name: str) -> Iterator[tuple[str, Executed]]:
 
 def entries() -> dict[str, Any]:
     """Of the baseline."""
-    return {name: executed.figures for case in CASES for name, executed in passes(case)}
+    return {name: executed.figures for case in (*CASES, *STEPS) for name, executed in passes(case)}
 
 
 if __name__ == "__main__":
-    for case in CASES:
+    for case in (*CASES, *STEPS):
         for name, executed in passes(case):
             print(f"{name}: {executed.text}")

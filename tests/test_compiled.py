@@ -138,11 +138,22 @@ def test_any_order_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
 # --- Approximate functions --------------------------------------------------------------------------------------------
 
 
+#: Roundings of the largest result that bounds as documented cost beyond the accuracy rule.  1 - s of a sigmoid s near 1
+#: keeps the absolute error of s, in stock's gradients too; but its s, a processor's, is off by half a rounding where a
+#: GPU's quotient may be off by two.
+MARGINS = {"gated_channels": 4, "batch_norm_act in evaluation": 2, "conv_act_pool2d of sigmoid": 4}
+
+
 @every_operation
 def test_approximate_functions_may_be_as_bad_as_documented(name: str) -> None:
-    """Exponential and quotient are off by up to two units in the last place each, where stock's are by half a unit."""
     with machine_options(nudge=True):
-        check(name, margin=4)
+        check(name, margin=MARGINS.get(name, 0))
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_no_margin_is_needless(name: str) -> None:
+    with machine_options(nudge=True), pytest.raises(AssertionError, match="allowed"):
+        check(name, margin=MARGINS[name] // 2)
 
 
 # --- TF32 -------------------------------------------------------------------------------------------------------------

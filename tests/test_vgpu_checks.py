@@ -226,6 +226,29 @@ def test_copies_that_nobody_waited_for(waits: str) -> None:
         assert torch.equal(y, x)
 
 
+@pytest.mark.parametrize("order", ["forward", "reversed"])
+@pytest.mark.parametrize("missing", [None, 0, 1, 2])
+def test_copies_that_others_read_need_barriers(missing: int | None, order: str) -> None:
+    """A warp copies, another reads, and the first copies anew, twice: a barrier on each side of a reading."""
+    barriers = ["" if n == missing else "bar.sync 0;" for n in range(3)]
+    copy = "cp.async.ca.shared.global [%mine], [%from], 4; cp.async.commit_group; cp.async.wait_group 0;"
+    body = f"""
+        {{ .reg .b32 %mine, %others; .reg .b64 %from;
+        mul.wide.s32 %from, %i, 4; add.s64 %from, %from, %x0; shl.b32 %mine, %i, 2; xor.b32 %others, %mine, 252;
+        {copy} {barriers[0]} ld.shared.b32 %r0, [%others]; {barriers[1]}
+        xor.b64 %from, %from, 4; {copy} {barriers[2]} ld.shared.b32 %r1, [%others]; }}
+    """
+    x = torch.arange(64.0)
+    with machine_options(order=order):
+        if missing is None:
+            first, second = execute(body, x, results=[torch.float32] * 2, threads=64, shared_bytes=256)
+            assert torch.equal(first, x.flip(0))
+            assert torch.equal(second, x.view(32, 2).flip(1).flatten().flip(0))
+        else:
+            with pytest.raises(VirtualGpuError, match="without a barrier"):
+                execute(body, x, results=[torch.float32] * 2, threads=64, shared_bytes=256)
+
+
 # --- Kernels that can't be run ----------------------------------------------------------------------------------------
 
 
