@@ -22,15 +22,21 @@ __all__ = ["IMPLEMENTATIONS", "are_plain", "forget_plans", "given", "is_watched"
 
 _LIBRARY = torch.library.Library("fusednn", "FRAGMENT")
 _PLANS: list[Plans] = []
-# Kernels take any strides, so the compiler needn't copy; but results follow them, so it mustn't change them either.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+# Kernels take any strides, so the compiler needn't copy.  But results follow them, and it mustn't change them either,
+# unless no argument, no result's shape and no code kept for the backward pass depends on them.
+_STRIDES = {False: torch.Tag.needs_exact_strides, True: torch.Tag.flexible_layout}
 
 #: What each operator calls: for those who count what it launches.
 IMPLEMENTATIONS: dict[OpOverload[..., Any], Callable[..., Any]] = {}
 
 
 def operator(
-    schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None, planned: bool = True
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    planned: bool = True,
+    any_strides: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the decorated function the operator that ``schema`` declares, for CUDA and (interpreted) CPU tensors.
 
@@ -38,12 +44,13 @@ def operator(
     arguments, the operations of its matrix products and convolutions as PyTorch counts its own: two for each
     multiplication.  What comes back takes positional arguments, and calls the operator only where something would see
     it: PyTorch's dispatcher takes as long as a launch.  Elsewhere what the function does for operands of these shapes
-    is remembered, unless it depends on more than its arguments, and isn't to be ``planned``.
+    is remembered, unless it depends on more than its arguments, and isn't to be ``planned``.  ``any_strides``: a compiler
+    may give it operands of others than those that it was traced with.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
-        _LIBRARY.define(schema, tags=_TAGS)
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, _STRIDES[any_strides]))
         for key in ("CUDA", "CPU"):
             _LIBRARY.impl(name, function, key)
         torch.library.register_fake(f"fusednn::{name}", fake, lib=_LIBRARY)

@@ -118,6 +118,7 @@ def made_up_gpu() -> Iterator[None]:
         (torch.cuda, "_is_compiled", lambda: True),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "_initialized", True),
+        (torch._C, "_conv_determine_backend_memory_format", _format_of_cudnn),
         (torch._C, "_cuda_getDevice", lambda: 0),
         (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
         (torch._C, "_cuda_setDevice", lambda _: None),
@@ -136,6 +137,12 @@ def made_up_gpu() -> Iterator[None]:
         # Otherwise the backward pass is lowered when it first runs.
         stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
         yield
+
+
+def _format_of_cudnn(x: Tensor, weight: Tensor, _: object) -> torch.memory_format:
+    """That in which a convolution works: channels-last where either operand is."""
+    formats = map(torch._prims_common.suggest_memory_format, (weight, x))
+    return next((each for each in formats if each is not torch.contiguous_format), torch.contiguous_format)
 
 
 def _empty(tensor: Tensor, device: str) -> Tensor:
@@ -166,9 +173,11 @@ def _lowered(
     mode = detect_fake_mode(example_inputs)
     assert mode is not None
     with virtualized.V.set_fake_mode(mode), mode:
+        compile_fx.view_to_reshape(module)
+        with torch.no_grad():
+            compile_fx.fake_tensor_prop(module, example_inputs)
         moved, inputs = _on_gpu(module), [_moved(value) for value in example_inputs]
         compile_fx.record_original_output_strides(moved)
-        compile_fx.view_to_reshape(moved)
         compile_fx._recursive_post_grad_passes(moved, is_inference=is_inference)
         lowering = graph.GraphLowering(
             moved,
@@ -179,9 +188,19 @@ def _lowered(
         )
         with debug.DebugContext(), virtualized.V.set_graph_handler(lowering), virtualized.V.set_extern_kernel_nodes([]):
             lowering.run(*inputs)
+            _report_strides(lowering.graph_outputs)
             lowering.codegen()
             for node in lowering.scheduler.nodes:
                 yield from _launches(node)
+
+
+def _report_strides(outputs: Sequence[Any]) -> None:
+    """Tell the backward graph, which comes next, the strides of what is saved for it, which Inductor may have changed."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        for each in outputs:
+            tensor = isinstance(each, ir.IRNode) and each.has_tensor_output()
+            context.output_strides.append(tuple(map(int, each.get_layout().stride)) if tensor else None)
 
 
 def _on_gpu(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -224,7 +243,19 @@ def _launches(node: Any) -> Iterator[Launch]:
             yield from _of_operator(IMPLEMENTATIONS[operator], called)
         else:
             operands = [operand.meta.get("val") for operand in called.all_input_nodes]
+            yield from _turned(operator, node.node.inputs)
             yield Launch("library", str(operator), _nbytes(operands) + _nbytes(called.meta.get("val")))
+
+
+def _turned(operator: object, operands: Sequence[ir.IRNode]) -> Iterator[Launch]:
+    """The copies that a convolution makes of operands in another memory format than its own."""
+    count = {torch.ops.aten.convolution.default: 2, torch.ops.aten.convolution_backward.default: 3}.get(operator, 0)
+    images = [ir.ir_node_to_tensor(each) for each in operands[:count]]
+    if images:
+        order = _format_of_cudnn(*images[-2:], None)
+        for image in images:
+            if not image.is_contiguous(memory_format=order):
+                yield Launch("library", "aten.clone.default", 2 * _nbytes(image))
 
 
 def _of_operator(implementation: Callable[..., Any], called: torch.fx.Node) -> list[Launch]:
@@ -233,7 +264,9 @@ def _of_operator(implementation: Callable[..., Any], called: torch.fx.Node) -> l
 
     def note(configuration: launch.Configuration, programs: int, *arguments: Any) -> None:
         if programs:
-            launches.append(Launch("fusednn", configuration.kernel.__name__, _nbytes(arguments)))
+            # What a kernel works on in place is two of its arguments: read, and written.
+            moved = sum(_nbytes(argument) for argument in arguments)
+            launches.append(Launch("fusednn", configuration.kernel.__name__, moved))
 
     # On the CPU: without CUDA, PyTorch's own operators refuse even fake tensors of its device.
     args, kwargs = torch.fx.map_arg((called.args, called.kwargs), lambda node: _moved(node.meta["val"], "cpu"))
