@@ -54,7 +54,8 @@ class BatchNorm(Function):
         momentum: float = 0.0,
     ) -> Tensor:
         joined = residual is not None and activation.saves != "nothing"
-        masked = joined and activation.saves == "mask"
+        # Compilers may give the backward pass operands of other strides, by which bits of a mask would be another's.
+        masked = joined and activation.saves == "mask" and not torch.compiler.is_compiling()
         y: Tensor
         rest = (weight, bias, eps, *activation.arguments, masked)
         if mean is None or variance is None:

@@ -281,7 +281,7 @@ def batch_norm_chain(
             reason = "everything is dropped" if input.dtype is not torch.float64 else "dropout behind a norm in float64"
         return reason or resolved.refusal()
 
-    name = "batch_norm_act" if batches is None else "cumulative_batch_norm"
+    name = "batch_norm_chain" if batches is None else "cumulative_batch_norm"
     operands = (input,) if slopes is None else (input, slopes)
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel(name, *operands, parameters=parameters, refusal=refusal):

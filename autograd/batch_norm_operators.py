@@ -24,6 +24,7 @@ def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? batches,"
     " float momentum) -> (Tensor, Tensor)",
     fake=_fake_statistics,
+    any_strides=True,
 )
 def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float
@@ -48,6 +49,7 @@ merge_statistics = operator(
         torch.empty_like(x),
         x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8),
     ),
+    any_strides=True,
 )
 def forward(
     x: Tensor,
@@ -93,6 +95,7 @@ def _fake_training(
     " Tensor? batches, float momentum, Tensor? weight, Tensor? bias, float eps, str name, float a, float b,"
     " bool masked) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_training,
+    any_strides=True,
 )
 def forward_training(
     x: Tensor,
@@ -127,6 +130,7 @@ def _fake_sums(g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | Non
     "batch_norm_reduce(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
     " Tensor? weight, Tensor? bias, float eps, str name, float a, float b) -> (Tensor, Tensor)",
     fake=_fake_sums,
+    any_strides=True,
 )
 def reduce(
     g: Tensor,
@@ -161,6 +165,7 @@ def _fake_gradients(
     "batch_norm_backward(Tensor g, Tensor x, Tensor? partial, float share, Tensor mean, Tensor variance,"
     " Tensor? weight, Tensor? bias, float eps, str name, float a, float b, bool affine) -> (Tensor, Tensor, Tensor)",
     fake=_fake_gradients,
+    any_strides=True,
 )
 def backward(
     g: Tensor,

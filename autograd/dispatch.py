@@ -20,6 +20,7 @@ from ..kernels.base.device import LaunchError
 from ..kernels.base.figures import most_small_bytes
 from ..kernels.base.launch import memory_refusal
 from ..kernels.functions.activation import ACTIVATIONS
+from .inductor import divides_channels, turns_images
 
 __all__ = [
     "AUTOCAST_TYPES",
@@ -85,7 +86,7 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
 
 def are_observed() -> bool:
     """Whether somebody observes choices, or asks for those that `torch.compile` would make."""
-    return bool(_observers) or _as_compiled or _as_trained
+    return bool(_observers) or _as_compiled is not None or _as_trained
 
 
 def report_stock(operation: str, reason: Callable[[], str | None]) -> None:
@@ -147,7 +148,9 @@ def _refusal(
         return reason
     if reason := _tracer_refusal():
         return reason
-    if (_as_compiled or torch.compiler.is_compiling()) and (reason := compiler_refusal(operation, *tensors)):
+    if (_as_compiled is not None or torch.compiler.is_compiling()) and (
+        reason := compiler_refusal(operation, *tensors)
+    ):
         return reason
     if refusal is not None and (reason := refusal()):
         return reason
@@ -246,7 +249,7 @@ def judged_as_trained() -> Iterator[None]:
 
 def _is_small(operation: str, operands: Sequence[Tensor]) -> bool:
     """Whether PyTorch's operator is the quicker way, by the model of `fusednn.kernels.base.figures`."""
-    if torch.compiler.is_compiling() or _as_compiled:  # compiled code doesn't wait for Python
+    if torch.compiler.is_compiling() or _as_compiled is not None:  # compiled code doesn't wait for Python
         return False
     differentiable = _as_trained or (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands))
     return operands[0].nbytes <= _most_small_bytes(operation, differentiable=differentiable)
@@ -268,25 +271,26 @@ _FUSED_BY_COMPILER = frozenset(
         *("prelu", "rrelu"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
         *("softmax", "log_softmax", "softmin"),
-        *("batch_norm", "batch_norm_act", "channel_statistics"),
-        *("bias_activation", "block_end", "channel_bias_activation_dropout", "gated", "gated_halves", "glu", "highway"),
+        *("batch_norm", "batch_norm_chain", "channel_statistics"),
+        *("bias_activation", "block_end", "channel_bias_activation_dropout", "gated", "gated_channels", "gated_halves"),
+        *("glu", "highway"),
         *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss"),
         *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
     )
 )
 
-#: Batch norm in one with pooling, without a residual: ours where Inductor divides a channel among programs, so that
-#: statistics and normalisation both read it from memory.  It does where channels are few and large; else a program owns
-#: a channel, and has it in registers or in the cache when it reads it again.  Without pooling the same would pay, by a
-#: fifteenth, but for the memory format: where Inductor turns convolutions to channels_last, it would copy operands of
-#: ours back.
-_BATCH_NORM = "batch_norm_act_pool2d"
-_MOST_CHANNELS, _MOST_UNDIVIDED = 64, 8192
+#: Batch norm with an activation, and with pooling: ours without a residual, where Inductor reads a channel twice.
+_BATCH_NORMS = frozenset(("batch_norm_act", *(f"batch_norm_act_pool{directions}d" for directions in (1, 2, 3))))
+
+#: What keeps codes of images as they lie in memory: ours unless Inductor makes channels last of them.
+_OF_IMAGES = frozenset(
+    f"{name}_pool{directions}d" for name in ("conv_act", "batch_norm_act", "max") for directions in (1, 2, 3)
+)
 
 _KEEPS_KERNELS = {"keep": True, "fuse": False}
 
 _keeps_kernels = False
-_as_compiled = False
+_as_compiled: torch.nn.Module | None = None
 
 
 class compile_policy:  # noqa: N801 (it is called like a function)
@@ -312,10 +316,10 @@ class compile_policy:  # noqa: N801 (it is called like a function)
 
 
 @contextmanager
-def judged_as_compiled() -> Iterator[None]:
-    """Inside, choices are those of `torch.compile`, though nothing is compiled."""
+def judged_as_compiled(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, choices are those of `torch.compile(model)`, though nothing is compiled."""
     global _as_compiled
-    before, _as_compiled = _as_compiled, True
+    before, _as_compiled = _as_compiled, model
     try:
         yield
     finally:
@@ -327,18 +331,12 @@ def compiler_refusal(operation: str, *tensors: Tensor) -> str | None:
     if _keeps_kernels or torch.compiler._is_exporting_flag:
         return None
     if operation in _FUSED_BY_COMPILER or (
-        operation == _BATCH_NORM and (len(tensors) > 1 or not _is_divided(tensors[0]))
+        operation in _BATCH_NORMS and (len(tensors) > 1 or not divides_channels(tensors[0]))
     ):
         return "fused by torch.compile"
+    if operation in _OF_IMAGES and turns_images(tensors[0], _as_compiled):
+        return "torch.compile makes channels last of these images"
     return None
-
-
-def _is_divided(input: Tensor) -> bool:
-    """Whether Inductor divides the values of a channel among programs."""
-    if input.dim() < 2:
-        return False
-    channels = input.shape[1]
-    return channels <= _MOST_CHANNELS and input.numel() > _MOST_UNDIVIDED * channels
 
 
 # --- What surrounds a call --------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def operator(
     arguments, the operations of its matrix products and convolutions as PyTorch counts its own: two for each
     multiplication.  What comes back takes positional arguments, and calls the operator only where something would see
     it: PyTorch's dispatcher takes as long as a launch.  Elsewhere what the function does for operands of these shapes
-    is remembered, unless it depends on more than its arguments, and isn't to be ``planned``.  ``any_strides``: a compiler
-    may give it operands of others than those that it was traced with.
+    is remembered, unless it depends on more than its arguments, and isn't to be ``planned``.  ``any_strides``:
+    compiled code may give it operands of other strides than those that were traced.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import autograd
+from fusednn.autograd.batch_norm_chain import batch_norm_chain
 from fusednn.autograd.dispatch import Choice, compiler_refusal, judged_as_compiled, observe_choices
+from fusednn.autograd.inductor import turns_images
 from fusednn.testing import random_tensor
 
 pytestmark = pytest.mark.kernels
 FUSED = "fused by torch.compile"
+CHANNELS_LAST = "torch.compile makes channels last of these images"
+FEW, MANY = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 65, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +24,28 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+class Calling(nn.Module):
+    """A function as a module: without convolutions, by which a compiler would choose the images' memory format."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *operands: object) -> object:
+        return self.function(*operands)
+
+
 def operators_of(function: Callable[..., object], *operands: object) -> set[str]:
     """The operators of fusednn in the graph of compiled code."""
     found: set[str] = set()
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
-        found.update(str(node.target) for node in graph.graph.nodes if "fusednn" in str(node.target))
+        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        found.update(str(node.target) for each in graphs for node in each.nodes if "fusednn" in str(node.target))
         return graph
 
-    torch.compile(function, fullgraph=True, backend=backend)(*operands)
+    model = function if isinstance(function, nn.Module) else Calling(function)
+    torch.compile(model, fullgraph=True, backend=backend)(*operands)
     return found
 
 
@@ -44,6 +61,8 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse_loss": lambda x, t: autograd.mse_loss(x, t),
     "batch_norm": lambda x, _: autograd.batch_norm(x, None, None, training=True),
     "batch_norm_act": lambda x, _: autograd.batch_norm_act(x, None, None, training=True),
+    "batch_norm_chain": lambda x, _: batch_norm_chain(x, None, None, None, None, True, 0.1, 1e-5, p=0.5),
+    "gated_channels": lambda x, _: autograd.gated_channels(x, x[:, :, :1, :1]),
     "bias_activation": lambda x, _: autograd.bias_activation_dropout(x, x.new_ones(8), training=False),
     "channel_bias_activation_dropout": lambda x, _: autograd.bias_activation_dropout(x, slopes=x.new_ones(3), dim=1),
     "nll_loss": lambda x, _: autograd.nll_loss(x, x.new_zeros(4, 8, 8, dtype=torch.int64)),
@@ -65,7 +84,7 @@ def test_the_compiler_fuses(name: str, device: str) -> None:
     """Path, reason, and the graph."""
     operands = X.to(device), T.to(device)
     choices: list[Choice] = []
-    with observe_choices(choices.append), judged_as_compiled():
+    with observe_choices(choices.append), judged_as_compiled(FEW):
         LEFT[name](*operands)
     assert (name, False, FUSED) in choices
     assert operators_of(LEFT[name], *operands) == set()
@@ -77,7 +96,7 @@ def test_the_compiler_fuses(name: str, device: str) -> None:
 def test_kernels_stay(name: str, device: str) -> None:
     operands = X.to(device), T.to(device)
     choices: list[Choice] = []
-    with observe_choices(choices.append), judged_as_compiled():
+    with observe_choices(choices.append), judged_as_compiled(FEW):
         OURS[name](*operands)
     assert [choice.operation for choice in choices if choice.kernel] == [name]
     assert operators_of(OURS[name], *operands)
@@ -86,10 +105,43 @@ def test_kernels_stay(name: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "ours"), [((2, 1, 64, 64), False), ((3, 1, 64, 64), True), ((3, 256, 64, 64), False)]
 )
-def test_pooled_batch_norm_is_ours_where_inductor_divides_a_channel(shape: tuple[int, ...], ours: bool) -> None:
-    assert (compiler_refusal("batch_norm_act_pool2d", torch.empty(shape)) is None) == ours
-    assert compiler_refusal("batch_norm_act_pool2d", *[torch.empty(shape)] * 2) == FUSED  # a residual
-    assert compiler_refusal("batch_norm_act", torch.empty(shape)) == FUSED
+@pytest.mark.parametrize("name", ["batch_norm_act", "batch_norm_act_pool1d", "batch_norm_act_pool2d"])
+def test_batch_norm_is_ours_where_inductor_divides_a_channel(name: str, shape: tuple[int, ...], ours: bool) -> None:
+    with judged_as_compiled(FEW):
+        assert (compiler_refusal(name, torch.empty(shape)) is None) == ours
+        assert compiler_refusal(name, *[torch.empty(shape)] * 2) == FUSED  # a residual
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "turned"),
+    [
+        ([FEW], False),
+        ([FEW, MANY], True),
+        ([MANY, nn.Conv2d(64, 64, 1, groups=2)], False),
+        ([MANY, nn.Conv2d(64, 64, 1, groups=64)], True),
+        ([MANY, nn.Conv2d(128, 64, 3)], False),
+        ([], False),
+    ],
+)
+def test_images_are_turned_by_a_graphs_convolutions(convolutions: list[nn.Module], turned: bool) -> None:
+    """As `torch._inductor` decides, for a graph as a whole; images that are channels-last already stay."""
+    x, model = torch.ones(2, 64, 6, 6), nn.Sequential(*convolutions)
+    assert turns_images(x, model) == turned
+    assert not turns_images(x.to(memory_format=torch.channels_last), model)
+
+
+@pytest.mark.parametrize("channels", [64, 65])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions_are_ours_where_images_stay_as_they_are(channels: int, channels_last: bool, device: str) -> None:
+    """Compiled, and explained."""
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.MaxPool2d(2)).to(device)
+    fusednn.replace_layers(model, fuse=True)
+    x = X.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    ours = channels == 64 or channels_last
+    assert bool(operators_of(model, x)) == ours
+    rows = {row.name: row for row in fusednn.explain(torch.compile(model, backend="eager"), x)}
+    assert rows["0"].path == ("kernel" if ours else "stock")
+    assert ours or rows["0"].reason == CHANNELS_LAST
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class CompiledStep:
 
 
 def compiled_steps() -> Iterator[CompiledStep]:
-    """Every network in every size and dtype; those of transformers where it is installed."""
+    """Every network in every size and dtype; those of torchvision and transformers where they are installed."""
     for name, (build, shapes, classes) in _networks().items():
         for shape in shapes:
             for dtype in (torch.bfloat16, torch.float32):
@@ -88,6 +88,7 @@ def _networks() -> dict[str, _Row]:
     """By name: the network, shapes, and the number of classes where it ends in a loss."""
     rows: dict[str, _Row] = {
         "VGG block": (_vgg, _IMAGES, 0),
+        "VGG block of 128": (lambda: _vgg(128), ((8, 128, 28, 28),), 0),
         "conv, batch norm, ReLU, pool": (_conv_norm_pool, _IMAGES, 0),
         "ResNet block": (ResNetBlock, _IMAGES, 0),
         "MLP with dropout": (_mlp, ((512, 512),), 0),
@@ -95,11 +96,14 @@ def _networks() -> dict[str, _Row]:
         "head with cross-entropy": (_Head, ((256, 64, 8, 8),), _CLASSES),
         "autoencoder with MSE": (_Autoencoder, ((1024, 512),), 0),
     }
-    return rows | (_of_transformers() if find_spec("transformers") else {})
+    for package, found in (("torchvision", _of_torchvision), ("transformers", _of_transformers)):
+        if find_spec(package):
+            rows |= found()
+    return rows
 
 
-def _vgg() -> nn.Module:
-    first, second = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+def _vgg(channels: int = 64) -> nn.Module:
+    first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2))
 
 
@@ -170,6 +174,17 @@ class _Autoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         loss: Tensor = self.loss(self.decoder(self.encoder(x)), x)
         return loss
+
+
+def _of_torchvision() -> dict[str, _Row]:
+    try:
+        from torchvision.models import resnet, vgg11_bn
+    except RuntimeError:  # built for another torch
+        return {}
+    return {
+        "ResNet block of torchvision": (lambda: resnet.BasicBlock(64, 64), ((8, 64, 56, 56),), 0),
+        "VGG-11, first layers": (lambda: vgg11_bn().features[:8], ((8, 3, 64, 64),), 0),
+    }
 
 
 def _of_transformers() -> dict[str, _Row]:

@@ -195,7 +195,7 @@ def _lowered(
 
 
 def _report_strides(outputs: Sequence[Any]) -> None:
-    """Tell the backward graph, which comes next, the strides of what is saved for it, which Inductor may have changed."""
+    """Tell the backward graph, which comes next, the strides that Inductor gave to what is saved for it."""
     context = torch._guards.TracingContext.try_get()
     if context is not None and context.output_strides is not None:
         for each in outputs:

@@ -153,7 +153,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             observe_choices(observe),
             observe_chains(observe_chain),
             observe_modules(enter, leave),
-            _uncompiled() if compiled else nullcontext(),
+            _uncompiled(model) if compiled else nullcontext(),
             judged_as_trained() if model.training else nullcontext(),
         ):
             model(*inputs, **kwargs)
@@ -169,9 +169,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Compiled models run as they were before, with the choices of the compiler."""
-    with torch.compiler.set_stance("force_eager"), judged_as_compiled():
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """The compiled model runs as it was before, with the choices of the compiler."""
+    with torch.compiler.set_stance("force_eager"), judged_as_compiled(model):
         yield
 
 
