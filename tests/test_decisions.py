@@ -20,6 +20,9 @@ from fusednn.testing import assert_same_bits
 pytestmark = pytest.mark.kernels
 
 
+KEPT_CALL = decisions._KEPT_CALL
+
+
 @pytest.fixture(autouse=True)
 def _kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decisions, "_KEPT_CALL", 1)
@@ -145,6 +148,16 @@ def test_found_where_nothing_changed(function: Callable[..., Tensor], device: st
     followed.clear()
     function(-x)
     assert followed
+
+
+def test_the_third_call_is_kept(device: str, followed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes that come once or twice aren't worth it."""
+    monkeypatch.setattr(decisions, "_KEPT_CALL", KEPT_CALL)
+    x, found = X.to(device), []
+    for _ in range(5):
+        norm(x)
+        found.append(bool(followed))
+    assert found == [False, False, False, True, True]
 
 
 def test_modes_of_gradients(device: str) -> None:

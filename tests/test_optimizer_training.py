@@ -375,14 +375,14 @@ def _share_gradients(mine: Sequence[Tensor], full: Sequence[Tensor], placements:
         p.grad = distribute_tensor(q.grad, p.device_mesh, place)
 
 
-def _train_sharded(rank: int, path: str) -> None:
+def _train_sharded(rank: int, path: str, processes: int = 2) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
 
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=processes)
     try:
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = init_device_mesh("cpu", (processes,))
         full = parameters([(6, 4), (5,)], torch.float32, "cpu")
         placements = [[Shard(0)], [Replicate()]]
         mine = _shares(full, placements, mesh)
@@ -449,8 +449,16 @@ def _train_fully_sharded(mesh: Any) -> None:
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-4, atol=1e-5)
 
 
+on_the_cpu = pytest.mark.skipif(ON_GPU or not torch.distributed.is_available(), reason="processes on CPUs")
+
+
+@on_the_cpu
+def test_shards_in_one_process(tmp_path: Any) -> None:
+    _train_sharded(0, str(tmp_path / "rendezvous"), processes=1)
+
+
 @pytest.mark.thorough
-@pytest.mark.skipif(ON_GPU or not torch.distributed.is_available(), reason="two processes on CPUs")
+@on_the_cpu
 def test_two_processes(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(_train_sharded, (str(tmp_path / "rendezvous"),), nprocs=2)
 

@@ -1,0 +1,269 @@
+"""Each reason for which a call goes to PyTorch's operators: given where it holds, and not where it doesn't.
+
+Where one is missing the kernels would take what they aren't made for, or the stock operator be asked for nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusednn import autograd, optim
+from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.testing import random_tensor
+
+pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore")]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return random_tensor(shape, torch.float32, "cpu", seed)
+
+
+X, ONES, IMAGES, FILTERS = normal(4, 5), torch.ones(5), normal(2, 3, 6, 6), normal(4, 3, 3, 3)
+CLASSES, NORM = torch.arange(4), {"input": IMAGES, "running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+LOSS, NLL = {"input": X, "target": CLASSES}, {"input": X.log_softmax(1), "target": CLASSES}
+LINEAR = {**LOSS, "linear_weight": normal(6, 5, seed=1)}
+BIASED = {"input": X, "bias": ONES, "residual": X.flip(0)}
+CONV = {"input": IMAGES, "weight": FILTERS}
+GATE = {"input": IMAGES, "gate": normal(2, 3, 1, 1)}
+LABELS = X.softmax(1)
+
+#: By function, the arguments that all its kernels take, and by reason those that are exchanged for it.
+FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "batch_norm_act": (
+        {**NORM, "training": True},
+        {
+            "training is not a boolean": {"training": 1},
+            "momentum is not a Python number": {"momentum": "0.1"},
+            "eps is not a positive number": {"eps": 0.0},
+            "no dimension of channels": {"input": IMAGES.flatten()},
+            "statistics and parameters are not vectors of the channels": {"weight": torch.ones(4)},
+            "running statistics are missing": {"running_mean": None},
+            "running statistics require gradients, or are strided": {"running_mean": torch.zeros(6)[::2]},
+            "the residual has another shape": {"residual": IMAGES[:1]},
+            "one value per channel": {"input": IMAGES[:1, :, :1, :1]},
+            "the number of batches is not one int64 beside the input": {"batches": torch.tensor(0.0)},
+        },
+    ),
+    "bias_activation_dropout": (
+        BIASED,
+        {
+            "no such dimension": {"dim": 2},
+            "the bias is not one number for each channel": {"bias": torch.ones(1)},
+            "the residual is of another shape": {"residual": X[:1]},
+            "the slopes are neither one nor one per channel": {"slopes": torch.ones(2)},
+            "the channels that are dropped don't lie one after another, or last": {"of_channels": True},
+            "a parameter is not finite": {"activation": "leaky_relu", "parameters": (float("nan"),)},
+            "p is not a probability": {"p": 1.5},
+            "training is not a boolean": {"training": 1},
+        },
+    ),
+    "conv_act_pool2d": (
+        CONV,
+        {
+            "a size is not an integer for each direction": {"stride": (1, 2, 3)},
+            "a size of the convolution is not positive": {"stride": 0},
+            "not a batch of images and their filters": {"weight": FILTERS[..., 0]},
+            "the filters don't fit the channels": {"weight": FILTERS[:, :2]},
+            "the bias is not one for each filter": {"bias": torch.ones(3)},
+        },
+    ),
+    "cross_entropy": (
+        LOSS,
+        {
+            "unknown reduction": {"reduction": "median"},
+            "no classes": {"input": X[0, 0]},
+            "ignore_index is not an int": {"ignore_index": 1.0},
+            "label_smoothing is not a number from 0 to 1": {"label_smoothing": 2.0},
+            "the target is not a plain tensor on the input's device": {"target": CLASSES.to("meta")},
+            "probabilities of another dtype, or with an ignore_index": {"target": LABELS.double()},
+            "the target holds neither int64 indices nor probabilities of the input's shape": {"target": CLASSES.int()},
+            "the weights are not a plain tensor on the input's device": {"weight": ONES.to("meta")},
+            "the weights are of another dtype": {"weight": ONES.double()},
+            "the weights are not one for each class": {"weight": ONES[:4]},
+            "the weights require gradients": {"weight": ONES.clone().requires_grad_()},
+        },
+    ),
+    "gated": (
+        {"gate": X, "other": X.flip(0)},
+        {
+            "no kernel gates with tanh": {"activation": "tanh"},
+            "the gate is what it gates": {"other": X},
+            "gate and operand differ in shape": {"other": X[:1]},
+            "memory that isn't walked alike": {"other": normal(5, 4).t()},
+        },
+    ),
+    "gated_channels": (
+        GATE,
+        {
+            "no kernel gates channels with tanh": {"activation": "tanh"},
+            "the gate hasn't one element for each sample's channel": {"gate": normal(2, 3, 1, 6)},
+            "neither contiguous nor channels last": {"input": IMAGES.transpose(2, 3)},
+            "no elements": {"input": IMAGES[:0], "gate": GATE["gate"][:0]},
+        },
+    ),
+    "gated_halves": (
+        {"input": normal(4, 6)},
+        {
+            "no kernel gates with tanh": {"activation": "tanh"},
+            "there is no such dimension": {"dim": 2},
+            "its size is odd": {"input": X},
+        },
+    ),
+    "linear_cross_entropy": (
+        LINEAR,
+        {
+            "input and linear_weight don't fit": {"linear_weight": normal(6, 4)},
+            "no classes": {"linear_weight": normal(0, 5)},
+            "an unbatched input with a K-dimensional loss": {"input": X[0], "linear_weight": normal(6, 2, 5)},
+            "linear_bias doesn't fit linear_weight": {"linear_bias": ONES},
+            "ignore_index for probabilities": {"target": normal(4, 6).softmax(1), "ignore_index": 1},
+        },
+    ),
+    "max_pool2d": (
+        {"input": IMAGES, "kernel_size": 2},
+        {
+            "not a batch of images": {"input": IMAGES[0, 0]},
+            "the padding is more than half of the window": {"padding": 2},
+            "a window may lie beside the image": {"padding": 1, "dilation": 7},
+            "the image is smaller than the window": {"kernel_size": 7},
+        },
+    ),
+    "maxout_linear": (
+        {"input": X, "weight": normal(2, 3, 5)},
+        {
+            "the input hasn't as many features as the weight": {"weight": normal(2, 3, 4)},
+            "no elements": {"weight": normal(2, 0, 5)},
+            "one piece is its own maximum": {"weight": normal(1, 3, 5)},
+        },
+    ),
+    "nll_loss": (
+        NLL,
+        {
+            "unknown reduction": {"reduction": "median"},
+            "ignore_index is not an integer": {"ignore_index": 1.5},
+            "the targets are not int64 indices on the input's device": {"target": CLASSES.int()},
+            "the input has no classes": {"input": X[0, 0]},
+            "the targets don't fit the input": {"target": CLASSES[:3]},
+            "the weights are not one for each class": {"weight": ONES[:4]},
+            "the weights require gradients": {"weight": ONES.clone().requires_grad_()},
+        },
+    ),
+    "kl_div": (
+        {"input": X.log_softmax(1), "target": LABELS},
+        {
+            "log_target is not a bool": {"log_target": 1},
+            "deprecated arguments together with batchmean": {"reduction": "batchmean", "reduce": True},
+        },
+    ),
+    "rrelu": (
+        {"input": X, "training": True},
+        {
+            "a bound is not a Python number": {"lower": "0.1"},
+            "the bounds are not in order, or not finite": {"lower": 0.5, "upper": 0.25},
+            "training is not a boolean": {"training": 1},
+        },
+    ),
+    "dropout": ({"input": X}, {"training is not a boolean": {"training": 1}, "p is not a Python number": {"p": "a"}}),
+    "gelu": ({"input": X}, {"the result goes into a given tensor": {"out": torch.empty(4, 5)}}),
+    "softmax": (
+        {"input": X, "dim": 1},
+        {"no such dimension": {"dim": 2}, "no kernel for torch.int64": {"dtype": torch.int64}},
+    ),
+    "squareplus": ({"input": X}, {"b is not positive": {"b": 0.0}}),
+    "standout": (
+        {"input": X, "belief": X.flip(0)},
+        {
+            "evaluation takes the mean": {"training": False},
+            "the belief is of another shape": {"belief": X[:1]},
+            "a parameter is not a Python number": {"alpha": "1"},
+            "a parameter is not finite": {"beta": float("inf")},
+        },
+    ),
+}
+
+
+def reasons(name: str, arguments: dict[str, Any], device: str) -> list[str | None]:
+    """Of a call's choices, None for those that are kernels; PyTorch may raise its error then."""
+
+    known: dict[int, Any] = {}  # one tensor stays one
+
+    def moved(value: Any) -> Any:
+        plain = isinstance(value, Tensor) and value.device.type == "cpu"
+        there = value.detach().to(device).requires_grad_(value.requires_grad) if plain else value
+        return known.setdefault(id(value), there)
+
+    choices: list[Choice] = []
+    with observe_choices(choices.append), suppress(Exception):
+        getattr(autograd, name)(**{key: moved(value) for key, value in arguments.items()})
+    return [None if choice.kernel else choice.reason for choice in choices if choice.operation != "linear"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_reasons_of_functions(name: str, device: str) -> None:
+    arguments, changes = FUNCTIONS[name]
+    assert reasons(name, arguments, device) == [None]
+    for reason, changed in changes.items():
+        found = reasons(name, {**arguments, **changed}, device)
+        assert reason in found, f"{reason}: {found}"
+
+
+# --- Of optimizers ----------------------------------------------------------------------------------------------------
+
+
+def of_state(**values: Any) -> Callable[[Any, Tensor], None]:
+    def change(optimizer: Any, parameter: Tensor) -> None:
+        optimizer.state[parameter].update(values)
+
+    return change
+
+
+def of_group(**values: Any) -> Callable[[Any, Tensor], None]:
+    def change(optimizer: Any, _: Tensor) -> None:
+        optimizer.param_groups[0].update(values)
+
+    return change
+
+
+def expand(_: Any, parameter: Tensor) -> None:
+    parameter.data = parameter.data[:1].expand(3, 4)
+
+
+def forget(optimizer: Any, parameter: Tensor) -> None:
+    del optimizer.state[parameter]["exp_avg_sq"]
+
+
+def negate(optimizer: Any, parameter: Tensor) -> None:
+    optimizer.state[parameter]["exp_avg"] = torch._neg_view(torch.zeros_like(parameter))
+
+
+CHANGES: dict[str, Callable[[Any, Tensor], None]] = {
+    "a hyperparameter is not finite": of_group(lr=float("nan")),
+    "a hyperparameter is a str": of_group(eps="1e-8"),
+    "a hyperparameter is not a plain tensor of one number": of_group(lr=torch.tensor([0.1])),
+    "a hyperparameter is on another device": of_group(lr=torch.tensor(0.1, device="meta")),
+    "a parameter's memory overlaps itself": expand,
+    "state is missing": forget,
+    "the step is not a tensor": of_state(step=1),
+    "the step is on another device": of_state(step=torch.tensor(1.0, device="meta")),
+    "states differ in dtype": of_state(exp_avg=torch.zeros(3, 4, dtype=torch.float64)),
+    "the gradient differs in dtype from its average": of_state(
+        exp_avg=torch.zeros(3, 4, dtype=torch.float64), exp_avg_sq=torch.zeros(3, 4, dtype=torch.float64)
+    ),
+    "gradient or state is not like its parameter": of_state(exp_avg=torch.zeros(4, 3)),
+    "a negated view": negate,
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_reasons_of_optimizers(reason: str, device: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 4, device=device))
+    ours = optim.Adam([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    ours.step()
+    assert optim.explain(ours)[0].kernel
+    CHANGES[reason](ours, parameter)
+    assert optim.explain(ours)[0].reason == reason
