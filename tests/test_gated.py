@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.activations import STOCK
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.fusion import Halves
+from support.fusion import Halves, Highway
 from torch import Tensor, nn
 
 import fusednn
@@ -284,19 +284,6 @@ def test_halves_write_one_gradient(device: str) -> None:
     with observe_choices(lambda choice: chosen.append(choice.operation)):
         model(x)
     assert chosen == ["gated_halves", "gated_halves"] or not KERNELS_RUN
-
-
-class Highway(nn.Module):
-    """As Srivastava et al. have it; its gate is a layer, and comes after what it mixes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transform, self.gate, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.transform(x))
-        t = self.act(self.gate(x))
-        return t * h + (1 - t) * x
 
 
 class Recurrent(Highway):

@@ -513,6 +513,24 @@ def test_loss_functions(name: str, dtype: torch.dtype, items: Any, device: str) 
 
 @pytest.mark.kernels
 @pytest.mark.interpreter
+def test_what_a_copy_of_the_logits_costs(device: str) -> None:
+    """Of 16-bit logits 24 bytes each: our kernels' 12 on the float32 copy, and 6 for it and for its gradient."""
+    from fusednn.instruments.traffic import measure_traffic
+
+    _, theirs = loss_functions("masked_lm_loss")
+    logits = random_tensor((64, 1024), torch.bfloat16, device).requires_grad_()
+    with fusednn.replace_functions():
+        with measure_traffic() as forward, saved_tensors() as saved:
+            loss = theirs(logits, torch.arange(64, device=device), 1024)
+        with measure_traffic() as backward:
+            torch.autograd.grad(loss, logits)
+    assert forward.bytes + backward.bytes == pytest.approx(12 * logits.numel(), rel=0.03)
+    assert saved.bytes == pytest.approx(4 * logits.numel(), rel=0.03)
+    assert forward.aten_bytes + backward.aten_bytes == pytest.approx(12 * logits.numel(), rel=0.03)
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreter
 def test_logits_are_not_copied(device: str) -> None:
     """2 bytes a logit forward, 4 backward; theirs would move 6 for the copy alone, and keep it."""
     from fusednn.instruments.traffic import measure_traffic

@@ -152,6 +152,19 @@ class GatedLinear(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
+class Highway(nn.Module):
+    """As Srivastava et al. have it; its gate is a layer, and comes after what it mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform, self.gate, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.transform(x))
+        t = self.act(self.gate(x))
+        return t * h + (1 - t) * x
+
+
 class Halves(nn.Module):
     """Gate and value from one product, as diffusers and Phi write it: ``gate_first`` in the second."""
 
@@ -350,6 +363,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
     ),
     "gate": (GatedLinear, ROWS, {"act": "the functions behind it"}),
     "gate of halves": (lambda: Halves(), ROWS, {"act": "the functions behind it"}),
+    "highway": (Highway, ROWS, {"transform": "the functions behind it", "act": "the functions behind it"}),
     "gated channels": (
         lambda: SqueezeExcitation(nn.Sigmoid()),
         IMAGES,
