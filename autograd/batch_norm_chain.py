@@ -1,4 +1,4 @@
-"""Batch norm with PReLU or another activation, and dropout, behind it, in its own passes.
+"""Batch norm with an activation before it, and PReLU or another, and dropout, behind it, in its own passes.
 
 The slopes' gradient is one of the sums that batch norm's backward pass makes; dropout is drawn again from its seed.
 """
@@ -15,6 +15,7 @@ from ..kernels import batch_norm_gradients
 from ..kernels.base.channels import plan_of
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.base.random import with_seed
+from ..kernels.batch_norm_statistics import Before
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
@@ -27,8 +28,31 @@ __all__ = ["batch_norm_chain", "slopes_refusal"]
 
 # --- Operators --------------------------------------------------------------------------------------------------------
 
-#: The operands and options that all of them end with: those of `Chain`.
-_REST = "Tensor? weight, Tensor? bias, Tensor? slopes, Tensor? seed, float eps, str name, float a, float b, float p"
+#: The operands and options that all of them end with: those of `Chain`, as `_parsed` tells.
+_REST = (
+    "Tensor? weight, Tensor? bias, Tensor? slopes, Tensor? seed, Tensor? shift, float eps, str name, float a, float b,"
+    " float p, str before, float c, float d"
+)
+
+
+def _parsed(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    name: str,
+    a: float,
+    b: float,
+    p: float,
+    before: str,
+    c: float,
+    d: float,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What kernels are given in their place, and by their names their options; no name stands for nothing before."""
+    first = Before(activated(before, c, d), shift) if before else None
+    return (weight, bias, eps, activated(name, a, b)), {"slopes": slopes, "seed": seed, "p": p, "before": first}
 
 
 @operator(
@@ -45,22 +69,12 @@ def _forward_training(
     running_var: Tensor | None,
     batches: Tensor | None,
     momentum: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and variance of each channel; the running ones are updated."""
+    arguments, options = _parsed(*rest)
     running = (running_mean, running_var, batches, momentum)
-    options: dict[str, Any] = {"masked": False, "slopes": slopes, "seed": seed, "p": p}
-    y, _, mean, variance = kernels.batch_norm_training(
-        x, None, *running, weight, bias, eps, activated(name, a, b), **options
-    )
+    y, _, mean, variance = kernels.batch_norm_training(x, None, *running, *arguments, masked=False, **options)
     return y, mean, variance
 
 
@@ -68,23 +82,9 @@ def _forward_training(
     f"batch_norm_chain(Tensor x, Tensor mean, Tensor variance, {_REST}) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
 )
-def _forward(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-) -> Tensor:
-    vectors = (mean, variance, weight, bias)
-    options: dict[str, Any] = {"masked": False, "slopes": slopes, "seed": seed, "p": p}
-    return kernels.batch_norm_forward(x, None, *vectors, eps, activated(name, a, b), **options)[0]
+def _forward(x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
+    arguments, options = _parsed(*rest)
+    return kernels.batch_norm_forward(x, None, mean, variance, *arguments, masked=False, **options)[0]
 
 
 @operator(
@@ -93,68 +93,55 @@ def _forward(
         (plan_of(x).splits, 2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype]
     ),
 )
-def _reduce(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-) -> Tensor:
+def _reduce(g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
     """Partial sums of the gradients of bias, weight and slopes, (splits, 2 or 3, channels)."""
-    operands = (g, x, None, None, mean, variance, weight, bias, eps, activated(name, a, b))
-    return batch_norm_gradients.batch_norm_reduce(*operands, slopes=slopes, seed=seed, p=p)[0]
+    arguments, options = _parsed(*rest)
+    return batch_norm_gradients.batch_norm_reduce(g, x, None, None, mean, variance, *arguments, **options)[0]
+
+
+def _fake_backward(
+    g: Tensor, x: Tensor, partial: Tensor | None, mean: Tensor, variance: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    weight, _, _, _, shift, *_, affine = rest
+    sums = (0,) if shift is None else (plan_of(x).splits, x.shape[1])
+    vectors = (torch.empty_like(weight) if affine else x.new_empty(0) for _ in range(2))
+    return torch.empty_like(x), *vectors, x.new_empty(sums, dtype=ACCUMULATOR[x.dtype])
 
 
 @operator(
-    f"batch_norm_chain_backward(Tensor g, Tensor x, Tensor? partial, Tensor mean, Tensor variance, {_REST}) -> Tensor",
-    fake=lambda g, x, *_: torch.empty_like(x),
+    f"batch_norm_chain_backward(Tensor g, Tensor x, Tensor? partial, Tensor mean, Tensor variance, {_REST},"
+    " bool affine) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
 )
 def _backward(
-    g: Tensor,
-    x: Tensor,
-    partial: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-) -> Tensor:
-    """The gradient of the input."""
-    rest = (x.shape[1] / x.numel(), mean, variance, weight, bias, eps, activated(name, a, b))
-    return batch_norm_gradients.batch_norm_backward(g, x, partial, *rest, affine=False, slopes=slopes, seed=seed, p=p)[
-        0
-    ]
+    g: Tensor, x: Tensor, partial: Tensor | None, mean: Tensor, variance: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of the input and, where ``affine``, of weight and bias; and partial sums of that of the shift."""
+    *rest_of_chain, affine = rest
+    arguments, options = _parsed(*rest_of_chain)
+    operands = (g, x, partial, x.shape[1] / x.numel(), mean, variance, *arguments)
+    dx, dweight, dbias, dshift = batch_norm_gradients.batch_norm_backward(*operands, affine=affine, **options)
+    vectors = (x.new_empty(0) if vector is None else vector for vector in (dweight, dbias))
+    return dx, *vectors, x.new_empty(0, dtype=ACCUMULATOR[x.dtype]) if dshift is None else dshift
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
 class Chain(NamedTuple):
-    """What follows the normalisation by statistics of the batch, where ``training``, or by running ones."""
+    """What stands around the normalisation by statistics of the batch, where ``training``, or by running ones."""
 
     training: bool
     eps: float
     activation: Activated
     p: float
+    before: Activated | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What operators are given in its place."""
-        return self.eps, *self.activation.arguments, self.p
+        before = ("", 0.0, 0.0) if self.before is None else self.before.arguments
+        return self.eps, *self.activation.arguments, self.p, *before
 
 
 class BatchNormChain(Function):
@@ -167,18 +154,19 @@ class BatchNormChain(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         slopes: Tensor | None,
+        shift: Tensor | None,
         seed: Tensor | None,
         chain: Chain,
         running: tuple[Any, ...],
     ) -> Tensor:
         y: Tensor
-        rest = (weight, bias, slopes, seed, *chain.arguments)
+        rest = (weight, bias, slopes, seed, shift, *chain.arguments)
         if chain.training:
             y, mean, variance = _forward_training(x, *running, *rest)
         else:
             mean, variance = torch.stack(running[:2]).unbind()  # they may be updated before the backward pass comes
             y = _forward(x, mean, variance, *rest)
-        ctx.save_for_backward(x, weight, bias, slopes, seed, mean, variance)
+        ctx.save_for_backward(x, mean, variance, weight, bias, slopes, seed, shift)
         ctx.chain = chain
         return y
 
@@ -186,58 +174,75 @@ class BatchNormChain(Function):
     def recipe(ctx: Any) -> Callable[..., Tensor]:
         chain = ctx.chain
 
-        def again(
-            x: Tensor,
-            weight: Tensor | None,
-            bias: Tensor | None,
-            slopes: Tensor | None,
-            seed: Tensor | None,
-            mean: Tensor,
-            variance: Tensor,
-        ) -> Tensor:
-            y: Tensor = _forward(x, mean, variance, weight, bias, slopes, seed, *chain.arguments)
+        def again(*saved: Tensor | None) -> Tensor:
+            y: Tensor = _forward(*saved, *chain.arguments)
             return y
 
         return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, slopes, seed, mean, variance = ctx.saved_tensors
+        x, mean, variance, weight, bias, slopes, seed, shift = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, g), None, None, None
-        x_needed, *others_needed = ctx.needs_input_grad[:4]
+        x_needed, weight_needed, bias_needed, slopes_needed, shift_needed = ctx.needs_input_grad[:5]
         training = ctx.chain.training
-        rest = (mean, variance, weight, bias, slopes, seed, *ctx.chain.arguments)
-        partial = _reduce(g, x, *rest) if any(others_needed) or training else None
-        gradients: list[Tensor | None] = [None] * 3
-        if partial is not None and any(others_needed):
-            dbias, dweight, *dslopes = partial.sum(0).unbind()
-            if slopes is not None:
-                dslopes = [(dslopes[0].sum() if slopes.numel() == 1 else dslopes[0]).view(slopes.shape)]
-            given = zip((weight, bias, slopes), (dweight, dbias, *dslopes, None), others_needed, strict=False)
-            gradients = [gradient.to(one.dtype) if needed else None for one, gradient, needed in given]
-        dx = _backward(g, x, partial if training else None, *rest) if x_needed else None
-        return dx, *gradients, None, None, None
+        rest = (mean, variance, weight, bias, slopes, seed, shift, *ctx.chain.arguments)
+        walks = x_needed or shift_needed
+        affine = weight_needed or bias_needed
+        # The second pass adds up what the programs of the first left: these are the parameters' gradients.
+        merges = affine and walks and training and weight is not None
+        dx: Any = None
+        dweight: Any = None
+        dbias: Any = None
+        dslopes: Any = None
+        dshift: Any = None
+        partial = _reduce(g, x, *rest) if affine or slopes_needed or training else None
+        if partial is not None and affine and not merges:
+            dbias, dweight = partial[:, :2].sum(0).unbind()
+        if partial is not None and slopes_needed:
+            sums = partial[:, 2]
+            dslopes = (sums.sum() if slopes.numel() == 1 else sums.sum(0)).to(slopes.dtype).view(slopes.shape)
+        if walks:
+            dx, *merged, dshift = _backward(g, x, partial if training else None, *rest, merges)
+            if merges:
+                dweight, dbias = merged
+        return (
+            dx if x_needed else None,
+            dweight.to(weight.dtype) if weight_needed else None,
+            dbias.to(bias.dtype) if bias_needed else None,
+            dslopes,
+            dshift.sum(0).to(shift.dtype) if shift_needed else None,
+            *[None] * 3,
+        )
 
 
 def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     """The gradients, from stock operators that can be differentiated again."""
-    x, weight, bias, slopes, seed, mean, variance = ctx.saved_tensors
+    x, mean, variance, weight, bias, slopes, seed, shift = ctx.saved_tensors
     chain = ctx.chain
     noise = None
     if seed is not None:  # of zeros, normalised to ones: what dropout multiplies by
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        plain = (chain.eps, *IDENTITY.arguments, chain.p)
-        noise = _forward(torch.zeros_like(x), zero, one, zero, one, None, seed, *plain)
+        plain = chain._replace(activation=IDENTITY, before=None)
+        noise = _forward(torch.zeros_like(x), zero, one, zero, one, None, seed, None, *plain.arguments)
     dtype = x.dtype if weight is None else weight.dtype
     mean, variance = (None if chain.training else vector.to(dtype) for vector in (mean, variance))
 
-    def chained(x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
+    def chained(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        x = _before(x if shift is None else x + shift.view(-1, *[1] * (x.dim() - 2)), chain)
         y = F.batch_norm(x, mean, variance, weight, bias, chain.training, 0.0, chain.eps)
         y = stock_activation(y, chain.activation, slopes)
         return y if noise is None else y * noise
 
-    return stock_gradients(chained, (x, weight, bias, slopes), ctx.needs_input_grad[:4], g)
+    return stock_gradients(chained, (x, weight, bias, slopes, shift), ctx.needs_input_grad[:5], g)
+
+
+def _before(x: Tensor, chain: Chain) -> Tensor:
+    """What is normalised, by stock operators."""
+    return x if chain.before is None else stock_activation(x, chain.before)
 
 
 # --- Function ---------------------------------------------------------------------------------------------------------
@@ -258,16 +263,25 @@ def batch_norm_chain(
     activation_parameters: Sequence[float] = (),
     slopes: Tensor | None = None,
     p: float = 0.0,
+    before: str | None = None,
+    before_parameters: Sequence[float] = (),
+    product: Callable[[Tensor | None], Tensor] | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """dropout(activation(batch_norm(x))), in as many passes over memory as batch norm alone.
+    """dropout(activation(batch_norm(before(x + shift)))), in as many passes over memory as batch norm alone.
 
     ``slopes``, one or one a channel, are PReLU's, which then is the activation; ``p`` is the probability to drop an
-    element, 0 in evaluation.  The other arguments are those of `batch_norm_act`.  Saves the input, and a seed.
+    element, 0 in evaluation.  ``before`` is an activation before the norm, with ``before_parameters``; in front of it
+    ``shift``, the bias of what made the input, ``product(None)``, is added: ``product(shift)`` makes it for stock
+    operators.  The other arguments are those of `batch_norm_act`.  Saves the input, and a seed.
     """
     resolved = resolve_activation(activation, activation_parameters) if slopes is None else PRELU
-    if slopes is not None and isinstance(input, Tensor) and autocast_dtype(input) is input.dtype:
-        slopes = slopes.to(input.dtype)
+    first = None if before is None else resolve_activation(before, before_parameters)
+    given = shift
+    if isinstance(input, Tensor) and autocast_dtype(input) is input.dtype:
+        slopes, shift = (None if one is None else one.to(input.dtype) for one in (slopes, shift))
     vectors = (running_mean, running_var, weight, bias)
+    chain = Chain(training, float(eps), resolved, float(p), first)
 
     def refusal() -> str | None:
         reason = argument_refusal(input, *vectors, momentum, eps, None, batches)
@@ -279,23 +293,23 @@ def batch_norm_chain(
             reason = "one value per channel"
         if reason is None and p and (not 0 < p < 1 or input.dtype is torch.float64):
             reason = "everything is dropped" if input.dtype is not torch.float64 else "dropout behind a norm in float64"
-        return reason or resolved.refusal()
+        return reason or resolved.refusal() or (None if first is None else first.refusal())
 
     name = "batch_norm_chain" if batches is None else "cumulative_batch_norm"
-    operands = (input,) if slopes is None else (input, slopes)
+    operands = [one for one in (input, slopes, shift) if one is not None]
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel(name, *operands, parameters=parameters, refusal=refusal):
         if batches is not None and training:
             momentum = 1.0 / float(batches)
-        y = stock_activation(F.batch_norm(input, *vectors, training, momentum, eps), resolved, slopes)
+        x = _before(input if given is None or product is None else product(given), chain)
+        y = stock_activation(F.batch_norm(x, *vectors, training, momentum, eps), resolved, slopes)
         return F.dropout(y, p) if p else y
     running = (running_mean, running_var, batches, float(momentum))
-    chain = Chain(training, float(eps), resolved, float(p))
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
-        differentiable = (input, weight, bias, slopes)
-        rest = (weight, bias, slopes, seed, *chain.arguments)
+        differentiable = (input, weight, bias, slopes, shift)
+        rest = (weight, bias, slopes, seed, shift, *chain.arguments)
         if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in differentiable):
             y = BatchNormChain.apply(*differentiable, seed, chain, running)
         elif training:

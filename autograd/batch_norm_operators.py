@@ -183,7 +183,7 @@ def backward(
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input and, where ``affine``, of weight and bias."""
-    dx, *gradients = batch_norm_gradients.batch_norm_backward(
+    dx, *gradients, _ = batch_norm_gradients.batch_norm_backward(
         g, x, partial, share, mean, variance, weight, bias, eps, activated(name, a, b), affine=affine
     )
     dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)

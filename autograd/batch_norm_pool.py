@@ -256,7 +256,7 @@ def batch_norm_pool(
         return reason or _refusal(input, slopes, resolved)
 
     chain = Chain(maximum, training, float(eps), resolved)
-    name = "batch_norm_act" if batches is None else "cumulative_batch_norm"
+    name = "batch_norm_pool" if batches is None else "cumulative_batch_norm"
     parameters = [vector for vector in vectors if vector is not None]
     if not takes_kernel(name, *_operands(input, slopes), parameters=parameters, refusal=refusal):
         if batches is not None and training:

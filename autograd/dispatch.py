@@ -271,7 +271,7 @@ _FUSED_BY_COMPILER = frozenset(
         *("prelu", "rrelu"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
         *("softmax", "log_softmax", "softmin"),
-        *("batch_norm", "batch_norm_chain", "channel_statistics"),
+        *("batch_norm", "batch_norm_chain", "batch_norm_pool", "channel_statistics"),
         *("bias_activation", "block_end", "channel_bias_activation_dropout", "gated", "gated_channels", "gated_halves"),
         *("glu", "highway"),
         *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss"),

@@ -30,7 +30,18 @@ from .base.layout import dense, dense_like
 from .base.numerics import divide, scalar, square_root, widen
 from .base.random import keep_threshold, keep_tile
 from .base.tiles import aligned, load, store, store_bits
-from .batch_norm_statistics import copy_back, merge_partial, merge_statistics, partial_over, store_moments
+from .batch_norm_statistics import (
+    Before,
+    before_constants,
+    before_parameters,
+    channel_shift,
+    copy_back,
+    merge_partial,
+    merge_statistics,
+    partial_over,
+    store_moments,
+    value_before,
+)
 from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
 
 __all__ = [
@@ -39,6 +50,7 @@ __all__ = [
     "as_type",
     "batch_norm_forward",
     "batch_norm_training",
+    "before_told",
     "both_or_neither",
     "channel_slopes",
     "channel_vectors",
@@ -134,6 +146,7 @@ def batch_norm_forward_kernel(
     batches_pointer,  # number of batches: the running statistics are averages over them; or None
     slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
     seed_pointer,  # one int64, where dropout follows; or None
+    shift_pointer,  # (channels,), added before the activation before the norm; or None
     outer: tl.int64,
     channels,
     columns,
@@ -150,6 +163,9 @@ def batch_norm_forward_kernel(
     b: tl.float64,
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
+    before_a: tl.float64,  # of the activation before the norm
+    before_b: tl.float64,
+    BEFORE: tl.constexpr,  # that activation; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -176,12 +192,13 @@ def batch_norm_forward_kernel(
         )
     a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
+    shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
     for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
         tile, _present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        x = load(x_pointer, tile, COMPUTE)
+        x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         z = (x - mean) * scale + bias
         if residual_pointer is not None:
             z += load(residual_pointer, tile, COMPUTE)
@@ -203,7 +220,7 @@ def batch_norm_forward_kernel(
 AFFINE = frozenset({"weight", "bias"})
 VECTORS = ("mean", "variance", "weight", "bias")
 _TRACKED = frozenset({"running_mean", "running_variance"})
-_OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches", "slope", "seed"}
+_OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches", "slope", "seed", "shift"}
 
 
 def configuration_of(
@@ -241,7 +258,7 @@ def configuration_of(
         pointers={
             "mask": torch.uint8,
             **dict.fromkeys(("batches", "position", "seed"), torch.int64),
-            **dict.fromkeys(("mean", "variance", "partial"), ACCUMULATOR[dtype]),
+            **dict.fromkeys(("mean", "variance", "partial", "dshift"), ACCUMULATOR[dtype]),
             **dict.fromkeys((*AFFINE, *_TRACKED, "dweight", "dbias"), parameters),
         },
         wide_loads=wide_loads,
@@ -251,7 +268,12 @@ def configuration_of(
 
 @cache
 def _forward(
-    dtype: torch.dtype, tiling: Tiling, row: Activation, given: frozenset[str], parameters: torch.dtype | None = None
+    dtype: torch.dtype,
+    tiling: Tiling,
+    row: Activation,
+    given: frozenset[str],
+    parameters: torch.dtype | None = None,
+    before: Activation | None = None,
 ) -> Configuration:
     """``given`` are the pointers that aren't None, of those that may be."""
     training = "partial" in given
@@ -267,10 +289,17 @@ def _forward(
             "not tracked": training and not given >= _TRACKED,
             "averaged": "batches" in given,
             "+ dropout": "seed" in given,
+            **before_told(before, given),
         },
         wide_loads=1 + ("residual" in given),
         wide_stores=1,
+        constants=before_constants(before, "shift" in given),
     )
+
+
+def before_told(before: Activation | None, given: frozenset[str]) -> dict[str, bool]:
+    """What labels tell of an activation before the norm."""
+    return {} if before is None else {f"of {before.name}{' of sums' * ('shift' in given)}": True}
 
 
 _USUAL = AFFINE | _TRACKED | {"partial"}
@@ -295,6 +324,7 @@ def _usual_configurations() -> Iterator[Configuration]:
     _, rows = common_tilings_of(bfloat16)
     yield _forward(torch.float16, rows, IDENTITY.row, _USUAL)
     yield _forward(bfloat16, rows, IDENTITY.row, AFFINE)
+    yield _forward(bfloat16, rows, IDENTITY.row, _USUAL | {"shift"}, before=ACTIVATIONS["relu"])
     yield _forward(bfloat16, rows, IDENTITY.row, _USUAL, bfloat16)
     for tiling in common_tilings_of(bfloat16):
         yield _forward(bfloat16, tiling, PRELU.row, _USUAL | {"slope"})
@@ -312,6 +342,7 @@ def _other_configurations() -> Iterator[Configuration]:
             yield _forward(dtype, tiling, IDENTITY.row, _USUAL, dtype)
     for row in ACTIVATIONS.values():
         yield from _fused(torch.float32, common_tilings_of(torch.float32)[1], row)
+        yield _forward(torch.float32, common_tilings_of(torch.float32)[0], IDENTITY.row, _USUAL, before=row)
 
 
 def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
@@ -398,6 +429,7 @@ def batch_norm_training(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`batch_norm_forward` with the statistics of ``x``, which come last, and update the running ones.
 
@@ -405,12 +437,12 @@ def batch_norm_training(
     """
     x = dense(x)
     plan = plan_of(x)
-    partial = partial_over(x, plan)
+    partial = partial_over(x, plan, before)
     if plan.splits > plan.tiling.lanes:
         mean, variance = merge_statistics(partial, running_mean, running_variance, batches, momentum)
         vectors = (mean, variance, weight, bias)
         y, mask = batch_norm_forward(
-            x, residual, *vectors, eps, activation, masked=masked, slopes=slopes, seed=seed, p=p
+            x, residual, *vectors, eps, activation, masked=masked, slopes=slopes, seed=seed, p=p, before=before
         )
         return y, mask, mean, variance
     mean, variance = (torch.empty(plan.channels, dtype=partial.dtype, device=x.device) for _ in range(2))
@@ -421,6 +453,7 @@ def batch_norm_training(
         slopes=slopes,
         seed=seed,
         p=p,
+        before=before,
     )
     return y, mask, mean, variance
 
@@ -439,11 +472,12 @@ def batch_norm_forward(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """activation((x - mean) / sqrt(variance + eps) * weight + bias + residual), in the memory order of ``x``.
 
     With ``masked``, also the packed bits that the activation's gradient needs.  PReLU has ``slopes``, in the type of
-    ``x``; with a ``seed``, dropout with probability ``p`` < 1 follows.
+    ``x``; with a ``seed``, dropout with probability ``p`` < 1 follows.  What is normalised is what comes ``before``.
     """
     x = dense(x)
     if not x.numel():
@@ -455,6 +489,7 @@ def batch_norm_forward(
         slopes=slopes,
         seed=seed,
         p=p,
+        before=before,
     )
 
 
@@ -478,6 +513,7 @@ def _normalise(
     slopes: Tensor | None,
     seed: Tensor | None,
     p: float,
+    before: Before | None,
 ) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     mask = torch.empty(mask_bytes(x), dtype=torch.uint8, device=x.device) if masked else None
@@ -497,11 +533,13 @@ def _normalise(
         "batches": batches,
         "slope": None if slopes is None else slopes.contiguous(),
         "seed": seed,
+        "shift": None if before is None else before.shift,
     }
     splits, values = plan.splits, float(x.numel() // plan.channels)
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
-    configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters)
+    row = None if before is None else before.activation.row
+    configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters, row)
     scalars = (splits, values, momentum, eps, activation.a, activation.b, *options(slopes, seed, p))
-    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
+    launch_over(configuration, plan, tuple(pointers.values()), *scalars, *before_parameters(before))
     copy_back(running, updated)
     return y, mask

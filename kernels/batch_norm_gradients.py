@@ -24,12 +24,13 @@ from .base.channels import (
 )
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
-from .base.numerics import divide, narrow, precise_sum, scalar, widen
+from .base.numerics import narrow, precise_sum, scalar
 from .base.tiles import aligned, load, load_bits, store
 from .batch_norm import (
     AFFINE,
     VECTORS,
     as_type,
+    before_told,
     channel_slopes,
     configuration_of,
     given_vectors,
@@ -38,6 +39,8 @@ from .batch_norm import (
     options,
     parameter_type,
 )
+from .batch_norm_pool import shared_gradient
+from .batch_norm_statistics import Before, before_constants, before_parameters, channel_shift, value_before
 from .functions.activation import (
     ACTIVATIONS,
     IDENTITY,
@@ -73,47 +76,6 @@ def channel_sums(
     return precise_sum(first, AXIS), precise_sum(second, AXIS)
 
 
-@triton.jit
-def shared_gradient(
-    g_pointer,
-    position_pointer,
-    tile,
-    step,
-    track,
-    channel,
-    channels,
-    places,
-    along_inner,
-    COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The gradient of a tile's elements, where (samples, channels) is that of what was reduced over all places.
-
-    Of a maximum it is that of the element at its position; of a mean all have an equal share.
-    """
-    if AXIS == 1:
-        start = tl.where(along_inner != 0, track, step) * channels
-        offset = channel.to(tl.int32)
-        place = (tl.where(along_inner != 0, step, track) * WIDTH).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
-        inside = channel < channels
-    else:
-        # Only the first row needs 64 bits.
-        first = step * HEIGHT
-        row = (first % places).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
-        start = first // places * channels
-        offset = row // places * channels + channel.to(tl.int32)
-        place = row % places
-        inside = tile.inside
-    g = widen(tl.load(g_pointer + start + offset, mask=inside, other=0), COMPUTE)
-    if position_pointer is not None:
-        position = tl.load(position_pointer + start + offset, mask=inside, other=-1).to(tl.int32)
-        return tl.where(place == position, g, 0.0)
-    else:
-        return divide(g, scalar(places, COMPUTE)) + tl.zeros((HEIGHT, WIDTH), COMPUTE)
-
-
 @kernel
 def batch_norm_reduce_kernel(
     g_pointer,  # gradient of the output, as x, or of the means over ``places``, (samples, channels)
@@ -128,6 +90,7 @@ def batch_norm_reduce_kernel(
     bias_pointer,
     slope_pointer,  # PReLU's slopes, (slopes,), whose gradient's sums then are a third; or None
     seed_pointer,  # one int64, where dropout followed; or None
+    shift_pointer,  # (channels,), added before the activation before the norm; or None
     outer: tl.int64,
     channels,
     columns,
@@ -142,6 +105,9 @@ def batch_norm_reduce_kernel(
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
     places,  # of a sample's channel, whose mean the gradient is of; or None
+    before_a: tl.float64,  # of the activation before the norm
+    before_b: tl.float64,
+    BEFORE: tl.constexpr,  # that activation; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -158,6 +124,7 @@ def batch_norm_reduce_kernel(
     )
     a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
+    shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
     sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     products = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     rows: tl.constexpr = 2 if slope_pointer is None else 3
@@ -177,7 +144,7 @@ def batch_norm_reduce_kernel(
         if seed_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             dz *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
-        x = load(x_pointer, tile, COMPUTE)
+        x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         centred = x - mean
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
@@ -219,6 +186,8 @@ def batch_norm_backward_kernel(
     slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
     seed_pointer,  # one int64, where dropout followed; or None
     position_pointer,  # places of maxima, (samples, channels), whose gradient it then is; or None
+    shift_pointer,  # (channels,), added before the activation before the norm; or None
+    dshift_pointer,  # (splits, channels): sums of its gradient; or None
     outer: tl.int64,
     channels,
     columns,
@@ -235,6 +204,9 @@ def batch_norm_backward_kernel(
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
     places,  # of a sample's channel, over which was reduced; or None
+    before_a: tl.float64,  # of the activation before the norm
+    before_b: tl.float64,
+    BEFORE: tl.constexpr,  # that activation; or None
     ACTIVATION: tl.constexpr,
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -262,9 +234,12 @@ def batch_norm_backward_kernel(
         slope = dweight * share * inverse_deviation
     a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
+    shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
+    if dshift_pointer is not None:
+        shift_sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
-        tile, _present = tile_place(
+        tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
         if places is None:
@@ -277,23 +252,29 @@ def batch_norm_backward_kernel(
         if seed_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             dx *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
-        if ACTIVATION.saves != "nothing" or partial_pointer is not None:
+        if ACTIVATION.saves != "nothing" or partial_pointer is not None or BEFORE is not None:
             x = load(x_pointer, tile, COMPUTE)
-            centred = x - mean
+            centred = value_before(x, shift, before_a, before_b, BEFORE) - mean
             dx = gradient_from_input(dx, centred * scale + bias, a, b, ACTIVATION)
             if partial_pointer is not None:
                 dx = dx - mean_dz - centred * slope
         dx = dx * scale
+        if BEFORE is not None:
+            dx = gradient_from_input(dx, x + shift, scalar(before_a, COMPUTE), scalar(before_b, COMPUTE), BEFORE)
         store(dx_pointer, tile, dx)
+        if dshift_pointer is not None:
+            shift_sums += tl.where(present, dx, 0.0)
+    if dshift_pointer is not None:
+        tl.store(dshift_pointer + split * channels + channel, precise_sum(shift_sums, AXIS), mask=channel < channels)
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 # The pointers of each kernel that may be None.
 _GRADIENTS = frozenset({"dweight", "dbias"})
-_REDUCED = AFFINE | {"residual", "mask", "dz", "slope", "seed"}
+_REDUCED = AFFINE | {"residual", "mask", "dz", "slope", "seed", "shift"}
 _TRAINING = AFFINE | _GRADIENTS | {"partial"}
-_OPTIONAL = _TRAINING | {"slope", "seed", "position"}
+_OPTIONAL = _TRAINING | {"slope", "seed", "position", "shift", "dshift"}
 
 
 @cache
@@ -305,6 +286,7 @@ def _reduce(
     parameters: torch.dtype | None = None,
     normalised: bool = True,
     shared: bool = False,
+    before: Activation | None = None,
 ) -> Configuration:
     """``given`` are the pointers that aren't None, of those that may be; ``shared``: the gradient is that of means."""
     residual, mask, noise = ("residual" in given, "mask" in given, "seed" in given)
@@ -314,10 +296,16 @@ def _reduce(
         "reduce",
         *(dtype, parameters or ACCUMULATOR[dtype], tiling, row),
         {name: name in given for name in sorted(_REDUCED)},
-        {**tells, "without statistics": not normalised, "of all places": shared, "+ emits": emits_alone(given)},
+        {
+            **tells,
+            "without statistics": not normalised,
+            "of all places": shared,
+            "+ emits": emits_alone(given),
+            **before_told(before, given),
+        },
         wide_loads=2 + residual - shared,
         wide_stores=int("dz" in given),
-        constants=_missing(normalised, shared),
+        constants=_missing(normalised, shared) | before_constants(before, "shift" in given),
     )
 
 
@@ -341,6 +329,7 @@ def _gradient(
     parameters: torch.dtype | None = None,
     normalised: bool = True,
     shared: bool = False,
+    before: Activation | None = None,
 ) -> Configuration:
     """``given`` are the pointers that aren't None, of those that may be; ``shared`` is the gradient of a reduction."""
     training = "partial" in given
@@ -357,10 +346,11 @@ def _gradient(
             "without statistics": not normalised,
             "of maxima": "position" in given,
             "of means": shared and "position" not in given,
+            **before_told(before, given),
         },
         wide_loads=1 + reads - shared,
         wide_stores=1,
-        constants=_missing(normalised, shared),
+        constants=_missing(normalised, shared) | before_constants(before, "shift" in given),
     )
 
 
@@ -389,6 +379,8 @@ def _usual_configurations() -> Iterator[Configuration]:
     yield from _plain(torch.float16, rows)
     yield from _plain(bfloat16, rows, bfloat16)
     yield _gradient(bfloat16, rows, IDENTITY.row, AFFINE)
+    for tiling in common_tilings_of(bfloat16):
+        yield from _behind(bfloat16, tiling, ACTIVATIONS["relu"])
     for name in ("gelu", "tanh"):
         yield _reduce(torch.float32, rows, ACTIVATIONS[name], AFFINE)
 
@@ -406,6 +398,7 @@ def _other_configurations() -> Iterator[Configuration]:
                 yield _gradient(dtype, tiling, IDENTITY.row, given)
     for row in ACTIVATIONS.values():
         yield from _fused(torch.float32, common_tilings_of(torch.float32)[1], row)
+        yield from _behind(torch.float32, common_tilings_of(torch.float32)[0], row)
 
 
 def _plain(dtype: torch.dtype, tiling: Tiling, parameters: torch.dtype | None = None) -> Iterator[Configuration]:
@@ -419,6 +412,12 @@ def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Conf
     yield _reduce(dtype, tiling, row, AFFINE)
     yield _gradient(dtype, tiling, row, _TRAINING)
     yield _reduce(dtype, tiling, row, AFFINE | {"dz", "mask" if row.saves == "mask" else "residual"})
+
+
+def _behind(dtype: torch.dtype, tiling: Tiling, before: Activation) -> Iterator[Configuration]:
+    """Training behind an activation of sums."""
+    yield _reduce(dtype, tiling, IDENTITY.row, AFFINE | {"shift"}, before=before)
+    yield _gradient(dtype, tiling, IDENTITY.row, _TRAINING | {"shift", "dshift"}, before=before)
 
 
 def _of_all_places(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
@@ -450,6 +449,7 @@ def batch_norm_reduce(
     p: float = 0.0,
     places: int | None = None,
     emits: bool = False,
+    before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of dz, the gradient before the activation, and of dz * normalised x: of parts of each channel.
 
@@ -457,7 +457,7 @@ def batch_norm_reduce(
     mask, whose activation's input can't be computed from ``x`` alone, or where it ``emits`` it, also dz itself.
 
     Without ``mean`` and ``variance``, x + bias is what was activated.  With the number of ``places`` of a sample's
-    channel, ``g`` is the gradient of their mean, (samples, channels).
+    channel, ``g`` is the gradient of their mean, (samples, channels).  What was normalised is what comes ``before``.
     """
     x = dense(x)
     dz = torch.empty_like(x) if emits or residual is not None or mask is not None else None
@@ -478,11 +478,13 @@ def batch_norm_reduce(
         **dict(zip(VECTORS, vectors, strict=True)),
         "slope": None if slopes is None else slopes.contiguous(),
         "seed": seed,
+        "shift": None if before is None else before.shift,
     }
     given = frozenset(name for name in _REDUCED if pointers[name] is not None)
-    kind = (parameters, mean is not None, places is not None)
+    kind = (parameters, mean is not None, places is not None, None if before is None else before.activation.row)
     configuration = _reduce(x.dtype, plan.tiling, activation.row, given, *kind)
     scalars = (eps, activation.a, activation.b, *options(slopes, seed, p), *(() if places is None else (places,)))
+    scalars += before_parameters(before)
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return partial, dz
 
@@ -505,18 +507,20 @@ def batch_norm_backward(
     p: float = 0.0,
     places: int | None = None,
     position: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    before: Before | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradient of the input and, where ``affine``, of weight and bias, in the type of the weight.
 
     ``partial`` are the sums of `batch_norm_reduce`, and ``inverse_count`` is 1 / the number of values that they are
     over.  None where the statistics don't depend on ``x``.  ``places`` as of `batch_norm_reduce`; with the ``position``
-    of maxima over these, the gradient is theirs.
+    of maxima over these, the gradient is theirs.  What was normalised is what comes ``before``: of its shift the last
+    result are partial sums of the gradient, (splits, channels).
     """
     x = dense(x)
     dx = torch.empty_like(x)
     if not x.numel():
         nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
-        return dx, *nothing
+        return dx, *nothing, None
     plan = plan_of(x, places)
     if partial is not None and partial.shape[0] > plan.tiling.lanes:
         partial = partial.sum(0, keepdim=True)
@@ -524,6 +528,9 @@ def batch_norm_backward(
     dweight, dbias = (
         torch.empty(plan.channels, dtype=parameters, device=x.device) if affine else None for _ in range(2)
     )
+    shift = None if before is None else before.shift
+    sums = (plan.splits, plan.channels)
+    dshift = None if shift is None else torch.empty(sums, dtype=ACCUMULATOR[x.dtype], device=x.device)
     vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
     pointers = {
         "g": dense_like(g, x.stride()) if places is None else g.contiguous(),
@@ -536,11 +543,14 @@ def batch_norm_backward(
         "slope": None if slopes is None else slopes.contiguous(),
         "seed": seed,
         "position": position,
+        "shift": shift,
+        "dshift": dshift,
     }
     splits = 0 if partial is None else partial.shape[0]
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
-    kind = (parameters, mean is not None, places is not None)
+    kind = (parameters, mean is not None, places is not None, None if before is None else before.activation.row)
     configuration = _gradient(x.dtype, plan.tiling, activation.row, given, *kind)
     scalars = (splits, inverse_count, eps, activation.a, activation.b, *options(slopes, seed, p))
-    launch_over(configuration, plan, tuple(pointers.values()), *scalars, *(() if places is None else (places,)))
-    return dx, *as_type(parameters if weight is None else weight.dtype, dweight, dbias)
+    scalars += (*(() if places is None else (places,)), *before_parameters(before))
+    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
+    return dx, *as_type(parameters if weight is None else weight.dtype, dweight, dbias), dshift

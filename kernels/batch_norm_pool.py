@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base._triton import tl
+from .base._triton import tl, triton
 from .base.channels import Tiling, channel_tile, common_tilings_of, lanes, tile_place, tiling_for, tilings_of
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, launch, ships
 from .base.layout import dense
-from .base.numerics import divide, narrow, precise_sum, scalar
+from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, cdiv, load
 from .batch_norm import VECTORS, channel_slopes, configuration_of, given_vectors, normalisation, parameter_type
 from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
 
-__all__ = ["MOST_PLACES", "batch_norm_pool", "placed"]
+__all__ = ["MOST_PLACES", "batch_norm_pool", "placed", "shared_gradient"]
 
 #: Places of a channel that 32 bits can count.
 MOST_PLACES = 2**31 - 2**15
@@ -109,6 +109,50 @@ def batch_norm_pool_kernel(
     else:
         y = divide(precise_sum(sums, AXIS), places.to(COMPUTE))
     tl.store(y_pointer + target, narrow(y, y_pointer.dtype.element_ty), mask=inside)
+
+
+# --- The gradient ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def shared_gradient(
+    g_pointer,
+    position_pointer,
+    tile,
+    step,
+    track,
+    channel,
+    channels,
+    places,
+    along_inner,
+    COMPUTE: tl.constexpr,
+    AXIS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradient of a tile's elements, where (samples, channels) is that of what was reduced over all places.
+
+    Of a maximum it is that of the element at its position; of a mean all have an equal share.
+    """
+    if AXIS == 1:
+        start = tl.where(along_inner != 0, track, step) * channels
+        offset = channel.to(tl.int32)
+        place = (tl.where(along_inner != 0, step, track) * WIDTH).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
+        inside = channel < channels
+    else:
+        # Only the first row needs 64 bits.
+        first = step * HEIGHT
+        row = (first % places).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
+        start = first // places * channels
+        offset = row // places * channels + channel.to(tl.int32)
+        place = row % places
+        inside = tile.inside
+    g = widen(tl.load(g_pointer + start + offset, mask=inside, other=0), COMPUTE)
+    if position_pointer is not None:
+        position = tl.load(position_pointer + start + offset, mask=inside, other=-1).to(tl.int32)
+        return tl.where(place == position, g, 0.0)
+    else:
+        return divide(g, scalar(places, COMPUTE)) + tl.zeros((HEIGHT, WIDTH), COMPUTE)
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------

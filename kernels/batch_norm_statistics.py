@@ -13,6 +13,7 @@ Statistics are float32 (float64 for float64), and so is all arithmetic of the la
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,13 @@ from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, config
 from .base.layout import dense
 from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, cdiv, load
+from .functions.activation import ACTIVATIONS, Activated, Activation
 
 __all__ = [
+    "Before",
+    "before_constants",
+    "before_parameters",
+    "channel_shift",
     "copy_back",
     "merge_partial",
     "merge_statistics",
@@ -45,7 +51,46 @@ __all__ = [
     "partial_statistics",
     "store_moments",
     "store_statistics",
+    "value_before",
 ]
+
+# --- Before the norm --------------------------------------------------------------------------------------------------
+
+
+class Before(NamedTuple):
+    """What is normalised, where that isn't the input: activation(x + shift), with a shift for each channel, or none."""
+
+    activation: Activated
+    shift: Tensor | None
+
+
+def before_parameters(before: Before | None) -> tuple[float, float]:
+    """The parameters of that activation, as kernels are given them."""
+    return (0.0, 0.0) if before is None else (before.activation.a, before.activation.b)
+
+
+def before_constants(row: Activation | None, shifted: bool) -> dict[str, Any]:
+    """Constants of kernels that can be told of an activation before the norm."""
+    return {"BEFORE": row, **({} if shifted else {"shift_pointer": None})}
+
+
+@triton.jit
+def channel_shift(shift_pointer, channel, channels, COMPUTE):
+    """What is added to each channel before the activation before the norm."""
+    if shift_pointer is not None:
+        return widen(tl.load(shift_pointer + channel, mask=channel < channels, other=0), COMPUTE)
+    else:
+        return tl.zeros(channel.shape, COMPUTE)
+
+
+@triton.jit
+def value_before(x, shift, a, b, BEFORE: tl.constexpr):
+    """What is normalised of the input."""
+    if BEFORE is None:
+        return x
+    else:
+        return BEFORE.forward(x + shift, scalar(a, x.dtype), scalar(b, x.dtype))
+
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
@@ -147,6 +192,7 @@ def store_moments(
 def batch_norm_statistics_kernel(
     x_pointer,  # input, (outer, channels, inner)
     partial_pointer,  # (splits, 3, channels): count, mean, sum of squared deviations
+    shift_pointer,  # (channels,), added before the activation before the norm; or None
     outer: tl.int64,
     channels,
     columns,
@@ -155,6 +201,9 @@ def batch_norm_statistics_kernel(
     tiles_per_track: tl.int64,
     tiles_per_program: tl.int64,
     along_inner: tl.int32,
+    before_a: tl.float64,  # of that activation
+    before_b: tl.float64,
+    BEFORE: tl.constexpr,  # that activation; or None
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -164,13 +213,15 @@ def batch_norm_statistics_kernel(
 ):
     columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
+    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
     mean = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)
     for step in tl.range(first, end, num_stages=STAGES):
         tile, present = tile_place(
             step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
         )
-        x = load(x_pointer, tile, COMPUTE)
+        x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         # A lane that is present now was present in all steps before: the step tells its count.
         rate = divide(scalar(1.0, COMPUTE), (step - first + 1).to(tl.int32).to(COMPUTE))
         difference = tl.where(present, x - mean, 0.0)
@@ -185,7 +236,6 @@ def batch_norm_statistics_kernel(
     count = tl.where(lane < starts, before.to(COMPUTE), 0.0) + (lane < stays).to(COMPUTE)
     total = (starts * before + stays).to(COMPUTE)
     mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH, True)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
     store_statistics(partial_pointer, split, channel, channels, total, mean, deviations)
 
 
@@ -244,14 +294,20 @@ _MERGE_SPLITS, _MERGE_CHANNELS = 256, 8
 
 
 @cache
-def _statistics(dtype: torch.dtype, tiling: Tiling) -> Configuration:
+def _statistics(
+    dtype: torch.dtype,
+    tiling: Tiling,
+    before: Activation | None = None,
+    shifted: bool = False,
+) -> Configuration:
+    told = "" if before is None else f" of {before.name}{' of sums' * shifted}"
     return configure_channels(
         batch_norm_statistics_kernel,
-        "batch norm statistics",
+        f"batch norm statistics{told}",
         dtype,
         tiling,
-        {},
-        pointers={"partial": ACCUMULATOR[dtype]},
+        before_constants(before, shifted),
+        pointers={"partial": ACCUMULATOR[dtype], "shift": dtype},
         wide_loads=1,
         wide_stores=0,
     )
@@ -285,10 +341,15 @@ def configurations() -> Iterator[Configuration]:
         _merge(torch.float64, False, False),
         *(_statistics(torch.bfloat16, tiling) for tiling in tilings_of(torch.bfloat16)),
         *(_statistics(dtype, tiling) for dtype in DTYPES for tiling in common_tilings_of(dtype)),
+        *(
+            _statistics(torch.bfloat16, tiling, ACTIVATIONS["relu"], True)
+            for tiling in common_tilings_of(torch.bfloat16)
+        ),
     )
     every = (
         *(_merge(dtype, *kind) for dtype in (torch.float32, torch.float64) for kind in _MERGED),
         *(_statistics(dtype, tiling) for dtype in DTYPES for tiling in tilings_of(dtype)),
+        *(_statistics(torch.float32, common_tilings_of(torch.float32)[1], row, True) for row in ACTIVATIONS.values()),
     )
     yield from dict.fromkeys(usual)
     yield from (replace(other, rare=True) for other in every if other not in usual)
@@ -305,10 +366,12 @@ def partial_statistics(x: Tensor) -> Tensor:
     return partial_over(x, plan_of(x))
 
 
-def partial_over(x: Tensor, plan: Plan) -> Tensor:
-    """`partial_statistics` of the dense ``x``, by the programs of its plan."""
+def partial_over(x: Tensor, plan: Plan, before: Before | None = None) -> Tensor:
+    """`partial_statistics` of the dense ``x``, or of what comes ``before``, by the programs of its plan."""
     partial = torch.empty((plan.splits, 3, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
-    launch_over(_statistics(x.dtype, plan.tiling), plan, (x, partial))
+    row, shift = (None, None) if before is None else (before.activation.row, before.shift)
+    configuration = _statistics(x.dtype, plan.tiling, row, shift is not None)
+    launch_over(configuration, plan, (x, partial, shift), *before_parameters(before))
     return partial
 
 

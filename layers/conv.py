@@ -151,8 +151,10 @@ def arguments(layer: _ConvNd, input: Tensor) -> tuple[Any, ...]:
     )
 
 
-def product_of(layer: _ConvNd, input: Tensor) -> Callable[[Tensor | None], Tensor]:
+def product_of(layer: _ConvNd | nn.Linear, input: Tensor) -> Callable[[Tensor | None], Tensor]:
     """A call of a layer, as a function of the bias in the place of its own."""
+    if isinstance(layer, nn.Linear):
+        return lambda bias: F.linear(input, layer.weight, bias)
     if not layer.transposed:
         return lambda bias: layer._conv_forward(input, layer.weight, bias)
     directions, _, weight, _, *rest = arguments(layer, input)

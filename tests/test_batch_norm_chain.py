@@ -120,14 +120,14 @@ def test_what_goes_to_stock(change: dict[str, object], reason: str, device: str)
 def test_operators_describe_themselves(slopes: int, device: str) -> None:
     (x, weight, bias, weights), _ = operands((3, 6, 5), torch.float32, slopes, device)
     ops, mean, variance = torch.ops.fusednn, torch.zeros(6, device=device), torch.ones(6, device=device)
-    vectors = (mean, variance, weight, bias, weights, None, EPS, *PRELU.arguments, 0.0)
+    vectors = (mean, variance, weight, bias, weights, None, None, EPS, *PRELU.arguments, 0.0, "", 0.0, 0.0)
     training = (x, mean.clone(), variance.clone(), None, 0.1, *vectors[2:])
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.batch_norm_chain_training.default, training, test_utils=utilities)
     torch.library.opcheck(ops.batch_norm_chain.default, (x, *vectors), test_utils=utilities)
     torch.library.opcheck(ops.batch_norm_chain_reduce.default, (x, x, *vectors), test_utils=utilities)
     partial = ops.batch_norm_chain_reduce(x, x, *vectors)
-    torch.library.opcheck(ops.batch_norm_chain_backward.default, (x, x, partial, *vectors), test_utils=utilities)
+    torch.library.opcheck(ops.batch_norm_chain_backward.default, (x, x, partial, *vectors, True), test_utils=utilities)
 
 
 @pytest.mark.interpreter
@@ -147,6 +147,76 @@ def test_as_many_bytes_as_batch_norm_alone(memory_format: torch.memory_format, d
     assert 5 * size <= backward.bytes <= 5.3 * size
     assert (forward.launches, backward.launches) == (2, 2)
     assert saved.bytes_beside(x, weight, bias, slopes) <= 2 * 16 * 4
+
+
+# --- An activation before the norm ------------------------------------------------------------------------------------
+
+
+def behind(name: str, training: bool = True, p: float = 0.0) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours and stock's, of what a product left, weight, bias, and the product's bias, if it has one."""
+
+    def added(z: Tensor, shift: Tensor | None) -> Tensor:
+        return z if shift is None else z + shift.view(-1, *[1] * (z.dim() - 2))
+
+    def running(x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype if x.dtype.itemsize > 2 else torch.float32
+        return tuple(torch.linspace(low, 2, x.shape[1]).to(x.device, dtype) for low in (-1, 0.5))
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
+        options = {"before": name, "product": lambda shift: added(x, shift), "shift": shift, "p": p}
+        return batch_norm_chain(x, *running(x), weight, bias, training, 0.1, EPS, activation="relu", **options)
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = getattr(F, name)(added(x, shift))
+        return F.relu(F.batch_norm(y, *running(x), weight, bias, training, 0.1, EPS))
+
+    return ours, stock
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (3, 16, 5), (2, 3, 7, 7)], ids=str)
+@pytest.mark.parametrize("name", ["hardtanh", "gelu", "tanh"])
+def test_an_activation_before_the_norm(shape: tuple[int, ...], name: str, device: str) -> None:
+    (x, weight, bias, shift), gradient = operands(shape, torch.float32, shape[1], device)
+    check_against_stock(*behind(name), [x, weight, bias, shift], gradient)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_an_activation_before_the_norm_without_a_bias(dtype: torch.dtype, device: str) -> None:
+    (x, weight, bias, _), gradient = operands((3, 6, 5, 4), dtype, 1, device)
+    x = x.to(memory_format=torch.channels_last)
+    check_against_stock(*behind("silu"), [x, weight, bias], gradient)
+
+
+def test_an_activation_before_the_norm_in_evaluation(device: str) -> None:
+    tensors, gradient = operands((5, 6, 9), torch.float32, 6, device)
+    check_against_stock(*behind("softsign", False), tensors, gradient)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_behind_an_activation(training: bool, device: str) -> None:
+    tensors, _ = operands((4, 2, 2), torch.float64, 2, device)
+    function = behind("sigmoid", training)[0]
+    torch.autograd.gradgradcheck(function, [leaf(tensor) for tensor in tensors], fast_mode=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_activation_before_the_norm_moves_no_more(memory_format: torch.memory_format, device: str) -> None:
+    """Than batch norm alone; sums and normalisation make it again from the input, which is kept."""
+    tensors, gradient = operands((8, 16, 16, 16), torch.float32, 16, device)
+    x, weight, bias, shift = map(leaf, (tensors[0].to(memory_format=memory_format), *tensors[1:]))
+    gradient = gradient.to(memory_format=memory_format)
+    size = x.numel() * x.itemsize
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, before="relu", shift=shift)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, weight, bias, shift), gradient)
+    statistics = sum(launch.stored_bytes for launch in forward.kernel_launches) - size
+    assert 3 * size <= forward.bytes <= 3.1 * size + 4 * statistics
+    assert 5 * size <= backward.bytes <= 5.3 * size
+    assert (forward.launches, backward.launches) == (2, 2)
+    assert [operation.name for operation in backward.operations] == ["sum"]  # of the shift's gradient
+    assert saved.bytes_beside(x, weight, bias, shift) <= 2 * 16 * 4
 
 
 # --- Dropout ----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def replace_layers(
               in one and three dimensions, and with transposed convolutions;
             - a batch norm, a residual that is added, an activation;
             - Linear or a convolution, an activation or PReLU, dropout of elements, or of a convolution's channels;
-            - Linear or a convolution, a batch norm, an activation or PReLU, Dropout;
+            - Linear or a convolution, a batch norm, an activation or PReLU, Dropout; also with an activation before the
+              norm;
             - a convolution, a batch norm, an activation or PReLU, and the maximum or the mean over all places;
             - Linear, and the maximum over pieces of its features;
             - an activation, and the product with what it gates (SwiGLU, GEGLU); a highway's t * h + (1 - t) * x;

@@ -331,6 +331,24 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         LINES,
         {"conv": "act", "norm": "the functions behind it"},
     ),
+    "conv, act, norm": (
+        lambda: Block(
+            nn.Conv2d(4, 3, 3),
+            nn.ReLU(),
+            nn.BatchNorm2d(3),
+            nn.Conv2d(3, 2, 1, bias=False),
+            nn.Tanh(),
+            nn.BatchNorm2d(2),
+            nn.PReLU(),
+        ),
+        IMAGES,
+        {"0": "1, 2", "3": "4, 5, 6"},
+    ),
+    "linear, act, norm, dropout": (
+        lambda: Block(nn.Linear(6, 4), nn.LeakyReLU(0.2), nn.BatchNorm1d(4), nn.Dropout(0.0)),
+        ROWS,
+        {"0": "1, 2, 3"},
+    ),
     "linear, act, dropout": (
         lambda: Block(nn.Linear(6, 4), nn.LeakyReLU(0.3), nn.Dropout(0.0), nn.Linear(4, 3), nn.Hardtanh(-0.5, 0.25)),
         ROWS,

@@ -194,6 +194,16 @@ def table() -> nn.Module:
     )
 
 
+def older() -> nn.Module:
+    """Activations before the norms, as many older networks and tabular models have them."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
+        *(nn.Conv2d(4, 4, 3, bias=False), nn.ELU(0.5), nn.BatchNorm2d(4), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64, 8), nn.LeakyReLU(0.2), nn.BatchNorm1d(8), nn.Dropout(0.0)),
+        nn.Linear(8, 3),
+    )
+
+
 def small() -> nn.Module:
     """Of small images: whole channels dropped behind the activation, elements behind norm and activation."""
     return nn.Sequential(
@@ -254,5 +264,6 @@ NETWORKS: dict[str, Network] = {
     ),
     "heads": Network(heads, (2, 3, 12, 12), {"0": "1, 2, 3", "4": "5, 6"}),
     "a table's": Network(table, (300, 10), {"0": "1, 2, 3", "4": "5, 6"}),
+    "older": Network(older, (5, 3, 12, 12), {"0": "1, 2", "3": "4, 5", "8": "9, 10, 11"}),
     "small images'": Network(small, (2, 3, 20, 20), {"0": "1, 2", "3": "4, 5, 6"}),
 }

@@ -1,6 +1,7 @@
 """dropout(activation(norm(product(x)))), with a convolution's or a linear layer's product, or none.
 
-The activation is PReLU, or dropout follows; without either it is what `norm` and `conv` compute.
+Also with an activation of the product before the norm, which isn't written.  Else the activation is PReLU, or dropout
+follows; without either it is what `norm` and `conv` compute.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ... import batch_norm
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
+from ...conv import product_of
 from ..members import (
     ACTIVATIONS,
     SLOPED,
@@ -40,41 +42,74 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
     nodes = [node]
     product, norm = (first, None) if is_one_of(first, _PRODUCTS) else (None, first)
+    before: Any = None if norm is not None else search.extend(nodes, search.activation)
     if norm is None:
         norm = search.extend(nodes, lambda n: search.layer(n, *_NORMS))
     activation: Any = None if norm is None else search.extend(nodes, lambda n: search.activation(n, *SLOPED))
     drop = None if norm is None else search.extend(nodes, lambda n: dropping(search, n))
-    if drop is None and slopes_of(activation) is None:
+    if norm is None or (before is None and drop is None and slopes_of(activation) is None):
         return None
-    members = {"product": product, "norm": norm, "activation": activation, "drop": drop}
+    members = {"product": product, "before": before, "norm": norm, "activation": activation, "drop": drop}
     return Match(nodes, _compute, (node.args[0],), members)
 
 
 PATTERN = Pattern((*_PRODUCTS, *_NORMS), (*_NORMS, *ACTIVATIONS, *SLOPED, nn.Dropout), _match)
 
 
-def _compute(input: Tensor, *, product: nn.Module | None, norm: Any, activation: Activation, drop: Dropping) -> Tensor:
-    layers = (product, norm, activation, drop)
+def _compute(
+    input: Tensor,
+    *,
+    product: nn.Module | None,
+    before: Activation,
+    norm: Any,
+    activation: Activation,
+    drop: Dropping,
+) -> Tensor:
+    layers = (product, before, norm, activation, drop)
     if apart(_refusal(input, *layers), *layers):
-        return dropped(activated(norm(input if product is None else product(input)), activation), drop)
+        y = activated(input if product is None else product(input), before)
+        return dropped(activated(norm(y), activation), drop)
     name, parameters = activation_of(activation)
     p, training = options_of(drop)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters}
     options |= {"slopes": slopes_of(activation), "p": p if training else 0.0}
 
     def together() -> Tensor:
+        if before is not None and product is not None:
+            return _behind(product, before)
         return batch_norm.forward_chain(norm, input if product is None else product(input), **options)
+
+    def _behind(layer: Any, before: Activation) -> Tensor:
+        first, constants = activation_of(before)
+        product = product_of(layer, input)
+        told = {"before": first, "before_parameters": constants, "product": product, "shift": layer.bias}
+        return batch_norm.forward_chain(norm, product(None), **told, **options)
 
     return computed(together, *layers)
 
 
-def _refusal(input: Tensor, product: nn.Module | None, norm: Any, activation: Activation, drop: Dropping) -> str | None:
+def _refusal(
+    input: Tensor,
+    product: Any,
+    before: Activation,
+    norm: Any,
+    activation: Activation,
+    drop: Dropping,
+) -> str | None:
     """Why the layers are called one by one, or None."""
-    return (
+    refusal = (
         call_refusal(input)
         or layer_refusal(product, *_PRODUCTS)
+        or activation_refusal(before)
         or layer_refusal(norm, *_NORMS)
         or activation_refusal(activation, *SLOPED)
         or layer_refusal(drop, nn.Dropout)
         or ("p is not a probability" if not 0 <= options_of(drop)[0] <= 1 else None)
     )
+    if refusal is None and before is not None:
+        directions = 0 if isinstance(product, nn.Linear) else len(product.kernel_size)
+        if input.dim() != directions + 2:
+            refusal = "not a batch of channels"
+        elif product.bias is not None and product.bias.dtype is not product.weight.dtype:
+            refusal = "bias and weight differ in dtype"
+    return refusal
