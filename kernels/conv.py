@@ -37,10 +37,14 @@ from .pool_window import (
     Window,
     code_bits,
     kept_beside_code,
+    maximum_of,
     pooled_like,
+    rank_of,
     store_codes,
+    surpasses,
     tile_place,
     update_maximum,
+    within,
 )
 
 __all__ = [
@@ -122,9 +126,9 @@ def conv_pool_kernel(
             for x in tl.static_range(POOL):
                 image_line = tap_line + y * stride_height
                 image_place = tap_place + x * stride_width
-                within = (image_line >= 0) & (image_line < height) & (image_place >= 0) & (image_place < width)
+                there = x_inside & within(image_line, height) & within(image_place, width)
                 step = (y * stride_height * width + x * stride_width) * channels
-                tile = tl.load(x_pointer + x_offset + step, mask=x_inside & within, other=0)
+                tile = tl.load(x_pointer + x_offset + step, mask=there, other=0)
                 product = add_product(products[y * POOL + x], tile, tl.trans(w), PRECISION)
                 sums += (product,)  # type: ignore[assignment]
         products = sums
@@ -136,21 +140,22 @@ def conv_pool_kernel(
         bias += widen(tl.load(bias_pointer + column, mask=column < filters, other=0), tl.float32)
     best = tl.full((HEIGHT, WIDTH), float("-inf"), tl.float32)
     pre_activation = best
-    position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
+    # Of the window's positions, the first that lies inside.
+    first = tl.maximum(-line, 0) * POOL + tl.maximum(-place, 0)
+    position = tl.zeros((HEIGHT, WIDTH), tl.int32) + first
     for y in tl.static_range(POOL):
         for x in tl.static_range(POOL):
-            within = (line + y >= 0) & (line + y < conv_height) & (place + x >= 0) & (place + x < conv_width)
-            best, pre_activation, position = update_maximum(
-                products[y * POOL + x] + bias,
-                y * POOL + x,
-                inside & within,
-                best,
-                pre_activation,
-                position,
-                a,
-                b,
-                ACTIVATION,
-            )
+            product = products[y * POOL + x] + bias
+            rank = rank_of(product, a, b, ACTIVATION)
+            if POOL > 1:
+                rank = tl.where(within(line + y, conv_height) & within(place + x, conv_width), rank, float("-inf"))
+            if POOL < 3 and x + y == 0:  # these have no padding
+                best, pre_activation = rank, product
+            else:
+                best, pre_activation, position = update_maximum(
+                    surpasses(rank, best), rank, product, y * POOL + x, best, pre_activation, position
+                )
+    best, position = maximum_of(best, pre_activation, position, first, a, b, ACTIVATION)
 
     offset = row * filters + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)

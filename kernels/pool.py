@@ -17,7 +17,7 @@ from torch import Tensor
 from .base.channels import ChannelMatrix
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, launch, ships
 from .base.layout import dense_like
-from .base.tiles import cdiv
+from .base.tiles import cdiv, width_for
 from .batch_norm import channel_vectors
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .pool_backward import pool_backward_cells_kernel, pool_backward_kernel
@@ -39,7 +39,9 @@ from .pool_window import (
 
 __all__ = ["pool_backward", "pool_forward"]
 
-_HEIGHT, _WIDTH = 32, 32
+_TILE = 1024
+_WIDTHS = (8, 16, 32)  # the smaller ones for short lines
+_WIDTH = _WIDTHS[-1]
 _THREADS = 128
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
@@ -63,8 +65,12 @@ def _configuration(
     normalises: bool = False,
     residual: bool = False,
     volumes: bool = False,
+    covered: bool = False,
+    width: int = _WIDTH,
 ) -> Configuration:
-    """``biased``: a bias is added (where it ``normalises``, by a weight multiplied), or its gradient is summed."""
+    """``biased``: a bias is added (where it ``normalises``, by a weight multiplied), or its gradient is summed.
+    ``covered``: see `_is_covered`.
+    """
     kept = kept_beside_code(row, fixed)
     kernel, stride, directions = fixed
     statistic = ACCUMULATOR[dtype]
@@ -72,7 +78,7 @@ def _configuration(
     contiguous = channels_last or kernel in (1, 2, 4)
     # Where the columns of a volume are odd, a thread of fewer runs out of registers.
     threads = 2 * _THREADS if volumes and biased and direction == "backward" and not channels_last else _THREADS
-    wide = _HEIGHT * _WIDTH * dtype.itemsize // 16 // threads
+    wide = _TILE * dtype.itemsize // 16 // threads
     constants: dict[str, Any] = {"ACTIVATION": row}
     if direction == "forward":
         function = pool_forward_kernel
@@ -100,9 +106,13 @@ def _configuration(
         biased and "+ bias",
         normalises and "normalised",
         residual and "+ residual",
+        covered and "covered",
+        width != _WIDTH and f"x{width}",
         row.label,
         TRITON_TYPE[dtype],
     )
+    if function is not pool_backward_kernel:
+        constants["COVERED"] = covered
     planar = () if volumes else [name for name in _OF_VOLUMES if name in function.arg_names]
     return configure(
         function,
@@ -115,8 +125,8 @@ def _configuration(
             "BITS": code_bits(fixed, kept == "mask"),
             "CHANNELS_LAST": channels_last,
             "COMPUTE": COMPUTE[dtype],
-            "HEIGHT": _HEIGHT,
-            "WIDTH": _WIDTH,
+            "HEIGHT": _TILE // width,
+            "WIDTH": width,
         },
         pointers={
             "code": torch.uint8,
@@ -182,10 +192,17 @@ _OTHERS = (
 def _matrix(shape: tuple[int, ...], channels_last: bool) -> ChannelMatrix:
     """Of images of this shape, which aren't empty."""
     rows, columns = image_matrix(shape, channels_last)
+    width = _WIDTH if channels_last else width_for(columns, _WIDTHS)
     return ChannelMatrix(
-        *(not channels_last, rows, columns, shape[1], _HEIGHT, _WIDTH),
+        *(not channels_last, rows, columns, shape[1], _TILE // width, width),
         run=1 if channels_last else prod(shape[2:-1]),
     )
+
+
+def _is_covered(width: int, pooled_width: int, window: Window, channels_last: bool) -> bool:
+    """Whether lines are whole windows side by side: then each line of windows is as aligned as they are many."""
+    kernel, stride, _ = window.fixed
+    return not channels_last and kernel in (2, 4) and kernel == stride and width == kernel * pooled_width
 
 
 def pool_forward(
@@ -232,6 +249,8 @@ def pool_forward(
             normalises=mean is not None,
             residual=residual is not None,
             volumes=len(size) == 3,
+            covered=_is_covered(size[-1], pooled[-1], window, channels_last),
+            width=matrix.width,
         ),
         matrix.programs,
         *(
@@ -287,6 +306,8 @@ def pool_backward(
         _configuration(
             *("backward", g.dtype, activation.row, window.fixed, channels_last, sums_bias, False),
             volumes=len(extents) == 3,
+            covered=_is_covered(extents[-1], pooled[-1], window, channels_last),
+            width=matrix.width,
         ),
         matrix.programs,
         *(tensor for tensor in (g, code, saved, dx, partial) if tensor is not None),

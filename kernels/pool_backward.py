@@ -12,7 +12,7 @@ from .base.channels import sums_tile
 from .base.launch import kernel
 from .base.numerics import narrow, scalar
 from .base.tiles import aligned, store
-from .pool_window import load_gradient, place_images, plane_offset, tile_place
+from .pool_window import load_gradient, place_images, plane_offset, tile_place, within
 
 __all__ = ["pool_backward_cells_kernel", "pool_backward_kernel"]
 
@@ -63,6 +63,7 @@ def pool_backward_cells_kernel(
     DIRECTIONS: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    COVERED: tl.constexpr,  # lines are whole windows side by side, in contiguous images
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,7 +71,10 @@ def pool_backward_cells_kernel(
 ):
     """Windows of a fixed size: a cell of elements for each place of a tile."""
     columns = aligned(columns, ALIGN)
-    if not CHANNELS_LAST:
+    if COVERED:
+        width = aligned(width, STRIDE * ALIGN)
+        pooled_width = columns
+    elif not CHANNELS_LAST:
         width = aligned(width, ALIGN)
         pooled_width = aligned(pooled_width, ALIGN)
     first_row, first_column, row, column, plane, level, line, place, inside = tile_place(
@@ -128,9 +132,9 @@ def pool_backward_cells_kernel(
                 image_place = place * STRIDE + x
                 if KERNEL == 3:
                     image_place -= padding_width
-                offset, within = plane_offset(*(image_level, image_line, image_place, depth, height, width, distance))
-                within = inside & within & (image_place >= 0) & (image_place < width)
-                tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
+                offset, there = plane_offset(*(image_level, image_line, image_place, depth, height, width, distance))
+                there = inside & there & within(image_place, width)
+                tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=there)
                 total += dx
         else:
             # Neighbouring places are put side by side, and stored as they lie.
@@ -138,9 +142,9 @@ def pool_backward_cells_kernel(
             image_place = first_column * STRIDE + tl.arange(0, STRIDE * WIDTH)[None, :]
             if KERNEL == 3:
                 image_place -= padding_width
-            offset, within = plane_offset(*(image_level, image_line, image_place, depth, height, width, 1))
-            within = (row < rows) & within & (image_place >= 0) & (image_place < width)
-            tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=within)
+            offset, there = plane_offset(*(image_level, image_line, image_place, depth, height, width, 1))
+            there = (row < rows) & there & within(image_place, width)
+            tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=there)
             for x in tl.static_range(STRIDE):
                 total += cell[part * STRIDE + x]
     if partial_pointer is not None:

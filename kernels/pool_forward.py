@@ -5,7 +5,17 @@ from .base.launch import kernel
 from .base.numerics import narrow, scalar, widen
 from .base.tiles import aligned
 from .batch_norm import normalisation
-from .pool_window import place_images, plane_offset, store_codes, tile_place, update_maximum
+from .pool_window import (
+    maximum_of,
+    place_images,
+    plane_offset,
+    rank_of,
+    store_codes,
+    surpasses,
+    tile_place,
+    update_maximum,
+    within,
+)
 
 __all__ = ["pool_forward_kernel"]
 
@@ -36,6 +46,18 @@ def parted(x, PARTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
         first, third = tl.split(tl.reshape(even, (HEIGHT, WIDTH, 2)))
         second, fourth = tl.split(tl.reshape(odd, (HEIGHT, WIDTH, 2)))
         return first, second, third, fourth
+
+
+@triton.jit
+def edged(start, tap, extent, KERNEL: tl.constexpr):
+    """Place ``tap`` of a window that begins at ``start``, or the image's nearest; and its number in the window."""
+    if KERNEL == 1:
+        return start, 0
+    else:
+        place = tl.minimum(start + tap, extent - 1)
+        if KERNEL == 3:  # the others have no padding
+            place = tl.maximum(place, 0)
+        return place, place - start
 
 
 # --- The kernel -------------------------------------------------------------------------------------------------------
@@ -84,6 +106,7 @@ def pool_forward_kernel(
     DIRECTIONS: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    COVERED: tl.constexpr,  # lines are whole windows side by side, in contiguous images
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -91,7 +114,9 @@ def pool_forward_kernel(
 ):
     """The maximum of each window, its code, and what else was asked for."""
     columns = aligned(columns, ALIGN)
-    if not CHANNELS_LAST:
+    if COVERED:
+        width = aligned(width, KERNEL * ALIGN)
+    elif not CHANNELS_LAST:
         width = aligned(width, ALIGN)
     _, first_column, row, column, plane, level, line, place, inside = tile_place(
         rows, columns, pooled_depth, pooled_height, pooled_width, CHANNELS_LAST, HEIGHT, WIDTH
@@ -122,44 +147,49 @@ def pool_forward_kernel(
     best = tl.full((HEIGHT, WIDTH), float("-inf"), COMPUTE)
     pre_activation = best
     position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
+    first = 0
     lines: tl.constexpr = KERNEL if DIRECTIONS > 1 else 1
     levels: tl.constexpr = KERNEL if DIRECTIONS > 2 else 1
-    if (KERNEL == 2 or KERNEL == 4) and not CHANNELS_LAST:
-        # No padding, and windows side by side: rows of them are loaded as they lie, and parted.
-        side_by_side = first_column * KERNEL + tl.arange(0, KERNEL * WIDTH)[None, :]
+    if KERNEL:
+        # What of a window lies outside of the image is taken from its edge, which lies in the window too: so each
+        # element is there, and no comparison need ask.
+        side_by_side: tl.constexpr = (KERNEL == 2 or KERNEL == 4) and not CHANNELS_LAST
         for tap_line in tl.static_range(levels * lines):
-            offset, line_inside = plane_offset(
-                *(front + tap_line // lines, top + tap_line % lines, side_by_side, depth, height, width, 1),
-            )
-            line_inside = (row < rows) & line_inside
-            x = load_inputs(
-                *(x_pointer, residual_pointer, start + offset, line_inside & (side_by_side < width)),
-                *(mean, scale, bias, mean_pointer is not None, COMPUTE),
-            )
-            parts = parted(x, KERNEL, HEIGHT, WIDTH)
-            for tap in tl.static_range(KERNEL):
-                within = inside & line_inside
-                if tap:
-                    within = within & (left + tap < width)
-                best, pre_activation, position = update_maximum(
-                    parts[tap], KERNEL * tap_line + tap, within, best, pre_activation, position, a, b, ACTIVATION
+            tap_level, level_position = edged(front, tap_line // lines, depth, KERNEL if DIRECTIONS > 2 else 1)
+            line, line_position = edged(top, tap_line % lines, height, KERNEL if DIRECTIONS > 1 else 1)
+            line_position += level_position * lines
+            if side_by_side:
+                # No padding, and windows side by side: rows of them are loaded as they lie, and parted.
+                places = first_column * KERNEL + tl.arange(0, KERNEL * WIDTH)[None, :]
+                offset, _inside = plane_offset(*(tap_level, line, places, depth, height, width, 1))
+                x = load_inputs(
+                    *(x_pointer, residual_pointer, start + offset, (row < rows) & (places < width)),
+                    *(mean, scale, bias, mean_pointer is not None, COMPUTE),
                 )
-    elif KERNEL:
-        taps: tl.constexpr = levels * lines * KERNEL
-        for tap in tl.static_range(taps):
-            tap_place = left + tap % KERNEL
-            offset, within = plane_offset(
-                *(front + tap // KERNEL // lines, top + tap // KERNEL % lines, tap_place),
-                *(depth, height, width, distance),
-            )
-            within = inside & within & (tap_place >= 0) & (tap_place < width)
-            x = load_inputs(
-                *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
-                *(mean_pointer is not None, COMPUTE),
-            )
-            best, pre_activation, position = update_maximum(
-                x, tap, within, best, pre_activation, position, a, b, ACTIVATION
-            )
+                parts = parted(x, KERNEL, HEIGHT, WIDTH)
+            for tap in tl.static_range(KERNEL):
+                tap_position = line_position * KERNEL
+                if side_by_side:
+                    x = parts[tap]
+                    tap_position += tap
+                else:
+                    tap_place, place_position = edged(left, tap, width, KERNEL)
+                    tap_position += place_position
+                    offset, _inside = plane_offset(*(tap_level, line, tap_place, depth, height, width, distance))
+                    x = load_inputs(
+                        *(x_pointer, residual_pointer, start + offset, inside, mean, scale, bias),
+                        *(mean_pointer is not None, COMPUTE),
+                    )
+                rank = rank_of(x, a, b, ACTIVATION)
+                if tap_line == 0 and tap == 0:
+                    first = tap_position
+                    best, pre_activation, position = rank, x, tl.zeros((HEIGHT, WIDTH), tl.int32) + first
+                else:
+                    if side_by_side and not COVERED:
+                        rank = tl.where(left + tap < width, rank, float("-inf"))
+                    best, pre_activation, position = update_maximum(
+                        surpasses(rank, best), rank, x, tap_position, best, pre_activation, position
+                    )
     else:
         positions = kernel_height * kernel_width
         if depth is not None:
@@ -171,17 +201,19 @@ def pool_forward_kernel(
                 tap_level += tap_line // kernel_height * dilation_depth
                 tap_line = tap_line % kernel_height
             tap_place = left + tap % kernel_width * dilation_width
-            offset, within = plane_offset(
+            offset, within_plane = plane_offset(
                 *(tap_level, top + tap_line * dilation_height, tap_place, depth, height, width, distance),
             )
-            within = inside & within & (tap_place >= 0) & (tap_place < width)
+            there = inside & within_plane & within(tap_place, width)
             x = load_inputs(
-                *(x_pointer, residual_pointer, start + offset, within, mean, scale, bias),
+                *(x_pointer, residual_pointer, start + offset, there, mean, scale, bias),
                 *(mean_pointer is not None, COMPUTE),
             )
-            best, pre_activation, position = update_maximum(
-                x, tap, within, best, pre_activation, position, a, b, ACTIVATION
-            )
+            rank = rank_of(x, a, b, ACTIVATION)
+            wins = there & (surpasses(rank, best) | (position < 0))
+            first = tl.where(there & (position < 0), tap, first)
+            best, pre_activation, position = update_maximum(wins, rank, x, tap, best, pre_activation, position)
+    best, position = maximum_of(best, pre_activation, position, first, a, b, ACTIVATION)
 
     offset = row * columns + column
     tl.store(y_pointer + offset, narrow(best, y_pointer.dtype.element_ty), mask=inside)
@@ -196,7 +228,8 @@ def pool_forward_kernel(
             code = position
             if ACTIVATION.saves == "mask":
                 code += ACTIVATION.mask(pre_activation, a, b).to(tl.int32) << (BITS - 1)
-            code = tl.where(inside, code, 0)
+            if ALIGN * BITS % 8:  # else bytes are whole
+                code = tl.where(inside, code, 0)
             store_codes(code_pointer, code, row, first_column, rows, columns, BITS, HEIGHT, WIDTH)
     if wants_indices:
         winner_level = front
@@ -205,7 +238,7 @@ def pool_forward_kernel(
             winner_level += winner_line // kernel_height * dilation_depth
             winner_line = winner_line % kernel_height
         winner_place = left + position % kernel_width * dilation_width
-        index, _inside = plane_offset(
+        index, _winner_inside = plane_offset(
             *(winner_level, top + winner_line * dilation_height, winner_place, depth, height, width, 1)
         )
         tl.store(index_pointer + offset, index, mask=inside)

@@ -47,6 +47,7 @@ __all__ = [
     "images",
     "kept_beside_code",
     "load_gradient",
+    "maximum_of",
     "memory_format",
     "most_positions",
     "place_images",
@@ -54,10 +55,13 @@ __all__ = [
     "point",
     "point_codes",
     "pooled_like",
+    "rank_of",
     "store_codes",
+    "surpasses",
     "tile_place",
     "update_maximum",
     "winner_indices",
+    "within",
 ]
 
 #: Elements along a line or a column of an image that 32 bits can count in, inside a tile and its windows.
@@ -121,22 +125,50 @@ def place_images(plane, column, columns, depth, height, width, CHANNELS_LAST: tl
 @triton.jit
 def plane_offset(level, line, place, depth, height, width, distance):
     """Where an element lies in its plane, and whether level and line are inside."""
-    inside = (line >= 0) & (line < height)
+    inside = within(line, height)
     offset = line.to(tl.int64)
     if depth is not None:
-        inside = inside & (level >= 0) & (level < depth)
+        inside = inside & within(level, depth)
         offset += level.to(tl.int64) * height
     return (offset * width + place) * distance, inside
 
 
 @triton.jit
-def update_maximum(x, window_position, inside, best, pre_activation, position, a, b, ACTIVATION: tl.constexpr):
-    """The maximum with the elements at ``window_position``: its value, what that was before the activation, and its
-    position.
+def within(place, extent):
+    """Whether 0 <= place < extent, in one comparison."""
+    return place.to(tl.uint32, bitcast=True) < extent.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def rank_of(x, a, b, ACTIVATION: tl.constexpr):
+    """What a window's elements are compared by: the activation's values, or what it is applied to if that will do."""
+    if ACTIVATION.keeps_order:
+        return x
+    else:
+        return ACTIVATION.forward(x, a, b)
+
+
+@triton.jit
+def surpasses(rank, best):
+    return (rank > best) | (rank != rank)
+
+
+@triton.jit
+def update_maximum(wins, rank, x, window_position, best, pre_activation, position):
+    """The maximum's rank, the activation's input there and its position, with the element at ``window_position``."""
+    return tl.where(wins, rank, best), tl.where(wins, x, pre_activation), tl.where(wins, window_position, position)
+
+
+@triton.jit
+def maximum_of(best, pre_activation, position, first, a, b, ACTIVATION: tl.constexpr):
+    """The maximum and its position.  ``first`` is the window's first position that lies inside: it is the first of
+    equal values where the activation makes all of them equal.
     """
-    value = ACTIVATION.forward(x, a, b)
-    wins = inside & ((value > best) | (value != value) | (position < 0))
-    return tl.where(wins, value, best), tl.where(wins, x, pre_activation), tl.where(wins, window_position, position)
+    if ACTIVATION.keeps_order:
+        best = ACTIVATION.forward(best, a, b)
+        if ACTIVATION.saves == "mask":
+            position = tl.where(ACTIVATION.mask(pre_activation, a, b), position, first)
+    return best, position
 
 
 @triton.jit
@@ -184,9 +216,9 @@ def load_gradient(
     COMPUTE: tl.constexpr,
 ):
     """Of the windows at these places of pooled images: the position of the maximum, and its gradient."""
-    inside = inside & (line >= 0) & (line < height) & (place >= 0) & (place < width)
+    inside = inside & within(line, height) & within(place, width)
     if depth is not None:
-        inside = inside & (level >= 0) & (level < depth)
+        inside = inside & within(level, depth)
         plane = plane * depth + level
     row = plane * height + line
     if CHANNELS_LAST:

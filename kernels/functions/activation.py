@@ -414,7 +414,8 @@ class Activation:
 
     ``forward(x, a, b)`` and ``gradient(g, saved, a, b)`` are device functions; ``saved`` is what ``saves`` names: the
     booleans of ``mask(x, a, b)``, one bit each, the ``"output"`` or the ``"input"``.  ``mask_gates`` says that the
-    gradient vanishes where the mask's bit is 0: the bit can then tell of dropped elements, too.
+    gradient vanishes where the mask's bit is 0: the bit can then tell of dropped elements, too.  ``keeps_order``: the
+    largest of several inputs has the largest value, and values are equal only where inputs are, or the mask's bit is 0.
 
     ``parameters`` are PyTorch's names of ``a`` and ``b``, as far as a user may choose them, and ``defaults`` the values
     of both in the ``torch.nn`` module.  ``refuses(a, b, inplace)`` gives the reason why the kernels don't take these
@@ -429,6 +430,7 @@ class Activation:
     saves: Literal["nothing", "mask", "output", "input"]
     mask: Any = None
     mask_gates: bool = False
+    keeps_order: bool = False
     parameters: tuple[str, ...] = ()
     defaults: tuple[float, float] = (0.0, 0.0)
     refuses: Callable[[float, float, bool], str | None] = _takes_all
@@ -461,7 +463,7 @@ class Activation:
         """What a row is to Triton's cache on disk."""
         functions = (self.forward, self.gradient, self.mask)
         keys = (None if function is None else function.cache_key for function in functions)
-        return f"{self.saves} {self.mask_gates} {self.coarse} {' '.join(map(str, keys))}"
+        return f"{self.saves} {self.mask_gates} {self.keeps_order} {self.coarse} {' '.join(map(str, keys))}"
 
 
 @cache
@@ -506,7 +508,7 @@ _SELU = (_SELU_ALPHA * _SELU_SCALE, _SELU_SCALE)
 ACTIVATIONS: dict[str, Activation] = {
     row.name: row
     for row in (
-        Activation("relu", relu_forward, kept_gradient, "mask", relu_mask, mask_gates=True),
+        Activation("relu", relu_forward, kept_gradient, "mask", relu_mask, mask_gates=True, keeps_order=True),
         Activation(
             "relu6", hardtanh_forward, kept_gradient, "mask", hardtanh_mask, mask_gates=True, defaults=(0.0, 6.0)
         ),
