@@ -163,6 +163,12 @@ def configurations() -> Iterator[Configuration]:
         # Behind a convolution.
         for fixed, dtype in zip((POINT.fixed, two, three, ANY), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
             yield _configuration(direction, dtype, relu, fixed, channels_last, True, False)
+        # Lines of whole windows, long and short.
+        for width, dtype in product(() if channels_last else _WIDTHS, _COMMON_DTYPES):
+            configuration = _configuration(
+                *(direction, dtype, relu, two, False, True, False), covered=True, width=width
+            )
+            yield replace(configuration, rare=dtype is not torch.bfloat16)
         # Of lines, and of volumes: alone and behind a convolution.
         for volumes, fixed in _OTHERS:
             format_ = (fixed, channels_last)
@@ -199,10 +205,15 @@ def _matrix(shape: tuple[int, ...], channels_last: bool) -> ChannelMatrix:
     )
 
 
-def _is_covered(width: int, pooled_width: int, window: Window, channels_last: bool) -> bool:
-    """Whether lines are whole windows side by side: then each line of windows is as aligned as they are many."""
-    kernel, stride, _ = window.fixed
-    return not channels_last and kernel in (2, 4) and kernel == stride and width == kernel * pooled_width
+def _is_covered(size: Sequence[int], pooled: Sequence[int], window: Window, channels_last: bool) -> bool:
+    """Whether contiguous images are whole windows side by side: then lines follow one another whatever the image, and
+    those of the images are as aligned as those of windows, and more.
+    """
+    kernel, stride, directions = window.fixed
+    if channels_last or len(size) > 2 or kernel not in (2, 4) or kernel != stride:
+        return False
+    height = pooled[0] * (kernel if directions > 1 else 1)
+    return size[0] == height and size[1] == kernel * pooled[1]
 
 
 def pool_forward(
@@ -249,7 +260,7 @@ def pool_forward(
             normalises=mean is not None,
             residual=residual is not None,
             volumes=len(size) == 3,
-            covered=_is_covered(size[-1], pooled[-1], window, channels_last),
+            covered=_is_covered(size, pooled, window, channels_last),
             width=matrix.width,
         ),
         matrix.programs,
@@ -306,7 +317,7 @@ def pool_backward(
         _configuration(
             *("backward", g.dtype, activation.row, window.fixed, channels_last, sums_bias, False),
             volumes=len(extents) == 3,
-            covered=_is_covered(extents[-1], pooled[-1], window, channels_last),
+            covered=_is_covered(extents, pooled, window, channels_last),
             width=matrix.width,
         ),
         matrix.programs,

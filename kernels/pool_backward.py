@@ -12,7 +12,7 @@ from .base.channels import sums_tile
 from .base.launch import kernel
 from .base.numerics import narrow, scalar
 from .base.tiles import aligned, store
-from .pool_window import load_gradient, place_images, plane_offset, tile_place, within
+from .pool_window import covered_offset, load_gradient, place_images, plane_offset, tile_place, window_place, within
 
 __all__ = ["pool_backward_cells_kernel", "pool_backward_kernel"]
 
@@ -63,7 +63,7 @@ def pool_backward_cells_kernel(
     DIRECTIONS: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    COVERED: tl.constexpr,  # lines are whole windows side by side, in contiguous images
+    COVERED: tl.constexpr,  # contiguous images are whole windows side by side
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -73,7 +73,6 @@ def pool_backward_cells_kernel(
     columns = aligned(columns, ALIGN)
     if COVERED:
         width = aligned(width, STRIDE * ALIGN)
-        pooled_width = columns
     elif not CHANNELS_LAST:
         width = aligned(width, ALIGN)
         pooled_width = aligned(pooled_width, ALIGN)
@@ -97,10 +96,15 @@ def pool_backward_cells_kernel(
     for p in tl.static_range(level_reach):
         for q in tl.static_range(line_reach):
             for r in tl.static_range(reach):
+                window_row, window_column, window_columns, there = row, column, columns, inside
+                if not COVERED:  # else cells are windows
+                    window_row, window_column, window_columns, there = window_place(
+                        *(plane, level - p, line - q, place - r, column, columns),
+                        *(pooled_depth, pooled_height, pooled_width, inside, CHANNELS_LAST),
+                    )
                 position, g = load_gradient(
-                    *(g_pointer, code_pointer, saved_pointer, plane, level - p, line - q, place - r, column, columns),
-                    *(pooled_depth, pooled_height, pooled_width, inside, a, b),
-                    *(ACTIVATION, KEPT, BITS, CHANNELS_LAST, COMPUTE),
+                    *(g_pointer, code_pointer, saved_pointer, window_row, window_column, window_columns, there),
+                    *(a, b, ACTIVATION, KEPT, BITS, COMPUTE),
                 )
                 sums = ()
                 for z in tl.static_range(level_stride):
@@ -140,10 +144,15 @@ def pool_backward_cells_kernel(
             # Neighbouring places are put side by side, and stored as they lie.
             dx = interleaved(cell, part * STRIDE, STRIDE, HEIGHT, WIDTH)
             image_place = first_column * STRIDE + tl.arange(0, STRIDE * WIDTH)[None, :]
-            if KERNEL == 3:
-                image_place -= padding_width
-            offset, there = plane_offset(*(image_level, image_line, image_place, depth, height, width, 1))
-            there = (row < rows) & there & within(image_place, width)
+            if COVERED:
+                start = first_row * line_stride * width
+                offset = covered_offset(part, width, line_stride, HEIGHT) + image_place
+                there = (row < rows) & (image_place < width)
+            else:
+                if KERNEL == 3:
+                    image_place -= padding_width
+                offset, there = plane_offset(*(image_level, image_line, image_place, depth, height, width, 1))
+                there = (row < rows) & there & within(image_place, width)
             tl.store(dx_pointer + start + offset, narrow(dx, dx_pointer.dtype.element_ty), mask=there)
             for x in tl.static_range(STRIDE):
                 total += cell[part * STRIDE + x]
@@ -221,10 +230,13 @@ def pool_backward_kernel(
             front = front // stride_depth
         top = line + padding_height - tap_line * dilation_height
         begins = begins & (top >= 0) & (top % stride_height == 0)
+        window_row, window_column, window_columns, there = window_place(
+            *(plane, front, top // stride_height, left // stride_width, column, columns),
+            *(pooled_depth, pooled_height, pooled_width, inside & begins, CHANNELS_LAST),
+        )
         position, g = load_gradient(
-            *(g_pointer, code_pointer, saved_pointer, plane, front, top // stride_height, left // stride_width),
-            *(column, columns, pooled_depth, pooled_height, pooled_width, inside & begins, a, b),
-            *(ACTIVATION, KEPT, BITS, CHANNELS_LAST, COMPUTE),
+            *(g_pointer, code_pointer, saved_pointer, window_row, window_column, window_columns, there),
+            *(a, b, ACTIVATION, KEPT, BITS, COMPUTE),
         )
         dx += tl.where(position == tap, g, 0.0)
     tl.store(dx_pointer + row * columns + column, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)

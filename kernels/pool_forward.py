@@ -6,6 +6,8 @@ from .base.numerics import narrow, scalar, widen
 from .base.tiles import aligned
 from .batch_norm import normalisation
 from .pool_window import (
+    covered_offset,
+    divided,
     maximum_of,
     place_images,
     plane_offset,
@@ -106,7 +108,7 @@ def pool_forward_kernel(
     DIRECTIONS: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    COVERED: tl.constexpr,  # lines are whole windows side by side, in contiguous images
+    COVERED: tl.constexpr,  # contiguous images are whole windows side by side
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -118,7 +120,7 @@ def pool_forward_kernel(
         width = aligned(width, KERNEL * ALIGN)
     elif not CHANNELS_LAST:
         width = aligned(width, ALIGN)
-    _, first_column, row, column, plane, level, line, place, inside = tile_place(
+    first_row, first_column, row, column, plane, level, line, place, inside = tile_place(
         rows, columns, pooled_depth, pooled_height, pooled_width, CHANNELS_LAST, HEIGHT, WIDTH
     )
     a = scalar(a, COMPUTE)
@@ -126,7 +128,12 @@ def pool_forward_kernel(
     if CHANNELS_LAST:
         channel = column
     else:
-        channel = plane % channels
+        # Only the first plane's needs 64 bits to be divided.
+        first_plane = first_row // pooled_height
+        if depth is not None:
+            first_plane = first_plane // pooled_depth
+        channel = (first_plane % channels).to(tl.int32) + (plane - first_plane).to(tl.int32)
+        _, channel = divided(channel, channels)
     mean = scalar(0.0, COMPUTE)
     scale = mean
     bias = mean
@@ -147,7 +154,7 @@ def pool_forward_kernel(
     best = tl.full((HEIGHT, WIDTH), float("-inf"), COMPUTE)
     pre_activation = best
     position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
-    first = 0
+    first = position + 1  # the first position inside
     lines: tl.constexpr = KERNEL if DIRECTIONS > 1 else 1
     levels: tl.constexpr = KERNEL if DIRECTIONS > 2 else 1
     if KERNEL:
@@ -161,7 +168,12 @@ def pool_forward_kernel(
             if side_by_side:
                 # No padding, and windows side by side: rows of them are loaded as they lie, and parted.
                 places = first_column * KERNEL + tl.arange(0, KERNEL * WIDTH)[None, :]
-                offset, _inside = plane_offset(*(tap_level, line, places, depth, height, width, 1))
+                if COVERED:
+                    line_position = tap_line
+                    start = first_row * lines * width
+                    offset = covered_offset(tap_line, width, lines, HEIGHT) + places
+                else:
+                    offset, _inside = plane_offset(*(tap_level, line, places, depth, height, width, 1))
                 x = load_inputs(
                     *(x_pointer, residual_pointer, start + offset, (row < rows) & (places < width)),
                     *(mean, scale, bias, mean_pointer is not None, COMPUTE),

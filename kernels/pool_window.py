@@ -43,6 +43,8 @@ __all__ = [
     "Pooled",
     "Window",
     "code_bits",
+    "covered_offset",
+    "divided",
     "image_matrix",
     "images",
     "kept_beside_code",
@@ -60,6 +62,7 @@ __all__ = [
     "surpasses",
     "tile_place",
     "update_maximum",
+    "window_place",
     "winner_indices",
     "within",
 ]
@@ -68,6 +71,14 @@ __all__ = [
 LARGEST_EXTENT = 2**30
 
 # --- Device functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def divided(number, divisor):
+    """Quotient and remainder of what isn't negative, which takes fewer instructions."""
+    number = number.to(tl.uint32, bitcast=True)
+    divisor = divisor.to(tl.uint32, bitcast=True)
+    return (number // divisor).to(tl.int32, bitcast=True), (number % divisor).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -90,22 +101,16 @@ def tile_place(
     first = first_row
     offset = tl.arange(0, HEIGHT)[:, None]
     if CHANNELS_LAST:
-        offset += (first % width).to(tl.int32)
+        offset, place = divided(offset + (first % width).to(tl.int32), width)
         first = first // width
-        place = offset % width
-        offset = offset // width
     else:
         place = column
-    offset += (first % height).to(tl.int32)
+    offset, line = divided(offset + (first % height).to(tl.int32), height)
     first = first // height
-    line = offset % height
-    offset = offset // height
     level = 0
     if depth is not None:
-        offset += (first % depth).to(tl.int32)
+        offset, level = divided(offset + (first % depth).to(tl.int32), depth)
         first = first // depth
-        level = offset % depth
-        offset = offset // depth
     return first_row, first_column, row, column, first + offset, level, line, place, inside
 
 
@@ -137,6 +142,14 @@ def plane_offset(level, line, place, depth, height, width, distance):
 def within(place, extent):
     """Whether 0 <= place < extent, in one comparison."""
     return place.to(tl.uint32, bitcast=True) < extent.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def covered_offset(line, width, LINES: tl.constexpr, HEIGHT: tl.constexpr):
+    """Where the images' lines number ``line`` of the windows in a tile's rows begin, counted from the first window:
+    where images are whole windows side by side, all their lines follow one another.
+    """
+    return (tl.arange(0, HEIGHT)[:, None] * LINES + line).to(tl.int64) * width
 
 
 @triton.jit
@@ -193,29 +206,8 @@ def store_codes(
 
 
 @triton.jit
-def load_gradient(
-    g_pointer,
-    code_pointer,
-    saved_pointer,
-    plane,
-    level,
-    line,
-    place,
-    column,
-    columns,
-    depth,
-    height,
-    width,
-    inside,
-    a,
-    b,
-    ACTIVATION: tl.constexpr,
-    KEPT: tl.constexpr,
-    BITS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Of the windows at these places of pooled images: the position of the maximum, and its gradient."""
+def window_place(plane, level, line, place, column, columns, depth, height, width, inside, CHANNELS_LAST: tl.constexpr):
+    """Where the windows at these places of pooled images lie in memory: row, column, columns, and which are inside."""
     inside = inside & within(line, height) & within(place, width)
     if depth is not None:
         inside = inside & within(level, depth)
@@ -226,6 +218,26 @@ def load_gradient(
     else:
         column = place
         columns = width
+    return row, column, columns, inside
+
+
+@triton.jit
+def load_gradient(
+    g_pointer,
+    code_pointer,
+    saved_pointer,
+    row,
+    column,
+    columns,
+    inside,
+    a,
+    b,
+    ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,
+    BITS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Of the windows there: the position of the maximum, and its gradient."""
     offset = row * columns + column
     g = widen(tl.load(g_pointer + offset, mask=inside, other=0), COMPUTE)
     position = 0
