@@ -267,8 +267,8 @@ _ENOUGH_PROGRAMS = 128
 # Shared memory that a program may have on any GPU: 99 KB on NVIDIA's consumer GPUs, 64 KB on AMD's.
 _SHARED_BYTES = 2**16 if torch.version.hip else 99 * 2**10
 
-# The most features that are multiplied in the fused kernel, by the precision of the product: 2048, and 256 without
-# tensor cores; and in the fused backward pass: 512.  Predicted, not measured.
+# The most features that are multiplied in the fused kernel, by the precision of the product: 512, and 256 without
+# tensor cores; and in the fused backward pass: 64.  Predicted, not measured.
 _MOST_FEATURES = {precision: most_maxout_features(precision) for precision in ("fp16", "bf16", "tf32", "fp32")}
 _MOST_FEATURES_BACKWARD = most_maxout_features_backward()
 # In TF32, tensor cores want both operands to lie along the sum; that of the data's gradient, over units, isn't theirs.

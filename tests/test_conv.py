@@ -319,14 +319,17 @@ FUNCTIONS = (autograd.conv_act_pool2d, stock)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_single_kernel_in_half_precision(dtype: torch.dtype, device: str) -> None:
     """Of integers, so that no rounding decides which of a window is the largest, or positive."""
-    x, *parameters = (t.clamp(-1, 1).round() for t in operands(dtype, device, shape=(2, 3, 12, 10), filters=70))
+    x, *parameters = (t.clamp(-1, 1).round() for t in operands(dtype, device, shape=(2, 16, 12, 10), filters=70))
     check([LAYOUTS["channels_last"](x), *parameters], 1, 1, pool_size=2)
 
 
 @needs_kernels
 @counts_bytes
 @pytest.mark.parametrize("pool", POOLS[:3], ids=str)
-def test_single_kernel_moves_input_weights_result_and_code(pool: Options, device: str) -> None:
+def test_single_kernel_moves_input_weights_result_and_code(
+    pool: Options, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.conv, "takes_single", lambda *_: True)
     x, weight, bias = operands(torch.float32, device, shape=(2, 3, 12, 10), filters=64)
     leaves = [leaf(LAYOUTS["channels_last"](t)) for t in (x, weight)] + [leaf(bias)]
     with measure_traffic() as traffic, saved_tensors() as saved:
@@ -345,13 +348,14 @@ def test_single_kernel_moves_input_weights_result_and_code(pool: Options, device
 @pytest.mark.parametrize(
     ("channels", "kernel", "layout", "options", "single"),
     [
-        (3, 3, "channels_last", {"pool_size": 2}, True),
-        (3, 3, "contiguous", {"pool_size": 2}, False),
+        (16, 3, "channels_last", {"pool_size": 2}, True),
+        (3, 3, "channels_last", {"pool_size": 2}, False),  # gathered one by one
+        (16, 3, "contiguous", {"pool_size": 2}, False),
         (1, 3, "contiguous", {"pool_size": 2}, False),  # channels last, too, but its result isn't
         (64, 3, "channels_last", {"pool_size": 2}, False),
         (16, 5, "channels_last", {}, True),
-        (3, 11, "channels_last", {"pool_size": 3, "pool_stride": 2}, False),
-        (3, 3, "channels_last", {"pool_size": 4}, False),
+        (16, 3, "channels_last", {"pool_size": 3, "pool_stride": 2}, False),
+        (16, 3, "channels_last", {"pool_size": 4}, False),
     ],
 )
 def test_the_table_chooses(
@@ -365,7 +369,7 @@ def test_the_table_chooses(
 
 @needs_kernels
 def test_float32_is_exact_unless_tf32_is_allowed(device: str) -> None:
-    x, weight, _ = operands(torch.float32, device)
+    x, weight, _ = operands(torch.float32, device, shape=(2, 16, 9, 8))
     arguments = (LAYOUTS["channels_last"](x), weight, (1, 1), 1, kernels.pool_window.POINT)
     before = torch.backends.cudnn.conv.fp32_precision
     try:

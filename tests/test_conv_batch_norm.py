@@ -140,8 +140,8 @@ def test_numerical_gradients(check: Callable[..., bool], device: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_passes_and_what_is_saved(layout: str, device: str) -> None:
     """In training one pass more over the convolution's result than its own, or two; in evaluation none."""
-    ours, _ = pair(torch.float32, device, pool_size=2, padding=1)
-    x = LAYOUTS[layout](random_tensor((2, 3, 16, 32), torch.float32, device))
+    ours, _ = pair(torch.float32, device, channels=16, pool_size=2, padding=1)
+    x = LAYOUTS[layout](random_tensor((2, 16, 16, 32), torch.float32, device))
     dense = 4 * 2 * 5 * 16 * 32
     with measure_traffic() as traffic, saved_tensors() as saved:
         y = ours(leaf(x))

@@ -213,19 +213,19 @@ def test_gradients_on_the_fly_keep_their_budget(device: str, always_fused_backwa
 
 @pytest.mark.kernels
 def test_the_choice_of_the_backward_pass() -> None:
-    assert takes_fused_backward(8192, 1024, 256, 2, torch.bfloat16, H100)
-    assert not takes_fused_backward(8192, 1024, 1024, 2, torch.bfloat16, H100)
-    assert not takes_fused_backward(128, 1024, 256, 2, torch.bfloat16, H100)
-    assert not takes_fused_backward(8192, 1024, 256, 5, torch.bfloat16, H100)
-    assert not takes_fused_backward(8192, 1000, 256, 2, torch.bfloat16, H100)
-    assert not takes_fused_backward(8192, 1024, 256, 2, torch.float32, H100)
-    assert [takes_fused_backward(8192, 1024, 256, 4, torch.bfloat16, device) for device in (H100, RTX)] == [True, False]
+    assert takes_fused_backward(16384, 1024, 64, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(16384, 1024, 128, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(128, 1024, 64, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(16384, 1024, 64, 5, torch.bfloat16, H100)
+    assert not takes_fused_backward(16384, 1000, 64, 2, torch.bfloat16, H100)
+    assert not takes_fused_backward(16384, 1024, 64, 2, torch.float32, H100)
+    assert [takes_fused_backward(16384, 1024, 64, 4, torch.bfloat16, device) for device in (H100, RTX)] == [True, False]
 
 
 @pytest.mark.kernels
 def test_the_choice_between_fused_and_apart(request: pytest.FixtureRequest) -> None:
-    assert fused_refusal(2048, 2, torch.bfloat16, H100) is None
-    assert fused_refusal(4096, 2, torch.bfloat16, H100) is not None
+    assert fused_refusal(512, 2, torch.bfloat16, H100) is None
+    assert fused_refusal(1024, 2, torch.bfloat16, H100) is not None
     assert fused_refusal(256, 2, torch.float32, H100) is None
     assert fused_refusal(512, 2, torch.float32, H100) is not None
     assert fused_refusal(16, 2, torch.float64, H100) is not None
