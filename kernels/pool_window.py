@@ -163,6 +163,9 @@ def rank_of(x, a, b, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def surpasses(rank, best):
+    """Whether an element beats the maximum of those before it: as in PyTorch, the first of equal ones stays, and the
+    last NaN wins.
+    """
     return (rank > best) | (rank != rank)
 
 
