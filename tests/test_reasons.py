@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusednn import autograd, optim
 from fusednn.autograd.dispatch import Choice, observe_choices
@@ -46,6 +47,15 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "the residual has another shape": {"residual": IMAGES[:1]},
             "one value per channel": {"input": IMAGES[:1, :, :1, :1]},
             "the number of batches is not one int64 beside the input": {"batches": torch.tensor(0.0)},
+            "no kernel for these parameters' dtypes": {
+                "weight": torch.ones(3).double(),
+                "running_mean": None,
+                "running_var": None,
+            },
+            "the parameters differ in dtype, device or layout": {
+                "input": IMAGES.bfloat16(),
+                "bias": torch.ones(3).bfloat16(),
+            },
         },
     ),
     "bias_activation_dropout": (
@@ -120,6 +130,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "no classes": {"linear_weight": normal(0, 5)},
             "an unbatched input with a K-dimensional loss": {"input": X[0], "linear_weight": normal(6, 2, 5)},
             "linear_bias doesn't fit linear_weight": {"linear_bias": ONES},
+            "options ask for PyTorch's own chunks": {"options": object()},
             "ignore_index for probabilities": {"target": normal(4, 6).softmax(1), "ignore_index": 1},
         },
     ),
@@ -130,6 +141,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "the padding is more than half of the window": {"padding": 2},
             "a window may lie beside the image": {"padding": 1, "dilation": 7},
             "the image is smaller than the window": {"kernel_size": 7},
+            "the image is too large": {"dilation": 2**30},
         },
     ),
     "maxout_linear": (
@@ -211,6 +223,47 @@ def test_reasons_of_functions(name: str, device: str) -> None:
         assert reason in found, f"{reason}: {found}"
 
 
+def recorded(x: Tensor) -> None:
+    torch.jit.trace(autograd.relu, x, check_trace=False)
+
+
+def transformed(x: Tensor) -> None:
+    torch.func.grad(lambda x: autograd.relu(x).sum())(x)
+
+
+def dual(x: Tensor) -> None:
+    with forward_ad.dual_level():
+        autograd.relu(forward_ad.make_dual(x, x))
+
+
+def of_inference_mode(x: Tensor) -> None:
+    with torch.inference_mode():
+        x = x.clone()
+    autograd.relu(x, inplace=True)
+
+
+def weighted_under_autocast(x: Tensor) -> None:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        autograd.huber_loss(x, x.flip(0), weight=x.abs())
+
+
+SITUATIONS: dict[str, Callable[[Tensor], None]] = {
+    "recorded by torch.jit.trace": recorded,
+    "inside a torch.func transform": transformed,
+    "forward-mode differentiation": dual,
+    "in-place on an inference tensor outside of inference mode": of_inference_mode,
+    "autocast takes a weighted loss apart": weighted_under_autocast,
+}
+
+
+@pytest.mark.parametrize("reason", SITUATIONS)
+def test_reasons_of_situations(reason: str, device: str) -> None:
+    choices: list[Choice] = []
+    with observe_choices(choices.append), suppress(RuntimeError):
+        SITUATIONS[reason](X.to(device))
+    assert [choice.reason for choice in choices] == [reason]
+
+
 # --- Of optimizers ----------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +289,11 @@ def forget(optimizer: Any, parameter: Tensor) -> None:
     del optimizer.state[parameter]["exp_avg_sq"]
 
 
+def infer(_: Any, parameter: Tensor) -> None:
+    with torch.inference_mode():
+        parameter.grad = torch.ones_like(parameter)
+
+
 def negate(optimizer: Any, parameter: Tensor) -> None:
     optimizer.state[parameter]["exp_avg"] = torch._neg_view(torch.zeros_like(parameter))
 
@@ -255,6 +313,7 @@ CHANGES: dict[str, Callable[[Any, Tensor], None]] = {
     ),
     "gradient or state is not like its parameter": of_state(exp_avg=torch.zeros(4, 3)),
     "a negated view": negate,
+    "a tensor made in inference mode": infer,
 }
 
 
