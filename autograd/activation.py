@@ -457,11 +457,12 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 @or_stock
 def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
     """x Phi(x), or its tanh approximation.  As `torch.nn.functional.gelu`; saves the input."""
-    refusal = None if type(approximate) is str and approximate in ("none", "tanh") else "unknown approximation"
-    name = "gelu_tanh" if refusal is None and approximate == "tanh" else "gelu"
-    if not takes_kernel(name, input, refusal=lambda: refusal or _out_refusal(out)):
-        return F.gelu(input, approximate=approximate, **_given_out(out))
-    return apply_kernel(input, Activated(ACTIVATIONS[name]), False)
+    known = type(approximate) is str and approximate in ("none", "tanh")
+    if not known:
+        takes_kernel("gelu", input, refusal=lambda: "unknown approximation")
+    elif (activation := taken("gelu_tanh" if approximate == "tanh" else "gelu", input, out=out)) is not None:
+        return apply_kernel(input, activation, False)
+    return F.gelu(input, approximate=approximate, **_given_out(out))
 
 
 @or_stock

@@ -15,6 +15,7 @@ from ..kernels import dropout as kernels
 from ..kernels.base.layout import is_dense
 from ..kernels.base.random import with_seed
 from . import stock as F
+from .decisions import decided_once
 from .dispatch import or_stock, takes_kernel
 from .gradients import LinearGradient
 from .operators import operator
@@ -115,7 +116,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     As `torch.nn.functional.dropout`, with a mask of other random numbers.  Any shape; saves a seed.  Source: Srivastava
     et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (JMLR 2014).
     """
-    if not takes_kernel("dropout", input, inplace=inplace, refusal=lambda: probability_refusal(p, training)):
+    if not _takes("dropout", input, p, training, inplace):
         return F.dropout(input, p, training, inplace)
     return apply_dropout(input, p, inplace)
 
@@ -128,7 +129,7 @@ def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace
     `torch.nn.functional.alpha_dropout`, with a mask of other random numbers.  Any shape; saves a seed.  Source:
     Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing Neural Networks" (NeurIPS 2017).
     """
-    if not takes_kernel("alpha_dropout", input, inplace=inplace, refusal=lambda: probability_refusal(p, training)):
+    if not _takes("alpha_dropout", input, p, training, inplace):
         return F.alpha_dropout(input, p, training, inplace)
     return apply_dropout(input, p, inplace, alpha=True)
 
@@ -140,7 +141,7 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     As `torch.nn.functional.dropout1d`, with a mask of other random numbers.  Saves a seed.  Source: Tompson et al.,
     "Efficient Object Localization Using Convolutional Networks" (CVPR 2015).
     """
-    if not _takes_channels("dropout1d", input, p, training, inplace, (2, 3)):
+    if not _takes("dropout1d", input, p, training, inplace, (2, 3)):
         return F.dropout1d(input, p, training, inplace)
     return apply_dropout(input, p, inplace, shared_dims=input.dim() - 1)
 
@@ -153,7 +154,7 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     them.  Saves a seed.  Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR
     2015).
     """
-    if not _takes_channels("dropout2d", input, p, training, inplace, (4,)):
+    if not _takes("dropout2d", input, p, training, inplace, (4,)):
         return F.dropout2d(input, p, training, inplace)
     return apply_dropout(input, p, inplace, shared_dims=2)
 
@@ -166,7 +167,7 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     them.  Saves a seed.  Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks" (CVPR
     2015).
     """
-    if not _takes_channels("dropout3d", input, p, training, inplace, (4, 5)):
+    if not _takes("dropout3d", input, p, training, inplace, (4, 5)):
         return F.dropout3d(input, p, training, inplace)
     return apply_dropout(input, p, inplace, shared_dims=input.dim() - 3)
 
@@ -178,18 +179,40 @@ def feature_alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False,
     As `torch.nn.functional.feature_alpha_dropout`, with a mask of other random numbers.  Saves a seed.  Source:
     Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing Neural Networks" (NeurIPS 2017).
     """
-    if not _takes_channels("feature_alpha_dropout", input, p, training, inplace, None):
+    if not _takes("feature_alpha_dropout", input, p, training, inplace, (), 2):
         return F.feature_alpha_dropout(input, p, training, inplace)
     return apply_dropout(input, p, inplace, alpha=True, shared_dims=2)
 
 
-def _takes_channels(
-    name: str, input: Tensor, p: float, training: bool, inplace: bool, dimensions: tuple[int, ...] | None
+def _takes(
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    dimensions: tuple[int, ...] = (),
+    least: int = 0,
 ) -> bool:
-    """The choice for whole channels, whose input has one of these numbers of ``dimensions``; None: at least two."""
+    """Whether a kernel takes the input, which has one of these numbers of dimensions; (): ``least`` or more."""
+    takes: bool
+    if inplace:
+        takes = takes_kernel(name, input, inplace=True, refusal=lambda: _refusal(input, p, training, dimensions, least))
+    else:
+        takes = _takes_apart(name, input, p, training, dimensions, least)
+    return takes
 
-    def refusal() -> str | None:
-        fits = input.dim() >= 2 if dimensions is None else input.dim() in dimensions
-        return probability_refusal(p, training) or (None if fits else f"{input.dim()} dimensions")
 
-    return takes_kernel(name, input, inplace=inplace, refusal=refusal)
+@decided_once
+def _takes_apart(
+    name: str, input: Tensor, p: float, training: bool, dimensions: tuple[int, ...], least: int
+) -> Callable[..., bool]:
+    """`_takes`, as a function, of a result that is a new tensor."""
+    takes = takes_kernel(name, input, refusal=lambda: _refusal(input, p, training, dimensions, least))
+    return lambda *_: takes
+
+
+def _refusal(input: Tensor, p: object, training: object, dimensions: tuple[int, ...], least: int) -> str | None:
+    if refusal := probability_refusal(p, training):
+        return refusal
+    fits = input.dim() in dimensions if dimensions else input.dim() >= least
+    return None if fits else f"{input.dim()} dimensions"

@@ -1,6 +1,7 @@
 """Negative log likelihood with the signature of ``torch.nn.functional.nll_loss``."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd import Function
 from ..kernels import nll_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
 from . import stock as F
+from .decisions import decided_once
 from .dispatch import in_single_precision, is_integer, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
@@ -112,17 +114,26 @@ def nll_loss(
     the CPU, and a device assertion on CUDA.  Autocast computes it in float32, and so does this.
     """
     name = reduction_name(size_average, reduce, reduction)
-    operands = x, w = in_single_precision(input, weight)
-    given = operands if weight is not None else operands[:1]
-    if not takes_kernel("nll_loss", *given, refusal=lambda: _refusal(input, target, weight, ignore_index, name)):
+    x, w = in_single_precision(input, weight)
+    loss: Tensor | None = _nll_loss(x, target, w, ignore_index, name)
+    if loss is None:
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     warn_of_deprecated(size_average, reduce)
-    loss: Tensor
-    if torch.is_grad_enabled() and x.requires_grad:
-        loss = NLLLoss.apply(x, target, w, ignore_index, name)
-    else:
-        loss, _ = _forward(x, target, w, ignore_index, name)  # type: ignore[arg-type]
     return loss
+
+
+@decided_once
+def _nll_loss(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: kernels.Reduction
+) -> Callable[..., Tensor | None]:
+    """The loss by its kernels, or None."""
+    given = (x,) if weight is None else (x, weight)
+    if not takes_kernel("nll_loss", *given, refusal=lambda: _refusal(x, target, weight, ignore_index, reduction)):
+        return lambda *_: None
+    if torch.is_grad_enabled() and x.requires_grad:
+        function: Callable[..., Tensor] = NLLLoss.apply
+        return function
+    return lambda *arguments: _forward(*arguments)[0]
 
 
 def _refusal(

@@ -16,7 +16,8 @@ from ..kernels import pointwise_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
 from ..kernels.functions.loss import LOSSES, Reduction
 from . import stock as F
-from .dispatch import Refusal, autocast_dtype, in_single_precision, is_number, or_stock, takes_kernel
+from .decisions import decided_once
+from .dispatch import autocast_dtype, in_single_precision, is_number, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator
@@ -212,35 +213,60 @@ def _try_kernel(
     reduce: bool | None = None,
     a: float = 0.0,
     b: float = 0.0,
-    refusal: Refusal | None = None,
+    refusal: str | None = None,
 ) -> Tensor | None:
-    """The loss by kernels, or None where ``operation`` has to take the stock path; ``refusal`` as in `takes_kernel`."""
+    """The loss by kernels, or None where ``operation`` has to take the stock path; ``refusal``: for its options."""
     name = reduction_name(size_average, reduce, reduction)
+    by_autocast = autocast_dtype(input) is not None
+    operands = in_single_precision(input, target, weight, positive_weight)
+    loss: Tensor | None = _loss(*operands, operation, row, name, a, b, by_autocast, refusal)
+    if loss is not None:
+        warn_of_deprecated(size_average, reduce)
+    return loss
+
+
+@decided_once
+def _loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    operation: str,
+    row: str,
+    reduction: str,
+    a: float,
+    b: float,
+    by_autocast: bool,
+    refusal: str | None,
+) -> Callable[..., Tensor | None]:
+    """The loss of operands in the precision that it is computed in, or None."""
 
     def any_refusal() -> str | None:
-        if reason := _refusal(input, target, weight, positive_weight) or (refusal and refusal()):
+        if reason := _refusal(operation, input, target, weight, positive_weight) or refusal:
             return reason
-        if name not in ("none", "mean", "sum") and not (name == "batchmean" and operation == "kl_div"):
+        if reduction not in ("none", "mean", "sum") and not (reduction == "batchmean" and operation == "kl_div"):
             return "unknown reduction"
-        if autocast_dtype(input) is None:
+        if not by_autocast:
             return None
         if weight is not None and row in _UNWEIGHTED_UNDER_AUTOCAST:
             return "autocast takes a weighted loss apart"
         return "autocast rejects it" if row == "binary_cross_entropy" and input.is_cuda else None
 
-    x, t, w, p = in_single_precision(input, target, weight, positive_weight)
-    weights = [tensor for tensor in (w, p) if tensor is not None]
-    if not takes_kernel(operation, x, t, *weights, refusal=any_refusal):
-        return None
-    warn_of_deprecated(size_average, reduce)
-    return _apply_kernel(row, name, x, t, w, p, a=a, b=b)
+    weights = [tensor for tensor in (weight, positive_weight) if tensor is not None]
+    if not takes_kernel(operation, input, target, *weights, refusal=any_refusal):
+        return lambda *_: None
+    return lambda input, target, weight, positive_weight, *_: _apply_kernel(
+        row, reduction, input, target, weight, positive_weight, a=a, b=b
+    )
 
 
 # Losses whose weights PyTorch multiplies outside the operator that autocast knows.
 _UNWEIGHTED_UNDER_AUTOCAST = ("huber_loss", "l1_loss", "mse_loss")
 
 
-def _refusal(input: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None) -> str | None:
+def _refusal(
+    operation: str, input: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None
+) -> str | None:
     """Why the kernels don't take these operands, or None."""
     if input.shape != target.shape:
         return "input and target differ in shape"
@@ -251,19 +277,18 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None, positive_weig
             return "the weights require gradients"
         if not _broadcasts_to(weights, input):
             return "the weights don't fit the input"
+    if weight is not None and operation in _UNBROADCAST and weight.shape != input.shape:
+        return "the weights don't have the shape of the input"
     return None
+
+
+# Losses whose weights PyTorch doesn't broadcast.
+_UNBROADCAST = ("huber_loss", "l1_loss", "mse_loss")
 
 
 def _broadcasts_to(small: Tensor, large: Tensor) -> bool:
     pairs = zip(reversed(small.shape), reversed(large.shape), strict=False)
     return small.dim() <= large.dim() and all(ours in (1, theirs) for ours, theirs in pairs)
-
-
-def _weight_refusal(input: Tensor, weight: Tensor | None) -> str | None:
-    """Why weights of a loss that doesn't broadcast them are refused, or None."""
-    if weight is not None and weight.shape != input.shape:
-        return "the weights don't have the shape of the input"
-    return None
 
 
 def _threshold_refusal(threshold: object) -> str | None:
@@ -296,7 +321,6 @@ def mse_loss(
         reduction=reduction,
         size_average=size_average,
         reduce=reduce,
-        refusal=lambda: _weight_refusal(input, weight),
     )
     if loss is None:
         loss = F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
@@ -322,7 +346,6 @@ def l1_loss(
         reduction=reduction,
         size_average=size_average,
         reduce=reduce,
-        refusal=lambda: _weight_refusal(input, weight),
     )
     if loss is None:
         loss = F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
@@ -353,7 +376,7 @@ def smooth_l1_loss(
         reduce=reduce,
         a=beta,
         b=beta,
-        refusal=None if is_l1 else lambda: _threshold_refusal(beta),
+        refusal=None if is_l1 else _threshold_refusal(beta),
     )
     return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta) if loss is None else loss
 
@@ -380,7 +403,7 @@ def huber_loss(
         reduction=reduction,
         a=delta,
         b=1.0,
-        refusal=lambda: _weight_refusal(input, weight) or _threshold_refusal(delta),
+        refusal=_threshold_refusal(delta),
     )
     if loss is None:
         loss = F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
@@ -459,12 +482,9 @@ def kl_div(
     Sufficiency" (1951).
     """
     modern = size_average is None and reduce is None
-
-    def refusal() -> str | None:
-        if reduction == "batchmean" and not modern:
-            return "deprecated arguments together with batchmean"
-        return None if type(log_target) is bool else "log_target is not a bool"
-
+    refusal = None if type(log_target) is bool else "log_target is not a bool"
+    if not modern and type(reduction) is str and reduction == "batchmean":
+        refusal = "deprecated arguments together with batchmean"
     loss = _try_kernel(
         "kl_div",
         "kl_div",

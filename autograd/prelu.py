@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from ..kernels import prelu as kernels
 from . import stock as F
+from .decisions import decided_once
 from .dispatch import in_low_precision, or_stock, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
@@ -55,11 +56,17 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     ``weight`` holds one slope, or one for each channel (dimension 1 of the input).  Autocast computes in its low
     precision, and so does this.  Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers" (ICCV 2015).
     """
-    input, weight = in_low_precision(input, weight)
-    if not takes_kernel("prelu", input, weight, refusal=lambda: _refusal(input, weight)):
-        return F.prelu(input, weight)
-    y: Tensor = PReLU.apply(input, weight) if torch.is_grad_enabled() else _forward(input, weight)
+    y: Tensor = _prelu(*in_low_precision(input, weight))
     return y
+
+
+@decided_once
+def _prelu(input: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`prelu` in the precision that it is computed in."""
+    if not takes_kernel("prelu", input, weight, refusal=lambda: _refusal(input, weight)):
+        return F.prelu
+    function: Callable[[Tensor, Tensor], Tensor] = PReLU.apply if torch.is_grad_enabled() else _forward
+    return function
 
 
 def _refusal(input: Tensor, weight: Tensor) -> str | None:

@@ -14,6 +14,7 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]  
 from ..kernels import softmax as kernels
 from ..kernels.base.launch import DTYPES
 from . import stock as F
+from .decisions import decided_once
 from .dispatch import autocast_dtype, or_stock, takes_kernel
 from .operators import operator
 from .recompute import needs
@@ -95,14 +96,25 @@ _default_dim: Callable[[str, int, int], int] = _get_softmax_dim
 
 def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Tensor | None:
     """The kernel's result, or None where stock has to do it."""
-    if not takes_kernel(kind, input, refusal=lambda: _refusal(input, dim, dtype)):
-        return None
-    if dtype is None and input.is_cuda and input.dtype.itemsize == 2 and autocast_dtype(input) is not None:
+    if dtype is None and autocast_dtype(input) is not None and input.is_cuda and input.dtype.itemsize == 2:
         dtype = torch.float32  # CUDA's autocast does it in float32; the CPU's leaves it alone
-    x = input if dtype is None else input.to(dtype)
-    dim = dim % max(x.dim(), 1)
-    y: Tensor = Softmax.apply(x, dim, kind) if torch.is_grad_enabled() and x.requires_grad else _forward(x, dim, kind)
+    y: Tensor | None = _decided(input, dim, dtype, kind)
     return y
+
+
+@decided_once
+def _decided(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Callable[..., Tensor | None]:
+    """`_apply` in the dtype that it is computed in."""
+    if not takes_kernel(kind, input, refusal=lambda: _refusal(input, dim, dtype)):
+        return lambda *_: None
+    place = dim % max(input.dim(), 1)
+    function = Softmax.apply if torch.is_grad_enabled() and input.requires_grad else _forward
+
+    def compute(x: Tensor, *_: object) -> Tensor:
+        y: Tensor = function(x if dtype is None else x.to(dtype), place, kind)
+        return y
+
+    return compute
 
 
 def _refusal(input: Tensor, dim: object, dtype: torch.dtype | None) -> str | None:

@@ -84,6 +84,28 @@ def loss(x: Tensor, **options: Any) -> Tensor:
     return autograd.cross_entropy(x, **given)
 
 
+def soft(x: Tensor, **options: Any) -> Tensor:
+    return autograd.softmax(x, **{"dim": 1, **options})
+
+
+def sloped(x: Tensor, **options: Any) -> Tensor:
+    return autograd.prelu(x, **{"weight": torch.full((1,), 0.5, dtype=x.dtype, device=x.device), **options})
+
+
+def elements(x: Tensor, function: str = "dropout", **options: Any) -> Tensor:
+    torch.manual_seed(1)
+    return getattr(autograd, function)(x, **{"training": True, **options})  # type: ignore[no-any-return]
+
+
+def distance(x: Tensor, function: str = "huber_loss", **options: Any) -> Tensor:
+    return getattr(autograd, function)(x, **{"target": torch.ones_like(x), **options})  # type: ignore[no-any-return]
+
+
+def likelihood(x: Tensor, **options: Any) -> Tensor:
+    classes = torch.arange(x.shape[2] * x.shape[3], device=x.device).view(1, *x.shape[2:]) % x.shape[1]
+    return autograd.nll_loss(x, **{"target": classes.expand(x.shape[0], -1, -1), **options})
+
+
 X = images(2, 3, 6, 6)
 CHANGES: list[tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = [
     *((function, images(*shape), {}) for function in (norm, conv, conv_norm) for shape in ((2, 3, 8, 6), (1, 3, 6, 6))),
@@ -108,6 +130,21 @@ CHANGES: list[tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = [
     *((loss, X, change) for change in ({"reduction": "none"}, {"reduction": "sum"}, {"reduction": "product"})),
     *((loss, X, change) for change in ({"label_smoothing": 0.5}, {"ignore_index": 1}, {"weight": X[0, 0, 0, 3:]})),
     *((loss, X, change) for change in ({"size_average": False}, {"target": X.softmax(1)}, {"target": X[:, 0]})),
+    *(
+        (function, x, {})
+        for function in (autograd.gelu, soft, sloped, elements, distance, likelihood)
+        for x in (X.double(), X[:1], X.mT, X.clone().requires_grad_())
+    ),
+    *((autograd.gelu, X, change) for change in ({"approximate": "tanh"}, {"approximate": "fast"})),
+    *((soft, X, change) for change in ({"dim": -1}, {"dim": 4}, {"dim": True}, {"dtype": torch.float64})),
+    *((sloped, X, {"weight": weight}) for weight in (X[0, 0, 0, :3], X[0, 0, 0, :2], X[0, 0, 0, 0])),
+    *((elements, X, change) for change in ({"p": 0.25}, {"p": 0}, {"p": 1}, {"p": -1.0}, {"training": False})),
+    *((elements, X, {"function": name}) for name in ("dropout1d", "dropout2d", "feature_alpha_dropout")),
+    *((elements, X[0], {"function": name}) for name in ("dropout1d", "dropout3d")),
+    *((distance, X, change) for change in ({"delta": 0.5}, {"delta": 0}, {"reduction": "sum"}, {"weight": X.abs()})),
+    *((distance, X, {"function": name}) for name in ("l1_loss", "mse_loss", "smooth_l1_loss", "kl_div")),
+    *((distance, X, change) for change in ({"target": X[:1]}, {"weight": X[:1].abs()}, {"reduction": "product"})),
+    *((likelihood, X, change) for change in ({"reduction": "none"}, {"ignore_index": 1}, {"weight": X[0, 0, 0, 3:]})),
     *((conv_norm, X, change) for change in ({"pool_size": None}, {"pool_size": 3}, {"momentum": 0.5}, {"eps": 1.0})),
 ]
 
@@ -116,7 +153,7 @@ def outcome(function: Callable[..., Tensor], x: Tensor, options: dict[str, Any])
     """Value, and gradient if there is one, or the error."""
     try:
         y = function(x, **options)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         return str(error)
     gradient = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else None
     return y.detach(), gradient

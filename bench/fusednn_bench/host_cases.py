@@ -108,7 +108,7 @@ def _layers() -> Iterator[tuple[str, str, nn.Module, nn.Module, tuple[Tensor, ..
     stock = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
     yield "conv", "ConvMaxPool2d", stock, layers.ConvMaxPool2d(4, 8, 3, padding=1), (leaf(2, 4, 8, 8),)
     stock = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    ours = layers.ConvBatchNormAct2d(4, 8, 3, padding=1)
+    ours = layers.ConvBatchNormAct2d(4, 8, 3, padding=1, bias=False)
     yield "conv", "ConvBatchNormAct2d", stock, ours, (leaf(2, 4, 8, 8),)
 
 
