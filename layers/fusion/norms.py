@@ -17,7 +17,6 @@ __all__ = [
     "activation_within",
     "is_identity",
     "join",
-    "norm_refusal",
     "state_of",
     "within_refusal",
 ]
@@ -70,15 +69,10 @@ def activation_within(layer: Any) -> Activation:
     return None if not activates or is_identity(layer.act) else layer.act
 
 
-def norm_refusal(layer: Any, input: Tensor, ends: bool) -> str | None:
-    """Why a norm can't be computed with others, or None; ``ends``: its own activation may be the chain's last."""
-    if layer is None:
-        return None
-    return layer_refusal(layer, *NORMS) or within_refusal(layer, input, ends)
-
-
 def within_refusal(layer: Any, input: Tensor, ends: bool) -> str | None:
-    """As of `norm_refusal`, of what is within the norm."""
+    """Why a norm can't be computed with others for what is within it, or None; ``ends``: its own activation may be the
+    chain's last.
+    """
     frozen, activates = NORMS[class_of(layer)]
     if frozen and (input.dtype is not layer.weight.dtype or autocast_dtype(input) is not None):
         return "a frozen norm's buffers have another dtype"

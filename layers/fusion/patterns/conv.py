@@ -36,7 +36,8 @@ from ..members import (
     is_steady,
     layer_refusal,
 )
-from ..norms import IMAGE_NORMS, activation_within, norm_refusal, state_of
+from ..norms import IMAGE_NORMS, activation_within, state_of, within_refusal
+from ..unchanged import while_unchanged
 from .gate import is_gate
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 
@@ -189,17 +190,27 @@ def _refusal(
 ) -> str | None:
     """Why the layers are called one by one, or None; ``ends``: but for pooling there is nothing behind these."""
     ends = ends and residual is None and activation is None
+    refusal = call_refusal(input) or _layers_refusal(conv, norm, identity, activation, pool)
+    if refusal is None and norm is not None:
+        refusal = within_refusal(norm, input, ends)
+    return refusal or _unfit(input, residual, norm is None, *_geometry(conv, input))
+
+
+@while_unchanged
+def _layers_refusal(
+    conv: _ConvNd, norm: nn.Module | None, identity: nn.Module | None, activation: Activation, pool: Pooling
+) -> str | None:
+    """`_refusal` by what the layers are."""
     refusal = (
-        call_refusal(input)
-        or layer_refusal(conv, *CONVOLUTIONS[_directions(conv)])
-        or norm_refusal(norm, input, ends)
+        layer_refusal(conv, *CONVOLUTIONS[_directions(conv)])
+        or layer_refusal(norm, *NORMS[_directions(conv)])
         or layer_refusal(identity, nn.Identity)
         or activation_refusal(activation)
         or layer_refusal(pool, POOLINGS[_directions(conv)])
     )
     if refusal is None and pool is not None and _window_of(pool) is None:
         refusal = "the pooling has options that aren't fused"
-    return refusal or _unfit(input, residual, norm is None, *_geometry(conv, input))
+    return refusal
 
 
 def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:

@@ -21,6 +21,7 @@ from ..members import (
     layer_refusal,
     slopes_of,
 )
+from ..unchanged import while_unchanged
 from .dropping import Dropping, dropped, dropping, options_of
 from .gate import is_gate
 from .pattern import Finder, Match, Pattern
@@ -55,11 +56,18 @@ def _compute(input: Tensor, *, linear: nn.Linear, activation: Activation, drop: 
 
 def _refusal(input: Tensor, linear: nn.Linear, activation: Activation, drop: Dropping) -> str | None:
     """Why the layers are called one by one, or None."""
-    refusal = call_refusal(input) or layer_refusal(linear, nn.Linear) or activation_refusal(activation, *SLOPED)
-    refusal = refusal or layer_refusal(drop, nn.Dropout)
+    refusal = call_refusal(input) or _layers_refusal(linear, activation, drop)
     if refusal is None and linear.bias is not None and linear.bias.dtype is not linear.weight.dtype:
         refusal = "bias and weight differ in dtype"
     slopes = slopes_of(activation)
     if refusal is None and slopes is not None and slopes.numel() > 1 and input.dim() != 2:
         refusal = "the slopes are no features'"
     return refusal
+
+
+@while_unchanged
+def _layers_refusal(linear: nn.Linear, activation: Activation, drop: Dropping) -> str | None:
+    """`_refusal` by what the layers are."""
+    return (
+        layer_refusal(linear, nn.Linear) or activation_refusal(activation, *SLOPED) or layer_refusal(drop, nn.Dropout)
+    )

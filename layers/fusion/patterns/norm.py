@@ -21,7 +21,8 @@ from ..members import (
     is_steady,
     layer_refusal,
 )
-from ..norms import NORMS, activation_within, norm_refusal, state_of
+from ..norms import NORMS, activation_within, state_of, within_refusal
+from ..unchanged import while_unchanged
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 
 __all__ = ["PATTERN"]
@@ -93,8 +94,13 @@ def _refusal(
 ) -> str | None:
     """Why the layers are called one by one, or None; ``ends``: there is nothing behind these."""
     ends = ends and residual is None and activation is None
-    refusal = call_refusal(input) or norm_refusal(norm, input, ends) or activation_refusal(activation)
-    refusal = refusal or layer_refusal(identity, nn.Identity)
+    refusal = call_refusal(input) or _layers_refusal(norm, identity, activation) or within_refusal(norm, input, ends)
     if refusal is None and residual is not None and not are_alike(residual, input.shape, input.dtype):
         refusal = "the residual is unlike the input"
     return refusal
+
+
+@while_unchanged
+def _layers_refusal(norm: Any, identity: nn.Module | None, activation: Activation) -> str | None:
+    """`_refusal` by what the layers are."""
+    return layer_refusal(norm, *NORMS) or activation_refusal(activation) or layer_refusal(identity, nn.Identity)
