@@ -178,6 +178,24 @@ def test_lines(positions: int, window: Options, channels_last: bool, device: str
 
 
 @needs_kernels
+@pytest.mark.parametrize("fixed", [fixed for fixed in pool_window.FIXED_WINDOWS if fixed.directions], ids=str)
+def test_windows_with_kernels_of_their_own_are_exact(fixed: pool_window.Fixed, device: str) -> None:
+    """Of integers with ties; in both memory formats, of images that are whole windows, and that aren't."""
+    name, window = f"max_pool{fixed.directions}d", {"kernel_size": fixed.kernel, "stride": fixed.stride}
+    for size in (8, 13):
+        x = random_tensor((2, 3, *[size] * fixed.directions), torch.float32, device).round()
+        for operand in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+            found = []
+            for module in (autograd, F):
+                image = leaf(operand)
+                y = getattr(module, name)(image, **window)
+                gradient = torch.arange(y.numel(), dtype=y.dtype, device=device).view(y.shape)
+                found += [(y.detach(), *torch.autograd.grad(y, image, gradient))]
+            for mine, theirs in zip(*found, strict=True):
+                assert torch.equal(mine, theirs)
+
+
+@needs_kernels
 def test_unbatched(device: str) -> None:
     check(random_tensor((3, 8, 7), torch.float32, device), WINDOWS[0])
     check(random_tensor((3, 8, 7), torch.float32, device).transpose(0, 2), WINDOWS[1])
