@@ -16,7 +16,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # the benchmarks are no package: they are not installed
 
 import report
-from fusednn_bench import documents, environment, plots, provenance, render, results, schema, tables
+from fusednn_bench import documents, environment, exceptions, plots, provenance, render, results, schema, tables
 from fusednn_bench.goals import Goal, judge, load_goals
 from fusednn_bench.memory import NETWORKS
 
@@ -521,6 +521,11 @@ def test_committed_documents_are_current() -> None:
 
 
 # --- On the host ------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_that_instructions_bind_have_a_reason() -> None:
+    cases = results.load_result(environment.ROOT / "bench" / "results" / "instructions.json")["cases"]
+    assert set(exceptions.worst_ratios(cases)) <= set(exceptions.EXCEPTIONS)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from .exceptions import exceptions_table
 from .goals import OUTCOMES, Goal, judge
 from .gpu_tables import (
     counters_table,
@@ -180,6 +181,10 @@ def _of_cases(table: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]
     return lambda result: table(result["cases"])
 
 
+def _instructions(cases: Sequence[Mapping[str, Any]]) -> str:
+    return f"{instructions_table(cases)}\n\nExceptions, and why:\n\n{exceptions_table(cases)}"
+
+
 _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "inductor": _Section(
         "Compiled training steps",
@@ -233,7 +238,7 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
         "same for the pipe that is busy the longest. Bold: more than 0.7, where memory doesn't bind the kernel any "
         "more (matrix products aside, which mean to be bound otherwise). Instructions of a warp once a program, and "
         "for each tile; what is in flight is what the programs load before they wait.",
-        _of_cases(instructions_table),
+        _of_cases(_instructions),
     ),
     "compiled": _Section(
         "What the compiler says",
