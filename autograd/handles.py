@@ -28,8 +28,10 @@ class Kept:
         return self.tensor._version != self.version
 
     def get(self) -> Tensor:
-        _check(self.tensor, self.version)
-        return self.tensor
+        tensor = self.tensor
+        if tensor._version != self.version:
+            _complain(tensor, self.version)
+        return tensor
 
 
 class Result:
@@ -61,15 +63,15 @@ class Recipe:
         *("depth", "shares", "stream"),
     )
 
-    def __init__(self, result: Result, again: Callable[..., Tensor], operands: Sequence[Any]) -> None:
-        self._result, self._again, self._operands = result, again, operands
-        self.depth = 1 + max((operand.depth for operand in operands if operand is not None), default=-1)
+    def __init__(self, result: Result, again: Callable[..., Tensor], operands: Sequence[Any], depth: int) -> None:
+        self._result, self._again, self._operands, self.depth = result, again, operands, depth
         self.stream = _stream(result.device)
         self.shares = self._waiting = 0
         self._made: tuple[int, Tensor] | None = None
-        for operand in operands:
-            if isinstance(operand, Recipe):
-                operand.shares += 1
+        if depth > 0:
+            for operand in operands:
+                if isinstance(operand, Recipe):
+                    operand.shares += 1
 
     @property
     def version(self) -> int:
@@ -80,7 +82,8 @@ class Recipe:
         return self._result.changed
 
     def get(self) -> Tensor:
-        _check(self._result.counter, self._result.version)
+        if self._result.changed:
+            _complain(self._result.counter, self._result.version)
         stream, made = _stream(self._result.device), self._made
         if made is None or made[0] != stream:
             made = stream, self._make(stream)
@@ -127,14 +130,13 @@ class View:
 Handle: TypeAlias = Kept | Recipe | View
 
 
-def _check(tensor: Tensor, version: int) -> None:
-    """Raise PyTorch's error where a tensor with this version counter has been changed."""
-    if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"it is at version {tensor._version}; expected version {version} instead. Hint: enable anomaly detection "
-            "to find the operation that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
-        )
+def _complain(tensor: Tensor, version: int) -> None:
+    """PyTorch's error, of a tensor that has been changed since it had this version."""
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"it is at version {tensor._version}; expected version {version} instead. Hint: enable anomaly detection "
+        "to find the operation that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
+    )
 
 
 def _version_counter(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Region:
         # Their results may be copied before anybody saves them.
         self._watched = [norm.register_forward_hook(self._mark) for norm in norms]
         # What nodes don't save, but make their result of.
-        self._needed: weakref.WeakKeyDictionary[Any, tuple[Handle | None, ...] | None] = weakref.WeakKeyDictionary()
+        self._needed: weakref.WeakKeyDictionary[Any, list[Handle | None] | None] = weakref.WeakKeyDictionary()
         # FSDP takes parameters' memory away behind their layers, and fetches it for these layers' own backward pass.
         self._shards = "torch.distributed.fsdp" in sys.modules
         outer = _top_hooks()
@@ -59,26 +60,27 @@ class Region:
         """The handle of a tensor that is being saved."""
         whole = tensor._base if tensor._is_view() else tensor
         handle: Handle
-        if whole is None or whole.grad_fn is None or not _is_alike(tensor, whole):
+        if whole is None or (node := whole.grad_fn) is None or not _is_alike(tensor, whole):
             handle = Kept(tensor)
         else:
-            found = self.find(whole)
+            found = self._find(whole, node)
             if found is None:
                 found = Kept(whole)
-                note(whole.grad_fn, whole.output_nr, found)
-            if isinstance(found, Recipe):
+                note(node, whole.output_nr, found)
+            elif isinstance(found, Recipe):
                 found.shares += 1
             handle = found if whole is tensor else View(found, tensor)
-        again = handle.depth >= 0
-        if self._watch is not None and not again:
-            self._watch(tensor)
-        for observer in _observers:
-            observer(tensor, again)
+        if self._watch is not None or _observers:
+            again = handle.depth >= 0
+            if self._watch is not None and not again:
+                self._watch(tensor)
+            for observer in _observers:
+                observer(tensor, again)
         return handle
 
-    def find(self, tensor: Tensor) -> Kept | Recipe | None:
-        """The handle of a tensor that isn't a view and was computed, where it is kept anyway or can be made again."""
-        node, output = tensor.grad_fn, tensor.output_nr
+    def _find(self, tensor: Tensor, node: Any) -> Kept | Recipe | None:
+        """The handle of a node's output, no view, where it is kept anyway or can be made again."""
+        output = tensor.output_nr
         handle = noted(node, output)
         if handle is None or handle.version != tensor._version:
             handle = self._recipe(node, Result(tensor)) if _has_recipe(node) and _is_fresh(tensor) else None
@@ -97,9 +99,9 @@ class Region:
 
     def need(self, ctx: Any, tensors: Sequence[Tensor | None]) -> None:
         found = [None if tensor is None else self._operand(tensor) for tensor in tensors]
-        missing = any(handle is None is not tensor for handle, tensor in zip(found, tensors, strict=True))
+        there = len(found) - found.count(None) == sum([tensor is not None for tensor in tensors])
         ctx.has_needs = True
-        self._needed[ctx] = None if missing else tuple(found)
+        self._needed[ctx] = found if there else None
 
     def norm_of(self, weight: Handle | None) -> Any:
         """The layer or RMS norm of the model that has this weight, or None."""
@@ -124,9 +126,9 @@ class Region:
         if tensor.grad_fn is None:
             return Kept(tensor) if isinstance(tensor, nn.Parameter) or tensor.dim() < 2 else None
         whole = tensor._base if tensor._is_view() else tensor
-        if whole is None or whole.grad_fn is None or not _is_alike(tensor, whole):
+        if whole is None or (node := whole.grad_fn) is None or not _is_alike(tensor, whole):
             return None
-        found = self.find(whole)
+        found = self._find(whole, node)
         return found if found is None or whole is tensor else View(found, tensor)
 
     def _recipe(self, node: Any, result: Result) -> Recipe | None:
@@ -139,11 +141,10 @@ class Region:
         if found is None:
             return None
         again, operands = found
-        if any(operand is not None and operand.depth >= self.depth for operand in operands):
+        depth = max([operand.depth for operand in operands if operand is not None], default=-1)
+        if depth >= self.depth or (self._shards and any(map(_is_gone, operands))):
             return None
-        if self._shards and any(map(_is_gone, operands)):
-            return None
-        return Recipe(result, again, operands)
+        return Recipe(result, again, operands, depth + 1)
 
     def of_function(self, node: Any) -> tuple[Callable[..., Tensor], Sequence[Handle | None]] | None:
         """The recipe of a `torch.autograd.Function`, and its operands."""
@@ -153,7 +154,7 @@ class Region:
         saved = [raw.data for raw in node._raw_saved_tensors]
         needed = self._needed.get(node) if hasattr(node, "has_needs") else ()
         # What was saved where other hooks were, or none, isn't ours to look at.
-        if needed is None or not (any(saved) or needed) or not all(isinstance(one, Handle | None) for one in saved):
+        if needed is None or not (any(saved) or needed) or not _HANDLES.issuperset(map(type, saved)):
             return None
         return again, (*saved, *needed)
 
@@ -165,6 +166,9 @@ def _recipe_of(kind: Any) -> Callable[[Any, Region, Result], Any] | None:
     if function is None:
         return STOCK_RECIPES.get(kind.__name__)
     return (lambda node, region, _: region.of_function(node)) if hasattr(function, "recipe") else None
+
+
+_HANDLES = frozenset((Kept, Recipe, View, type(None)))
 
 
 def _has_recipe(node: Any) -> bool:
@@ -204,8 +208,7 @@ def _is_gone(operand: Handle | None) -> bool:
     return operand.tensor.untyped_storage().nbytes() == 0
 
 
-def _unpack(handle: Handle) -> Tensor:
-    return handle.get()
+_unpack = methodcaller("get")
 
 
 # --- Regions ----------------------------------------------------------------------------------------------------------

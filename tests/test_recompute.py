@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusednn
+from fusednn.autograd import handles
 from fusednn.autograd.handles import Recipe
 from fusednn.autograd.recompute import observe_saved, reason_to_keep
 from fusednn.instruments.saved_tensors import saved_tensors
@@ -106,62 +107,6 @@ def test_every_operation_is_made_again(name: str) -> None:
     found, again = run(fusednn.recompute)
     assert_same(found, expected)
     assert again == (name.partition(" of ")[0].partition(" without ")[0] not in KEPT)
-
-
-_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda y: y.transpose(-1, 0),
-    "permuted": lambda y: y.permute(-1, 0, 1),
-    "transposed and reshaped": lambda y: y.transpose(0, 1).reshape(-1, 4),
-    "unsqueezed and squeezed": lambda y: y.unsqueeze(0).transpose(0, -2).squeeze(-2),
-    "viewed": lambda y: y.view(3, 2, 2, 4).transpose(0, 1),
-    "copied once more": lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),
-}
-
-
-@pytest.mark.parametrize("view", _VIEWS)
-@pytest.mark.parametrize("changed", [False, True], ids=["as it was", "changed"])
-def test_contiguous_copies(changed: bool, view: str, device: str) -> None:
-    """Of a norm's result, which nobody saves but by its copy: not where it was changed in between."""
-    norm = nn.LayerNorm(4, eps=1e-3).to(device)
-    weight = torch.full((4, 4), 0.5, device=device, requires_grad=True)
-    x = torch.randn(3, 4, 4, device=device)
-
-    def run(context: Any) -> tuple[list[Tensor], bool]:
-        saved: list[tuple[int, bool]] = []
-        with context(), observe_saved(lambda tensor, again: saved.append((tensor.data_ptr(), again))):
-            y = norm(x @ weight)
-            if changed:
-                with torch.no_grad():
-                    y += 1
-            copied = _VIEWS[view](y).contiguous()
-            z = copied * weight.sum()
-        again = (copied.data_ptr(), True) in saved
-        return list(torch.autograd.grad(z.square().sum(), [weight, *norm.parameters()])), again
-
-    expected, _ = run(contextlib.nullcontext)
-    found, again = run(lambda: fusednn.recompute(norm))
-    assert_same(found, expected)
-    assert again == (not changed and view != "copied once more")
-
-
-def test_copies_of_autocast(device: str) -> None:
-    """Of a norm's result, in another dtype; of parameters only where that is asked for."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 4)).to(device)
-    x = torch.randn(3, 4, device=device)
-
-    def run(context: Any) -> tuple[list[Tensor], int]:
-        with saved_tensors() as census, torch.autocast(device, torch.bfloat16), context():
-            y = model(x)
-        kept = census.bytes_beside(x, *model.parameters())
-        return list(torch.autograd.grad(y.float().square().sum(), list(model.parameters()))), kept
-
-    expected, most = run(contextlib.nullcontext)
-    found, fewer = run(lambda: fusednn.recompute(model))
-    assert_same(found, expected)
-    assert fewer < most
-    found, fewest = run(lambda: fusednn.recompute(model, recast_parameters=True))
-    assert_same(found, expected)
-    assert fewer - fewest == sum(2 * layer.weight.numel() for layer in (model[2], model[4]))
 
 
 def images() -> nn.Module:
@@ -369,12 +314,10 @@ def test_threads(model: nn.Sequential, x: Tensor) -> None:
     with fusednn.recompute(model):
         shared = model(x).square().sum()
 
-    def own() -> None:
-        found.append(gradients(model, x, fusednn.recompute))
-
     def backward() -> None:
         found.append(list(torch.autograd.grad(shared, list(model.parameters()), retain_graph=True)))
 
+    own = lambda: found.append(gradients(model, x, fusednn.recompute))  # noqa: E731
     threads = [threading.Thread(target=target) for target in (own, backward) * 3]
     for thread in threads:
         thread.start()
@@ -407,6 +350,51 @@ def test_exceptions_end_it(model: nn.Sequential, x: Tensor) -> None:
     with saved_tensors() as census:
         model(x)
     assert len(census.tensors) > 0
+
+
+def test_exceptions_in_the_backward_pass(model: nn.Sequential, x: Tensor) -> None:
+    """Between two who share a result: the next pass has the same bits."""
+    weights = [torch.ones(8, 2, device=x.device, requires_grad=True) for _ in range(2)]
+
+    def fails(_: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with fusednn.recompute():
+        result = model[1](model[0](x))
+        products = [result @ weight for weight in weights]
+    y = torch.stack(products).square().sum()
+    handle = weights[0].register_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        y.backward(retain_graph=True)
+    handle.remove()
+    found = list(torch.autograd.grad(y, weights, retain_graph=True))
+    assert_same(found, [(result.T @ (2 * product)).detach() for product in products])
+
+
+def test_streams(model: nn.Sequential, x: Tensor) -> None:
+    """Each makes its own result, and the allocator is told that operands are used on another than their own."""
+    weights = [torch.ones(8, 2, device=x.device, requires_grad=True) for _ in range(2)]
+
+    def losses() -> list[Tensor]:
+        result = model[1](model[0](x))
+        return [(result @ weight).square().sum() for weight in weights]
+
+    expected = [torch.autograd.grad(*pair)[0] for pair in zip(losses(), weights, strict=True)]
+    current, told = mock.Mock(return_value=1), mock.Mock()
+    with (
+        mock.patch.object(handles, "_stream", current),
+        mock.patch.object(torch.cuda, "current_stream", current),
+        mock.patch.object(Tensor, "record_stream", told),
+        made_again() as made,
+    ):
+        with fusednn.recompute():
+            first, second = losses()
+        found = list(torch.autograd.grad(first, weights[0]))
+        current.return_value = 2
+        found += torch.autograd.grad(second, weights[1])
+    assert len(made) == 2
+    told.assert_called_once_with(2)
+    assert_same(found, expected)
 
 
 # --- Company ----------------------------------------------------------------------------------------------------------
@@ -524,6 +512,7 @@ def test_compiled(model: nn.Sequential, x: Tensor) -> None:
     with made_again() as made:
         assert_same(gradients(compiled, x), expected)  # type: ignore[arg-type]
     assert not made
+    assert "the compiler decides" in str(fusednn.explain(compiled, x))  # type: ignore[arg-type]
     model[2] = torch.compile(model[2], backend="aot_eager", fullgraph=True)
     with made_again() as made:
         assert_same(gradients(model, x), expected)
@@ -576,6 +565,7 @@ def test_explain_says_what_is_kept(model: nn.Sequential, x: Tensor) -> None:
     again = {row.name: row.made_again for row in explanation.kept if row.made_again}
     assert again == {"2": 3 * 8 * 4, "4": 3 * 4 * 4}
     assert f"{3 * 12 * 4} made again" in str(explanation)
+    assert [row.kept for row in explanation.kept] == sorted((row.kept for row in explanation.kept), reverse=True)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

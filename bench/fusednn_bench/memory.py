@@ -26,7 +26,7 @@ from fusednn.benchmark.protocol import WrongResultError
 from .networks import FirstResult
 from .peak import Peak
 
-__all__ = ["DEPTHS", "NETWORKS", "MemoryCase", "count_memory"]
+__all__ = ["DEPTHS", "NETWORKS", "MemoryCase", "count_memory", "narrowed"]
 
 #: Depths of results that are made of one another, beside the default one.
 DEPTHS = (0, 1, 2, 9)
@@ -132,7 +132,7 @@ def count_memory(case: MemoryCase) -> list[dict[str, Any]]:
         fusednn.replace_layers(ours, fuse=True, **options)
         return ours
 
-    small = (model, x) if x.dim() < 4 else (_narrowed(copy.deepcopy(model)), x[..., :_SIDE, :_SIDE])
+    small = (model, x) if x.dim() < 4 else (narrowed(copy.deepcopy(model)), x[..., :_SIDE, :_SIDE])
     _check_bits([replaced(small[0], recompute=again) for again in (False, True)], small[1])
     return [
         {**case.record("eager"), **_counts(copy.deepcopy(model), x)},
@@ -151,7 +151,7 @@ def count_memory(case: MemoryCase) -> list[dict[str, Any]]:
 _SIDE = 32
 
 
-def _narrowed(model: nn.Module) -> nn.Module:
+def narrowed(model: nn.Module) -> nn.Module:
     """An eighth of the channels, but of the input's: the layers are as many, and the interpreter's programs fewer."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):

@@ -53,11 +53,13 @@ class KeptRow:
 class Explanation:
     """A row per layer and operation, in the order of execution; prints as a table.
 
-    ``kept`` has a row per layer of a model whose results are made again (``replace_layers(model, recompute=True)``).
+    ``kept`` has a row per layer of a model whose results are made again (``replace_layers(model, recompute=True)``),
+    the one that keeps the most first; where none are made again there, ``recompute`` says why.
     """
 
     rows: tuple[ExplanationRow, ...]
     kept: tuple[KeptRow, ...] = ()
+    recompute: str | None = None
 
     def __iter__(self) -> Iterator[ExplanationRow]:
         return iter(self.rows)
@@ -79,6 +81,8 @@ class Explanation:
             )
             text += f"\n\n{format_table(('layer', 'class', 'bytes kept', 'made again'), sizes)}"
             text += f"\n{kept} bytes kept for the backward pass, {again} made again"
+        if self.recompute is not None:
+            text += f"\nno results are made again in the backward pass: {self.recompute}"
         return text
 
 
@@ -164,8 +168,12 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     # What keeps a layer itself from its kernel need not be said of its chain again.
     said = {row.reason for row in rows if row.path == "stock"}
     told = tuple(row for row in rows if row.path != "apart" or row.reason not in said)
-    kept = (KeptRow(names[module], type(module).__name__, *size) for module, size in sizes.items())
-    return Explanation(told, tuple(kept))
+    kept = [KeptRow(names[module], type(module).__name__, *size) for module, size in sizes.items()]
+    kept.sort(key=lambda row: row.kept, reverse=True)
+    return Explanation(told, tuple(kept), _COMPILED if compiled and recomputes(model) else None)
+
+
+_COMPILED = "compiled: the compiler decides what is kept"
 
 
 @contextmanager

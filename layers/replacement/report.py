@@ -53,6 +53,8 @@ class ReplacementReport:
             lines.append(f"no neighbours fused in {which} ({layer}): {reason}")
         if self.recompute is not None:
             lines.append(f"results made again in the backward pass: {self.recompute}")
+            if not self.recompute.startswith("no"):
+                lines.append("what each layer keeps, and what is made again: fusednn.explain(model, batch)")
         return "\n".join(lines)
 
 
