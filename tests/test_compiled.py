@@ -35,6 +35,21 @@ def first_row(operand: Tensor) -> Tensor:
     return operand[:1] if operand.dim() > 1 else operand
 
 
+def no_rows(operand: Tensor) -> Tensor:
+    return operand[:0] if operand.dim() > 1 else operand
+
+
+def sixteens(operand: Tensor) -> Tensor:
+    """The first two dimensions are multiples of 16, so that rows, columns and channels are."""
+    if operand.dim() > 4 or operand.numel() > 500:
+        return operand
+    repeated = operand.repeat([16] * min(operand.dim(), 2) + [1] * (operand.dim() - 2))
+    if not operand.is_floating_point():
+        return repeated
+    # The same elements would have the same errors, which sums don't average out.
+    return repeated * torch.linspace(0.5, 1, repeated.numel(), dtype=torch.float64).to(operand.dtype).view_as(repeated)
+
+
 def one_of_each(operand: Tensor) -> Tensor:
     """Every dimension 1."""
     return operand[(slice(1),) * operand.dim()]
@@ -47,10 +62,17 @@ def repeated(operand: Tensor) -> Tensor:
 
 VARIANTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": unaligned,
+    "no rows": no_rows,
     "one row": first_row,
+    "sixteens": sixteens,
     "one element": one_of_each,
     "repeated": repeated,
 }
+
+
+#: Roundings of the largest result that sums cost beyond the accuracy rule.  In evaluation a program of batch norm's adds
+#: a bias's gradient in float32, one element after another: 8 for 640 elements, where PyTorch adds pairs.
+SUMMED = {"batch_norm_act in evaluation": 12}
 
 
 class Outcome(NamedTuple):
@@ -84,7 +106,8 @@ def check(name: str, change: Callable[[Tensor], Tensor] = lambda operand: operan
 
 def assert_right(ours: Outcome, stock: Outcome, reference: Outcome, margin: int = 0) -> None:
     def roundings(tensor: Tensor) -> float:
-        return float(one_rounding(tensor.double().abs().nan_to_num().max(), torch.float32))
+        largest = tensor.double().abs().nan_to_num().max() if tensor.numel() else torch.zeros((), dtype=torch.float64)
+        return float(one_rounding(largest, torch.float32))
 
     # Operands are whatever the operation's sample has: of one element all may cancel.
     assert_accurate(
@@ -104,7 +127,7 @@ def assert_right(ours: Outcome, stock: Outcome, reference: Outcome, margin: int 
 @pytest.mark.parametrize("variant", VARIANTS)
 @every_operation
 def test_operands_as_users_have_them(name: str, variant: str) -> None:
-    check(name, VARIANTS[variant])
+    check(name, VARIANTS[variant], SUMMED.get(name, 0) if variant == "sixteens" else 0)
 
 
 def test_notices_a_wrong_gradient() -> None:
