@@ -70,8 +70,8 @@ VARIANTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-#: Roundings of the largest result that sums cost beyond the accuracy rule.  In evaluation a program of batch norm's adds
-#: a bias's gradient in float32, one element after another: 8 for 640 elements, where PyTorch adds pairs.
+#: Roundings of the largest result that sums cost beyond the accuracy rule.  In evaluation, batch norm's programs add a
+#: bias's gradient in float32, one element after another: 8 for 640 elements, where PyTorch adds pairs.
 SUMMED = {"batch_norm_act in evaluation": 12}
 
 
