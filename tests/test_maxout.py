@@ -330,7 +330,7 @@ def _operator_calls() -> list[tuple[object, tuple]]:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize(("operator", "arguments"), _operator_calls(), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("operator", "arguments"), _operator_calls())
 def test_opcheck(operator: object, arguments: tuple, device: str) -> None:
     moved = tuple(argument.to(device) if isinstance(argument, Tensor) else argument for argument in arguments)
     torch.library.opcheck(operator.default, moved)

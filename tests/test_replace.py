@@ -280,3 +280,13 @@ def test_every_layer_here_is_known_as_one() -> None:
     modules = [one for one in exported if isinstance(one, type) and issubclass(one, nn.Module)]
     assert modules
     assert [cls for cls in modules if not issubclass(cls, Layer)] == []
+
+
+@pytest.mark.parametrize("inner", [slice(0, 2), slice(1, 3)], ids=["begins it", "ends it"])
+def test_a_chain_within_a_longer_one_is_told_once(inner: slice) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    members = [*layers[: inner.start], nn.Sequential(*layers[inner]), *layers[inner.stop :]]
+    rows = fusednn.replace_layers(nn.Sequential(*members), fuse=True).rows
+    assert [row.reason.partition(" ")[0] for row in rows] == ["fused"] * 3
+    first = rows[0].names[0]
+    assert [row.reason for row in rows[1:]] == [f"fused into {first}"] * 2
