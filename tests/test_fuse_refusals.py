@@ -360,3 +360,25 @@ def test_selection_applies_to_every_layer(device: str) -> None:
         reasons(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), exclude=nn.Linear)["0"]
         == "no fusednn twin; not fused: excluded"
     )
+
+
+class Amax(nn.Module):
+    """Its gradient is shared among equal elements, unlike max's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv1d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x)).amax(2) + self.act(x).mean(2)
+
+
+def test_what_stays_apart_behind_a_chain() -> None:
+    dropping = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d())
+    found = reasons(dropping)
+    assert found["0"] == "fused with 1, 2"
+    assert found["3"].endswith("not fused: it drops whole channels behind a norm; Dropout would be fused")
+    shared = make(Amax(), "cpu")
+    stock = copy.deepcopy(shared)
+    assert reasons(shared)["conv"] == "fused with act"
+    assert_same(shared, stock, torch.zeros(2, 4, 3, dtype=torch.float64))  # all are equal

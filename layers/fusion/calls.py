@@ -128,10 +128,8 @@ _ADAPTIVE = {
 }
 
 
-def reduction(node: fx.Node) -> Reduction | str | None:
-    """The reduction that a call is, or why it isn't one of those that are fused."""
-    if node.target in ("amax", torch.amax):
-        return "amax shares its gradient among equal elements: max doesn't"
+def reduction(node: fx.Node) -> Reduction | None:
+    """The reduction that a call is, of those that are fused: not amax, which shares its gradient among equal ones."""
     adaptive = _ADAPTIVE.get(node.target)
     maximum = node.target in ("max", torch.max)
     if adaptive is None and not maximum and node.target not in ("mean", torch.mean):

@@ -27,7 +27,7 @@ from ..members import (
     layer_refusal,
     slopes_of,
 )
-from .dropping import Dropping, dropped, dropping, options_of
+from .dropping import CHANNELS, Dropping, dropped, dropping, options_of
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN"]
@@ -46,11 +46,19 @@ def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
     if norm is None:
         norm = search.extend(nodes, lambda n: search.layer(n, *_NORMS))
     activation: Any = None if norm is None else search.extend(nodes, lambda n: search.activation(n, *SLOPED))
-    drop = None if norm is None else search.extend(nodes, lambda n: dropping(search, n))
+    drop = None if norm is None else search.extend(nodes, lambda n: dropping(search, n) or _of_channels(search, n))
     if norm is None or (before is None and drop is None and slopes_of(activation) is None):
         return None
     members = {"product": product, "before": before, "norm": norm, "activation": activation, "drop": drop}
     return Match(nodes, _compute, (node.args[0],), members)
+
+
+def _of_channels(search: Finder, node: fx.Node) -> Dropping:
+    """Tell why a dropout of whole channels isn't part of the chain."""
+    layer = search.layer(node, *CHANNELS.values())
+    if layer is not None:
+        search.stops[layer] = "it drops whole channels behind a norm; Dropout would be fused"
+    return None
 
 
 PATTERN = Pattern((*_PRODUCTS, *_NORMS), (*_NORMS, *ACTIVATIONS, *SLOPED, nn.Dropout), _match)

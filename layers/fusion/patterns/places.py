@@ -50,9 +50,6 @@ def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
     if norm is None and activation is None:
         return None
     pool: Any = search.extend(nodes, lambda n: search.layer(n, *_POOLINGS) or reduction(n))
-    if isinstance(pool, str):
-        search.stops[first] = pool
-        return None
     if pool is None or (_reduction(pool).picks and search.extend(nodes, is_values) is None):
         return None
     members = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
