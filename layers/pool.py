@@ -15,7 +15,7 @@ from .twin import Twin
 __all__ = ["MaxPool1d", "MaxPool2d", "MaxPool3d"]
 
 
-def _sizes(layer: Any) -> tuple[Any, ...]:
+def _sizes(layer: Any) -> tuple[Any, Any, Any, Any]:
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation
 
 
