@@ -1,6 +1,8 @@
 """Compiled training steps of replaced and fused models, as Inductor would launch them: never more than stock's."""
 
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import fusednn
 
 from fusednn_bench.compiled_steps import CONTESTANTS, CompiledStep, compiled_steps  # isort: skip
 from fusednn_bench.inductor import count_step  # isort: skip
+from fusednn_bench.documents import committed_results  # isort: skip
+from fusednn_bench.tables import by_contestant  # isort: skip
 
 pytestmark = pytest.mark.compiles
 mend_torchvision()  # which transformers imports
@@ -32,6 +36,17 @@ def test_never_more_than_stock(step: CompiledStep) -> None:
     for counts in ours:
         assert counts.launched() <= stock.launched()
         assert counts.bytes() <= stock.bytes()
+
+
+def test_committed_steps_are_never_more_than_stocks() -> None:
+    """Every network in every size and dtype, by the file that the documents show."""
+    (path,) = (path for path in committed_results(Path(__file__).parents[1]) if path.name == "inductor.json")
+    steps = by_contestant(json.loads(path.read_text())["cases"])
+    assert len(steps) >= 30
+    for key, records in steps.items():
+        for contestant in ("replaced", "fused"):
+            for measure in ("launches", "bytes"):
+                assert records[contestant][measure] <= records["stock"][measure], (key, contestant, measure)
 
 
 @pytest.mark.parametrize("name", ["a table's", pytest.param("SRResNet", marks=pytest.mark.thorough)])

@@ -240,7 +240,7 @@ def _launches(node: Any) -> Iterator[Launch]:
         called = getattr(node.node, "fx_node", None) or next(iter(node.node.get_origins()))
         operator = getattr(node.node, "op_overload", None) or called.target
         if operator in IMPLEMENTATIONS:
-            yield from _of_operator(IMPLEMENTATIONS[operator], called)
+            yield from _of_operator(operator, called)
         else:
             operands = [operand.meta.get("val") for operand in called.all_input_nodes]
             yield from _turned(operator, node.node.inputs)
@@ -258,20 +258,22 @@ def _turned(operator: object, operands: Sequence[ir.IRNode]) -> Iterator[Launch]
                 yield Launch("library", "aten.clone.default", 2 * _nbytes(image))
 
 
-def _of_operator(implementation: Callable[..., Any], called: torch.fx.Node) -> list[Launch]:
+def _of_operator(operator: torch._ops.OpOverload[..., Any], called: torch.fx.Node) -> list[Launch]:
     """What an operator of fusednn launches: kernels, and what it calls of PyTorch's."""
     launches: list[Launch] = []
 
     def note(configuration: launch.Configuration, programs: int, *arguments: Any) -> None:
         if programs:
-            # What a kernel works on in place is two of its arguments: read, and written.
-            moved = sum(_nbytes(argument) for argument in arguments)
-            launches.append(Launch("fusednn", configuration.kernel.__name__, moved))
+            # What is worked on in place is two of the kernel's arguments: read, and written.
+            again = sum(_nbytes(each) for each in written if sum(each is argument for argument in arguments) > 1)
+            launches.append(Launch("fusednn", configuration.kernel.__name__, _nbytes(arguments) + again))
 
     # On the CPU: without CUDA, PyTorch's own operators refuse even fake tensors of its device.
     args, kwargs = torch.fx.map_arg((called.args, called.kwargs), lambda node: _moved(node.meta["val"], "cpu"))
+    changes = [bool(each.alias_info and each.alias_info.is_write) for each in operator._schema.arguments]
+    written = [each for each, changed in zip(args, changes, strict=False) if changed and each is not None]
     with _replaced_launch(note), _Operators(launches):
-        implementation(*args, **kwargs)
+        IMPLEMENTATIONS[operator](*args, **kwargs)
     return launches
 
 
