@@ -47,7 +47,7 @@ class Goal:
     copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
     wall time over that of ``against``; ``host_slowdown``: likewise, the host's CPU time over a GPU that does nothing;
     ``memory``, ``traffic``, ``launches``: likewise, bytes kept for the backward pass, bytes moved, and launches.  Ours
-    is ``of``.
+    is ``of``.  ``reason``: why it is missed, where it is, and what it would take.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Goal:
     at_most: float | None = None
     dtypes: tuple[str, ...] = ()
     of: str = "fusednn"
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:

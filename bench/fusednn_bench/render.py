@@ -260,4 +260,7 @@ def _goals(results: Results, goals: Sequence[Goal]) -> str:
         (v.goal.name, v.operation, v.dtype, v.size, v.goal.wanted, v.value, v.outcome)
         for v in sorted(judge(results.values(), goals), key=lambda verdict: OUTCOMES.index(verdict.outcome))
     ]
-    return f"{_count(results, goals)}\n\n{markdown_table(head, rows)}"
+    missed = {v.goal.name: v.goal.reason for v in judge(results.values(), goals) if v.outcome == "missed"}
+    reasons = [f"- *{name}*: {reason}" for name, reason in missed.items() if reason]
+    why = ["Why goals are missed, and what it would take:", "\n".join(reasons)] if reasons else []
+    return "\n\n".join([_count(results, goals), markdown_table(head, rows), *why])
