@@ -525,7 +525,7 @@ def test_committed_documents_are_current() -> None:
 
 def test_kernels_that_instructions_bind_have_a_reason() -> None:
     cases = results.load_result(environment.ROOT / "bench" / "results" / "instructions.json")["cases"]
-    assert set(exceptions.worst_ratios(cases)) <= set(exceptions.EXCEPTIONS)
+    assert set(exceptions.worst_ratios(cases)) == set(exceptions.EXCEPTIONS)
 
 
 @pytest.fixture

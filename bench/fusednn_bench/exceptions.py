@@ -23,8 +23,6 @@ _RANDOM = "random numbers, seven rounds of wide multiplications for each four or
 #: By the kernel's name.
 EXCEPTIONS: Mapping[str, str] = MappingProxyType(
     {
-        "batch_norm_forward_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
-        "batch_norm_backward_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
         "batch_norm_reduce_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
         "batch_norm_statistics_kernel": "the mean of each lane moves with each element, so that nothing cancels, and "
         "what rounding took from distances is added again; sums and sums of squares would take half, and cancel",
@@ -44,7 +42,6 @@ EXCEPTIONS: Mapping[str, str] = MappingProxyType(
         "prelu_backward_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
         "row_dropout_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
         "rrelu_forward_kernel": _RANDOM,
-        "softmax_backward_kernel": "odd lengths: accesses of one element, each with its own mask",
         "softmax_forward_kernel": "odd lengths, and lines of 100: accesses of one element or four, each with its mask",
         "standout_kernel": f"{_RANDOM}, and an accurate sigmoid to compare them with",
     }
