@@ -93,7 +93,8 @@ def _compute(
     if apart(_refusal(input, residual, scale, layer, identity, drop), layer, drop):
         y = layer(input) if layer is not None else input if scale is None else input * scale
         y = y if dims is None else y.permute(dims)
-        return added(passed_on(passed_on(y, identity), drop), residual, in_place)
+        y = passed_on(passed_on(y, identity), drop)
+        return residual + y if leads else added(y, residual, in_place)
     p, mode = (0.0, "row") if drop is None else drop_options(drop)
     training = drop is not None and drop.training
     factor = scale if layer is None else scale_of(layer)
