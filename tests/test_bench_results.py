@@ -122,7 +122,13 @@ def compiled() -> dict[str, Any]:
 def instructions() -> dict[str, Any]:
     result = _new("instructions", machine={"name": "A machine"})
     figures = {"programs": 8, "threads": 128, "registers": 40, "spills": 0, "bytes": 4000, "elements": 1000}
-    executed = {"instructions": 5.0, "instructions_by_pipe": {"ALU": 3.0, "others": 2.0}, "once": 9, "each": 0}
+    executed = {
+        "kernel": "a_kernel",
+        "instructions": 5.0,
+        "instructions_by_pipe": {"ALU": 3.0, "others": 2.0},
+        "once": 9,
+        "each": 0,
+    }
     ratios = {"issue_over_bytes": 0.5, "busiest_pipe": "ALU", "busiest_over_bytes": 0.8}
     there = {"trips": 0, "programs_at_once": 4.0, "bytes_in_flight": 4096, "configuration": "relu forward"}
     result["cases"] = [
