@@ -280,7 +280,11 @@ def _batch_norm_act_pool(
         running_mean, running_var, weight, bias, momentum, eps, batches, *_others = rest
         vectors = (running_mean, running_var, weight, bias)
         options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
-        y = batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
+        if torch.compiler.is_compiling() and pool_size is not None and batches is None:
+            # The compiler makes one kernel of this and the pooling.
+            y = apply_activation(F.batch_norm(input, *vectors, True, momentum, eps), residual, resolved)
+        else:
+            y = batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
         return y if pool_size is None else max_pool(directions, y, pool_size, pool_stride, pool_padding)
 
     name = f"batch_norm_act_pool{directions}d"

@@ -130,6 +130,13 @@ def test_images_are_turned_by_a_graphs_convolutions(convolutions: list[nn.Module
     assert not turns_images(x.to(memory_format=torch.channels_last), model)
 
 
+def test_batch_norm_isnt_parted_from_pooling(device: str) -> None:
+    """Where the compiler has the pooling, it has all of the chain, however large the channels."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 65, 1))
+    fusednn.replace_layers(model.to(device), fuse=True)
+    assert not operators_of(model, X.to(device).expand(4, -1, -1, -1).repeat(40, 1, 1, 1))
+
+
 @pytest.mark.parametrize("channels", [64, 65])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_convolutions_are_ours_where_images_stay_as_they_are(channels: int, channels_last: bool, device: str) -> None:
