@@ -71,6 +71,7 @@ def test_outcomes(code: str, words: str, tmp_path: Path) -> None:
     assert outcome.passed
 
 
+@pytest.mark.stock  # the script, which is the same in every mode
 @pytest.mark.parametrize(
     ("fault", "words"), [("hangs", "out of time"), ("crashes", "killed by signal 6"), ("fails", "exit 1")]
 )
@@ -85,6 +86,7 @@ def test_a_fault_leaves_its_neighbours_alone(fault: str, words: str, tmp_path: P
     }
 
 
+@pytest.mark.stock  # the script, which is the same in every mode
 def test_a_part_ends_in_time_and_what_its_commands_began_with_it(tmp_path: Path) -> None:
     child = (
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {FAULTS['hangs']!r}]); time.sleep(9)"
@@ -119,6 +121,7 @@ def test_a_second_call_goes_on_with_what_is_new_before_what_was_late(tmp_path: P
 PARTS = [part.name for part in parts(Path("folder"), Machine(2), FAMILIES)]
 
 
+@pytest.mark.stock  # the script, which is the same in every mode
 @pytest.mark.parametrize("fault", [pytest.param("hangs", marks=pytest.mark.thorough), "crashes", "fails"])
 def test_a_fault_in_each_part_leaves_all_other_results(
     fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

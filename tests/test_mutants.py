@@ -12,6 +12,8 @@ from mutants.__main__ import FLOORS, ROOT, changed_lines, own_tests, sample, ver
 from mutants.mutators import mutants_of
 from mutants.worker import MODES, QUICK, Selection, Worker
 
+pytestmark = pytest.mark.stock  # nothing here depends on where kernels run
+
 RESULTS = sorted((ROOT / "tests" / "mutants" / "results").glob("*.json"))
 
 

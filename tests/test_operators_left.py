@@ -63,6 +63,7 @@ def test_what_is_left_and_why(device: str) -> None:
         assert {row.operator.strip("_") for row in operators_left(network, x)} == {"hardtanh", "tanh", "softmax"}
 
 
+@pytest.mark.stock  # another process, which is the same in every mode
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"

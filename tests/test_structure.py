@@ -10,6 +10,8 @@ import pytest
 
 import fusednn
 
+pytestmark = pytest.mark.stock  # nothing here depends on where kernels run
+
 ROOT = Path(__file__).parents[1]
 FACE = "fusednn"
 

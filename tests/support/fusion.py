@@ -426,7 +426,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
     "nested": (
         lambda: Block(Block(nn.Conv2d(4, 3, 3), nn.ReLU()), Block(Block(nn.BatchNorm2d(3), nn.ELU()), nn.Flatten())),
         IMAGES,
-        {"0.0": "0.1", "1.0.0": "1.0.1"},
+        {"0.0": "0.1, 1.0.0, 1.0.1"},
     ),
     "residual": (Residual, IMAGES, {"conv1": "bn1, relu", "conv2": "bn2, relu"}),
     "residual of a convolution": (
