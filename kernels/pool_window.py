@@ -75,10 +75,10 @@ LARGEST_EXTENT = 2**30
 
 @triton.jit
 def divided(number, divisor):
-    """Quotient and remainder of what isn't negative, which takes fewer instructions."""
-    number = number.to(tl.uint32, bitcast=True)
-    divisor = divisor.to(tl.uint32, bitcast=True)
-    return (number // divisor).to(tl.int32, bitcast=True), (number % divisor).to(tl.int32, bitcast=True)
+    """Quotient and remainder of what isn't negative, which takes fewer instructions.  Both fit into 31 bits."""
+    number = number.to(tl.uint32)
+    divisor = divisor.to(tl.uint32)
+    return (number // divisor).to(tl.int32), (number % divisor).to(tl.int32)
 
 
 @triton.jit
@@ -140,8 +140,8 @@ def plane_offset(level, line, place, depth, height, width, distance):
 
 @triton.jit
 def within(place, extent):
-    """Whether 0 <= place < extent, in one comparison."""
-    return place.to(tl.uint32, bitcast=True) < extent.to(tl.uint32, bitcast=True)
+    """Whether 0 <= place < extent, in one comparison.  The extent fits into 31 bits; what is negative becomes large."""
+    return place.to(tl.uint32) < extent.to(tl.uint32)
 
 
 @triton.jit
