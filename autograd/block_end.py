@@ -191,7 +191,7 @@ def _refusal(input: Tensor, residual: Tensor | None, scale: Tensor | None, p: ob
         return "no elements, or no samples"
     if residual is not None and residual.shape != input.shape:
         return "the residual is of another shape"
-    if scale is not None and (not _dim(scale, input) or not is_dense(scale)):
+    if scale is not None and not _dim(scale, input):
         return "the scale is not one number for each element of a dimension behind the first"
     if drops and is_dense(input) and not kernels.has_samples(input):
         return "samples don't lie one after another"
