@@ -58,7 +58,7 @@ NETWORKS = {
         *(32, "140 of 142", 0),
     ),
     "ConvNext": Network(
-        "transformers", hugging_face("ConvNext", hidden_sizes=[4, 8], depths=[1, 1], num_stages=2), *(16, "8 of 19", 2)
+        "transformers", hugging_face("ConvNext", hidden_sizes=[4, 8], depths=[1, 1], num_stages=2), *(16, "10 of 19", 4)
     ),
     "AlexNet": Network("torchvision", lambda models: models.AlexNet(3), 64, "19 of 21", 7),
     "VGG": Network("torchvision", lambda models: models.vgg11_bn(num_classes=3), 32, "35 of 37", 10),
@@ -66,7 +66,7 @@ NETWORKS = {
     "ResNet, Bottleneck": Network(
         "torchvision", lambda models: models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], 3), 32, "40 of 42", 17
     ),
-    "SqueezeNet": Network("torchvision", lambda models: models.squeezenet1_1(num_classes=3), 32, "56 of 57", 26),
+    "SqueezeNet": Network("torchvision", lambda models: models.squeezenet1_1(num_classes=3), 32, "57 of 57", 26),
     "GoogLeNet": Network(
         "torchvision", lambda models: models.googlenet(num_classes=3, init_weights=False), 64, "136 of 140", 61
     ),
