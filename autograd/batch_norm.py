@@ -257,8 +257,8 @@ def _batch_norm(
     name = "batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act"
     if batches is not None:
         name = "cumulative_batch_norm"  # stock's reads the number of batches on the host, which breaks graphs
-    vectors = _given(running_mean, running_var, weight, bias)
-    if takes_kernel(name, *_given(input, residual), parameters=vectors, refusal=lambda: _refusal(*arguments)):
+    vectors = those_given(running_mean, running_var, weight, bias)
+    if takes_kernel(name, *those_given(input, residual), parameters=vectors, refusal=lambda: norm_refusal(*arguments)):
         return partial(_apply, resolved)
     return partial(_stock, resolved)
 
@@ -303,7 +303,7 @@ def begin_batch_norm(
     vectors = (running_mean, running_var, weight, bias)
     arguments = (input, *vectors, True, momentum, eps, None, batches)
     name = "batch_norm" if batches is None else "cumulative_batch_norm"
-    if not takes_kernel(name, input, parameters=_given(*vectors), refusal=lambda: _refusal(*arguments)):
+    if not takes_kernel(name, input, parameters=those_given(*vectors), refusal=lambda: norm_refusal(*arguments)):
         momentum = momentum if batches is None else 1.0 / float(batches)
         y = F.batch_norm(input, *vectors, True, momentum, eps)
         return lambda residual, activation: apply_activation(y, residual, activation)
@@ -312,7 +312,7 @@ def begin_batch_norm(
 
     def finish(residual: Tensor | None, activation: Activated) -> Tensor:
         rest = (weight, bias, mean, variance, True, eps)
-        if takes_kernel("batch_norm_act", *_given(input, residual), refusal=activation.refusal):
+        if takes_kernel("batch_norm_act", *those_given(input, residual), refusal=activation.refusal):
             return normalise(BatchNorm, input, residual, *rest, activation)
         return apply_activation(normalise(BatchNorm, input, None, *rest, IDENTITY), residual, activation)
 
@@ -340,7 +340,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def those_given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
@@ -373,7 +373,7 @@ def _apply(
 
 
 def _requires_grad(*operands: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(operand.requires_grad for operand in _given(*operands))
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in those_given(*operands))
 
 
 def normalise(
@@ -401,7 +401,7 @@ def normalise(
     return y
 
 
-def _refusal(
+def norm_refusal(
     input: Any,
     running_mean: Any,
     running_var: Any,

@@ -19,7 +19,7 @@ from ..kernels.batch_norm_statistics import Before
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .batch_norm import argument_refusal
+from .batch_norm import norm_refusal, those_given
 from .dispatch import autocast_dtype, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
@@ -284,21 +284,15 @@ def batch_norm_chain(
     chain = Chain(training, float(eps), resolved, float(p), first)
 
     def refusal() -> str | None:
-        reason = argument_refusal(input, *vectors, momentum, eps, None, batches)
+        reason = norm_refusal(input, *vectors, training, momentum, eps, batches=batches, activation=resolved)
         if reason is None and slopes is not None:
             reason = slopes_refusal(slopes, input)
-        if reason is None and not training and running_mean is None:
-            reason = "running statistics are missing"
-        if reason is None and training and input.numel() == input.shape[1]:
-            reason = "one value per channel"
         if reason is None and p and (not 0 < p < 1 or input.dtype is torch.float64):
             reason = "everything is dropped" if input.dtype is not torch.float64 else "dropout behind a norm in float64"
-        return reason or resolved.refusal() or (None if first is None else first.refusal())
+        return reason or (None if first is None else first.refusal())
 
     name = "batch_norm_chain" if batches is None else "cumulative_batch_norm"
-    operands = [one for one in (input, slopes, shift) if one is not None]
-    parameters = [vector for vector in vectors if vector is not None]
-    if not takes_kernel(name, *operands, parameters=parameters, refusal=refusal):
+    if not takes_kernel(name, *those_given(input, slopes, shift), parameters=those_given(*vectors), refusal=refusal):
         if batches is not None and training:
             momentum = 1.0 / float(batches)
         x = _before(input if given is None or product is None else product(given), chain)

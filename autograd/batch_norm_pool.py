@@ -17,7 +17,7 @@ from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .batch_norm import argument_refusal
+from .batch_norm import norm_refusal, those_given
 from .batch_norm_chain import slopes_refusal
 from .batch_norm_operators import statistics
 from .dispatch import autocast_dtype, takes_kernel
@@ -248,17 +248,12 @@ def batch_norm_pool(
     vectors = (running_mean, running_var, weight, bias)
 
     def refusal() -> str | None:
-        reason = argument_refusal(input, *vectors, momentum, eps, None, batches)
-        if reason is None and not training and running_mean is None:
-            reason = "running statistics are missing"
-        if reason is None and training and input.numel() == input.shape[1]:
-            reason = "one value per channel"
+        reason = norm_refusal(input, *vectors, training, momentum, eps, batches=batches)
         return reason or _refusal(input, slopes, resolved)
 
     chain = Chain(maximum, training, float(eps), resolved)
     name = "batch_norm_pool" if batches is None else "cumulative_batch_norm"
-    parameters = [vector for vector in vectors if vector is not None]
-    if not takes_kernel(name, *_operands(input, slopes), parameters=parameters, refusal=refusal):
+    if not takes_kernel(name, *those_given(input, slopes), parameters=those_given(*vectors), refusal=refusal):
         if batches is not None and training:
             momentum = 1.0 / float(batches)
         return _stock(input, *vectors, slopes, chain, momentum)
@@ -285,7 +280,7 @@ def activation_pool(
     z = product(None)
     resolved, weights = _resolved(z, activation, parameters, slopes)
     addend = bias.to(z.dtype) if bias is not None and autocast_dtype(z) else bias
-    operands = _operands(z, addend, weights)
+    operands = those_given(z, addend, weights)
     if not takes_kernel("bias_activation", *operands, refusal=lambda: _refusal(z, weights, resolved)):
         z = z if bias is None else product(bias)
         return _stock(z, None, None, None, None, slopes, Chain(maximum, False, 0.0, resolved))
@@ -300,10 +295,6 @@ def _resolved(
         return resolve_activation(activation, parameters), None
     low = isinstance(input, Tensor) and autocast_dtype(input) is input.dtype
     return PRELU, slopes.to(input.dtype) if low else slopes
-
-
-def _operands(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _refusal(input: Tensor, slopes: Tensor | None, activation: Activated) -> str | None:
@@ -324,7 +315,7 @@ def _reduced(
     chain: Chain,
 ) -> Tensor:
     y: Tensor
-    if torch.is_grad_enabled() and any(one.requires_grad for one in _operands(x, weight, bias, slopes)):
+    if torch.is_grad_enabled() and any(one.requires_grad for one in those_given(x, weight, bias, slopes)):
         if mean is not None and variance is not None and not chain.training:
             mean, variance = torch.stack((mean, variance)).unbind()  # they may be updated before the backward pass
         y = BatchNormPool.apply(x, weight, bias, slopes, mean, variance, chain)
