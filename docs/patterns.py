@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fusednn.layers.fusion import members, norms, patterns, search
+from fusednn.layers.fusion import activations, members, norms, patterns, search
 from fusednn.layers.fusion.patterns.pattern import Pattern
 
 PAGE = Path(__file__).resolve().with_name("patterns.md")
@@ -31,7 +31,7 @@ def page() -> str:
         sections.append(
             "\n".join([f"## {_title(pattern, module)}", "", _formula(module), "", *_lists(pattern, module)])
         )
-    shared = [*_reasons(members), *_reasons(norms), *_reasons(search)]
+    shared = [*_reasons(members), *_reasons(activations), *_reasons(norms), *_reasons(search)]
     sections.append("\n".join(["## All of them", "", "Layers also stay apart because:", "", *_listed(shared)]))
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
@@ -56,7 +56,7 @@ def _lists(pattern: Pattern, module: ModuleType) -> Iterator[str]:
 
 def _names(classes: tuple[type[nn.Module], ...]) -> str:
     """Classes in their order, activations of the table as such."""
-    table = set(members.ACTIVATIONS)
+    table = set(activations.ACTIVATIONS)
     names = [f"`{cls.__name__}`" for cls in dict.fromkeys(classes) if cls not in table]
     return ", ".join([*names, *["an activation"] * bool(table & set(classes))])
 

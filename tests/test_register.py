@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 import fusednn
 from fusednn import layers
-from fusednn.layers.fusion import members
+from fusednn.layers.fusion import activations
 from fusednn.layers.replacement import register
 from fusednn.layers.twin import OTHER_TWINS
 
@@ -61,7 +61,7 @@ def doubled(layer: Doubled, x: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def _registry() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    known = [(one, dict(one)) for one in (register._registered, OTHER_TWINS, members.ACTIVATIONS)]
+    known = [(one, dict(one)) for one in (register._registered, OTHER_TWINS, activations.ACTIVATIONS)]
     yield
     for one, before in known:
         one.clear()

@@ -19,9 +19,9 @@ from torch import fx, nn
 from ...autograd.recompute import recompute
 from ..derived import beneath, rebased
 from ..twin import Layer, is_untouched
-from .members import is_known, is_plain_container, is_steady, keeps_to_itself
 from .patterns.pattern import complete
 from .search import Refusal, Search, begins_a_chain
+from .steady import is_known, is_plain_container, is_steady, keeps_to_itself
 from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 
 __all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "recompute_in", "recomputes", "unfuse"]

@@ -9,78 +9,25 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules import module
 
-from ...autograd.activation import resolve_activation
-from ...autograd.batch_norm import apply_activation
 from ...autograd.decisions import decided_once
-from ...autograd.dispatch import is_number, tensor_refusal
-from ..activation import QuickGELU, ReLUSquared, Squareplus  # and the twins beside it
-from ..twin import ALL_TWINS, Layer, is_untouched
-from .trace import calls_in_order, stock_of
+from ...autograd.dispatch import tensor_refusal
+from ..twin import ALL_TWINS, is_untouched
 
 __all__ = [
-    "ACTIVATIONS",
-    "SLOPED",
-    "STEADY",
-    "Activation",
-    "activated",
-    "activation_of",
-    "activation_refusal",
     "apart",
     "call_refusal",
     "class_of",
     "computed",
-    "is_known",
     "is_one_of",
-    "is_plain_container",
-    "is_steady",
-    "keeps_to_itself",
     "know",
     "layer_refusal",
     "observe_chains",
     "observe_modules",
-    "slopes_of",
 ]
-
-#: The name of each activation layer that can be fused, and its parameters in PyTorch's order.  Registered ones join.
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]]] = {
-    nn.CELU: lambda layer: ("celu", (layer.alpha,)),
-    nn.ELU: lambda layer: ("elu", (layer.alpha,)),
-    nn.GELU: lambda layer: ("gelu_tanh" if layer.approximate == "tanh" else "gelu", ()),
-    nn.Hardsigmoid: lambda layer: ("hardsigmoid", ()),
-    nn.Hardswish: lambda layer: ("hardswish", ()),
-    nn.Hardtanh: lambda layer: ("hardtanh", (layer.min_val, layer.max_val)),
-    nn.LeakyReLU: lambda layer: ("leaky_relu", (layer.negative_slope,)),
-    nn.LogSigmoid: lambda layer: ("logsigmoid", ()),
-    nn.Mish: lambda layer: ("mish", ()),
-    nn.ReLU: lambda layer: ("relu", ()),
-    nn.ReLU6: lambda layer: ("relu6", ()),
-    nn.SELU: lambda layer: ("selu", ()),
-    nn.SiLU: lambda layer: ("silu", ()),
-    nn.Sigmoid: lambda layer: ("sigmoid", ()),
-    nn.Softsign: lambda layer: ("softsign", ()),
-    nn.Tanh: lambda layer: ("tanh", ()),
-    QuickGELU: lambda layer: ("quick_gelu", ()),
-    ReLUSquared: lambda layer: ("relu_squared", ()),
-    Squareplus: lambda layer: ("squareplus", (layer.b,)),
-}
-#: Activations with slopes that are learnt; patterns name those that they take.
-SLOPED: tuple[type[nn.Module], ...] = (nn.PReLU,)
-#: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
-Activation = nn.Module | tuple[str, tuple[float, ...]] | None
 
 #: The stock class of each class whose layers patterns are made of, and the code of each when it was imported.
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {}
 _FORWARD: dict[type[nn.Module], Any] = {}
-
-#: Layers that change nothing, in training neither: no statistics, no random numbers.
-STEADY: tuple[type[nn.Module], ...] = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.Flatten, nn.ZeroPad2d),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
-    *(*ACTIVATIONS, *SLOPED),
-)
-#: Those that change nothing in evaluation.
-_STEADY_IN_EVALUATION = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 #: Hooks of all modules at once, which hear of each layer: of those that it takes to be computed apart.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
@@ -120,49 +67,6 @@ def class_of(layer: nn.Module) -> type[nn.Module]:
     return _STOCK[type(layer)]
 
 
-def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
-    """An activation's name in the table, and its parameters; None and none where there is none, or a PReLU."""
-    if not isinstance(activation, nn.Module):
-        return activation or (None, ())
-    return (None, ()) if is_one_of(activation, SLOPED) else ACTIVATIONS[class_of(activation)](activation)
-
-
-def slopes_of(activation: Activation) -> Tensor | None:
-    """The slopes of a PReLU: a parameter, and none of the table's numbers."""
-    if not isinstance(activation, nn.Module) or not is_one_of(activation, SLOPED):
-        return None
-    slopes: Tensor = activation.weight  # type: ignore[assignment]
-    return slopes
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether a module's code is PyTorch's or ours."""
-    return type(module).__module__.startswith("torch.nn.") or isinstance(module, Layer)
-
-
-def is_plain_container(module: nn.Module) -> bool:
-    """Whether calling a module is calling its children one after another, and nothing else."""
-    return isinstance(module, nn.Sequential) and calls_in_order(stock_of(module)) and is_untouched(module)
-
-
-def keeps_to_itself(module: nn.Module) -> bool:
-    """Whether calling a module changes nothing but the module, wherever it is called."""
-    return all(
-        (is_known(part) or is_plain_container(part)) and is_untouched(part) and not getattr(part, "inplace", False)
-        for part in module.modules()
-    )
-
-
-def is_steady(module: nn.Module, *, ever: bool = True) -> bool:
-    """Whether a call of a module that keeps to itself changes nothing at all: in no mode, or not in that it is in."""
-    return all(
-        is_plain_container(part)
-        or is_one_of(part, STEADY)
-        or (not (ever or part.training) and isinstance(part, _STEADY_IN_EVALUATION))
-        for part in module.modules()
-    )
-
-
 # --- Listeners --------------------------------------------------------------------------------------------------------
 
 
@@ -192,16 +96,6 @@ def layer_refusal(layer: Any, *classes: type[nn.Module]) -> str | None:
     if not is_one_of(layer, classes):
         return "a layer is of another class than it was"
     return None if is_untouched(layer) else "a layer has hooks, or code of its own"
-
-
-def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str | None:
-    """As of `layer_refusal`, of an activation of the table, or one of ``others``; its parameters may have been changed
-    to what only stock takes.
-    """
-    if refusal := layer_refusal(activation, *ACTIVATIONS, *others):
-        return refusal
-    _, parameters = activation_of(activation)
-    return None if not parameters or all(map(is_number, parameters)) else "a parameter isn't a number"
 
 
 @contextmanager
@@ -269,11 +163,3 @@ def _members(layers: Sequence[Any]) -> list[nn.Module]:
 def _tell(members: Sequence[nn.Module], refusal: str | None) -> None:
     for observer in _observers:
         observer(members, refusal)
-
-
-def activated(y: Tensor, activation: Activation) -> Tensor:
-    """activation(y) as the code activates it, apart."""
-    if isinstance(activation, nn.Module):
-        result: Tensor = activation(y)
-        return result
-    return apply_activation(y, None, resolve_activation(*activation_of(activation)))

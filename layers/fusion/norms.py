@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ...autograd.dispatch import autocast_dtype
-from .members import Activation, activation_refusal, class_of, know, layer_refusal
+from .activations import Activation, activation_refusal
+from .members import class_of, know, layer_refusal
 
 __all__ = [
     "IMAGE_NORMS",

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from .activations import ACTIVATIONS, Activation
 from .calls import activation_function, changes_more, is_squared, pooling_function, reduction, summand
-from .members import ACTIVATIONS, STEADY, Activation, is_one_of, is_plain_container, is_steady, keeps_to_itself, know
+from .members import is_one_of, know
 from .norms import IMAGE_NORMS
 from .patterns import PATTERNS
 from .patterns.pattern import Match
+from .steady import STEADY, is_plain_container, is_steady, keeps_to_itself
 from .trace import IN_PLACE
 
 __all__ = ["Refusal", "Search", "begins_a_chain"]

@@ -12,7 +12,8 @@ from ...autograd.dispatch import tensor_refusal
 from ...autograd.pointwise_loss import binary_cross_entropy_with_logits
 from ...autograd.prelu import prelu
 from .. import batch_norm
-from ..fusion.members import activation_of, call_refusal, computed
+from ..fusion.activations import activation_of
+from ..fusion.members import call_refusal, computed
 from ..fusion.norms import Norm, activation_within, within_refusal
 from ..replacement.register import (
     register_activation,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...autograd.dispatch import tensor_refusal
 from .. import batch_norm
-from ..fusion.members import Activation, activation_of
+from ..fusion.activations import Activation, activation_of
 from ..fusion.norms import FrozenState, Norm
 from ..replacement.register import register_drop_path, register_norm
 from ..twin import stock_class

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ...autograd.activation import apply_kernel, resolve_activation, taken
 from ...autograd.block_end import by_kernels
+from ..fusion.activations import ACTIVATIONS
 from ..fusion.block_ends import drops, join_drop_paths, join_scales
-from ..fusion.members import ACTIVATIONS, know
+from ..fusion.members import know
 from ..fusion.norms import Norm, join
 from ..twin import ALL_TWINS, OTHER_TWINS, TWINS, Twin, stock_class
 

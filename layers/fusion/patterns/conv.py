@@ -22,21 +22,11 @@ from ... import conv_batch_norm
 from ... import pool as _pool  # noqa: F401 (for its twins)
 from ...batch_norm import uses_batch_statistics
 from ...conv import arguments
+from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
 from ..calls import pooling_function
-from ..members import (
-    ACTIVATIONS,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-    is_one_of,
-    is_steady,
-    layer_refusal,
-)
+from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
 from ..norms import IMAGE_NORMS, activation_within, state_of, within_refusal
+from ..steady import is_steady
 from ..unchanged import while_unchanged
 from .gate import is_gate
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on

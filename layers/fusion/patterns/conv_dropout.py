@@ -12,19 +12,8 @@ from torch import Tensor, fx, nn
 from ....autograd.bias_activation_dropout import conv_activation_dropout
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
 from ...conv import product_of
-from ..members import (
-    ACTIVATIONS,
-    SLOPED,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-    layer_refusal,
-    slopes_of,
-)
+from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal, slopes_of
+from ..members import apart, call_refusal, computed, layer_refusal
 from .dropping import CHANNELS, Dropping, dropped, dropping, drops_channels, options_of
 from .pattern import Finder, Match, Pattern
 

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from ....autograd import stock as F
 from ....autograd.activation import apply_kernel, taken
 from ....autograd.dispatch import autocast_dtype
-from ..members import ACTIVATIONS, apart, call_refusal, class_of, computed, know, layer_refusal
+from ..activations import ACTIVATIONS
+from ..members import apart, call_refusal, class_of, computed, know, layer_refusal
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN"]

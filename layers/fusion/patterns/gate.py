@@ -12,16 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.gated import CHANNEL_GATES, GATES, gated, gated_channels, gated_halves
-from ..members import (
-    ACTIVATIONS,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-)
+from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
+from ..members import apart, call_refusal, computed
 from .highway import is_highway, is_of_highway
 from .pattern import Finder, Match, Pattern
 

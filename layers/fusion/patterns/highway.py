@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.gated import HIGHWAY_GATES, highway
-from ..members import (
-    ACTIVATIONS,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-)
+from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
+from ..members import apart, call_refusal, computed
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN", "is_highway", "is_of_highway"]

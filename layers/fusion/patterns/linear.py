@@ -8,19 +8,8 @@ from torch import Tensor, fx, nn
 
 from ....autograd.bias_activation_dropout import linear_activation_dropout
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
-from ..members import (
-    ACTIVATIONS,
-    SLOPED,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-    layer_refusal,
-    slopes_of,
-)
+from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal, slopes_of
+from ..members import apart, call_refusal, computed, layer_refusal
 from ..unchanged import while_unchanged
 from .dropping import Dropping, dropped, dropping, options_of
 from .gate import is_gate

@@ -9,19 +9,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ... import batch_norm, sync_batch_norm
-from ..members import (
-    ACTIVATIONS,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-    is_steady,
-    layer_refusal,
-)
+from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
+from ..members import apart, call_refusal, computed, layer_refusal
 from ..norms import NORMS, activation_within, state_of, within_refusal
+from ..steady import is_steady
 from ..unchanged import while_unchanged
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 

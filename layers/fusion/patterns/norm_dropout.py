@@ -13,20 +13,8 @@ from torch import Tensor, fx, nn
 from ... import batch_norm
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
 from ...conv import product_of
-from ..members import (
-    ACTIVATIONS,
-    SLOPED,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-    is_one_of,
-    layer_refusal,
-    slopes_of,
-)
+from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal, slopes_of
+from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
 from .dropping import CHANNELS, Dropping, dropped, dropping, options_of
 from .pattern import Finder, Match, Pattern
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.activation import resolve_activation
-from ..members import Activation, activated, activation_of, activation_refusal, computed
+from ..activations import Activation, activated, activation_of, activation_refusal
+from ..members import computed
 from ..norms import activation_within
 
 __all__ = [

@@ -14,21 +14,9 @@ from ....autograd.batch_norm_pool import activation_pool
 from ... import batch_norm
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
 from ...conv import product_of
+from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal, slopes_of
 from ..calls import Reduction, is_values, reduction
-from ..members import (
-    ACTIVATIONS,
-    SLOPED,
-    Activation,
-    activated,
-    activation_of,
-    activation_refusal,
-    apart,
-    call_refusal,
-    computed,
-    is_one_of,
-    layer_refusal,
-    slopes_of,
-)
+from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN"]

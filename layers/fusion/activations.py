@@ -1,0 +1,84 @@
+"""Activations as members of chains: which there are, by which name and parameters, and what refuses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...autograd.activation import resolve_activation
+from ...autograd.batch_norm import apply_activation
+from ...autograd.dispatch import is_number
+from ..activation import QuickGELU, ReLUSquared, Squareplus  # and the twins beside it
+from .members import class_of, is_one_of, layer_refusal
+
+__all__ = [
+    "ACTIVATIONS",
+    "SLOPED",
+    "Activation",
+    "activated",
+    "activation_of",
+    "activation_refusal",
+    "slopes_of",
+]
+
+#: The name of each activation layer that can be fused, and its parameters in PyTorch's order.  Registered ones join.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]]] = {
+    nn.CELU: lambda layer: ("celu", (layer.alpha,)),
+    nn.ELU: lambda layer: ("elu", (layer.alpha,)),
+    nn.GELU: lambda layer: ("gelu_tanh" if layer.approximate == "tanh" else "gelu", ()),
+    nn.Hardsigmoid: lambda layer: ("hardsigmoid", ()),
+    nn.Hardswish: lambda layer: ("hardswish", ()),
+    nn.Hardtanh: lambda layer: ("hardtanh", (layer.min_val, layer.max_val)),
+    nn.LeakyReLU: lambda layer: ("leaky_relu", (layer.negative_slope,)),
+    nn.LogSigmoid: lambda layer: ("logsigmoid", ()),
+    nn.Mish: lambda layer: ("mish", ()),
+    nn.ReLU: lambda layer: ("relu", ()),
+    nn.ReLU6: lambda layer: ("relu6", ()),
+    nn.SELU: lambda layer: ("selu", ()),
+    nn.SiLU: lambda layer: ("silu", ()),
+    nn.Sigmoid: lambda layer: ("sigmoid", ()),
+    nn.Softsign: lambda layer: ("softsign", ()),
+    nn.Tanh: lambda layer: ("tanh", ()),
+    QuickGELU: lambda layer: ("quick_gelu", ()),
+    ReLUSquared: lambda layer: ("relu_squared", ()),
+    Squareplus: lambda layer: ("squareplus", (layer.b,)),
+}
+#: Activations with slopes that are learnt; patterns name those that they take.
+SLOPED: tuple[type[nn.Module], ...] = (nn.PReLU,)
+#: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
+Activation = nn.Module | tuple[str, tuple[float, ...]] | None
+
+
+def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
+    """An activation's name in the table, and its parameters; None and none where there is none, or a PReLU."""
+    if not isinstance(activation, nn.Module):
+        return activation or (None, ())
+    return (None, ()) if is_one_of(activation, SLOPED) else ACTIVATIONS[class_of(activation)](activation)
+
+
+def slopes_of(activation: Activation) -> Tensor | None:
+    """The slopes of a PReLU: a parameter, and none of the table's numbers."""
+    if not isinstance(activation, nn.Module) or not is_one_of(activation, SLOPED):
+        return None
+    slopes: Tensor = activation.weight  # type: ignore[assignment]
+    return slopes
+
+
+def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str | None:
+    """As of `layer_refusal`, of an activation of the table, or one of ``others``; its parameters may have been changed
+    to what only stock takes.
+    """
+    if refusal := layer_refusal(activation, *ACTIVATIONS, *others):
+        return refusal
+    _, parameters = activation_of(activation)
+    return None if not parameters or all(map(is_number, parameters)) else "a parameter isn't a number"
+
+
+def activated(y: Tensor, activation: Activation) -> Tensor:
+    """activation(y) as the code activates it, apart."""
+    if isinstance(activation, nn.Module):
+        result: Tensor = activation(y)
+        return result
+    return apply_activation(y, None, resolve_activation(*activation_of(activation)))
