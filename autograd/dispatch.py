@@ -5,6 +5,7 @@ holds for every operation (device, dtype, layout, transforms) is here.  Whatever
 which also raises the stock error where the arguments are wrong.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -38,6 +39,7 @@ __all__ = [
     "is_number",
     "judged_as_compiled",
     "judged_as_trained",
+    "keeping_little",
     "leaves_small",
     "observe_choices",
     "or_stock",
@@ -210,9 +212,26 @@ _leaves_small = True
 _as_trained = False
 
 
+class _Thread(threading.local):
+    keeps_little = False
+
+
+_thread = _Thread()
+
+
 def leaves_small() -> bool:
     """Whether operations on small tensors are left to PyTorch where that costs the host less."""
-    return _leaves_small
+    return _leaves_small and not _thread.keeps_little
+
+
+@contextmanager
+def keeping_little() -> Iterator[None]:
+    """Let kernels take tensors of any size in this thread: they keep less for the backward pass."""
+    before, _thread.keeps_little = _thread.keeps_little, True
+    try:
+        yield
+    finally:
+        _thread.keeps_little = before
 
 
 class always_kernels:  # noqa: N801 (it is called like a function)
@@ -221,7 +240,8 @@ class always_kernels:  # noqa: N801 (it is called like a function)
     A GPU is done with a small tensor before the host comes with the next one.  So a single operation, no fused one, on
     a tensor of a few MB is left to PyTorch where its operator costs the host less than ours: `fusednn.explain` says so.
     Kernels are the better choice nevertheless where the host doesn't count, while a CUDA graph is captured, and where
-    less memory is wanted.  ``always_kernels(False)`` lets PyTorch have them again.
+    less memory is wanted.  ``always_kernels(False)`` lets PyTorch have them again.  It is a switch of all threads:
+    those that PyTorch runs backward passes in are to make the same choices.
     """
 
     def __init__(self, always: bool = True) -> None:
@@ -250,6 +270,8 @@ def judged_as_trained() -> Iterator[None]:
 def _is_small(operation: str, operands: Sequence[Tensor]) -> bool:
     """Whether PyTorch's operator is the quicker way, by the model of `fusednn.kernels.base.figures`."""
     if torch.compiler.is_compiling() or _as_compiled is not None:  # compiled code doesn't wait for Python
+        return False
+    if not leaves_small():
         return False
     differentiable = _as_trained or (torch.is_grad_enabled() and any(operand.requires_grad for operand in operands))
     return operands[0].nbytes <= _most_small_bytes(operation, differentiable=differentiable)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .dispatch import PLAIN_TYPES, always_kernels, transform_refusal
+from .dispatch import PLAIN_TYPES, keeping_little, transform_refusal
 from .handles import Handle, Kept, Recipe, Result, View, mark, marked, note, noted
 from .stock_recipes import STOCK_RECIPES
 
@@ -251,7 +251,7 @@ def recompute(model: nn.Module | None = None, *, depth: int = DEPTH, recast_para
         yield
         return
     outer, region = _here.region, Region(model, depth, recast_parameters)
-    with saved_tensors_hooks(region.pack, _unpack), always_kernels():
+    with saved_tensors_hooks(region.pack, _unpack), keeping_little():
         _here.region = region
         try:
             yield

@@ -1,6 +1,7 @@
 """Small tensors, whose operations are left to PyTorch where that costs the host less: a model, and a switch."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,8 @@ def test_the_host_times_are_those_that_were_measured(operation: str, row: str) -
 @pytest.mark.kernels
 @pytest.mark.usefixtures("_host_bound")
 def test_recompute_wants_little_kept() -> None:
-    with fusednn.recompute():
+    """In its own thread: one that ends first, or last, changes nothing for the others."""
+    with ThreadPoolExecutor(1) as other, fusednn.recompute():
         assert type(fusednn.autograd.relu(_input(4, 6).requires_grad_()).grad_fn).__name__ == "MaskedActivationBackward"
+        assert other.submit(dispatch.leaves_small).result()
     assert dispatch.leaves_small()

@@ -38,7 +38,7 @@ def count_launches() -> Iterator[Traffic]:
 
     def note(configuration: Configuration, programs: int, arguments: tuple[Any, ...]) -> None:
         nonlocal named
-        moved = sum(touched_bytes(argument) for argument in arguments if isinstance(argument, Tensor))
+        moved = sum(map(touched_bytes, _touched(configuration.names, arguments)))
         key = (configuration.label, programs)
         # Of a table that is remembered from the step before, only what changed is named again.
         listed[key] = max(named, listed.get(key, 0))
@@ -64,3 +64,11 @@ def count_launches() -> Iterator[Traffic]:
             yield traffic
     finally:
         forget_plans()
+
+
+def _touched(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """A launch's operands, but for those in whose place another is passed: ``has_bias`` of 0 says so of the bias."""
+    values = dict(zip(names, arguments, strict=True))
+    for name, value in values.items():
+        if isinstance(value, Tensor) and values.get(f"has_{name.removesuffix('_pointer')}", 1):
+            yield value
