@@ -7,10 +7,11 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
-from ..kernels.base.multi_tensor import FlatOperands, Words
+from ..kernels.base.multi_tensor import Words, addresses
 from .options import wants
 from .recipe import Group, Recipe, with_gradients
 from .refusals import numbers_refusal
@@ -34,20 +35,23 @@ class Known:
 
     def __init__(self, gradients: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         self._tensors = others
-        self._addresses = _addresses(others)
+        self._addresses = addresses(others)
         self._are_alike, self._gradients_are_alike = _guards(others), _guards(gradients)
+        self._found: list[int] = []
+        self._row = np.empty(0, dtype=np.int64)
 
     def are_in_place(self) -> bool:
         """Whether parameters and state lie where they lay, and as they did."""
-        return self._are_alike(*self._tensors) and _addresses(self._tensors) == self._addresses
+        return self._are_alike(*self._tensors) and addresses(self._tensors) == self._addresses
 
     def addresses(self, gradients: Sequence[Any]) -> Words | None:
-        """The addresses of gradients, or None where one of them isn't like the one before it."""
-        return FlatOperands.row(gradients) if self._gradients_are_alike(*gradients) else None
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+        """The addresses of gradients, the same row for the same ones; None where one isn't like the one before it."""
+        if not self._gradients_are_alike(*gradients):
+            return None
+        found = addresses(gradients)
+        if found != self._found:
+            self._found, self._row = found, np.array(found, dtype=np.int64)
+        return self._row
 
 
 def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -66,15 +70,17 @@ class KnownGroup:
     def __init__(self, group: Group, recipe: Recipe) -> None:
         self._kind = _kind(group, recipe)
         self._parameters = list(group["params"])
-        self._has_gradient = [parameter.grad is not None for parameter in self._parameters]
-        self._active = with_gradients(group)
+        self._idle = [parameter for parameter in self._parameters if parameter.grad is None]
+        active = with_gradients(group)
+        self._device = active[0].device if active else None
 
     def is_same(self, group: Group, recipe: Recipe) -> bool:
+        """That gradients which were there still are is seen where they are asked for: `Known.addresses`."""
         return (
             _same_objects(group["params"], self._parameters)
             and _kind(group, recipe) == self._kind
-            and [parameter.grad is not None for parameter in self._parameters] == self._has_gradient
-            and not (self._active and numbers_refusal(group, recipe, self._active[0].device))
+            and all(parameter.grad is None for parameter in self._idle)
+            and not (self._device and numbers_refusal(group, recipe, self._device))
         )
 
 

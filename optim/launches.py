@@ -105,6 +105,7 @@ class Launch:
         self._first = bool(recipe.row.states) and any(batch.fresh)
         self._known = None if moved else Known(gradients, [*parameters, *(t for column in columns[2:] for t in column)])
         self._shelf: Shelf | None = None
+        self._words = self._floats = torch.empty(0, dtype=torch.int64, device=self._device)
         batch.gradients.clear()  # which a step may outlive
 
     def prepare(self, group: Group, recipe: Recipe, scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -137,7 +138,9 @@ class Launch:
         self._bases, scalars, self._scalars = relative(counters, self._tensors)
         settings = np.array(Settings(**numbers)).view(np.int64)
         rows = [settings, *self._addresses, *self._extents, *scalars, self._programs]
-        self._words = self._table.upload(rows)
+        words = self._table.upload(rows)
+        if words is not self._words:
+            self._words, self._floats = words, words.view(torch.float64)
 
     @property
     def is_repeatable(self) -> bool:
@@ -153,8 +156,7 @@ class Launch:
         addresses = self._known.addresses(gradients)
         if addresses is None:
             return False
-        if not np.array_equal(addresses, self._addresses[GRADIENTS]):
-            self._addresses[GRADIENTS] = addresses
+        self._addresses[GRADIENTS] = addresses
         self._unscaled = gradients if self._variant.unscales else []
         if self._shelf is None or not self._shelf.is_in_place():
             self._shelf = Shelf.of(batch.own)
@@ -174,15 +176,14 @@ class Launch:
 
     def run(self, squares: Tensor | None) -> None:
         """Launch the update.  ``squares`` add up to those of all gradients that are clipped by their norm."""
-        words = self._words.view(torch.float64)
-        settings = words[:SETTINGS]
+        settings = self._floats[:SETTINGS]
         if self._on_device:
             settings = settings.clone()
             for name, value in self._on_device.items():
                 settings[Settings._fields.index(name)].copy_(value.reshape(()), non_blocking=True)
         scalars = self._scalars
         if scalars is None:
-            scalars = words[SETTINGS + (len(self._addresses) + len(self._extents)) * self._tensors :]
+            scalars = self._floats[SETTINGS + (len(self._addresses) + len(self._extents)) * self._tensors :]
         if squares is not None:
             squares = squares.to(self._device, non_blocking=True) if self._clips else None
         launch_update(

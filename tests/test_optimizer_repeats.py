@@ -260,6 +260,18 @@ def test_gradients_of_another_kind_are_noticed(gradient: Callable[[Tensor], Any]
     assert_same_bits(ours, planned)
 
 
+def test_gradients_that_come_and_go_are_noticed(device: str) -> None:
+    """A parameter that had none gets one, and loses it again."""
+    ours, planned = pair("Adam", device, lr=0.1)
+    for step in range(9):
+        in_step(ours, planned, step)
+        if step not in (3, 4, 5):
+            weight(ours, 1).grad = weight(planned, 1).grad = None
+        assert repeats(ours) == (step in (2, 5, 7, 8)), step
+        plans(planned)
+    assert_same_bits(ours, planned)
+
+
 def test_new_gradients_are_read_where_they_are(device: str) -> None:
     """The same objects with other numbers, other objects, and both at once."""
     ours, planned = pair("RMSprop", device, lr=0.1)

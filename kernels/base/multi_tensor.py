@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .layout import dense_like, is_dense
 
-__all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table", "Words"]
+__all__ = ["CHUNK", "SETTINGS", "FlatOperands", "Table", "Words", "addresses"]
 
 #: Elements that a program takes: several tiles, so that its scalars are computed once for many elements.
 CHUNK = 8192
@@ -68,7 +68,7 @@ class Table:
             self._follow(self._words)
             start = 0
             for row, known in zip(rows, self._rows, strict=True):
-                if row is not known and not np.array_equal(row, known):
+                if row is not known and row.tobytes() != known.tobytes():
                     self._send(row, self._words[start : start + row.size])
                 start += row.size
         if self._on_gpu:
@@ -128,6 +128,11 @@ def program_words(elements: Words, chunks: Words) -> Words:
     return (tensors << 32) | (np.arange(len(tensors), dtype=np.int64) - first)
 
 
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each of these begins."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
 class FlatOperands:
     """Operands of many parameters as flat memory: the same place holds the same element in all of one parameter's.
 
@@ -158,12 +163,7 @@ class FlatOperands:
                 self._laid_out(operand, strides, written)
                 for operand, strides in zip(operands, self._strides, strict=True)
             ]
-        return self.row(operands)
-
-    @staticmethod
-    def row(operands: Sequence[Tensor]) -> Words:
-        """The addresses of operands that are flat."""
-        return np.array(list(map(Tensor.data_ptr, operands)), dtype=np.int64)
+        return np.array(addresses(operands), dtype=np.int64)
 
     def _laid_out(self, operand: Tensor, strides: tuple[int, ...] | None, written: bool) -> Tensor:
         if strides is None:
