@@ -149,10 +149,11 @@ test-newest: .venv-newest/.complete ## the same with the newest PyTorch and its 
 SEED ?= 0
 NUMBER ?= 20
 SINCE ?=
+PLANTED ?=
 .PHONY: mutants
-mutants: .venv/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS, SINCE choose
+mutants: .venv/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS, SINCE, PLANTED choose
 	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED) --number $(NUMBER) $(if $(SINCE),--since $(SINCE)) \
-		$(filter-out fusednn,$(FOLDERS))
+		$(if $(PLANTED),--planted) $(filter-out fusednn,$(FOLDERS))
 
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU here")'

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mutants.__main__ import FLOORS, ROOT, changed_lines, own_tests, sample, verdict
 from mutants.mutators import mutants_of
+from mutants.planted import PLANTED
 from mutants.worker import MODES, QUICK, Selection, Worker
 
 pytestmark = pytest.mark.stock  # nothing here depends on where kernels run
@@ -72,6 +73,14 @@ def test_samples() -> None:
         original = (ROOT / mutant.path).read_text(encoding="utf-8")
         assert ast.dump(ast.parse(mutant.of(original))) != ast.dump(ast.parse(original)), mutant
     assert len({mutant.kind for mutant in mutants}) > 5
+
+
+def test_planted_faults() -> None:
+    """Each stands for a line of today, and is Python."""
+    assert len({fault.name for fault in PLANTED}) == len(PLANTED)
+    for fault in PLANTED:
+        source = (ROOT / fault.path).read_text(encoding="utf-8")
+        ast.parse(fault.mutant(ROOT).of(source))
 
 
 def test_every_survivor_of_the_committed_samples_is_judged() -> None:

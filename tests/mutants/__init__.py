@@ -2,8 +2,9 @@
 
 ``make mutants SEED=1 NUMBER=20 FOLDERS="kernels autograd"`` takes a sample, runs for each mutant the tests that belong
 to it in the modes of ``make test``, and lists the survivors; ``SINCE=main`` changes nothing but lines that differ from
-a commit's, as continuous integration does.  A survivor is a fault that the tests don't see, or a change that changes
-nothing: a person judges.  ``results/`` holds samples that were judged, and says why.
+a commit's, as continuous integration does; ``PLANTED=1`` puts in faults that once passed (`mutants.planted`).  A
+survivor is a fault that the tests don't see, or a change that changes nothing: a person judges.  ``results/`` holds
+samples that were judged, and says why.
 
 To a mutant belong the tests of the families whose files use its file, those of its theme (fusion, replacement,
 libraries, optimizers), and of the tests that go through every operation the cases of those families.

@@ -20,6 +20,7 @@ from fusednn import optim
 from fusednn.catalogue import ROWS
 
 from .mutators import Mutant, mutants_of
+from .planted import PLANTED
 from .worker import MODES, PASSED, Selection, Worker
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--since", help="change nothing but lines that differ from this commit's")
+    parser.add_argument("--planted", action="store_true", help="instead of a sample the faults of `planted`")
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of processor time for a mutant in each mode")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="of the suite, in this order")
     parser.add_argument("--list", action="store_true", help="list the sample, and run nothing")
@@ -199,6 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lines = changed_lines(options.since) if options.since else None
     mutants = sample(options.seed, options.number, options.folders, lines)
+    if options.planted:
+        mutants = [fault.mutant(ROOT) for fault in PLANTED]
     if options.list or not mutants:
         print(*mutants, sep="\n")
         return 0
@@ -209,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
             verdicts.append(verdict(mutant, own_tests(mutant.path, mutant.line), workers, options.limit))
             print(f"{verdicts[-1]['verdict']:9}", mutant, verdicts[-1]["by"], flush=True)
             if options.output:
-                written = {"commit": commit(), "seed": options.seed, "mutants": verdicts}
+                drawn = {} if options.planted else {"seed": options.seed}
+                written = {"commit": commit(), **drawn, "mutants": verdicts}
                 options.output.write_text(json.dumps(written, indent=1) + "\n")
     counted = Counter(one["verdict"] for one in verdicts)
     print(f"{counted['noticed']} of {len(mutants)} were noticed; the others are for a person to judge")
