@@ -1,0 +1,177 @@
+"""Each reason for which layers that were fused are called one by one: given where it holds, with stock's results.
+
+The chain's layers are changed after fusing, or it is given what its kernels don't take.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support.fusion import Highway, SqueezeExcitation
+from support.stand_ins import Activated, DropPath, Frozen, Scale, stand_in
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import fusednn
+from fusednn.layers.fusion.members import observe_chains
+from fusednn.testing import random_tensor
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    with stand_in():
+        yield
+
+
+class Gated(nn.Module):
+    """One number for each row, which broadcasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * x.mean(1, keepdim=True)
+
+
+class Mixed(Highway):
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.act(self.gate(x))
+        return t * self.transform(x).mean(1, keepdim=True) + (1 - t) * x
+
+
+class Swish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(6, 6), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * self.linear(x)
+
+
+class Mish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tanh, self.softplus = nn.Tanh(), nn.Softplus()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x
+        return x * self.tanh(self.softplus(x))
+
+
+class End(nn.Module):
+    def __init__(self, scale: nn.Module, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.scale, self.drop_path = nn.Linear(6, 6), scale, drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.scale(self.linear(x))) + x
+
+
+class Counted(End):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.scale(self.linear(x))) + x.shape[0]
+
+
+class Loud(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def conv_act(act: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(6, 6, 1), act)
+
+
+def conv_norm(norm: nn.Module, *others: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), norm, *others)
+
+
+def relu() -> nn.Module:
+    return conv_act(nn.ReLU())
+
+
+#: What happens after fusing, to the model and to stock's; what is returned holds during the call.
+Change = Callable[[Any], Any]
+
+
+def nothing(_: Any) -> None:
+    """The reason is there from the beginning."""
+
+
+class Case(NamedTuple):
+    build: Callable[[], nn.Module]
+    change: Change
+    shape: tuple[int, ...] = (4, 6)
+
+
+IMAGES = (4, 6, 3, 3)
+
+
+@contextmanager
+def patched_calls() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "__call__", lambda self, *args: self._call_impl(*args))
+        yield
+
+
+CASES: dict[str, Case] = {
+    "calls of modules are patched": Case(relu, lambda _: patched_calls(), IMAGES),
+    "a hook listens to all modules": Case(relu, lambda _: register_module_forward_hook(lambda *_: None), IMAGES),
+    "a layer is of another class than it was": Case(relu, lambda one: setattr(one[1], "__class__", Loud), IMAGES),
+    "a parameter isn't a number": Case(
+        lambda: conv_act(nn.LeakyReLU()), lambda one: setattr(one[1], "negative_slope", torch.tensor(0.25)), IMAGES
+    ),
+    "a frozen norm's buffers have another dtype": Case(
+        lambda: conv_norm(Frozen(6), nn.ReLU()), lambda one: one[1].double(), IMAGES
+    ),
+    "the norm drops": Case(
+        lambda: conv_norm(Activated(6, nn.ReLU())), lambda one: setattr(one[1], "drop", nn.Dropout(0.0)), IMAGES
+    ),
+    "the norm has got an activation": Case(
+        lambda: conv_norm(Activated(6, nn.Identity()), nn.ReLU()), lambda one: setattr(one[1], "act", nn.Tanh()), IMAGES
+    ),
+    "the layer that scales writes over its input": Case(
+        lambda: End(Scale(6), nn.Identity()), lambda one: setattr(one.scale, "inplace", True)
+    ),
+    "nothing is dropped, or by other rules": Case(lambda: End(Scale(6), DropPath(0.0)), nothing),
+    "nothing is dropped in evaluation": Case(
+        lambda: End(nn.Identity(), DropPath(0.5)), lambda one: one.eval() and None
+    ),
+    "the residual is no tensor beside the input": Case(lambda: Counted(Scale(6), nn.Identity()), nothing),
+    "computed as the code has it in float64": Case(Mish, lambda one: setattr(one, "wide", True)),
+    "autocast computes a part of the formula in float32": Case(Mish, lambda _: torch.autocast("cpu", torch.bfloat16)),
+    "a layer of the formula has got options": Case(Mish, lambda one: setattr(one.softplus, "beta", 2)),
+    "what is gated is unlike the gate": Case(Gated, nothing),
+    "no kernel gates with the activation": Case(Swish, lambda one: setattr(one.act, "__class__", nn.Tanh)),
+    "no kernel gates channels with the activation": Case(
+        lambda: SqueezeExcitation(nn.Sigmoid()), lambda one: setattr(one.gate, "__class__", nn.Tanh), (4, 4, 3, 3)
+    ),
+    "no kernel has highways with the activation": Case(Highway, lambda one: setattr(one.act, "__class__", nn.Tanh)),
+    "what is carried or transformed is unlike the gate": Case(Mixed, nothing),
+}
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_layers_are_called_one_by_one(reason: str, device: str) -> None:
+    build, change, shape = CASES[reason]
+    torch.manual_seed(0)
+    stock = build().to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor(shape, torch.float32, device)
+    found: list[str | None] = []
+    with observe_chains(lambda _, why: found.append(why)):
+        model(x * 1)
+        assert (reason in found) == (change is nothing)
+        results = []
+        for one in (model, stock):
+            within = change(one)
+            with within if isinstance(within, AbstractContextManager) else nullcontext():
+                results.append(one(x.double() if hasattr(one, "wide") else x * 1))
+    assert reason in found, found
+    torch.testing.assert_close(*results)
