@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=idle)
     left_out = set(idle)
     items[:] = [item for item in items if item not in left_out]
-    for item in beyond_each_choice(item for item in items if not item.get_closest_marker("thorough")):
+    sampled = (item for item in items if not any(map(item.get_closest_marker, ("thorough", "whole"))))
+    for item in beyond_each_choice(sampled):
         item.add_marker(pytest.mark.grid)
 
 

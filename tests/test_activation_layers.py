@@ -102,6 +102,7 @@ WRONG_CALLS = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("cls", "constructor", "inputs"), WRONG_CALLS, ids=lambda value: getattr(value, "__name__", "")
 )

@@ -213,6 +213,7 @@ WRONG = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("wrong", WRONG)
 def test_errors_are_stocks(wrong: str, device: str) -> None:
     x = torch.ones(2, 3, 4, device=device)

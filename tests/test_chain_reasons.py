@@ -156,6 +156,7 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("reason", CASES)
 def test_layers_are_called_one_by_one(reason: str, device: str) -> None:
     build, change, shape = CASES[reason]
@@ -175,3 +176,9 @@ def test_layers_are_called_one_by_one(reason: str, device: str) -> None:
                 results.append(one(x.double() if hasattr(one, "wide") else x * 1))
     assert reason in found, found
     torch.testing.assert_close(*results)
+
+
+def test_layers_that_drop_without_dividing_are_left() -> None:
+    model = nn.Sequential(DropPath(0.5))
+    model[0].scale_by_keep = False
+    assert fusednn.replace_layers(model).left[0].reason == "what is kept isn't divided by the chance to be"

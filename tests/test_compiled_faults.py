@@ -158,6 +158,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_shows(name: str) -> None:
     fault = FAULTS[name]

@@ -233,6 +233,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("shape", "target", "options"), WRONG, ids=str)
 def test_what_the_kernels_refuse_is_stocks(shape: tuple[int, ...], target: object, options: dict, device: str) -> None:
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}

@@ -125,17 +125,32 @@ def shared() -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(2), nn.Sequential(conv))
 
 
+def untracked() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False))
+
+
+_APART = "not preceded by a convolution or linear layer"
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (Twice, "more than once"),
         (Again, "more than once"),
-        (hooked, "hooks"),
-        (parametrized, "not preceded"),
+        (hooked, "has hooks"),
+        (parametrized, _APART),
         (shared, "shared"),
-        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.BatchNorm2d(2)), "not preceded"),
-        (lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)), "not preceded"),
-        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)), "no running"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.BatchNorm2d(2)),
+            "not preceded by a convolution or linear layer",
+        ),
+        (lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)), _APART),
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)),
+            "has no running statistics",
+        ),
+        (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm2d(2)), "another number of channels"),
     ],
 )
 def test_what_is_left_and_why(make: object, reason: str, device: str) -> None:
@@ -146,6 +161,14 @@ def test_what_is_left_and_why(make: object, reason: str, device: str) -> None:
     assert not report.replaced
     assert reason in report.left[0].reason
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_a_norm_whose_batch_norm_is_another_layer_is_left() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), layers.BatchNormAct2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
+    model[1].bn = nn.InstanceNorm2d(2)
+    report = layers.fold_batch_norm(model)
+    assert report.left[0].reason == "another layer has taken its batch norm's place"
+    assert [row.names for row in report.replaced] == [("3",)]
 
 
 def test_training_layers_are_left() -> None:

@@ -217,6 +217,7 @@ FAILING: dict[str, Callable[[Any, str], Tensor]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FAILING)
 def test_a_function_that_raises_has_drawn_where_stock_has(name: str, device: str) -> None:
     found = []

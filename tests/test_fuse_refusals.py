@@ -355,7 +355,11 @@ def test_selection_applies_to_every_layer(device: str) -> None:
         "1": "excluded",
         "2": "swapped for its twin",
     }
-    assert reasons(conv_norm_act(), include=["0", "1"])["0"] == "fused with 1"
+    assert reasons(conv_norm_act(), include=["0", "1"]) == {
+        "0": "fused with 1",
+        "1": "fused into 0",
+        "2": "not included",
+    }
     assert (
         reasons(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), exclude=nn.Linear)["0"]
         == "no fusednn twin; not fused: excluded"

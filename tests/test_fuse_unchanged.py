@@ -59,6 +59,7 @@ CHANGES: dict[str, Callable[[list[Any]], object]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_layers_are_asked_again(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, layers = _Asked(), _chain()

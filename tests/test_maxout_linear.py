@@ -225,11 +225,11 @@ def test_the_choice_of_the_backward_pass() -> None:
 @pytest.mark.kernels
 def test_the_choice_between_fused_and_apart(request: pytest.FixtureRequest) -> None:
     assert fused_refusal(512, 2, torch.bfloat16, H100) is None
-    assert fused_refusal(1024, 2, torch.bfloat16, H100) is not None
+    assert fused_refusal(1024, 2, torch.bfloat16, H100) == "cuBLAS: more than 512 features"
     assert fused_refusal(256, 2, torch.float32, H100) is None
     assert fused_refusal(512, 2, torch.float32, H100) is not None
-    assert fused_refusal(16, 2, torch.float64, H100) is not None
-    assert fused_refusal(24, 2, torch.float16, H100) is not None
+    assert fused_refusal(16, 2, torch.float64, H100) == "cuBLAS: no kernel multiplies 2 pieces in fp64"
+    assert fused_refusal(24, 2, torch.float16, H100) == "cuBLAS: the features are no multiple of 16"
     assert fused_refusal(16, 9, torch.float16, H100) is not None
     assert fused_refusal(16, 8, torch.float16, H100) is None
     assert fused_refusal(16, 5, torch.float32, H100) is not None

@@ -120,12 +120,33 @@ def test_constructor_is_stocks_with_our_keywords(name: str) -> None:
     assert issubclass(twin, base)
 
 
+_STATELESS = " has no _init_group, which makes the state"
+
+
+class Listless(torch.optim.SGD):
+    def _init_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None: ...  # type: ignore[override]
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("bases", "body", "why"),
     [
-        ((optim.FusedOptimizer, torch.optim.Optimizer), {"_recipe": None}, "Optimizer has no _init_group"),
-        ((optim.FusedOptimizer, torch.optim.LBFGS), {"_recipe": None}, "LBFGS has no _init_group"),
-        ((optim.FusedOptimizer,), {"_recipe": None}, "Optimizer has no _init_group"),
+        (
+            (optim.FusedOptimizer, torch.optim.Optimizer),
+            {"_recipe": None},
+            "Optimizer" + _STATELESS,
+        ),
+        (
+            (optim.FusedOptimizer, torch.optim.LBFGS),
+            {"_recipe": None},
+            "LBFGS" + _STATELESS,
+        ),
+        ((optim.FusedOptimizer,), {"_recipe": None}, "Optimizer" + _STATELESS),
+        (
+            (optim.FusedOptimizer, Listless),
+            {"_recipe": None},
+            "Listless._init_group doesn't take lists of parameters and gradients to fill",
+        ),
         ((optim.FusedOptimizer, torch.optim.Adam), {"_recipe": None}, "algorithms.Adam is; derive from that"),
         ((optim.FusedOptimizer, torch.optim.ASGD), {}, "it has no _recipe"),
     ],

@@ -199,6 +199,7 @@ CHANGES: dict[str, tuple[Change, bool]] = {
 TWO_STEPS = ("a forgotten state", "another group", "transposed", "a transposed state")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_between_steps_is_noticed(name: str, device: str) -> None:
     change, may_repeat = CHANGES[name]

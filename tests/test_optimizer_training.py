@@ -400,6 +400,8 @@ def _train_sharded(rank: int, path: str, processes: int = 2) -> None:
         for p, q in zip(mine, full, strict=True):
             torch.testing.assert_close(p.full_tensor(), q, rtol=2e-5, atol=1e-6)
         _train_with_shards_of_all_kinds(mesh)
+        if KERNELS_RUN:
+            _refuse_what_is_distributed_otherwise(mesh)
         _train_fully_sharded(mesh)
     finally:
         dist.destroy_process_group()
@@ -420,7 +422,7 @@ def _train_with_shards_of_all_kinds(mesh: Any) -> None:
         _share_gradients(mine, full, placements)
         if KERNELS_RUN:
             assert [path.kernel for path in optim.explain(ours)] == [True, False]
-            assert "spread over processes" in optim.explain(ours)[1].reason
+            assert optim.explain(ours)[1].reason == "a group of the group lasso is spread over processes"
         ours.step()
         nn.utils.clip_grad_norm_(full, 0.5)
         stock.step()
@@ -429,6 +431,22 @@ def _train_with_shards_of_all_kinds(mesh: Any) -> None:
                 q.copy_(proximal(q, 0.1, 0.0, 0.0, 0.7))
     for p, q in zip(mine, full, strict=True):
         torch.testing.assert_close(p.full_tensor(), q, rtol=2e-5, atol=1e-6)
+
+
+_OTHERWISE = "gradient or state is distributed otherwise than its parameter"
+
+
+def _refuse_what_is_distributed_otherwise(mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    (mine,) = _shares([torch.ones(4, 6)], [[Shard(0)]], mesh)
+    ours = optim.SGD([mine])
+    for gradient, reason in (
+        (distribute_tensor(torch.ones(4, 6), mesh, [Replicate()]), _OTHERWISE),
+        (DTensor.from_local(torch.ones(4, 6), mesh, [Partial()]), "a distributed tensor is a partial sum"),
+    ):
+        mine.grad = gradient
+        assert optim.explain(ours)[0].reason == reason
 
 
 def _train_fully_sharded(mesh: Any) -> None:

@@ -3,17 +3,26 @@
 Where one is missing the kernels would take what they aren't made for, or the stock operator be asked for nothing.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from fusednn import autograd, optim
-from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.autograd.batch_norm_chain import batch_norm_chain
+from fusednn.autograd.batch_norm_pool import batch_norm_pool
+from fusednn.autograd.conv import conv_act_pool
+from fusednn.autograd.dispatch import Choice, observe_choices, transform_refusal
+from fusednn.autograd.recompute import reason_to_keep
+from fusednn.kernels import batch_norm_pool as pool_kernels
+from fusednn.kernels import nll_loss as nll_loss_kernels
+from fusednn.optim import refusals
 from fusednn.testing import random_tensor
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore")]
@@ -71,6 +80,17 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "training is not a boolean": {"training": 1},
         },
     ),
+    "block_end": (
+        {"input": X, "residual": X.flip(0), "scale": ONES},
+        {
+            "p or training is not a Python value": {"training": 1},
+            "nothing but a sum": {"scale": None},
+            "no elements, or no samples": {"input": X[:0], "residual": X[:0]},
+            "the residual is of another shape": {"residual": X[:1]},
+            "the scale is not one number for each element of a dimension behind the first": {"scale": X[:, :1]},
+            "samples don't lie one after another": {"input": normal(5, 4).t(), "p": 0.5},
+        },
+    ),
     "conv_act_pool2d": (
         CONV,
         {
@@ -123,6 +143,13 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "its size is odd": {"input": X},
         },
     ),
+    "highway": (
+        {"gate": X, "transformed": X.flip(0), "carried": X.flip(1)},
+        {
+            "no kernel has highways with tanh": {"activation": "tanh"},
+            "operands differ in shape": {"carried": X[:1]},
+        },
+    ),
     "linear_cross_entropy": (
         LINEAR,
         {
@@ -150,6 +177,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "the input hasn't as many features as the weight": {"weight": normal(2, 3, 4)},
             "no elements": {"weight": normal(2, 0, 5)},
             "one piece is its own maximum": {"weight": normal(1, 3, 5)},
+            "more than 255 pieces": {"weight": normal(256, 1, 5)},
         },
     ),
     "nll_loss": (
@@ -214,6 +242,7 @@ def reasons(name: str, arguments: dict[str, Any], device: str) -> list[str | Non
     return [None if choice.kernel else choice.reason for choice in choices if choice.operation != "linear"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_reasons_of_functions(name: str, device: str) -> None:
     arguments, changes = FUNCTIONS[name]
@@ -247,21 +276,88 @@ def weighted_under_autocast(x: Tensor) -> None:
         autograd.huber_loss(x, x.flip(0), weight=x.abs())
 
 
+def rejected_by_autocast(x: Tensor) -> None:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        autograd.binary_cross_entropy(x.sigmoid(), x.sigmoid())
+
+
+def with_slopes_under_autocast(x: Tensor) -> None:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        batch_norm_chain(x, None, None, None, None, True, 0.1, 1e-5, slopes=torch.ones_like(x[0, :1]))
+
+
+def of_too_many_places(x: Tensor) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_kernels, "MOST_PLACES", 4)
+        batch_norm_pool(x.unsqueeze(0), None, None, None, None, True, 0.1, 1e-5, maximum=True)
+
+
+def of_long_samples(x: Tensor) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nll_loss_kernels, "LARGEST_PLACES", 4)
+        autograd.nll_loss(x.unsqueeze(0), torch.zeros(1, 5, dtype=torch.int64, device=x.device))
+
+
+def padded_beyond_the_stride(x: Tensor) -> None:
+    convolved = partial(conv_act_pool, 1, activation="relu", activation_parameters=())
+    convolved(x, x[:, :1, None].repeat(1, 1, 2), None, 1, 0, 1, 1, 1)
+
+
 SITUATIONS: dict[str, Callable[[Tensor], None]] = {
     "recorded by torch.jit.trace": recorded,
     "inside a torch.func transform": transformed,
     "forward-mode differentiation": dual,
     "in-place on an inference tensor outside of inference mode": of_inference_mode,
     "autocast takes a weighted loss apart": weighted_under_autocast,
+    "autocast rejects it": rejected_by_autocast,
+    "autocast computes PReLU in its low precision": with_slopes_under_autocast,
+    "there are too many places": of_too_many_places,
+    "a sample has too many places": of_long_samples,
+    "the output padding is not smaller than stride or dilation": padded_beyond_the_stride,
 }
+#: Of operations that GPUs' autocast alone treats so.
+OF_GPUS = ("autocast rejects it",)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("reason", SITUATIONS)
 def test_reasons_of_situations(reason: str, device: str) -> None:
     choices: list[Choice] = []
     with observe_choices(choices.append), suppress(RuntimeError):
         SITUATIONS[reason](X.to(device))
-    assert [choice.reason for choice in choices] == [reason]
+    expected = None if reason in OF_GPUS and device == "cpu" else reason
+    assert [None if one.kernel else one.reason for one in choices if one.operation != "sigmoid"] == [expected]
+
+
+@contextmanager
+def compiling() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        yield patch
+
+
+def test_reason_of_exporters() -> None:
+    with compiling() as patch:
+        assert transform_refusal() is None
+        patch.setattr(torch.compiler, "_is_exporting_flag", True)
+        assert transform_refusal() == "recorded by torch.export"
+
+
+@pytest.mark.parametrize(
+    ("within", "reason"),
+    [
+        (compiling, "compiled: the compiler decides what is kept"),
+        (partial(disable_saved_tensors_hooks, "no"), "hooks of saved tensors are disabled"),
+        (lambda: saved_tensors_hooks(torch.clone, torch.clone), "others have hooks on saved tensors"),
+    ],
+    ids=["compiling", "disabled", "others"],
+)
+def test_reasons_to_keep_what_could_be_made_again(
+    within: Callable[[], AbstractContextManager[Any]], reason: str
+) -> None:
+    assert reason_to_keep() is None
+    with within():
+        assert reason_to_keep() == reason
 
 
 # --- Of optimizers ----------------------------------------------------------------------------------------------------
@@ -317,6 +413,7 @@ CHANGES: dict[str, Callable[[Any, Tensor], None]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("reason", CHANGES)
 def test_reasons_of_optimizers(reason: str, device: str) -> None:
     parameter = torch.nn.Parameter(torch.ones(3, 4, device=device))
@@ -326,3 +423,16 @@ def test_reasons_of_optimizers(reason: str, device: str) -> None:
     assert optim.explain(ours)[0].kernel
     CHANGES[reason](ours, parameter)
     assert optim.explain(ours)[0].reason == reason
+
+
+def test_reasons_of_capturable_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their steps lie beside the parameters, on a GPU, which meta tensors stand for."""
+    monkeypatch.setattr(refusals, "memory_refusal", lambda _: None)
+    for device, reason in (("cpu", "capturable is for GPUs"), ("meta", "the step is not on the parameter's device")):
+        parameter = torch.nn.Parameter(torch.ones(3, 4, device=device))
+        group = {**optim.Adam([parameter]).param_groups[0], "capturable": True}
+        state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        recipe = optim.Adam([parameter])._recipe(group)
+        given = (group, recipe, [parameter], [{**state, "step": torch.tensor(1.0)}])
+        parameter.grad = torch.ones_like(parameter)
+        assert (refusals.tensors_refusal(*given) or refusals.numbers_refusal(group, recipe, parameter.device)) == reason

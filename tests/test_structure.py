@@ -1,6 +1,7 @@
 """The house rules: who may import what, what has a docstring, and which files share a name.  Read off the sources."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -500,3 +501,48 @@ def test_notices_other_names() -> None:
         "kernels/max.py has no namesake in autograd or optim",
         "kernels/softmax.py ships max",
     ]
+
+
+# --- Reasons ----------------------------------------------------------------------------------------------------------
+
+
+def patterns(value: ast.AST | None) -> Iterator[str]:
+    """Of the strings that an expression may be."""
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        yield re.escape(value.value)
+    elif isinstance(value, ast.JoinedStr):
+        yield "".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in value.values)
+    elif isinstance(value, ast.IfExp):
+        yield from (*patterns(value.body), *patterns(value.orelse))
+    elif isinstance(value, ast.BoolOp):
+        yield from patterns(value.values[-1])
+
+
+def reasons_in(sources: Sources) -> set[str]:
+    """Of all functions that return a reason why not, or None."""
+    functions = (node for text in sources.values() for node in ast.walk(ast.parse(text)))
+    return {
+        pattern
+        for function in functions
+        if isinstance(function, ast.FunctionDef) and function.returns and ast.unparse(function.returns) == "str | None"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Return)
+        for pattern in patterns(node.value)
+    }
+
+
+def unnamed_reasons(sources: Sources, tests: Sources) -> list[str]:
+    text = "\n".join(tests.values())
+    return [reason for reason in sorted(reasons_in(sources)) if not re.search(reason, text)]
+
+
+def test_every_reason_stands_in_a_test() -> None:
+    """In its words: one that no test names may be given nowhere, or where it doesn't hold."""
+    sources = read_sources(tuple(name for name in FLOORS if name != FACE))
+    assert len(reasons_in(sources)) > 150
+    assert unnamed_reasons(sources, read_sources(("tests",))) == []
+
+
+def test_unnamed_reasons_are_found() -> None:
+    source = "def f(x) -> str | None:\n    if x:\n        return f'at {x}'\n    return x or 'over' if g else None\n"
+    assert unnamed_reasons({"f.py": source}, {"test_f.py": "== 'at 3'"}) == ["over"]

@@ -25,6 +25,7 @@ def images(device: str = "cpu") -> Tensor:
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.kernels
 @pytest.mark.parametrize(
     ("fault", "complaint"),

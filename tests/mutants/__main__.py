@@ -30,7 +30,7 @@ GENERIC = tuple(
     f"test_{theme}.py"
     for theme in (
         *("gradients", "memory", "in_place", "options", "paths", "aliases", "testing", "refusals", "mixed_dtypes"),
-        *("defaults", "pytorch_cases"),
+        *("defaults", "pytorch_cases", "reasons"),
     )
 )
 #: And those of what isn't a family's, by a part of its path.
@@ -39,7 +39,7 @@ THEMES = {
     "autograd/handles": ("test_recompute.py",),
     "autograd/stock_recipes": ("test_recompute.py",),
     "layers/dropout_schedule": ("test_dropout_layers.py",),
-    "layers/fusion/": ("test_fuse*.py", "test_neighbourhoods.py", "test_paths.py"),
+    "layers/fusion/": ("test_fuse*.py", "test_neighbourhoods.py", "test_paths.py", "test_chain_reasons.py"),
     "layers/libraries/": ("test_libraries.py",),
     "layers/replacement/": tuple(
         f"test_{theme}.py" for theme in ("replace", "conversions", "classes", "works_with", "fold")

@@ -1,10 +1,11 @@
 """Which cases of a parametrised test `make test` runs.
 
 Of a grid of cases (activations times dtypes times layouts), as many as it takes for each word of their names to occur
-once, in the place where it stands, which is known as each-choice coverage.  Lists without a word in common stay whole.
-The other cases have the marker ``grid``.
+once, in the place where it stands, which is known as each-choice coverage.  Lists without a word in common stay whole,
+and those of a test with the marker ``whole``.  The other cases have the marker ``grid``.
 """
 
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -12,12 +13,21 @@ import pytest
 
 
 def words(case: str) -> frozenset[tuple[int, str]]:
-    """The words of a case's name, with their places.
+    """The words of a case's name, with their places.  One that stands alone is another than the same beside others: the
+    plain case isn't that with options.  A tuple is one word, and a minus is its number's.
 
     >>> sorted(words("relu backward-float32"))
-    [(0, 'backward'), (0, 'relu'), (1, 'float32')]
+    [(0, 'backward'), (0, 'relu'), (1, 'float32'), (1, 'only float32')]
+    >>> sorted(words("(3, 4)--1"))
+    [(0, '(3, 4)'), (0, 'only (3, 4)'), (1, '-1'), (1, 'only -1')]
     """
-    return frozenset((place, word) for place, part in enumerate(case.split("-")) for word in part.split())
+    found = set()
+    for place, part in enumerate(re.split("(?<!-)-", case)):
+        own = [part] if part.startswith("(") else part.split()
+        found |= {(place, word) for word in own}
+        if len(own) == 1:
+            found.add((place, f"only {own[0]}"))
+    return frozenset(found)
 
 
 def each_choice(test: str, cases: Sequence[str]) -> set[str]:
