@@ -14,12 +14,14 @@ from ..kernels import batch_norm as kernels
 from ..kernels import batch_norm_gradients
 from ..kernels.base.channels import plan_of
 from ..kernels.base.launch import ACCUMULATOR
+from ..kernels.base.layout import placed
 from ..kernels.base.random import with_seed
 from ..kernels.batch_norm_statistics import Before
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
 from .batch_norm import norm_refusal, those_given
+from .bias_activation_dropout import drop_of
 from .dispatch import autocast_dtype, takes_kernel
 from .gradients import stock_gradients
 from .operators import operator
@@ -31,7 +33,7 @@ __all__ = ["batch_norm_chain", "slopes_refusal"]
 #: The operands and options that all of them end with: those of `Chain`, as `_parsed` tells.
 _REST = (
     "Tensor? weight, Tensor? bias, Tensor? slopes, Tensor? seed, Tensor? shift, float eps, str name, float a, float b,"
-    " float p, str before, float c, float d"
+    " float p, bool of_channels, str before, float c, float d"
 )
 
 
@@ -46,13 +48,15 @@ def _parsed(
     a: float,
     b: float,
     p: float,
+    of_channels: bool,
     before: str,
     c: float,
     d: float,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What kernels are given in their place, and by their names their options; no name stands for nothing before."""
     first = Before(activated(before, c, d), shift) if before else None
-    return (weight, bias, eps, activated(name, a, b)), {"slopes": slopes, "seed": seed, "p": p, "before": first}
+    options = {"slopes": slopes, "seed": seed, "p": p, "of_channels": of_channels, "before": first}
+    return (weight, bias, eps, activated(name, a, b)), options
 
 
 @operator(
@@ -89,8 +93,8 @@ def _forward(x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
 
 @operator(
     f"batch_norm_chain_reduce(Tensor g, Tensor x, Tensor mean, Tensor variance, {_REST}) -> Tensor",
-    fake=lambda g, x, mean, variance, weight, bias, slopes, *_: x.new_empty(
-        (plan_of(x).splits, 2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype]
+    fake=lambda g, x, mean, variance, weight, bias, slopes, *rest: x.new_empty(
+        (_splits(x, rest[-4]), 2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype]
     ),
 )
 def _reduce(g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
@@ -99,11 +103,16 @@ def _reduce(g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) ->
     return batch_norm_gradients.batch_norm_reduce(g, x, None, None, mean, variance, *arguments, **options)[0]
 
 
+def _splits(x: Tensor, of_channels: bool) -> int:
+    """How many programs leave sums of a channel."""
+    return plan_of(x, kernels.spatial_of(x, of_channels)).splits
+
+
 def _fake_backward(
     g: Tensor, x: Tensor, partial: Tensor | None, mean: Tensor, variance: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    weight, _, _, _, shift, *_, affine = rest
-    sums = (0,) if shift is None else (plan_of(x).splits, x.shape[1])
+    weight, _, _, _, shift, *_, of_channels, _, _, _, affine = rest
+    sums = (0,) if shift is None else (_splits(x, of_channels), x.shape[1])
     vectors = (torch.empty_like(weight) if affine else x.new_empty(0) for _ in range(2))
     return torch.empty_like(x), *vectors, x.new_empty(sums, dtype=ACCUMULATOR[x.dtype])
 
@@ -135,13 +144,14 @@ class Chain(NamedTuple):
     eps: float
     activation: Activated
     p: float
+    of_channels: bool = False
     before: Activated | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What operators are given in its place."""
         before = ("", 0.0, 0.0) if self.before is None else self.before.arguments
-        return self.eps, *self.activation.arguments, self.p, *before
+        return self.eps, *self.activation.arguments, self.p, self.of_channels, *before
 
 
 class BatchNormChain(Function):
@@ -263,6 +273,7 @@ def batch_norm_chain(
     activation_parameters: Sequence[float] = (),
     slopes: Tensor | None = None,
     p: float = 0.0,
+    of_channels: bool = False,
     before: str | None = None,
     before_parameters: Sequence[float] = (),
     product: Callable[[Tensor | None], Tensor] | None = None,
@@ -271,9 +282,10 @@ def batch_norm_chain(
     """dropout(activation(batch_norm(before(x + shift)))), in as many passes over memory as batch norm alone.
 
     ``slopes``, one or one a channel, are PReLU's, which then is the activation; ``p`` is the probability to drop an
-    element, 0 in evaluation.  ``before`` is an activation before the norm, with ``before_parameters``; in front of it
-    ``shift``, the bias of what made the input, ``product(None)``, is added: ``product(shift)`` makes it for stock
-    operators.  The other arguments are those of `batch_norm_act`.  Saves the input, and a seed.
+    element, or ``of_channels`` a sample's whole channel; 0 in evaluation.  ``before`` is an activation before the norm,
+    with ``before_parameters``; in front of it ``shift``, the bias of what made the input, ``product(None)``, is added:
+    ``product(shift)`` makes it for stock operators.  The other arguments are those of `batch_norm_act`.  Saves the
+    input, and a seed.
     """
     resolved = resolve_activation(activation, activation_parameters) if slopes is None else PRELU
     first = None if before is None else resolve_activation(before, before_parameters)
@@ -281,7 +293,7 @@ def batch_norm_chain(
     if isinstance(input, Tensor) and autocast_dtype(input) is input.dtype:
         slopes, shift = (None if one is None else one.to(input.dtype) for one in (slopes, shift))
     vectors = (running_mean, running_var, weight, bias)
-    chain = Chain(training, float(eps), resolved, float(p), first)
+    chain = Chain(training, float(eps), resolved, float(p), of_channels and p > 0, first)
 
     def refusal() -> str | None:
         reason = norm_refusal(input, *vectors, training, momentum, eps, batches=batches, activation=resolved)
@@ -289,6 +301,8 @@ def batch_norm_chain(
             reason = slopes_refusal(slopes, input)
         if reason is None and p and (not 0 < p < 1 or input.dtype is torch.float64):
             reason = "everything is dropped" if input.dtype is not torch.float64 else "dropout behind a norm in float64"
+        if reason is None and chain.of_channels and not 2 < input.dim() < 6:
+            reason = "the channels that are dropped have no places"
         return reason or (None if first is None else first.refusal())
 
     name = "batch_norm_chain" if batches is None else "cumulative_batch_norm"
@@ -297,19 +311,20 @@ def batch_norm_chain(
             momentum = 1.0 / float(batches)
         x = _before(input if given is None or product is None else product(given), chain)
         y = stock_activation(F.batch_norm(x, *vectors, training, momentum, eps), resolved, slopes)
-        return F.dropout(y, p) if p else y
+        return drop_of(y, of_channels)(y, p) if p else y
     running = (running_mean, running_var, batches, float(momentum))
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
-        differentiable = (input, weight, bias, slopes, shift)
+        x = placed(input) if chain.of_channels else input
+        differentiable = (x, weight, bias, slopes, shift)
         rest = (weight, bias, slopes, seed, shift, *chain.arguments)
         if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in differentiable):
             y = BatchNormChain.apply(*differentiable, seed, chain, running)
         elif training:
-            y, *_ = _forward_training(input, *running, *rest)
+            y, *_ = _forward_training(x, *running, *rest)
         else:
-            y = _forward(input, running_mean, running_var, *rest)
+            y = _forward(x, running_mean, running_var, *rest)
         return y
 
     return with_seed(input.device, compute) if p else compute(None)

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from ..kernels import batch_norm_gradients
 from ..kernels import batch_norm_pool as kernels
 from ..kernels.base.launch import ACCUMULATOR
+from ..kernels.base.layout import placed
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
@@ -257,7 +258,7 @@ def batch_norm_pool(
         if batches is not None and training:
             momentum = 1.0 / float(batches)
         return _stock(input, *vectors, slopes, chain, momentum)
-    x = kernels.placed(input)
+    x = placed(input)
     if training:
         running = (running_mean, running_var, batches, float(momentum))
         running_mean, running_var = statistics(x.detach(), *running)
@@ -284,7 +285,7 @@ def activation_pool(
     if not takes_kernel("bias_activation", *operands, refusal=lambda: _refusal(z, weights, resolved)):
         z = z if bias is None else product(bias)
         return _stock(z, None, None, None, None, slopes, Chain(maximum, False, 0.0, resolved))
-    return _reduced(kernels.placed(z), None, None, None, addend, weights, Chain(maximum, False, 0.0, resolved))
+    return _reduced(placed(z), None, None, None, addend, weights, Chain(maximum, False, 0.0, resolved))
 
 
 def _resolved(

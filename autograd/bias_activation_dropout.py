@@ -21,7 +21,7 @@ from .gradients import LinearGradient, stock_gradients
 from .operators import operator
 from .recompute import needs
 
-__all__ = ["bias_activation_dropout", "conv_activation_dropout", "linear_activation_dropout"]
+__all__ = ["bias_activation_dropout", "conv_activation_dropout", "drop_of", "linear_activation_dropout"]
 
 
 def _fake_forward(
@@ -313,8 +313,12 @@ def _by_stock(
 ) -> Tensor:
     """dropout(activation(x)), by stock operators."""
     resolved = resolve_activation(activation, parameters) if slopes is None else PRELU
-    drop = _CHANNELS.get(x.dim(), F.dropout2d) if of_channels else F.dropout
-    return drop(stock_activation(x, resolved, slopes), p, training)
+    return drop_of(x, of_channels)(stock_activation(x, resolved, slopes), p, training)
+
+
+def drop_of(x: Tensor, of_channels: bool) -> Callable[..., Tensor]:
+    """Stock's dropout of such a tensor's elements, or channels."""
+    return _CHANNELS.get(x.dim(), F.dropout2d) if of_channels else F.dropout
 
 
 #: Stock's dropout of channels by the number of dimensions.

@@ -11,6 +11,7 @@ it is to PyTorch.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .batch_norm import apply_activation
 from .convolution import Convolution, convolution_of, padding_of, stock_convolution
 from .decisions import decided_once
 from .dispatch import in_low_precision, or_stock, takes_kernel
+from .inductor import divides
 from .operators import given, operator
 from .pool import (
     Sizes,
@@ -429,7 +431,9 @@ def _conv_act_pool(
     convolution = convolution_of(directions, stride, border, dilation, groups, output_padding)
     described = (directions, input, odd, weight, bias, residual, convolution, resolved, window)
     given = [input, weight, *(operand for operand in (bias, residual) if operand is not None)]
-    if not takes_kernel(f"conv_act_pool{directions}d", *given, refusal=lambda: _refusal(*described)):
+    ours = pool_size is not None or _outdoes_compiler(directions, input, weight, convolution, resolved)
+    name = f"conv_act{'_pool' * ours}{directions}d"
+    if not takes_kernel(name, *given, refusal=lambda: _refusal(*described)):
         arguments = (stride, padding, dilation, groups, output_padding)
 
         def chained(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
@@ -461,6 +465,21 @@ def _conv_act_pool(
         return squeezed(y, lines, unbatched, tracked=differentiable)
 
     return together
+
+
+def _outdoes_compiler(
+    directions: int, input: Tensor, weight: Tensor, convolution: Convolution | None, activation: Activated
+) -> bool:
+    """Whether without pooling ours moves less than compiled code, in no more launches.
+
+    It keeps bits, where that keeps booleans; the bias's gradient takes it a second launch, and that where it sums up in
+    parts.
+    """
+    fits = {input.dim(), weight.dim()} == {directions + 2} and convolution is not None and min(convolution.stride) > 0
+    if activation.saves != "mask" or convolution is None or not fits:
+        return False
+    filters = weight.shape[0] if convolution.output_padding is None else weight.shape[1] * convolution.groups
+    return divides(filters, filters * input.shape[0] * prod(convolution.size(input.shape[2:], weight.shape[2:])))
 
 
 def conv_statistics(

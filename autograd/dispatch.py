@@ -284,9 +284,9 @@ _most_small_bytes = cache(most_small_bytes)
 
 #: What is left to Inductor while it traces.  It fuses these with what stands before and behind them, which it couldn't
 #: with an operator that it can't look into: counted in bytes and launches of training steps, ours lose.  Not here, and
-#: so kernels of ours, is what Inductor doesn't fuse: an activation behind a convolution, or with dropout behind a
-#: linear layer, in one with its gradients' sums; pooling (whose gradient it scatters), maxout, and cross-entropy, whose
-#: logits it reads twice.
+#: so kernels of ours, is what Inductor doesn't fuse: an activation with dropout behind a linear layer, or of large
+#: images behind a convolution, in one with its gradients' sums; pooling (whose gradient it scatters), maxout, and
+#: cross-entropy, whose logits it reads twice.
 _FUSED_BY_COMPILER = frozenset(
     (
         *ACTIVATIONS,
@@ -294,6 +294,7 @@ _FUSED_BY_COMPILER = frozenset(
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
         *("softmax", "log_softmax", "softmin"),
         *("batch_norm", "batch_norm_chain", "batch_norm_pool", "channel_statistics"),
+        *("conv_act1d", "conv_act2d", "conv_act3d"),
         *("bias_activation", "block_end", "channel_bias_activation_dropout", "gated", "gated_channels", "gated_halves"),
         *("glu", "highway"),
         *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["divides_channels", "turns_images"]
+__all__ = ["divides", "divides_channels", "turns_images"]
 
 #: Inductor divides a channel's values among programs where channels are few and large, and reads them twice then; else
 #: a program owns a channel, and has it in registers or in the cache when it reads it again.
@@ -18,10 +18,12 @@ _FEW_CHANNELS = 64
 
 def divides_channels(input: Tensor) -> bool:
     """Whether batch norm's statistics and its normalisation both read the input from memory."""
-    if input.dim() < 2:
-        return False
-    channels = input.shape[1]
-    return channels <= _MOST_CHANNELS and input.numel() > _MOST_UNDIVIDED * channels
+    return input.dim() > 1 and divides(input.shape[1], input.numel())
+
+
+def divides(channels: int, numel: int) -> bool:
+    """Whether sums over each channel of so many elements are made in parts, which another launch adds up."""
+    return channels <= _MOST_CHANNELS and numel > _MOST_UNDIVIDED * channels
 
 
 def turns_images(images: Tensor, model: nn.Module | None) -> bool:

@@ -28,7 +28,7 @@ from .base.channels import (
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import divide, scalar, square_root, widen
-from .base.random import keep_threshold, keep_tile
+from .base.random import channels_kept, keep_threshold, keep_tile
 from .base.tiles import aligned, load, store, store_bits
 from .batch_norm_statistics import (
     Before,
@@ -61,6 +61,8 @@ __all__ = [
     "normalisation",
     "options",
     "parameter_type",
+    "spatial_constants",
+    "spatial_of",
 ]
 
 # --- Device functions -----------------------------------------------------------------------------------------------
@@ -114,17 +116,38 @@ def channel_slopes(slope_pointer, a, channel, channels, slopes, COMPUTE):
 def noise_tile(
     seed_pointer,
     last,
-    tile_index,
+    spatial,
+    step,
+    channel_block,
+    track,
+    channel_blocks,
+    tracks,
+    channels,
+    along_inner,
     ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr,
+    AXIS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What dropout multiplies a tile by: 1 / (1 - p), where ``last`` random numbers of 2^32 are the last kept, or 0."""
-    serves_eight: tl.constexpr = ELEMENT.primitive_bitwidth == 16
-    keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), 1, HEIGHT * WIDTH, serves_eight)
+    """What dropout multiplies a tile by: 1 / (1 - p), where ``last`` random numbers of 2^32 are the last kept, or 0.
+
+    The ``spatial`` elements of a sample's channel have one number, if that isn't None, as of `channels_kept`.
+    """
+    if spatial is None:
+        serves_eight: tl.constexpr = ELEMENT.primitive_bitwidth == 16
+        tile_index = (step * channel_blocks + channel_block) * tracks + track
+        keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), 1, HEIGHT * WIDTH, serves_eight)
+        keep = tl.reshape(keep, (HEIGHT, WIDTH))
+    else:
+        if AXIS == 1:
+            sample = tl.where(along_inner != 0, track, step)
+            row, column = sample * channels + channel_block * HEIGHT, channel_block * 0
+        else:
+            row, column = step * HEIGHT, channel_block * WIDTH
+        keep = channels_kept(seed_pointer, last, row, column, channels, spatial, AXIS == 1, HEIGHT, WIDTH)
     scale = (4294967296.0 / (scalar(last, tl.float64) + 1)).to(COMPUTE)
-    return tl.where(tl.reshape(keep, (HEIGHT, WIDTH)), scale, scale * 0)
+    return tl.where(keep, scale, scale * 0)
 
 
 # --- Kernel -----------------------------------------------------------------------------------------------------------
@@ -163,6 +186,7 @@ def batch_norm_forward_kernel(
     b: tl.float64,
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
+    spatial,  # the elements of a sample's channel, if dropout drops them together; or None
     before_a: tl.float64,  # of the activation before the norm
     before_b: tl.float64,
     BEFORE: tl.constexpr,  # that activation; or None
@@ -209,8 +233,10 @@ def batch_norm_forward_kernel(
             )
         y = ACTIVATION.forward(z, a, b)
         if seed_pointer is not None:
-            tile_index = (step * channel_blocks + channel_block) * tracks + track
-            y *= noise_tile(seed_pointer, last, tile_index, y_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
+            y *= noise_tile(
+                *(seed_pointer, last, spatial, step, channel_block, track, channel_blocks, tracks, channels),
+                *(along_inner, y_pointer.dtype.element_ty, COMPUTE, AXIS, HEIGHT, WIDTH),
+            )
         store(y_pointer, tile, y)
 
 
@@ -274,8 +300,9 @@ def _forward(
     given: frozenset[str],
     parameters: torch.dtype | None = None,
     before: Activation | None = None,
+    of_channels: bool = False,
 ) -> Configuration:
-    """``given`` are the pointers that aren't None, of those that may be."""
+    """``given`` are the pointers that aren't None, of those that may be; ``of_channels``: dropout drops whole ones."""
     training = "partial" in given
     return configuration_of(
         batch_norm_forward_kernel,
@@ -288,13 +315,18 @@ def _forward(
             "evaluation": not training,
             "not tracked": training and not given >= _TRACKED,
             "averaged": "batches" in given,
-            "+ dropout": "seed" in given,
+            f"+ dropout{' of channels' * of_channels}": "seed" in given,
             **before_told(before, given),
         },
         wide_loads=1 + ("residual" in given),
         wide_stores=1,
-        constants=before_constants(before, "shift" in given),
+        constants=before_constants(before, "shift" in given) | spatial_constants(of_channels),
     )
+
+
+def spatial_constants(of_channels: bool) -> dict[str, None]:
+    """The argument that is None where dropout doesn't drop whole channels."""
+    return {} if of_channels else {"spatial": None}
 
 
 def before_told(before: Activation | None, given: frozenset[str]) -> dict[str, bool]:
@@ -328,7 +360,8 @@ def _usual_configurations() -> Iterator[Configuration]:
     yield _forward(bfloat16, rows, IDENTITY.row, _USUAL, bfloat16)
     for tiling in common_tilings_of(bfloat16):
         yield _forward(bfloat16, tiling, PRELU.row, _USUAL | {"slope"})
-        yield _forward(bfloat16, tiling, ACTIVATIONS["relu"], _USUAL | {"seed"})
+        for of_channels in (False, True):
+            yield _forward(bfloat16, tiling, ACTIVATIONS["relu"], _USUAL | {"seed"}, of_channels=of_channels)
 
 
 def _other_configurations() -> Iterator[Configuration]:
@@ -376,9 +409,15 @@ def both_or_neither(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor 
     return weight, bias
 
 
-def options(slopes: Tensor | None, seed: Tensor | None, p: float) -> tuple[int, ...]:
-    """The kernels' ``slopes`` and ``last``, where there are some."""
-    return (*(() if slopes is None else (slopes.numel(),)), *(() if seed is None else (keep_threshold(p),)))
+def options(slopes: Tensor | None, seed: Tensor | None, p: float, spatial: int | None) -> tuple[int, ...]:
+    """The kernels' ``slopes``, ``last`` and ``spatial``, where there are some."""
+    last = None if seed is None else keep_threshold(p)
+    return tuple(one for one in (None if slopes is None else slopes.numel(), last, spatial) if one is not None)
+
+
+def spatial_of(x: Tensor, of_channels: bool) -> int | None:
+    """The elements of a sample's channel, if dropout drops them together."""
+    return x.numel() // (x.shape[0] * x.shape[1]) if of_channels else None
 
 
 def channel_vectors(
@@ -429,6 +468,7 @@ def batch_norm_training(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    of_channels: bool = False,
     before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`batch_norm_forward` with the statistics of ``x``, which come last, and update the running ones.
@@ -436,14 +476,13 @@ def batch_norm_training(
     As of `merge_statistics`, whose work the programs that normalise do here.
     """
     x = dense(x)
-    plan = plan_of(x)
+    plan = plan_of(x, spatial_of(x, of_channels))
     partial = partial_over(x, plan, before)
     if plan.splits > plan.tiling.lanes:
         mean, variance = merge_statistics(partial, running_mean, running_variance, batches, momentum)
         vectors = (mean, variance, weight, bias)
-        y, mask = batch_norm_forward(
-            x, residual, *vectors, eps, activation, masked=masked, slopes=slopes, seed=seed, p=p, before=before
-        )
+        rest: dict[str, Any] = {"slopes": slopes, "seed": seed, "p": p, "of_channels": of_channels, "before": before}
+        y, mask = batch_norm_forward(x, residual, *vectors, eps, activation, masked=masked, **rest)
         return y, mask, mean, variance
     mean, variance = (torch.empty(plan.channels, dtype=partial.dtype, device=x.device) for _ in range(2))
     y, mask = _normalise(
@@ -453,6 +492,7 @@ def batch_norm_training(
         slopes=slopes,
         seed=seed,
         p=p,
+        of_channels=of_channels,
         before=before,
     )
     return y, mask, mean, variance
@@ -472,23 +512,26 @@ def batch_norm_forward(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    of_channels: bool = False,
     before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """activation((x - mean) / sqrt(variance + eps) * weight + bias + residual), in the memory order of ``x``.
 
     With ``masked``, also the packed bits that the activation's gradient needs.  PReLU has ``slopes``, in the type of
-    ``x``; with a ``seed``, dropout with probability ``p`` < 1 follows.  What is normalised is what comes ``before``.
+    ``x``; with a ``seed``, dropout with probability ``p`` < 1 follows, ``of_channels`` as a whole where ``x`` is as of
+    `placed`.  What is normalised is what comes ``before``.
     """
     x = dense(x)
     if not x.numel():
         return torch.empty_like(x), x.new_empty(0, dtype=torch.uint8) if masked else None
     return _normalise(
-        *(x, plan_of(x), residual, None, mean, variance, weight, bias),
+        *(x, plan_of(x, spatial_of(x, of_channels)), residual, None, mean, variance, weight, bias),
         *(None, None, None, 0.0, eps, activation),
         masked=masked,
         slopes=slopes,
         seed=seed,
         p=p,
+        of_channels=of_channels,
         before=before,
     )
 
@@ -513,6 +556,7 @@ def _normalise(
     slopes: Tensor | None,
     seed: Tensor | None,
     p: float,
+    of_channels: bool,
     before: Before | None,
 ) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
@@ -538,8 +582,9 @@ def _normalise(
     splits, values = plan.splits, float(x.numel() // plan.channels)
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
     row = None if before is None else before.activation.row
-    configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters, row)
-    scalars = (splits, values, momentum, eps, activation.a, activation.b, *options(slopes, seed, p))
+    configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters, row, of_channels)
+    spatial = spatial_of(x, of_channels)
+    scalars = (splits, values, momentum, eps, activation.a, activation.b, *options(slopes, seed, p, spatial))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars, *before_parameters(before))
     copy_back(running, updated)
     return y, mask

@@ -38,6 +38,8 @@ from .batch_norm import (
     normalisation,
     options,
     parameter_type,
+    spatial_constants,
+    spatial_of,
 )
 from .batch_norm_pool import shared_gradient
 from .batch_norm_statistics import Before, before_constants, before_parameters, channel_shift, value_before
@@ -104,6 +106,7 @@ def batch_norm_reduce_kernel(
     b: tl.float64,
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
+    spatial,  # the elements of a sample's channel, if dropout drops them together; or None
     places,  # of a sample's channel, whose mean the gradient is of; or None
     before_a: tl.float64,  # of the activation before the norm
     before_b: tl.float64,
@@ -142,8 +145,10 @@ def batch_norm_reduce_kernel(
                 *(COMPUTE, AXIS, HEIGHT, WIDTH),
             )
         if seed_pointer is not None:
-            tile_index = (step * channel_blocks + channel_block) * tracks + track
-            dz *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
+            dz *= noise_tile(
+                *(seed_pointer, last, spatial, step, channel_block, track, channel_blocks, tracks, channels),
+                *(along_inner, x_pointer.dtype.element_ty, COMPUTE, AXIS, HEIGHT, WIDTH),
+            )
         x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         centred = x - mean
         if mask_pointer is not None:
@@ -203,6 +208,7 @@ def batch_norm_backward_kernel(
     b: tl.float64,
     slopes,  # one, or one for each channel; or None
     last,  # the last random number that is kept; or None
+    spatial,  # the elements of a sample's channel, if dropout drops them together; or None
     places,  # of a sample's channel, over which was reduced; or None
     before_a: tl.float64,  # of the activation before the norm
     before_b: tl.float64,
@@ -250,8 +256,10 @@ def batch_norm_backward_kernel(
                 *(COMPUTE, AXIS, HEIGHT, WIDTH),
             )
         if seed_pointer is not None:
-            tile_index = (step * channel_blocks + channel_block) * tracks + track
-            dx *= noise_tile(seed_pointer, last, tile_index, x_pointer.dtype.element_ty, COMPUTE, HEIGHT, WIDTH)
+            dx *= noise_tile(
+                *(seed_pointer, last, spatial, step, channel_block, track, channel_blocks, tracks, channels),
+                *(along_inner, x_pointer.dtype.element_ty, COMPUTE, AXIS, HEIGHT, WIDTH),
+            )
         if ACTIVATION.saves != "nothing" or partial_pointer is not None or BEFORE is not None:
             x = load(x_pointer, tile, COMPUTE)
             centred = value_before(x, shift, before_a, before_b, BEFORE) - mean
@@ -287,10 +295,11 @@ def _reduce(
     normalised: bool = True,
     shared: bool = False,
     before: Activation | None = None,
+    of_channels: bool = False,
 ) -> Configuration:
     """``given`` are the pointers that aren't None, of those that may be; ``shared``: the gradient is that of means."""
     residual, mask, noise = ("residual" in given, "mask" in given, "seed" in given)
-    tells = {"+ residual": residual, "+ mask": mask, "+ dropout": noise}
+    tells = {"+ residual": residual, "+ mask": mask, f"+ dropout{' of channels' * of_channels}": noise}
     return configuration_of(
         batch_norm_reduce_kernel,
         "reduce",
@@ -305,7 +314,9 @@ def _reduce(
         },
         wide_loads=2 + residual - shared,
         wide_stores=int("dz" in given),
-        constants=_missing(normalised, shared) | before_constants(before, "shift" in given),
+        constants=_missing(normalised, shared)
+        | before_constants(before, "shift" in given)
+        | spatial_constants(of_channels),
     )
 
 
@@ -330,6 +341,7 @@ def _gradient(
     normalised: bool = True,
     shared: bool = False,
     before: Activation | None = None,
+    of_channels: bool = False,
 ) -> Configuration:
     """``given`` are the pointers that aren't None, of those that may be; ``shared`` is the gradient of a reduction."""
     training = "partial" in given
@@ -342,7 +354,7 @@ def _gradient(
         {
             "evaluation": not training,
             "of the input alone": training and given >= AFFINE and not given >= _GRADIENTS,
-            "+ dropout": "seed" in given,
+            f"+ dropout{' of channels' * of_channels}": "seed" in given,
             "without statistics": not normalised,
             "of maxima": "position" in given,
             "of means": shared and "position" not in given,
@@ -350,7 +362,9 @@ def _gradient(
         },
         wide_loads=1 + reads - shared,
         wide_stores=1,
-        constants=_missing(normalised, shared) | before_constants(before, "shift" in given),
+        constants=_missing(normalised, shared)
+        | before_constants(before, "shift" in given)
+        | spatial_constants(of_channels),
     )
 
 
@@ -372,8 +386,9 @@ def _usual_configurations() -> Iterator[Configuration]:
         yield from _fused(bfloat16, tiling, ACTIVATIONS["relu"])
         yield _reduce(bfloat16, tiling, PRELU.row, AFFINE | {"slope"})
         yield _gradient(bfloat16, tiling, PRELU.row, _TRAINING | {"slope"})
-        yield _reduce(bfloat16, tiling, ACTIVATIONS["relu"], AFFINE | {"seed"})
-        yield _gradient(bfloat16, tiling, ACTIVATIONS["relu"], _TRAINING | {"seed"})
+        for of_channels in (False, True):
+            yield _reduce(bfloat16, tiling, ACTIVATIONS["relu"], AFFINE | {"seed"}, of_channels=of_channels)
+            yield _gradient(bfloat16, tiling, ACTIVATIONS["relu"], _TRAINING | {"seed"}, of_channels=of_channels)
         yield from _of_all_places(bfloat16, tiling, ACTIVATIONS["relu"])
     _, rows = common_tilings_of(bfloat16)
     yield from _plain(torch.float16, rows)
@@ -447,6 +462,7 @@ def batch_norm_reduce(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    of_channels: bool = False,
     places: int | None = None,
     emits: bool = False,
     before: Before | None = None,
@@ -464,7 +480,8 @@ def batch_norm_reduce(
     sums = 2 if slopes is None else 3
     if not x.numel():
         return torch.zeros((1, sums, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
-    plan = plan_of(x, places)
+    spatial = spatial_of(x, of_channels)
+    plan = plan_of(x, places or spatial)
     partial = torch.empty((plan.splits, sums, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     parameters = parameter_type(x.dtype, weight, bias)
     vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
@@ -481,9 +498,16 @@ def batch_norm_reduce(
         "shift": None if before is None else before.shift,
     }
     given = frozenset(name for name in _REDUCED if pointers[name] is not None)
-    kind = (parameters, mean is not None, places is not None, None if before is None else before.activation.row)
+    row = None if before is None else before.activation.row
+    kind = (parameters, mean is not None, places is not None, row, of_channels)
     configuration = _reduce(x.dtype, plan.tiling, activation.row, given, *kind)
-    scalars = (eps, activation.a, activation.b, *options(slopes, seed, p), *(() if places is None else (places,)))
+    scalars = (
+        eps,
+        activation.a,
+        activation.b,
+        *options(slopes, seed, p, spatial),
+        *(() if places is None else (places,)),
+    )
     scalars += before_parameters(before)
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return partial, dz
@@ -505,6 +529,7 @@ def batch_norm_backward(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    of_channels: bool = False,
     places: int | None = None,
     position: Tensor | None = None,
     before: Before | None = None,
@@ -521,7 +546,8 @@ def batch_norm_backward(
     if not x.numel():
         nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
         return dx, *nothing, None
-    plan = plan_of(x, places)
+    spatial = spatial_of(x, of_channels)
+    plan = plan_of(x, places or spatial)
     if partial is not None and partial.shape[0] > plan.tiling.lanes:
         partial = partial.sum(0, keepdim=True)
     parameters = parameter_type(x.dtype, weight, bias)
@@ -548,9 +574,10 @@ def batch_norm_backward(
     }
     splits = 0 if partial is None else partial.shape[0]
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
-    kind = (parameters, mean is not None, places is not None, None if before is None else before.activation.row)
+    row = None if before is None else before.activation.row
+    kind = (parameters, mean is not None, places is not None, row, of_channels)
     configuration = _gradient(x.dtype, plan.tiling, activation.row, given, *kind)
-    scalars = (splits, inverse_count, eps, activation.a, activation.b, *options(slopes, seed, p))
+    scalars = (splits, inverse_count, eps, activation.a, activation.b, *options(slopes, seed, p, spatial))
     scalars += (*(() if places is None else (places,)), *before_parameters(before))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return dx, *as_type(parameters if weight is None else weight.dtype, dweight, dbias), dshift

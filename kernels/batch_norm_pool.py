@@ -16,13 +16,12 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.channels import Tiling, channel_tile, common_tilings_of, lanes, tile_place, tiling_for, tilings_of
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, launch, ships
-from .base.layout import dense
 from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, cdiv, load
 from .batch_norm import VECTORS, channel_slopes, configuration_of, given_vectors, normalisation, parameter_type
 from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
 
-__all__ = ["MOST_PLACES", "batch_norm_pool", "placed", "shared_gradient"]
+__all__ = ["MOST_PLACES", "batch_norm_pool", "shared_gradient"]
 
 #: Places of a channel that 32 bits can count.
 MOST_PLACES = 2**31 - 2**15
@@ -224,17 +223,6 @@ def _divide(dtype: torch.dtype, samples: int, channels: int, places: int, channe
     return _Division(
         tiling, samples * channel_blocks, (channels, places, columns, channel_blocks, cdiv(places, tiling.lanes))
     )
-
-
-def placed(x: Tensor) -> Tensor:
-    """``x`` where samples lie one after another, and each channel is a run of its sample's memory, or a column; else a
-    copy.
-    """
-    x = dense(x)
-    samples, channels = x.shape[:2]
-    places = x.numel() // (samples * channels)
-    alike = samples == 1 or x.stride(0) == places * channels
-    return x if alike and (channels == 1 or x.stride(1) in (1, places)) else x.contiguous()
 
 
 def batch_norm_pool(

@@ -30,7 +30,7 @@ from .base.channels import ChannelMatrix, channel_matrix, channel_values, sums_t
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like, is_dense
 from .base.numerics import scalar, widen
-from .base.random import channel_bits, keep_threshold, keep_tile, serves_eight
+from .base.random import channels_kept, keep_threshold, keep_tile, serves_eight
 from .base.tiles import (
     MASK_BYTES,
     TILE,
@@ -82,36 +82,6 @@ def slope_values(
 
 
 @triton.jit
-def channels_kept(
-    seed_pointer,
-    last,
-    block_row,
-    block_column,
-    columns,
-    spatial,
-    BY_ROW: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Which elements of a tile are kept, (HEIGHT, WIDTH), where channel c of sample n has one number, that of n C + c.
-
-    ``spatial`` rows are a sample where channels are columns, and most tiles lie in one.
-    """
-    seed = tl.load(seed_pointer)
-    largest = scalar(last, tl.uint32)
-    row = block_row * HEIGHT + tl.arange(0, HEIGHT)
-    column = block_column * WIDTH + tl.arange(0, WIDTH)
-    if BY_ROW:
-        kept = (channel_bits(seed, row) <= largest)[:, None] & (column >= 0)[None, :]
-    elif block_row * HEIGHT // spatial == (block_row * HEIGHT + HEIGHT - 1) // spatial:
-        sample = block_row * HEIGHT // spatial
-        kept = (channel_bits(seed, sample * columns + column) <= largest)[None, :] & (row >= 0)[:, None]
-    else:
-        kept = channel_bits(seed, (row // spatial)[:, None] * columns + column[None, :]) <= largest
-    return kept
-
-
-@triton.jit
 def noise_tile(
     seed_pointer,
     tile_index,
@@ -134,7 +104,10 @@ def noise_tile(
         if spatial is None:
             keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
         else:
-            keep = channels_kept(seed_pointer, last, block_row, block_column, columns, spatial, BY_ROW, HEIGHT, WIDTH)
+            keep = channels_kept(
+                *(seed_pointer, last, block_row * HEIGHT, block_column * WIDTH, columns, spatial),
+                *(BY_ROW, HEIGHT, WIDTH),
+            )
             keep = tl.reshape(keep, (ROWS, COLUMNS))
         noise = tl.where(keep, scale, scale * 0)
     else:

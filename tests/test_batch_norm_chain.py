@@ -1,6 +1,8 @@
 """Batch norm with PReLU or another activation, and dropout behind it, in batch norm's own passes."""
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from fusednn import kernels
 from fusednn.autograd.batch_norm_chain import batch_norm_chain
-from fusednn.autograd.dispatch import Choice, observe_choices
+from fusednn.autograd.dispatch import Choice, always_kernels, observe_choices
+from fusednn.autograd.dropout import dropout1d, dropout2d, dropout3d
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.kernels.functions.activation import PRELU
 from fusednn.testing import LAYOUTS, check_against_stock, leaf, random_tensor
@@ -120,7 +123,7 @@ def test_what_goes_to_stock(change: dict[str, object], reason: str, device: str)
 def test_operators_describe_themselves(slopes: int, device: str) -> None:
     (x, weight, bias, weights), _ = operands((3, 6, 5), torch.float32, slopes, device)
     ops, mean, variance = torch.ops.fusednn, torch.zeros(6, device=device), torch.ones(6, device=device)
-    vectors = (mean, variance, weight, bias, weights, None, None, EPS, *PRELU.arguments, 0.0, "", 0.0, 0.0)
+    vectors = (mean, variance, weight, bias, weights, None, None, EPS, *PRELU.arguments, 0.0, False, "", 0.0, 0.0)
     training = (x, mean.clone(), variance.clone(), None, 0.1, *vectors[2:])
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.batch_norm_chain_training.default, training, test_utils=utilities)
@@ -224,16 +227,19 @@ def test_an_activation_before_the_norm_moves_no_more(memory_format: torch.memory
 P = 0.3
 
 
-def dropping_functions(name: str, like: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def dropping_functions(
+    name: str, like: Tensor, of_channels: bool = False
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Ours, with one mask at every call, and stock's chain given that mask."""
+    options: dict[str, Any] = {"p": P, "of_channels": of_channels}
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         torch.manual_seed(11)
-        return batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, activation=name, p=P)
+        return batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, activation=name, **options)
 
     ones = torch.ones(like.shape[1], device=like.device)
     torch.manual_seed(11)
-    kept = batch_norm_chain(torch.ones_like(like), ones, ones, None, ones, False, 0.1, EPS, p=P) != 0
+    kept = batch_norm_chain(torch.ones_like(like), ones, ones, None, ones, False, 0.1, EPS, **options) != 0
 
     def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
@@ -254,6 +260,35 @@ def test_dropout_in_16_bits(dtype: torch.dtype, device: str) -> None:
     (x, weight, bias, _), gradient = operands((6, 8, 5, 5), dtype, 1, device)
     x, gradient = (one.to(memory_format=torch.channels_last) for one in (x, gradient))
     check_against_stock(*dropping_functions("silu", x), [x, weight, bias], gradient)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 5), (2, 5, 7, 7), (2, 3, 3, 4, 2), (3, 1, 9, 2), (5, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_dropout_of_channels(shape: tuple[int, ...], memory_format: str, device: str) -> None:
+    """A sample's channel is dropped as a whole, the same ones in every memory format as by dropout alone."""
+    (x, weight, bias, _), gradient = operands(shape, torch.float32, 1, device)
+    if memory_format == "channels_last":
+        x = x.transpose(1, -1).contiguous().transpose(1, -1)
+    check_against_stock(*dropping_functions("relu", x, of_channels=True), [x, weight, bias], gradient)
+    ones = torch.ones(shape[1], device=device)
+    whole = torch.empty_like(x).fill_(1)
+    torch.manual_seed(11)
+    y = batch_norm_chain(whole, ones, ones, None, ones, False, 0.1, EPS, p=P, of_channels=True)
+    torch.manual_seed(11)
+    with always_kernels():
+        assert torch.equal(y, {3: dropout1d, 4: dropout2d, 5: dropout3d}[x.dim()](whole, P))
+
+
+def test_dropout_of_channels_in_16_bits_and_twice_differentiable(device: str) -> None:
+    (x, weight, bias, _), gradient = operands((3, 8, 5, 5), torch.bfloat16, 1, device)
+    check_against_stock(*dropping_functions("silu", x, of_channels=True), [x, weight, bias], gradient)
+    (x, weight, bias, _), gradient = operands((3, 4, 5), torch.float32, 1, device)
+    results = []
+    for function in dropping_functions("silu", x, of_channels=True):
+        leaves = [leaf(one) for one in (x, weight, bias)]
+        (first,) = torch.autograd.grad(function(*leaves), leaves[:1], gradient, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), leaves))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_drops_as_many_as_it_should(device: str) -> None:
@@ -277,20 +312,25 @@ def test_second_derivatives_with_dropout(device: str) -> None:
 def test_where_dropout_goes_to_stock(device: str) -> None:
     x = random_tensor((6, 4), torch.float32, device)
     reasons = []
-    for one, p in ((x, 1.0), (x.double(), P)):
+    for one, p, of_channels in ((x, 1.0, False), (x.double(), P, False), (x, P, True)):
         choices: list[Choice] = []
-        with observe_choices(choices.append):
-            y = batch_norm_chain(one, None, None, None, None, True, 0.1, EPS, activation="relu", p=p)
+        options: dict[str, Any] = {"activation": "relu", "p": p, "of_channels": of_channels}
+        with observe_choices(choices.append), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stock's, of dropout2d
+            y = batch_norm_chain(one, None, None, None, None, True, 0.1, EPS, **options)
         assert (y == 0).all() == (p == 1)
         reasons += [choice.reason for choice in choices]
-    assert reasons == ["everything is dropped", "dropout behind a norm in float64"]
+    last = "the channels that are dropped have no places"
+    assert reasons == ["everything is dropped", "dropout behind a norm in float64", last]
 
 
 @pytest.mark.interpreter
-def test_dropout_moves_and_keeps_no_more(device: str) -> None:
-    x, weight, bias, _ = map(leaf, operands((256, 64), torch.float32, 1, device)[0])
+@pytest.mark.parametrize("of_channels", [False, True])
+def test_dropout_moves_and_keeps_no_more(of_channels: bool, device: str) -> None:
+    x, weight, bias, _ = map(leaf, operands((256, 64, 1), torch.float32, 1, device)[0])
+    options: dict[str, Any] = {"activation": "relu", "p": P, "of_channels": of_channels}
     with measure_traffic() as forward, saved_tensors() as saved:
-        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, activation="relu", p=P)
+        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, **options)
     with measure_traffic() as backward:
         torch.autograd.grad(y, (x, weight, bias), torch.ones_like(x))
     size = x.numel() * x.itemsize

@@ -151,6 +151,19 @@ def test_convolutions_are_ours_where_images_stay_as_they_are(channels: int, chan
     assert ours or rows["0"].reason == CHANNELS_LAST
 
 
+@pytest.mark.parametrize(
+    ("size", "activation", "ours"),
+    [(90, nn.ReLU(), False), (91, nn.ReLU(), True), (91, nn.Tanh(), False), (91, nn.LeakyReLU(0.2), True)],
+)
+def test_convolutions_without_pooling_are_ours_where_sums_are_in_parts(
+    size: int, activation: nn.Module, ours: bool, device: str
+) -> None:
+    """There the compiler has a second launch for the bias's gradient, too; and bits spare bytes."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), activation).to(device)
+    fusednn.replace_layers(model, fuse=True)
+    assert bool(operators_of(model, X.to(device)[:1, :, :1, :1].expand(1, 3, size, size))) == ours
+
+
 @pytest.fixture
 def _policy() -> Iterator[None]:
     yield

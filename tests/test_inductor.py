@@ -49,7 +49,10 @@ def test_committed_steps_are_never_more_than_stocks() -> None:
                 assert records[contestant][measure] <= records["stock"][measure], (key, contestant, measure)
 
 
-@pytest.mark.parametrize("name", ["a table's", pytest.param("SRResNet", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] * (name != "DCGAN's discriminator")) for name in NETWORKS],
+)
 def test_neighbours_are_never_more_than_stocks(name: str) -> None:
     counts = []
     for fuse in (False, True):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["dense", "dense_like", "is_dense"]
+__all__ = ["dense", "dense_like", "is_dense", "placed"]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -38,3 +38,14 @@ def dense_like(tensor: Tensor, strides: Sequence[int]) -> Tensor:
         if ours != theirs and size != 1:
             return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
     return tensor
+
+
+def placed(x: Tensor) -> Tensor:
+    """``x`` where samples lie one after another, and each channel is a run of its sample's memory, or a column; else a
+    copy.
+    """
+    x = dense(x)
+    samples, channels = x.shape[:2]
+    places = x.numel() // (samples * channels)
+    alike = samples == 1 or x.stride(0) == places * channels
+    return x if alike and (channels == 1 or x.stride(1) in (1, places)) else x.contiguous()

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
+from .numerics import scalar
 
 __all__ = [
     "channel_bits",
+    "channels_kept",
     "counting_generator",
     "draw_seed",
     "keep_threshold",
@@ -166,3 +168,37 @@ def channel_bits(seed, index):
     zero = low * 0
     bits, _, _, _ = tl.philox(seed, low, high, zero, zero, PHILOX_ROUNDS)
     return bits
+
+
+@triton.jit
+def channels_kept(
+    seed_pointer,
+    last,
+    first_row,
+    first_column,
+    columns,
+    spatial,
+    BY_ROW: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Which elements of a tile are kept, (HEIGHT, WIDTH), where channel c of sample n has one number, that of n C + c.
+
+    Rows are samples' channels (``BY_ROW``), or ``spatial`` of them are a sample, where channels are columns: then one
+    sample after another, of which a tile sees few, since numbers for all elements take more registers than there are.
+    """
+    seed = tl.load(seed_pointer)
+    largest = scalar(last, tl.uint32)
+    row = tl.arange(0, HEIGHT)
+    column = first_column + tl.arange(0, WIDTH)
+    if BY_ROW:
+        kept = (channel_bits(seed, first_row + row) <= largest)[:, None] & (column >= 0)[None, :]
+    else:
+        first_sample = first_row // spatial
+        begun = (first_row - first_sample * spatial).to(tl.int32)
+        sample_of_row = (begun + row) // spatial
+        kept = tl.zeros((HEIGHT, WIDTH), tl.int1)
+        for sample in range((begun + HEIGHT - 1) // spatial + 1):
+            those = channel_bits(seed, (first_sample + sample) * columns + column) <= largest
+            kept = kept | ((sample_of_row == sample)[:, None] & those[None, :])
+    return kept

@@ -205,11 +205,12 @@ def older() -> nn.Module:
 
 
 def small() -> nn.Module:
-    """Of small images: whole channels dropped behind the activation, elements behind norm and activation."""
+    """Of small images: channels are dropped behind an activation, elements and channels behind norm and activation."""
     return nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout2d(0.0)),
         *(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ELU(0.5), nn.Dropout(0.0)),
-        nn.Conv2d(6, 2, 1),
+        *(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.0)),
+        nn.Conv2d(4, 2, 1),
     )
 
 
@@ -265,5 +266,5 @@ NETWORKS: dict[str, Network] = {
     "heads": Network(heads, (2, 3, 12, 12), {"0": "1, 2, 3", "4": "5, 6"}),
     "a table's": Network(table, (300, 10), {"0": "1, 2, 3", "4": "5, 6"}),
     "older": Network(older, (5, 3, 12, 12), {"0": "1, 2", "3": "4, 5", "8": "9, 10, 11"}),
-    "small images'": Network(small, (2, 3, 20, 20), {"0": "1, 2", "3": "4, 5, 6"}),
+    "small images'": Network(small, (2, 3, 20, 20), {"0": "1, 2", "3": "4, 5, 6", "7": "8, 9, 10"}),
 }

@@ -15,7 +15,7 @@ from ... import prelu as _prelu  # noqa: F401 (for its twin)
 from ...conv import product_of
 from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal, slopes_of
 from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
-from .dropping import CHANNELS, Dropping, dropped, dropping, options_of
+from .dropping import CHANNELS, Dropping, dropped, dropping, drops_channels, options_of
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN"]
@@ -24,7 +24,8 @@ _PRODUCTS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     nn.Linear,
 )
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: By the number of directions.
+_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
@@ -32,24 +33,23 @@ def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
     product, norm = (first, None) if is_one_of(first, _PRODUCTS) else (None, first)
     before: Any = None if norm is not None else search.extend(nodes, search.activation)
     if norm is None:
-        norm = search.extend(nodes, lambda n: search.layer(n, *_NORMS))
+        norm = search.extend(nodes, lambda n: search.layer(n, *_NORMS.values()))
     activation: Any = None if norm is None else search.extend(nodes, lambda n: search.activation(n, *SLOPED))
-    drop = None if norm is None else search.extend(nodes, lambda n: dropping(search, n) or _of_channels(search, n))
+    drop = None if norm is None else search.extend(nodes, lambda n: dropping(search, n, *_channels_of(norm)))
     if norm is None or (before is None and drop is None and slopes_of(activation) is None):
         return None
     members = {"product": product, "before": before, "norm": norm, "activation": activation, "drop": drop}
     return Match(nodes, _compute, (node.args[0],), members)
 
 
-def _of_channels(search: Finder, node: fx.Node) -> Dropping:
-    """Tell why a dropout of whole channels isn't part of the chain."""
-    layer = search.layer(node, *CHANNELS.values())
-    if layer is not None:
-        search.stops[layer] = "it drops whole channels behind a norm; Dropout would be fused"
-    return None
+def _channels_of(norm: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The dropout that drops whole channels of what a norm returns."""
+    return tuple(CHANNELS[directions] for directions, cls in _NORMS.items() if is_one_of(norm, (cls,)))
 
 
-PATTERN = Pattern((*_PRODUCTS, *_NORMS), (*_NORMS, *ACTIVATIONS, *SLOPED, nn.Dropout), _match)
+PATTERN = Pattern(
+    (*_PRODUCTS, *_NORMS.values()), (*_NORMS.values(), *ACTIVATIONS, *SLOPED, nn.Dropout, *CHANNELS.values()), _match
+)
 
 
 def _compute(
@@ -68,7 +68,7 @@ def _compute(
     name, parameters = activation_of(activation)
     p, training = options_of(drop)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters}
-    options |= {"slopes": slopes_of(activation), "p": p if training else 0.0}
+    options |= {"slopes": slopes_of(activation), "p": p if training else 0.0, "of_channels": drops_channels(drop)}
 
     def together() -> Tensor:
         if before is not None and product is not None:
@@ -97,11 +97,13 @@ def _refusal(
         call_refusal(input)
         or layer_refusal(product, *_PRODUCTS)
         or activation_refusal(before)
-        or layer_refusal(norm, *_NORMS)
+        or layer_refusal(norm, *_NORMS.values())
         or activation_refusal(activation, *SLOPED)
-        or layer_refusal(drop, nn.Dropout)
+        or layer_refusal(drop, nn.Dropout, *_channels_of(norm))
         or ("p is not a probability" if not 0 <= options_of(drop)[0] <= 1 else None)
     )
+    if refusal is None and drops_channels(drop) and input.dim() < 3:
+        refusal = "not a batch of channels"
     if refusal is None and before is not None:
         directions = 0 if isinstance(product, nn.Linear) else len(product.kernel_size)
         if input.dim() != directions + 2:
