@@ -29,15 +29,8 @@ def _stock(
     return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
 
 
-def _fake_forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, target: Tensor, _: object, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, _, smoothing, dtype = options
     logits = torch.empty_like(x)  # dense
     accumulator = ACCUMULATOR[x.dtype]
     shape = kernels.statistics_shape(logits, kernels.targets_of(x, target, smoothing))
@@ -54,36 +47,16 @@ def _fake_forward(
     " ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
 )
-def _forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        return kernels.cross_entropy_forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
+        return kernels.cross_entropy_forward(*arguments)
     except DeviceAssertionError:
-        loss = _stock(x, target, weight, reduction, ignore_index, smoothing)  # raises the stock error
+        loss = _stock(*arguments[:-1])  # raises the stock error
         return loss, loss.new_empty(0), loss.new_empty(())
 
 
-def _fake_backward(
-    g: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    weight_total: Tensor,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    needs_input: bool,
-    needs_target: bool,
-) -> tuple[Tensor, Tensor]:
-    dx, dtarget = (torch.empty_like(x) if needed else x.new_empty(0) for needed in (needs_input, needs_target))
+def _fake_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dx, dtarget = (torch.empty_like(x) if needed else x.new_empty(0) for needed in rest[-2:])
     return dx, dtarget
 
 
@@ -92,49 +65,24 @@ def _fake_backward(
     " str reduction, int ignore_index, float smoothing, bool needs_input, bool needs_target) -> (Tensor, Tensor)",
     fake=_fake_backward,
 )
-def _backward(
-    g: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    weight_total: Tensor,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    needs_input: bool,
-    needs_target: bool,
-) -> tuple[Tensor, Tensor]:
-    needed = (needs_input, needs_target)
-    return kernels.cross_entropy_backward(
-        g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, needed
-    )
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *others, needs_input, needs_target = arguments
+    return kernels.cross_entropy_backward(*others, (needs_input, needs_target))
 
 
 class CrossEntropy(Function):
     """Saves the logits and, for each line, the log-sum-exp; where probabilities are targets, also those."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: Reduction,
-        ignore_index: int,
-        smoothing: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        loss, statistics, weight_total = _forward(x, target, weight, reduction, ignore_index, smoothing, dtype)
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        loss, statistics, weight_total = _forward(x, target, weight, *options)
         ctx.save_for_backward(x, target, weight, given(statistics), given(weight_total))
-        ctx.arguments = (reduction, ignore_index, smoothing)
-        result: Tensor = loss
-        return result
+        ctx.arguments = options[:-1]  # reduction, ignored index and smoothing
+        return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, target, weight, statistics, weight_total = ctx.saved_tensors
-        reduction, ignore_index, smoothing = ctx.arguments
         needed = ctx.needs_input_grad[:2]
         dx: Tensor | None
         dtarget: Tensor | None
@@ -147,9 +95,7 @@ class CrossEntropy(Function):
                 statistics = x.new_empty(0, dtype=ACCUMULATOR[x.dtype])
             if weight_total is None:
                 weight_total = x.new_empty(0, dtype=torch.float64)
-            dx, dtarget = _backward(
-                g, x, target, weight, statistics, weight_total, reduction, ignore_index, smoothing, *needed
-            )
+            dx, dtarget = _backward(g, x, target, weight, statistics, weight_total, *ctx.arguments, *needed)
         return dx if needed[0] else None, dtarget if needed[1] else None, None, None, None, None, None
 
 

@@ -34,21 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["linear_cross_entropy"]
 
 
-def _fake(
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    g: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    dtype: torch.dtype,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, reduction, _, _, dtype, needs_input, needs_weight, needs_bias = rest
     shape = (x.shape[0], *linear_weight.shape[1:-1]) if reduction == "none" else ()
     return (
         x.new_empty(shape, dtype=dtype),
@@ -66,27 +53,10 @@ def _fake(
     flops=lambda x, linear_weight, *rest: 2 * x.shape[0] * linear_weight.numel() * (1 + sum(rest[-3:-1])),
     planned=False,  # products obey PyTorch's switches of precision
 )
-def _by_kernels(
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    g: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    dtype: torch.dtype,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = Options(weight, reduction, ignore_index, smoothing)
-    needed = (needs_input, needs_weight, needs_bias)
+def _by_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, linear_weight, linear_bias, target, weight, _, _, ignore_index, *_ = arguments
     try:
-        loss, *gradients = chunked_cross_entropy(
-            x, linear_weight, linear_bias, target, g, options, dtype, needed, by_kernels=True
-        )
+        loss, *gradients = _in_chunks(*arguments, by_kernels=True)
     except DeviceAssertionError:
         logits = _logits(x, linear_weight, linear_bias)
         F.cross_entropy(logits, target, weight, ignore_index=ignore_index)  # raises the stock error
@@ -95,22 +65,27 @@ def _by_kernels(
     return loss, dx, dweight, dbias
 
 
-def _by_stock(
+def _by_stock(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The same chunks, each by PyTorch's own operators."""
+    return _in_chunks(*arguments, by_kernels=False)
+
+
+def _in_chunks(
     x: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     g: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    dtype: torch.dtype,
-    *needed: bool,
+    *rest: Any,
+    by_kernels: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The same chunks, each by PyTorch's own operators."""
+    """Loss and gradients of the operator's arguments."""
+    reduction, ignore_index, smoothing, dtype, *needed = rest
     options = Options(weight, reduction, ignore_index, smoothing)
-    return chunked_cross_entropy(x, linear_weight, linear_bias, target, g, options, dtype, needed, by_kernels=False)
+    return chunked_cross_entropy(
+        x, linear_weight, linear_bias, target, g, options, dtype, tuple(needed), by_kernels=by_kernels
+    )
 
 
 class LinearCrossEntropy(Function):

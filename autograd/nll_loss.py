@@ -63,17 +63,10 @@ class NLLLoss(Function):
     """Saves the operands, and the sum of the weights that a mean was divided by."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: kernels.Reduction,
-    ) -> Tensor:
-        loss, weight_total = _forward(x, target, weight, ignore_index, reduction)
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        loss, weight_total = _forward(x, target, weight, *options)
         ctx.save_for_backward(x, target, weight, weight_total)
-        ctx.arguments = (ignore_index, reduction)
+        ctx.arguments = options  # the ignored index and the reduction
         return loss
 
     @staticmethod

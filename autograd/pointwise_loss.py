@@ -75,13 +75,11 @@ def _stock_loss(
     " -> Tensor",
     fake=lambda x, target, weight, positive_weight, name, a, b: torch.empty_like(x),
 )
-def _elements(
-    x: Tensor, target: Tensor, weight: Tensor | None, positive_weight: Tensor | None, name: str, a: float, b: float
-) -> Tensor:
+def _elements(*arguments: Any) -> Tensor:
     try:
-        return kernels.pointwise_loss(x, target, weight, positive_weight, name, a, b)
+        return kernels.pointwise_loss(*arguments)
     except DeviceAssertionError:
-        return _stock_loss(x, target, weight, positive_weight, name, a, b, "none")  # raises the stock error
+        return _stock_loss(*arguments, "none")  # raises the stock error
 
 
 @operator(
@@ -92,20 +90,11 @@ def _elements(
         x.new_empty((), dtype=torch.float64),
     ),
 )
-def _reduced(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    positive_weight: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    reduction: Reduction,
-) -> tuple[Tensor, Tensor]:
+def _reduced(*arguments: Any) -> tuple[Tensor, Tensor]:
     try:
-        return kernels.pointwise_loss_reduced(x, target, weight, positive_weight, name, a, b, reduction)
+        return kernels.pointwise_loss_reduced(*arguments)
     except DeviceAssertionError:
-        loss = _stock_loss(x, target, weight, positive_weight, name, a, b, reduction)  # raises the stock error
+        loss = _stock_loss(*arguments)  # raises the stock error
         return loss, loss.new_empty((), dtype=torch.float64)
 
 
@@ -121,23 +110,13 @@ _backward = operator(
 
 
 class PointwiseLoss(Function):
-    """Saves the operands, and the sum of the weights where the loss was divided by it."""
+    """Of the arguments of `_stock_loss`.  Saves the operands, and the sum of the weights where it was divided by it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        positive_weight: Tensor | None,
-        name: str,
-        a: float,
-        b: float,
-        reduction: Reduction,
-    ) -> Tensor:
-        loss, weight_total = _forward(x, target, weight, positive_weight, name, a, b, reduction)
-        ctx.save_for_backward(x, target, weight, positive_weight, weight_total)
-        ctx.arguments = (name, a, b, reduction)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        loss, weight_total = _forward(*arguments)
+        ctx.save_for_backward(*arguments[:4], weight_total)
+        ctx.arguments = arguments[4:]
         return loss
 
     @staticmethod
@@ -158,43 +137,26 @@ class PointwiseLoss(Function):
         return dx if wants_dx else None, dt if wants_dt else None, None, None, None, None, None, None
 
 
-def _forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    positive_weight: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    reduction: Reduction,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the sum of the weights where it was divided by that."""
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """The loss of the arguments of `_stock_loss`, and the sum of the weights where it was divided by that."""
+    *others, reduction = arguments
     if reduction == "none":
-        return _elements(x, target, weight, positive_weight, name, a, b), None
-    loss, weight_total = _reduced(x, target, weight, positive_weight, name, a, b, reduction)
+        return _elements(*others), None
+    loss, weight_total = _reduced(*arguments)
     return loss, weight_total if reduction == "weighted_mean" else None
 
 
-def _apply_kernel(
-    name: str,
-    reduction: str,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    positive_weight: Tensor | None = None,
-    a: float = 0.0,
-    b: float = 0.0,
-) -> Tensor:
-    """Apply a row of the table, differentiably where the input or the target requires gradients."""
+def _apply_kernel(input: Tensor, target: Tensor, weight: Tensor | None, *others: Any) -> Tensor:
+    """The loss of the arguments of `_stock_loss`, differentiable where the input or the target requires gradients."""
+    *rest, reduction = others
+    _, name, _, _ = rest
     if reduction == "mean" and weight is not None and LOSSES[name].has_weighted_mean:
         reduction = "weighted_mean"
-    arguments = (input, target, weight, positive_weight, name, float(a), float(b), reduction)
-    loss: Tensor
+    arguments = (input, target, weight, *rest, reduction)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        loss = PointwiseLoss.apply(*arguments)
-    else:
-        loss, _ = _forward(*arguments)  # type: ignore[arg-type]
-    return loss
+        loss: Tensor = PointwiseLoss.apply(*arguments)
+        return loss
+    return _forward(*arguments)[0]
 
 
 # --- Arguments ------------------------------------------------------------------------------------------------------
@@ -202,42 +164,41 @@ def _apply_kernel(
 
 def _try_kernel(
     operation: str,
-    row: str,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    positive_weight: Tensor | None = None,
-    *,
+    deprecated: tuple[bool | None, bool | None],
     reduction: str,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    a: float = 0.0,
-    b: float = 0.0,
+    *operands: Tensor | None,
+    row: tuple[str, float, float] | None = None,
     refusal: str | None = None,
 ) -> Tensor | None:
-    """The loss by kernels, or None where ``operation`` has to take the stock path; ``refusal``: for its options."""
-    name = reduction_name(size_average, reduce, reduction)
-    by_autocast = autocast_dtype(input) is not None
-    operands = in_single_precision(input, target, weight, positive_weight)
-    loss: Tensor | None = _loss(*operands, operation, row, name, a, b, by_autocast, refusal)
+    """The loss of (input, target, weight, positive weight), of which the last ones may be left out, by kernels.
+
+    None where ``operation`` has to take the stock path; ``refusal``: for its options.  The row of the table, with its
+    two numbers, has the operation's name where none is given.
+    """
+    operands += (None,) * (4 - len(operands))
+    by_autocast = autocast_dtype(operands[0]) is not None
+    loss: Tensor | None = _loss(
+        *(operation, refusal, by_autocast, *in_single_precision(*operands)),
+        *(*(row or (operation, 0.0, 0.0)), reduction_name(*deprecated, reduction)),
+    )
     if loss is not None:
-        warn_of_deprecated(size_average, reduce)
+        warn_of_deprecated(*deprecated)
     return loss
 
 
 @decided_once
 def _loss(
+    operation: str,
+    refusal: str | None,
+    by_autocast: bool,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     positive_weight: Tensor | None,
-    operation: str,
-    row: str,
-    reduction: str,
+    name: str,
     a: float,
     b: float,
-    by_autocast: bool,
-    refusal: str | None,
+    reduction: str,
 ) -> Callable[..., Tensor | None]:
     """The loss of operands in the precision that it is computed in, or None."""
 
@@ -248,15 +209,16 @@ def _loss(
             return "unknown reduction"
         if not by_autocast:
             return None
-        if weight is not None and row in _UNWEIGHTED_UNDER_AUTOCAST:
+        if weight is not None and name in _UNWEIGHTED_UNDER_AUTOCAST:
             return "autocast takes a weighted loss apart"
-        return "autocast rejects it" if row == "binary_cross_entropy" and input.is_cuda else None
+        return "autocast rejects it" if name == "binary_cross_entropy" and input.is_cuda else None
 
     weights = [tensor for tensor in (weight, positive_weight) if tensor is not None]
     if not takes_kernel(operation, input, target, *weights, refusal=any_refusal):
         return lambda *_: None
-    return lambda input, target, weight, positive_weight, *_: _apply_kernel(
-        row, reduction, input, target, weight, positive_weight, a=a, b=b
+    arguments = (name, float(a), float(b), reduction)
+    return lambda operation, refusal, by_autocast, input, target, weight, positive_weight, *_: _apply_kernel(
+        input, target, weight, positive_weight, *arguments
     )
 
 
@@ -312,16 +274,7 @@ def mse_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """weight (x - t)^2, its sum, or its mean over the weights.  As `torch.nn.functional.mse_loss`."""
-    loss = _try_kernel(
-        "mse_loss",
-        "mse_loss",
-        input,
-        target,
-        weight,
-        reduction=reduction,
-        size_average=size_average,
-        reduce=reduce,
-    )
+    loss = _try_kernel("mse_loss", (size_average, reduce), reduction, input, target, weight)
     if loss is None:
         loss = F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     return loss
@@ -337,16 +290,7 @@ def l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """weight |x - t|, its sum, or its mean over the weights.  As `torch.nn.functional.l1_loss`."""
-    loss = _try_kernel(
-        "l1_loss",
-        "l1_loss",
-        input,
-        target,
-        weight,
-        reduction=reduction,
-        size_average=size_average,
-        reduce=reduce,
-    )
+    loss = _try_kernel("l1_loss", (size_average, reduce), reduction, input, target, weight)
     if loss is None:
         loss = F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     return loss
@@ -366,18 +310,9 @@ def smooth_l1_loss(
     With beta = 0 that is the L1 loss.  Source: Girshick, "Fast R-CNN" (ICCV 2015).
     """
     is_l1 = type(beta) in (float, int) and beta == 0
-    loss = _try_kernel(
-        "smooth_l1_loss",
-        "l1_loss" if is_l1 else "huber_loss",
-        input,
-        target,
-        reduction=reduction,
-        size_average=size_average,
-        reduce=reduce,
-        a=beta,
-        b=beta,
-        refusal=None if is_l1 else _threshold_refusal(beta),
-    )
+    row, refusal = (("l1_loss", 0.0, 0.0), None) if is_l1 else (("huber_loss", beta, beta), _threshold_refusal(beta))
+    operands = (input, target)
+    loss = _try_kernel("smooth_l1_loss", (size_average, reduce), reduction, *operands, row=row, refusal=refusal)
     return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta) if loss is None else loss
 
 
@@ -394,17 +329,8 @@ def huber_loss(
     As `torch.nn.functional.huber_loss`; its mean is over the elements.  Source: Huber, "Robust Estimation of a Location
     Parameter" (1964).
     """
-    loss = _try_kernel(
-        "huber_loss",
-        "huber_loss",
-        input,
-        target,
-        weight,
-        reduction=reduction,
-        a=delta,
-        b=1.0,
-        refusal=_threshold_refusal(delta),
-    )
+    row, refusal = ("huber_loss", delta, 1.0), _threshold_refusal(delta)
+    loss = _try_kernel("huber_loss", (None, None), reduction, input, target, weight, row=row, refusal=refusal)
     if loss is None:
         loss = F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
     return loss
@@ -424,16 +350,7 @@ def binary_cross_entropy(
     As `torch.nn.functional.binary_cross_entropy`.  An input or target outside [0, 1] raises PyTorch's RuntimeError on
     the CPU, and a device assertion on CUDA.
     """
-    loss = _try_kernel(
-        "binary_cross_entropy",
-        "binary_cross_entropy",
-        input,
-        target,
-        weight,
-        reduction=reduction,
-        size_average=size_average,
-        reduce=reduce,
-    )
+    loss = _try_kernel("binary_cross_entropy", (size_average, reduce), reduction, input, target, weight)
     return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction) if loss is None else loss
 
 
@@ -451,17 +368,8 @@ def binary_cross_entropy_with_logits(
 
     As `torch.nn.functional.binary_cross_entropy_with_logits`.
     """
-    loss = _try_kernel(
-        "binary_cross_entropy_with_logits",
-        "binary_cross_entropy_with_logits",
-        input,
-        target,
-        weight,
-        pos_weight,
-        reduction=reduction,
-        size_average=size_average,
-        reduce=reduce,
-    )
+    operands = (input, target, weight, pos_weight)
+    loss = _try_kernel("binary_cross_entropy_with_logits", (size_average, reduce), reduction, *operands)
     if loss is None:
         return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
     return loss
@@ -485,17 +393,8 @@ def kl_div(
     refusal = None if type(log_target) is bool else "log_target is not a bool"
     if not modern and type(reduction) is str and reduction == "batchmean":
         refusal = "deprecated arguments together with batchmean"
-    loss = _try_kernel(
-        "kl_div",
-        "kl_div",
-        input,
-        target,
-        reduction=reduction,
-        size_average=size_average,
-        reduce=reduce,
-        a=1.0 if log_target is True else 0.0,
-        refusal=refusal,
-    )
+    row = ("kl_div", 1.0 if log_target is True else 0.0, 0.0)
+    loss = _try_kernel("kl_div", (size_average, reduce), reduction, input, target, row=row, refusal=refusal)
     if loss is None:
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
     if modern and reduction == "mean" and not torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import DEVICE, FLOAT_DTYPES
+from support.training import losses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -194,12 +195,5 @@ def test_a_network_learns(device: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(DropConnect(12, 32, p=0.2), nn.ReLU(), nn.Linear(32, 3)).to(device)
     x, target = torch.randn(48, 12, device=device), torch.arange(48, device=device) % 3
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    losses = []
-    for _ in range(15):
-        loss = F.cross_entropy(model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    first, *_, last = losses(model, x, target, steps=15, lr=0.3)
+    assert last < first

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN
+from support.training import losses
 from torch import Tensor, nn
 
 import fusednn
@@ -140,22 +140,13 @@ def test_a_replaced_model_trains(device: str) -> None:
     paths = {row.path for row in fusednn.explain(model, x) if "dropout" in row.operation}
     assert paths == {"kernel" if KERNELS_RUN else "stock"}
 
-    def losses() -> list[float]:
+    def seeded() -> list[float]:
         torch.manual_seed(1)
-        network = copy.deepcopy(model)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        values = []
-        for _ in range(6):
-            loss = F.cross_entropy(network(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            values.append(loss.item())
-        return values
+        return losses(copy.deepcopy(model), x, target, steps=6, lr=0.1)
 
-    first = losses()
+    first = seeded()
     assert first[-1] < first[0]
-    assert losses() == first, "the same seed"
+    assert seeded() == first, "the same seed"
 
     fusednn.restore_layers(model)
     assert not any(isinstance(module, tuple(TWINS[cls] for cls in CLASSES)) for module in model.modules())

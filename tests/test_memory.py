@@ -78,6 +78,15 @@ CONTIGUOUS_GRADIENTS = {"LinearCrossEntropyLoss", "drop_connect_linear", "maxout
 STOCK_CLASSES = {stock_class.__name__: stock_class for stock_class in TWINS}
 
 
+def stock_of(operation: Operation) -> Any:
+    """A layer of the stock class with the same values, or a function for which the kernels will be away."""
+    if operation.name not in STOCK_CLASSES:
+        return operation.ours
+    stock: Any = copy.deepcopy(operation.ours)
+    stock.__class__ = STOCK_CLASSES[operation.name]
+    return stock
+
+
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """Of the dimensions whose strides mean something."""
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
@@ -88,10 +97,7 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
 def test_results_have_stocks_strides(name: str) -> None:
     """Functions that stock lacks: those of their stock path."""
     operation = Operation(name, torch.float32)
-    stock = operation.ours
-    if name in STOCK_CLASSES:
-        stock = copy.deepcopy(operation.ours)
-        stock.__class__ = STOCK_CLASSES[name]
+    stock = stock_of(operation)
     deviates = set()
     for layout, arrange in ARRANGEMENTS.items():
         first, *rest = operation.leaves()
@@ -113,10 +119,7 @@ def test_results_have_stocks_strides(name: str) -> None:
 def test_gradients_of_a_repeated_one_have_stocks_strides_or_the_inputs(name: str) -> None:
     """A sum's gradient is one number: in stock it may lose the input's layout, which ours keep."""
     operation = Operation(name, torch.float32)
-    stock = operation.ours
-    if name in STOCK_CLASSES:
-        stock = copy.deepcopy(operation.ours)
-        stock.__class__ = STOCK_CLASSES[name]
+    stock = stock_of(operation)
     for layout in ("channels_last", "transposed"):
         first, *rest = operation.leaves()
         leaves = [ARRANGEMENTS[layout](first.detach()).requires_grad_(), *rest]

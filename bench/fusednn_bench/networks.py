@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusednn.benchmark.counting import counts_of, operators_of_cuda
-from fusednn.benchmark.protocol import COMPILE_MODES, DTYPE_NAMES, Contest, Effort, WrongResultError
+from fusednn.benchmark.protocol import COMPILE_MODES, Contest, Effort, NamedCase, WrongResultError
 from fusednn.benchmark.timing import DEVICE, DeviceTimer, interleave, wall_times
 
 __all__ = [
@@ -93,7 +93,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class NetworkCase:
+class NetworkCase(NamedCase):
     """A network of a width on a batch of images of a size.  ``bf16`` is autocast's, with float32 parameters."""
 
     operation: Network
@@ -103,27 +103,13 @@ class NetworkCase:
     batch: int
     image: int
 
-    @property
-    def dtype_name(self) -> str:
-        return DTYPE_NAMES[self.dtype]
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation.name}-{self.dtype_name}-{self.size}"
-
     def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]:
         """The usual ones, and ours compiled."""
         return (*usual, "fusednn-compile")
 
     def record(self, contestant: str) -> dict[str, Any]:
         return {
-            "family": self.operation.family,
-            "operation": self.operation.name,
-            "contestant": contestant,
-            "direction": "training_step",
-            "dtype": self.dtype_name,
-            "size": self.size,
-            "shape": list(self.operation.images(self.batch, self.image).shape),
+            **self.named(contestant, "training_step", self.operation.images(self.batch, self.image).shape),
             "channels_last": True,
             "autocast": self.dtype is torch.bfloat16,
             "images": self.batch,

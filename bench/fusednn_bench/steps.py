@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusednn.benchmark.arithmetic import Work
 from fusednn.benchmark.counting import counts_of
-from fusednn.benchmark.protocol import DTYPE_NAMES, Contest, Effort, WrongResultError
+from fusednn.benchmark.protocol import Contest, Effort, NamedCase, WrongResultError
 from fusednn.benchmark.timing import DEVICE, DeviceTimer, host_times, wall_times
 
 from .peers import installed
@@ -90,7 +90,7 @@ class StepOperation:
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(NamedCase):
     """An optimizer on a list of parameters; ``size`` names the network that they are of."""
 
     operation: StepOperation
@@ -101,10 +101,6 @@ class StepCase:
     @property
     def numel(self) -> int:
         return sum(map(math.prod, self.shapes))
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation.name}-{DTYPE_NAMES[self.dtype]}-{self.size}"
 
     def budget(self, direction: str = "step") -> float:
         from fusednn.kernels.functions.optimizer import ALGORITHMS
@@ -118,13 +114,7 @@ class StepCase:
 
     def record(self, contestant: str) -> dict[str, Any]:
         return {
-            "family": self.operation.family,
-            "operation": self.operation.name,
-            "contestant": contestant,
-            "direction": "step",
-            "dtype": DTYPE_NAMES[self.dtype],
-            "size": self.size,
-            "shape": [len(self.shapes), self.numel],
+            **self.named(contestant, "step", (len(self.shapes), self.numel)),
             "channels_last": False,
             "budget_bytes": self.budget(),
             "operations": 0,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .protocol import DTYPE_NAMES, Direction
+from .protocol import Direction, NamedCase
 
 __all__ = ["Case", "Inputs", "Operation", "forward", "gradients", "make_inputs"]
 
@@ -52,7 +52,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(NamedCase):
     """An operation on tensors of one shape and dtype; ``size`` names the shape's class (``large``, ``cifar``, ...)."""
 
     operation: Operation
@@ -64,14 +64,6 @@ class Case:
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
 
-    @property
-    def dtype_name(self) -> str:
-        return DTYPE_NAMES[self.dtype]
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation.name}-{self.dtype_name}-{self.size}"
-
     def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]:
         """Who takes part: the usual ones, and peers that are installed."""
         return (*usual, *self.operation.peers())
@@ -79,13 +71,7 @@ class Case:
     def record(self, contestant: str, direction: Direction) -> dict[str, Any]:
         """What a result file says of the case, whatever was measured."""
         return {
-            "family": self.operation.family,
-            "operation": self.operation.name,
-            "contestant": contestant,
-            "direction": direction,
-            "dtype": self.dtype_name,
-            "size": self.size,
-            "shape": list(self.shape),
+            **self.named(contestant, direction, self.shape),
             "channels_last": self.operation.memory_format is torch.channels_last,
             "tf32": self.operation.tf32,
             "budget_bytes": self.budget(direction),

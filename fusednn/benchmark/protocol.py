@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ __all__ = [
     "Direction",
     "Effort",
     "Measured",
+    "NamedCase",
     "WrongResultError",
 ]
 
@@ -43,6 +45,34 @@ class Measured(Protocol):
     def id(self) -> str: ...
 
     def contestants(self, usual: tuple[str, ...]) -> tuple[str, ...]: ...
+
+
+class NamedCase:
+    """What a case is called: by its operation, dtype and size."""
+
+    operation: Any
+    dtype: torch.dtype
+    size: str
+
+    @property
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    @property
+    def id(self) -> str:
+        return f"{self.operation.name}-{self.dtype_name}-{self.size}"
+
+    def named(self, contestant: str, direction: str, shape: Sequence[int]) -> CaseRecord:
+        """What each record begins with."""
+        return {
+            "family": self.operation.family,
+            "operation": self.operation.name,
+            "contestant": contestant,
+            "direction": direction,
+            "dtype": self.dtype_name,
+            "size": self.size,
+            "shape": list(shape),
+        }
 
 
 class WrongResultError(AssertionError):
