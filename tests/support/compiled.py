@@ -18,17 +18,19 @@ def _register_tables() -> None:
     """Kernels of optimizers find their tensors through addresses: tell the virtual GPU what is behind those."""
     from vgpu import address_book
 
-    from fusednn.kernels.base.multi_tensor import FlatOperands
+    from fusednn.kernels.base import multi_tensor
+    from fusednn.optim import known
 
-    find = FlatOperands.row
+    find = multi_tensor.addresses
 
-    def row(operands: Sequence[torch.Tensor]):  # type: ignore[no-untyped-def]
-        found = find(operands)
-        for address, operand in zip(found.tolist(), operands, strict=True):
-            address_book[address] = operand.numel() * operand.element_size()
+    def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+        found = find(tensors)
+        for address, tensor in zip(found, tensors, strict=True):
+            address_book[address] = tensor.numel() * tensor.element_size()
         return found
 
-    FlatOperands.row = staticmethod(row)  # type: ignore[method-assign,assignment]
+    for module in (multi_tensor, known):
+        module.addresses = addresses  # type: ignore[attr-defined]
 
 
 if ARCHITECTURE:
