@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fusednn.layers.fusion.activations import ACTIVATIONS
 from fusednn.layers.fusion.block_ends import DROP_PATHS, SCALES
-from fusednn.layers.fusion.members import ACTIVATIONS
 from fusednn.layers.fusion.norms import IMAGE_NORMS, NORMS
 from fusednn.layers.replacement import register
 from fusednn.layers.twin import OTHER_TWINS
