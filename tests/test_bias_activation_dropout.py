@@ -153,6 +153,18 @@ def test_not_finite_inputs(name: str, device: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_gradients_with_a_graph_drop_the_same(name: str) -> None:
+    leaves = [leaf(x) for x in operands((21, 33), torch.float32)]
+    y = bias_activation_dropout(*leaves, 0.4, name)
+    upstream = torch.randn_like(y)
+    with_graph, without = (
+        torch.autograd.grad(y, leaves, upstream, create_graph=create, retain_graph=True) for create in (True, False)
+    )
+    torch.testing.assert_close(with_graph, without)
+
+
+@needs_kernels
 def test_an_infinite_bias_reaches_its_own_channel_alone(device: str) -> None:
     x = random_tensor((5, 20), torch.float32, device)
     bias = torch.zeros(20, device=device)

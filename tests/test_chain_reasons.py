@@ -95,6 +95,17 @@ def relu() -> nn.Module:
     return conv_act(nn.ReLU())
 
 
+class Pieces(nn.Module):
+    """Maxima over pieces of two: of a view, or of windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.other, self.pool = nn.Linear(6, 8), nn.Linear(6, 8), nn.MaxPool1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.linear(x)) + self.other(x).unflatten(-1, (4, 2)).max(-1).values
+
+
 #: What happens after fusing, to the model and to stock's; what is returned holds during the call.
 Change = Callable[[Any], Any]
 
@@ -135,6 +146,7 @@ CASES: dict[str, Case] = {
     "the norm has got an activation": Case(
         lambda: conv_norm(Activated(6, nn.Identity()), nn.ReLU()), lambda one: setattr(one[1], "act", nn.Tanh()), IMAGES
     ),
+    "the windows are no pieces of the features": Case(Pieces, lambda one: setattr(one.pool, "ceil_mode", True)),
     "the layer that scales writes over its input": Case(
         lambda: End(Scale(6), nn.Identity()), lambda one: setattr(one.scale, "inplace", True)
     ),

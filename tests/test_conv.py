@@ -161,6 +161,15 @@ def test_layouts_of_inputs_and_gradients(layout: str, device: str) -> None:
 
 
 @needs_kernels
+def test_images_of_one_place_give_results_in_stocks_memory_format(device: str) -> None:
+    """They are contiguous and channels last at once; what is padded to several places isn't."""
+    x, weight = torch.ones(2, 16, 1, 1, device=device), torch.ones(16, 16, 1, 1, device=device)
+    for pooled in ({}, {"pool_size": 2}):
+        y, expected = (f(x, weight, None, 1, 2, **pooled) for f in (autograd.conv_act_pool2d, stock))
+        assert y.stride() == expected.stride()
+
+
+@needs_kernels
 def test_extremes(device: str) -> None:
     """NaN and infinities in the images, and a channel that ReLU kills altogether."""
     x, weight, bias = operands(torch.float32, device)

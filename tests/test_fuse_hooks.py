@@ -60,6 +60,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(name, others, id=f"{name}, other kinds", marks=pytest.mark.thorough)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "numbers"), list(cases()))
 def test_a_hook_on_any_member(name: str, numbers: tuple[int, ...], device: str) -> None:
     build, shape, _ = PATTERNS[name]

@@ -60,6 +60,14 @@ def test_replace_refuses() -> None:
     assert optim.replace(torch.optim.Adam(weights), clip_norm=1.0).param_groups[0]["clip_norm"] == 1.0
 
 
+def test_new_options_are_checked_where_old_ones_are_right() -> None:
+    """Of an optimizer that has them already."""
+    ours = optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, l1=0.5)
+    with pytest.raises(ValueError, match="Invalid l1 value"):
+        optim.replace(ours, l1=-1.0)
+    assert ours.param_groups[0]["l1"] == 0.5
+
+
 def test_schedulers_of_a_replaced_optimizer_see_its_steps(device: str) -> None:
     """They warn where they step before the optimizer has."""
     (p,) = parameters([(3,)], torch.float32, device)

@@ -192,6 +192,10 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "the weights require gradients": {"weight": ONES.clone().requires_grad_()},
         },
     ),
+    "binary_cross_entropy_with_logits": (
+        {"input": X, "target": LABELS},
+        {"the weights require gradients": {"weight": ONES.clone().requires_grad_()}},
+    ),
     "kl_div": (
         {"input": X.log_softmax(1), "target": LABELS},
         {
@@ -250,6 +254,9 @@ def test_reasons_of_functions(name: str, device: str) -> None:
     for reason, changed in changes.items():
         found = reasons(name, {**arguments, **changed}, device)
         assert reason in found, f"{reason}: {found}"
+        if "require gradients" in reason and "statistics" not in reason:
+            with torch.no_grad():
+                assert reasons(name, {**arguments, **changed}, device) == [None]
 
 
 def recorded(x: Tensor) -> None:
@@ -303,12 +310,18 @@ def padded_beyond_the_stride(x: Tensor) -> None:
     convolved(x, x[:, :1, None].repeat(1, 1, 2), None, 1, 0, 1, 1, 1)
 
 
+def weighted_in_double_under_autocast(x: Tensor) -> None:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        autograd.cross_entropy(x, torch.zeros(4, dtype=torch.int64, device=x.device), torch.ones_like(x[0]).double())
+
+
 SITUATIONS: dict[str, Callable[[Tensor], None]] = {
     "recorded by torch.jit.trace": recorded,
     "inside a torch.func transform": transformed,
     "forward-mode differentiation": dual,
     "in-place on an inference tensor outside of inference mode": of_inference_mode,
     "autocast takes a weighted loss apart": weighted_under_autocast,
+    "the weights are of another dtype": weighted_in_double_under_autocast,
     "autocast rejects it": rejected_by_autocast,
     "autocast computes PReLU in its low precision": with_slopes_under_autocast,
     "there are too many places": of_too_many_places,

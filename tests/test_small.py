@@ -104,6 +104,14 @@ def test_the_size_is_the_models_and_depends_on_gradients(monkeypatch: pytest.Mon
     assert _paths(layers.ReLU().eval(), _input(13)) == [("stock", _REASON)]
 
 
+@pytest.mark.parametrize("operation", SMALL_CALLS)
+def test_pytorchs_calls_cost_the_host_less(operation: str) -> None:
+    """Else the operation takes its kernel at any size; and a backward pass costs more than none."""
+    forward, both = SMALL_CALLS[operation]
+    assert all(call.stock < call.ours for call in (forward, both))
+    assert all(without < with_gradients for without, with_gradients in zip(forward, both, strict=True))
+
+
 @pytest.mark.kernels
 @pytest.mark.usefixtures("_host_bound")
 def test_always_kernels_is_a_switch_and_a_context() -> None:

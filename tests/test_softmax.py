@@ -73,6 +73,12 @@ def test_splits_of_shared_lines(length: int) -> None:
     assert splits.number <= long_lines.SPLITS
 
 
+def test_lines_are_shared_from_a_length_on() -> None:
+    from_here = long_lines._SHARED_FROM
+    shared = [long_lines.are_shared(Lines(3, length, 1), torch.float32) for length in (from_here - 1, from_here)]
+    assert shared == [False, True]
+
+
 @every_name
 def test_lines_that_programs_share(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_lines, "_SHARED_FROM", 8000)

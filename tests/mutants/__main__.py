@@ -42,9 +42,9 @@ THEMES = {
     "layers/fusion/": ("test_fuse*.py", "test_neighbourhoods.py", "test_paths.py", "test_chain_reasons.py"),
     "layers/libraries/": ("test_libraries.py",),
     "layers/replacement/": tuple(
-        f"test_{theme}.py" for theme in ("replace", "conversions", "classes", "works_with", "fold")
+        f"test_{theme}.py" for theme in ("replace", "conversions", "classes", "works_with", "fold", "fuse_refusals")
     ),
-    "optim": ("test_optimizer*.py",),
+    "optim": ("test_optimizer*.py", "test_reasons.py"),
 }
 #: Folders of which the tests of all operations see little.
 BESIDE_OPERATIONS = ("layers/fusion/", "layers/libraries/", "layers/replacement/")
