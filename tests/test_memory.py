@@ -142,3 +142,6 @@ def test_in_place_on_memory_with_gaps(case: Case, device: str) -> None:
     case.stock(reference, inplace=True)
     assert not torch.equal(stock, memory)
     torch.testing.assert_close(ours, stock)
+    own = torch.empty_strided((2, 3), (8, 2), device=device).copy_(memory[:, ::2][:, :3])  # no view
+    assert case.ours(own, inplace=True) is own
+    torch.testing.assert_close(own, reference)
