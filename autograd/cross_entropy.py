@@ -67,7 +67,7 @@ def _fake_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 )
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *others, needs_input, needs_target = arguments
-    return kernels.cross_entropy_backward(*others, (needs_input, needs_target))
+    return kernels.cross_entropy_backward(*(*others, (needs_input, needs_target)))
 
 
 class CrossEntropy(Function):
@@ -75,6 +75,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        loss: Tensor
         loss, statistics, weight_total = _forward(x, target, weight, *options)
         ctx.save_for_backward(x, target, weight, given(statistics), given(weight_total))
         ctx.arguments = options[:-1]  # reduction, ignored index and smoothing

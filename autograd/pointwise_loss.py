@@ -79,7 +79,7 @@ def _elements(*arguments: Any) -> Tensor:
     try:
         return kernels.pointwise_loss(*arguments)
     except DeviceAssertionError:
-        return _stock_loss(*arguments, "none")  # raises the stock error
+        return _stock_loss(*(*arguments, "none"))  # raises the stock error
 
 
 @operator(
@@ -166,6 +166,7 @@ def _try_kernel(
     operation: str,
     deprecated: tuple[bool | None, bool | None],
     reduction: str,
+    input: Tensor,
     *operands: Tensor | None,
     row: tuple[str, float, float] | None = None,
     refusal: str | None = None,
@@ -175,10 +176,10 @@ def _try_kernel(
     None where ``operation`` has to take the stock path; ``refusal``: for its options.  The row of the table, with its
     two numbers, has the operation's name where none is given.
     """
-    operands += (None,) * (4 - len(operands))
-    by_autocast = autocast_dtype(operands[0]) is not None
+    operands += (None,) * (3 - len(operands))
+    by_autocast = autocast_dtype(input) is not None
     loss: Tensor | None = _loss(
-        *(operation, refusal, by_autocast, *in_single_precision(*operands)),
+        *(operation, refusal, by_autocast, *in_single_precision(input, *operands)),
         *(*(row or (operation, 0.0, 0.0)), reduction_name(*deprecated, reduction)),
     )
     if loss is not None:
