@@ -13,6 +13,7 @@ from ...autograd.recompute import DEPTH
 from ..derived import beneath
 from ..fusion.host import fuse_neighbours, is_searched, recompute_in
 from ..twin import ALL_TWINS, TWINS, Layer, is_untouched
+from .kept import result_of, result_of_chain
 from .register import is_registered, refusal_of, twin_of
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, all_or_nothing, exchange, unique_modules
@@ -86,11 +87,14 @@ def replace_layers(
                 rows[module] = ReplacementRow(names, stock.__name__, True, "swapped for its twin")
             elif _is_layer(module):
                 rows[module] = ReplacementRow(names, stock.__name__, False, reason)
+        chains: list[list[nn.Module]] = []
         if fuse:
-            report.untraced = _fuse(modules, rows, include, exclude)
+            report.untraced, chains = _fuse(modules, rows, include, exclude)
         if recompute:
             refusal = recompute_in(model, depth=recompute_depth, recast_parameters=recast_parameters)
             report.recompute = f"depth {recompute_depth}" if refusal is None else f"no: {refusal}"
+            if refusal is None:
+                _tell_results(rows, chains)
     report.rows = list(rows.values())
     return report
 
@@ -100,8 +104,8 @@ def _fuse(
     rows: dict[nn.Module, ReplacementRow],
     include: Selection | None,
     exclude: Selection | None,
-) -> list[ReplacementRow]:
-    """Fuse neighbours and say so in ``rows``; returns rows of the modules whose code can't be traced."""
+) -> tuple[list[ReplacementRow], list[list[nn.Module]]]:
+    """Fuse neighbours and say so in ``rows``; returns rows of the modules whose code can't be traced, and chains."""
     names_of = {module: names for names, module in modules}
 
     def refuses(_: str, layer: nn.Module) -> str | None:
@@ -131,7 +135,18 @@ def _fuse(
                 hosts.setdefault(layer, []).append(names_of[first][0])
         for layer, firsts in hosts.items():
             rows[layer] = replace(rows[layer], replaced=True, reason=f"fused into {', '.join(firsts)}")
-    return untraced
+    return untraced, told
+
+
+def _tell_results(rows: dict[nn.Module, ReplacementRow], chains: list[list[nn.Module]]) -> None:
+    """Say in ``rows`` what becomes of each result that there is: inside of a chain there is none."""
+    results = {layer: result_of(layer) for layer in rows}
+    for _, *others in chains:
+        for layer in others:
+            results.pop(layer, None)
+    results.update((chain[0], result_of_chain(chain)) for chain in chains)
+    for layer, result in results.items():
+        rows[layer] = replace(rows[layer], computed=result)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -11,12 +11,17 @@ __all__ = ["ReplacementReport", "ReplacementRow"]
 
 @dataclass(frozen=True)
 class ReplacementRow:
-    """One layer: all its names in the model, its ``torch.nn`` class, and what happened to it."""
+    """One layer: all its names in the model, its ``torch.nn`` class, and what happened to it.
+
+    ``computed`` is what becomes of what it computes, or the neighbours do that it is the first of, where results are
+    made again in the backward pass: kept for whoever consumes it, or made again.
+    """
 
     names: tuple[str, ...]
     layer: str
     replaced: bool
     reason: str
+    computed: str | None = None
 
 
 @dataclass
@@ -40,10 +45,14 @@ class ReplacementReport:
         return [row for row in self.rows if not row.replaced]
 
     def __str__(self) -> str:
-        body = [
+        head: tuple[str, ...] = ("layer", "class", "result", "reason")
+        body: list[tuple[str, ...]] = [
             (_readable(row.names), row.layer, "replaced" if row.replaced else "left", row.reason) for row in self.rows
         ]
-        table = format_table(("layer", "class", "result", "reason"), body)
+        if any(row.computed is not None for row in self.rows):
+            head = (*head, "what it computes")
+            body = [(*cells, row.computed or "-") for cells, row in zip(body, self.rows, strict=True)]
+        table = format_table(head, body)
         lines = [table, f"{len(self.replaced)} of {len(self.rows)} layers replaced"]
         alike: dict[tuple[str, str], list[str]] = {}
         for row in self.untraced:
@@ -54,7 +63,7 @@ class ReplacementReport:
         if self.recompute is not None:
             lines.append(f"results made again in the backward pass: {self.recompute}")
             if not self.recompute.startswith("no"):
-                lines.append("what each layer keeps, and what is made again: fusednn.explain(model, batch)")
+                lines.append("bytes that each layer keeps, and that are made again: fusednn.explain(model, batch)")
         return "\n".join(lines)
 
 
