@@ -31,7 +31,9 @@ from .conv import conv_act_pool, conv_statistics
 from .decisions import decided_once
 from .dispatch import or_stock, takes_kernel
 from .gradients import stock_gradients
+from .handles import stream_of
 from .pool import Sizes, max_pool, pool, pool_backward, squeezed, window_of, window_refusal
+from .recompute import decides
 
 __all__ = ["batch_norm_act_pool", "conv_batch_norm_act", "conv_batch_norm_act2d"]
 
@@ -40,7 +42,7 @@ class BatchNormActPool(Function):
     """Max pooling of activation(normalised x * weight + bias + residual), with the statistics of x: images or volumes.
 
     Saves the input, the statistics and the code of each window; beside these the maxima before the activation, where
-    its gradient needs them.
+    its gradient needs them.  Codes and maxima are made again with the result, where that is.
     """
 
     @staticmethod
@@ -56,19 +58,18 @@ class BatchNormActPool(Function):
         activation: Activated,
         window: Window,
     ) -> Tensor:
-        y, code, pre_activation = _forward(
-            x, residual, weight, bias, mean, variance, eps, activation, window, keeps=True
-        )
-        saved = pre_activation if kept_beside_code(activation.row, window.fixed) == "input" else None
+        again = decides()
+        operands = (x, residual, weight, bias, mean, variance)
+        y, *beside = _forward(*operands, eps, activation, window, keeps=not again)
         # The residual is kept for second derivatives alone; its memory is its owner's.
-        ctx.save_for_backward(x, residual, weight, bias, mean, variance, code, saved)
+        ctx.save_for_backward(*operands, *((None, None) if again else beside))
         ctx.arguments = (eps, activation, window)
+        ctx.beside = None
+        ctx.beside_again = again
         return y
 
     @staticmethod
     def recipe(ctx: Any) -> Callable[..., Tensor]:
-        arguments = ctx.arguments
-
         def again(
             x: Tensor,
             residual: Tensor | None,
@@ -78,7 +79,11 @@ class BatchNormActPool(Function):
             variance: Tensor,
             *_: Tensor | None,
         ) -> Tensor:
-            return _forward(x, residual, weight, bias, mean, variance, *arguments, keeps=False)[0]
+            operands = (x, residual, weight, bias, mean, variance)
+            y, *beside = _forward(*operands, *ctx.arguments, keeps=ctx.beside_again)
+            if ctx.beside_again:
+                ctx.beside = stream_of(x.device), *beside
+            return y
 
         return again
 
@@ -96,6 +101,12 @@ class BatchNormActPool(Function):
                 return pooling(y, window.kernel, window.stride, window.padding)
 
             return *stock_gradients(chained, (x, residual, weight, bias), needed, g), None, None, None, None, None
+        if ctx.beside_again:
+            made, ctx.beside = ctx.beside, None
+            if made is not None and made[0] == stream_of(x.device):
+                _, code, saved = made
+            else:  # no consumer has asked for the result in this pass
+                _, code, saved = _forward(x, residual, weight, bias, mean, variance, *ctx.arguments, keeps=True)
         _, channels_last = images(x)
         dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, *activation.arguments, *window, False)
         dx: Any = None
@@ -126,11 +137,11 @@ def _forward(
     window: Window,
     *,
     keeps: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result; the windows' codes, and the maxima before the activation, where these are kept."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The result; the windows' codes, and the maxima before the activation, where the gradient needs these."""
     vectors = (mean, variance, weight, bias, eps)
     y, code, pre_activation, _ = pool(x, residual, *vectors, *activation.arguments, *window, keeps, False)
-    return y, code, pre_activation
+    return y, code, pre_activation if kept_beside_code(activation.row, window.fixed) == "input" else None
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------

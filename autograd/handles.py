@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Handle", "Kept", "Recipe", "Result", "View", "mark", "marked", "note", "noted"]
+__all__ = ["Handle", "Kept", "Recipe", "Result", "View", "mark", "marked", "note", "noted", "stream_of"]
 
 
 class Kept:
@@ -65,7 +65,7 @@ class Recipe:
 
     def __init__(self, result: Result, again: Callable[..., Tensor], operands: Sequence[Any], depth: int) -> None:
         self._result, self._again, self._operands, self.depth = result, again, operands, depth
-        self.stream = _stream(result.device)
+        self.stream = stream_of(result.device)
         self.shares = self._waiting = 0
         self._made: tuple[int, Tensor] | None = None
         if depth > 0:
@@ -84,7 +84,7 @@ class Recipe:
     def get(self) -> Tensor:
         if self._result.changed:
             _complain(self._result.counter, self._result.version)
-        stream, made = _stream(self._result.device), self._made
+        stream, made = stream_of(self._result.device), self._made
         if made is None or made[0] != stream:
             made = stream, self._make(stream)
             self._made, self._waiting = made, self.shares
@@ -151,7 +151,8 @@ def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, device=device, dtype=dtype)
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
+    """A number of the current stream."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 

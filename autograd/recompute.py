@@ -32,7 +32,7 @@ from .dispatch import PLAIN_TYPES, keeping_little, transform_refusal
 from .handles import Handle, Kept, Recipe, Result, View, mark, marked, note, noted
 from .stock_recipes import STOCK_RECIPES
 
-__all__ = ["DEPTH", "needs", "observe_saved", "only_watches", "reason_to_keep", "recompute"]
+__all__ = ["DEPTH", "decides", "needs", "observe_saved", "only_watches", "reason_to_keep", "recompute"]
 
 #: How many results are made of one another, where nobody says.
 DEPTH = 3
@@ -288,6 +288,16 @@ def needs(ctx: Any, *tensors: Tensor | None) -> None:
     """
     if not torch.compiler.is_compiling() and (region := _here.region) is not None:
         region.need(ctx, tensors)
+
+
+def decides() -> bool:
+    """Whether `recompute` decides here what is kept, and not a compiler or hooks of others inside of it.
+
+    A node may leave out there what its recipe makes besides its result: it is made again before its own gradient asks,
+    by a consumer's, or else by itself.
+    """
+    region = None if torch.compiler.is_compiling() else _here.region
+    return region is not None and (top := _top_hooks()) is not None and getattr(top[0], "__self__", None) is region
 
 
 _WATCHES = "_fusednn_watches"

@@ -382,7 +382,7 @@ def test_streams(model: nn.Sequential, x: Tensor) -> None:
     expected = [torch.autograd.grad(*pair)[0] for pair in zip(losses(), weights, strict=True)]
     current, told = mock.Mock(return_value=1), mock.Mock()
     with (
-        mock.patch.object(handles, "_stream", current),
+        mock.patch.object(handles, "stream_of", current),
         mock.patch.object(torch.cuda, "current_stream", current),
         mock.patch.object(Tensor, "record_stream", told),
         made_again() as made,
@@ -548,25 +548,6 @@ def test_replaced_models_are_copied_and_restored(model: nn.Sequential, x: Tensor
     with made_again() as made:
         assert_same(gradients(model, x), expected)
     assert not made
-
-
-def test_a_single_layer_is_left(device: str) -> None:
-    report = fusednn.replace_layers(nn.GELU(), recompute=True)
-    assert report.recompute == "no: a single layer"
-
-
-def test_explain_says_what_is_kept(model: nn.Sequential, x: Tensor) -> None:
-    """By layer: of a replaced model, whose results are made again, and of no other."""
-    fusednn.replace_layers(model)
-    assert fusednn.explain(model, x).kept == ()
-    fusednn.replace_layers(model, recompute=True)
-    explanation = fusednn.explain(model, x)
-    assert sum(row.kept for row in explanation.kept) > 0
-    again = {row.name: row.made_again for row in explanation.kept if row.made_again}
-    assert again == {"2": 3 * 8 * 4, "4": 3 * 4 * 4}
-    assert f"{3 * 12 * 4} made again" in str(explanation)
-    assert [row.kept for row in explanation.kept] == sorted((row.kept for row in explanation.kept), reverse=True)
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_functions_of_others_take_part(x: Tensor) -> None:

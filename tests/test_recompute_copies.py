@@ -1,14 +1,16 @@
-"""`fusednn.recompute`: copies of results in another layout or dtype are made again, with the same bits."""
+"""`fusednn.recompute`: what is made again beside results: copies of them, and what their own gradient needs."""
 
 import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fusednn
+from fusednn.autograd import conv_batch_norm
 from fusednn.autograd.recompute import observe_saved
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.testing import assert_same_bits
@@ -73,3 +75,32 @@ def test_copies_of_autocast(device: str) -> None:
     found, fewest = run(lambda: fusednn.recompute(model, recast_parameters=True))
     assert_same(found, expected)
     assert fewer - fewest == sum(2 * layer.weight.numel() for layer in (model[2], model[4]))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()], ids=["codes", "codes and maxima"])
+def test_what_pooling_keeps(activation: nn.Module, device: str) -> None:
+    """With the result where a consumer asks for that first; by itself where none does; in every pass anew."""
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), activation, nn.MaxPool2d(2), nn.Conv2d(3, 2, 2)]
+    model = nn.Sequential(*layers).to(device)
+    fusednn.replace_layers(model, fuse=True)
+    x = torch.randn(2, 2, 8, 8, device=device)
+    norm, last = list(model[1].parameters()), list(model[4].parameters())
+
+    def run(context: Any, *wanted: list[nn.Parameter]) -> tuple[list[Tensor], int, int]:
+        with saved_tensors() as census, context():
+            y = model(x).square().sum()
+        kept = census.bytes_beside(x, *model.parameters(), *model.buffers())
+        found: list[Tensor] = []
+        with mock.patch.object(conv_batch_norm, "_forward", wraps=conv_batch_norm._forward) as forward:
+            for parameters in wanted:
+                found += torch.autograd.grad(y, parameters, retain_graph=True)
+        return found, kept, forward.call_count
+
+    every = [*norm, *last]
+    expected, most, _ = run(contextlib.nullcontext, every, last, norm)
+    found, least, forwards = run(lambda: fusednn.recompute(model), every, last, norm)
+    assert_same(found, expected)
+    pooled, rows = 2 * 3 * 3 * 3 * 4, 2 * 3 * 3  # bytes of the result, and rows of three codes, in 2 or 1 bytes
+    assert most - least == (pooled + 2 * rows if isinstance(activation, nn.ReLU) else 2 * pooled + rows)
+    assert forwards == 3
