@@ -39,7 +39,9 @@ from .batch_norm_statistics import (
     merge_partial,
     merge_statistics,
     partial_over,
+    plan_behind,
     store_moments,
+    takes_halves,
     value_before,
 )
 from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
@@ -195,6 +197,7 @@ def batch_norm_forward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    HALVES: tl.constexpr,  # of a tile of the plan
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -203,7 +206,7 @@ def batch_norm_forward_kernel(
     channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
     if partial_pointer is not None:
         total = scalar(values, COMPUTE)
-        mean, variance = merge_partial(partial_pointer, splits, channel, channels, total, AXIS, HEIGHT, WIDTH)
+        mean, variance = merge_partial(partial_pointer, splits, channel, channels, total, AXIS, HEIGHT * HALVES, WIDTH)
         if split == 0:
             store_moments(
                 *(mean_pointer, variance_pointer, running_mean_pointer, running_variance_pointer, batches_pointer),
@@ -320,7 +323,9 @@ def _forward(
         },
         wide_loads=1 + ("residual" in given),
         wide_stores=1,
-        constants=before_constants(before, "shift" in given) | spatial_constants(of_channels),
+        constants=before_constants(before, "shift" in given)
+        | spatial_constants(of_channels)
+        | {"HALVES": tiling.halves},
     )
 
 
@@ -375,7 +380,9 @@ def _other_configurations() -> Iterator[Configuration]:
             yield _forward(dtype, tiling, IDENTITY.row, _USUAL, dtype)
     for row in ACTIVATIONS.values():
         yield from _fused(torch.float32, common_tilings_of(torch.float32)[1], row)
-        yield _forward(torch.float32, common_tilings_of(torch.float32)[0], IDENTITY.row, _USUAL, before=row)
+        columns, _ = common_tilings_of(torch.float32)
+        columns = columns.halved if takes_halves(torch.float32, row) else columns
+        yield _forward(torch.float32, columns, IDENTITY.row, _USUAL, before=row)
 
 
 def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
@@ -559,6 +566,7 @@ def _normalise(
     of_channels: bool,
     before: Before | None,
 ) -> tuple[Tensor, Tensor | None]:
+    plan = plan_behind(x.dtype, plan, before)
     y = torch.empty_like(x)
     mask = torch.empty(mask_bytes(x), dtype=torch.uint8, device=x.device) if masked else None
     running = (running_mean, running_variance)

@@ -42,7 +42,15 @@ from .batch_norm import (
     spatial_of,
 )
 from .batch_norm_pool import shared_gradient
-from .batch_norm_statistics import Before, before_constants, before_parameters, channel_shift, value_before
+from .batch_norm_statistics import (
+    Before,
+    before_constants,
+    before_parameters,
+    channel_shift,
+    plan_behind,
+    takes_halves,
+    value_before,
+)
 from .functions.activation import (
     ACTIVATIONS,
     IDENTITY,
@@ -218,6 +226,7 @@ def batch_norm_backward_kernel(
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    HALVES: tl.constexpr,  # of a tile of the plan
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -229,7 +238,7 @@ def batch_norm_backward_kernel(
     )
     if partial_pointer is not None:
         rows: tl.constexpr = 2 if slope_pointer is None else 3
-        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, rows, AXIS, HEIGHT, WIDTH)
+        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, rows, AXIS, HEIGHT * HALVES, WIDTH)
         if dweight_pointer is not None:  # noqa: SIM102  # which is known when it is compiled
             if split == 0:
                 element: tl.constexpr = dweight_pointer.dtype.element_ty
@@ -364,7 +373,8 @@ def _gradient(
         wide_stores=1,
         constants=_missing(normalised, shared)
         | before_constants(before, "shift" in given)
-        | spatial_constants(of_channels),
+        | spatial_constants(of_channels)
+        | {"HALVES": tiling.halves},
     )
 
 
@@ -431,6 +441,7 @@ def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Conf
 
 def _behind(dtype: torch.dtype, tiling: Tiling, before: Activation) -> Iterator[Configuration]:
     """Training behind an activation of sums."""
+    tiling = tiling.halved if takes_halves(dtype, before) else tiling
     yield _reduce(dtype, tiling, IDENTITY.row, AFFINE | {"shift"}, before=before)
     yield _gradient(dtype, tiling, IDENTITY.row, _TRAINING | {"shift", "dshift"}, before=before)
 
@@ -481,7 +492,7 @@ def batch_norm_reduce(
     if not x.numel():
         return torch.zeros((1, sums, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
     spatial = spatial_of(x, of_channels)
-    plan = plan_of(x, places or spatial)
+    plan = plan_behind(x.dtype, plan_of(x, places or spatial), before)
     partial = torch.empty((plan.splits, sums, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     parameters = parameter_type(x.dtype, weight, bias)
     vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
@@ -547,7 +558,7 @@ def batch_norm_backward(
         nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
         return dx, *nothing, None
     spatial = spatial_of(x, of_channels)
-    plan = plan_of(x, places or spatial)
+    plan = plan_behind(x.dtype, plan_of(x, places or spatial), before)
     if partial is not None and partial.shape[0] > plan.tiling.lanes:
         partial = partial.sum(0, keepdim=True)
     parameters = parameter_type(x.dtype, weight, bias)

@@ -49,8 +49,10 @@ __all__ = [
     "merge_statistics",
     "partial_over",
     "partial_statistics",
+    "plan_behind",
     "store_moments",
     "store_statistics",
+    "takes_halves",
     "value_before",
 ]
 
@@ -72,6 +74,18 @@ def before_parameters(before: Before | None) -> tuple[float, float]:
 def before_constants(row: Activation | None, shifted: bool) -> dict[str, Any]:
     """Constants of kernels that can be told of an activation before the norm."""
     return {"BEFORE": row, **({} if shifted else {"shift_pointer": None})}
+
+
+def takes_halves(dtype: torch.dtype, row: Activation | None) -> bool:
+    """Whether passes over what was normalised behind that activation take their tiles in halves: registers hold two
+    values of each element, and of some what the activation's gradient is computed from.
+    """
+    return row is not None and (row.saves == "input" or dtype.itemsize > 2)
+
+
+def plan_behind(dtype: torch.dtype, plan: Plan, before: Before | None) -> Plan:
+    """The programs of these passes: those of ``plan``."""
+    return plan.halved if before is not None and takes_halves(dtype, before.activation.row) else plan
 
 
 @triton.jit

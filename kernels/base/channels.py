@@ -198,12 +198,14 @@ class Tiling:
     """The shape of a tile, and which of its axes is reduced.
 
     Odd numbers of columns take tiles of half the height: there each element of a thread has an address of its own.
+    Where arithmetic takes more registers, kernels take a tile in two ``halves``, one after the other.
     """
 
     axis: int
     height: int
     width: int
     odd: bool = False
+    halves: int = 1
 
     @property
     def lanes(self) -> int:
@@ -211,17 +213,22 @@ class Tiling:
         return self.width if self.axis == 1 else self.height
 
     def threads(self, dtype: torch.dtype) -> int:
-        return threads_for(dtype) if self.axis == 1 else 512
+        return threads_for(dtype) if self.axis == 1 or dtype is torch.float64 else 512
+
+    @property
+    def halved(self) -> "Tiling":
+        return self if self.axis == 1 or self.odd else replace(self, halves=2)
 
     def __str__(self) -> str:
-        return f"{'odd ' * self.odd}{'rows' if self.axis == 1 else 'columns'} x{self.width}"
+        halves = " in halves" if self.halves == 2 else ""
+        return f"{'odd ' * self.odd}{'rows' if self.axis == 1 else 'columns'} x{self.width}{halves}"
 
 
 @cache
 def tilings_of(dtype: torch.dtype) -> tuple[Tiling, ...]:
-    """Of the widest rows, float64 statistics don't fit into registers."""
+    """Of the widest rows, float64 statistics don't fit into registers; nor does an exponential of large tiles."""
     double = dtype is torch.float64
-    columns = TILE * (2 if double else 4)
+    columns = TILE * (1 if double else 4)
     return (
         *(Tiling(0, columns // 2 // width, width, odd=True) for width in _WIDTHS[0]),
         *(Tiling(0, columns // width, width) for width in _WIDTHS[0]),
@@ -252,7 +259,7 @@ def configure_channels(
 ) -> Configuration:
     """`configure` for a kernel that walks tiles of ``tiling``: with their constants, and accesses by each of rows."""
     # Narrower rows are narrower than a warp's accesses, and odd ones aren't aligned.
-    rows = tile_shape(dtype)[0] if tiling.width >= 64 and not tiling.odd else 0
+    rows = tile_shape(dtype)[0] // tiling.halves if tiling.width >= 64 and not tiling.odd else 0
     return configure(
         kernel,
         f"{label} {tiling} {TRITON_TYPE[dtype]}",
@@ -261,7 +268,7 @@ def configure_channels(
             **constants,
             "AXIS": tiling.axis,
             "COMPUTE": COMPUTE[dtype],
-            "HEIGHT": tiling.height,
+            "HEIGHT": tiling.height // tiling.halves,
             "WIDTH": tiling.width,
             "STAGES": 1 if tiling.odd else 3 if dtype.itemsize == 2 else 2,
             **({"ALIGN": 1} if tiling.odd else {}),
@@ -308,10 +315,15 @@ class Plan:
             self.columns,
             self.channel_blocks,
             self.tracks,
-            self.tiles_per_track,
-            self.tiles_per_program,
+            self.tiles_per_track * self.tiling.halves,
+            self.tiles_per_program * self.tiling.halves,
             int(self.along_inner),
         )
+
+    @cached_property
+    def halved(self) -> "Plan":
+        """The same programs, which take their tiles in two halves."""
+        return replace(self, tiling=self.tiling.halved)
 
 
 def tiling_for(dtype: torch.dtype, axis: int, columns: int, rows: int) -> Tiling:
