@@ -307,7 +307,7 @@ _BATCH_NORMS = frozenset(("batch_norm_act", *(f"batch_norm_act_pool{directions}d
 
 #: What keeps codes of images as they lie in memory: ours unless Inductor makes channels last of them.
 _OF_IMAGES = frozenset(
-    f"{name}_pool{directions}d" for name in ("conv_act", "batch_norm_act", "max") for directions in (1, 2, 3)
+    f"{name}_pool{directions}d" for name in ("act", "conv_act", "batch_norm_act", "max") for directions in (1, 2, 3)
 )
 
 _KEEPS_KERNELS = {"keep": True, "fuse": False}

@@ -23,7 +23,7 @@ from ..kernels.pool_window import (
     winner_indices,
 )
 from . import stock as F
-from .activation import differentiable_gradient
+from .activation import differentiable_gradient, resolve_activation, stock_activation
 from .anchors import anchors_of
 from .decisions import decided_once
 from .dispatch import is_integer, or_stock, takes_kernel
@@ -33,6 +33,7 @@ from .recompute import needs
 __all__ = [
     "WINDOW",
     "Sizes",
+    "act_pool",
     "activate_",
     "activated_pool_gradient",
     "code_or_empty",
@@ -300,6 +301,48 @@ def activated_pool_gradient(
     return dx
 
 
+class ActPool(Function):
+    """Saves the code of each window, and beside it the maxima before the activation, where its gradient needs them.
+
+    These are a result, too, by way of which second derivatives reach the images; else ``anchors`` are those of ``x``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, channels_last: bool, activation: Activated, window: Window, anchors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        y, code, pre_activation = _act_pool_forward(x, activation, window, keeps=True)
+        saved = {"output": y, "input": pre_activation}.get(kept_beside_code(activation.row, window.fixed))
+        ctx.save_for_backward(given(code), saved)
+        ctx.arguments = (activation, window)
+        ctx.layout = (x.shape[2:], channels_last)
+        ctx.anchors = anchors
+        ctx.set_materialize_grads(False)
+        return y, pre_activation
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_pre_activation: Tensor | None) -> tuple[Tensor | None, ...]:
+        code, saved = ctx.saved_tensors
+        activation, window = ctx.arguments
+        once = torch.compiler.is_compiling() or (g_pre_activation is None and not torch.is_grad_enabled())
+        dx: Tensor | None
+        if g is not None and once:  # compiled code has no second derivatives
+            rest = (*ctx.layout, *activation.arguments, *window, False)
+            dx, _ = pool_backward(g, code_or_empty(code, g), saved, *rest)
+        else:
+            dx = activated_pool_gradient(g, g_pre_activation, code, saved, ctx.layout, activation, window, ctx.anchors)
+        return dx, None, None, None, None
+
+
+def _act_pool_forward(
+    x: Tensor, activation: Activated, window: Window, *, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, code, pre_activation, _ = pool(
+        x, None, None, None, None, None, 0.0, *activation.arguments, *window, keeps, False
+    )
+    return y, code, pre_activation
+
+
 # --- Functions --------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +390,16 @@ def window_refusal(window: Window, size: Sequence[int], *, masked: bool = False)
     return None
 
 
+def _images_refusal(input: Tensor, directions: int, window: Window | None, *, masked: bool = False) -> str | None:
+    """Why the kernels don't pool these images, or None."""
+    if input.dim() not in (directions + 1, directions + 2):
+        return "not a batch of images"
+    if window is None:
+        return "a size is not an integer for each direction"
+    size = input.shape[-directions:] if directions > 1 else (1, input.shape[-1])
+    return window_refusal(window, size, masked=masked) if input.numel() else None
+
+
 @decided_once
 def _max_pool(
     input: Tensor,
@@ -362,12 +415,7 @@ def _max_pool(
     window = window_of(directions, kernel_size, stride, padding, dilation, ceil_mode)
 
     def refusal() -> str | None:
-        if input.dim() not in (directions + 1, directions + 2):
-            return "not a batch of images"
-        if window is None or type(return_indices) is not bool:
-            return "a size is not an integer for each direction"
-        size = input.shape[-directions:] if directions > 1 else (1, input.shape[-1])
-        return window_refusal(window, size) if input.numel() else None
+        return _images_refusal(input, directions, window if type(return_indices) is bool else None)
 
     if not takes_kernel(f"max_pool{directions}d", input, refusal=refusal):
         return lambda *_: None
@@ -387,6 +435,56 @@ def _max_pool(
         return squeezed(y, lines, unbatched, tracked=differentiable), indices
 
     return pooled
+
+
+@or_stock
+def act_pool(
+    directions: int,
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None,
+    padding: Sizes,
+    activation: str | None,
+    parameters: Sequence[float] = (),
+) -> Tensor:
+    """max_pool(activation(x)) in so many directions, of which the activated images aren't written."""
+    y: Tensor = _act_pool(input, directions, kernel_size, stride, padding, activation, *parameters)
+    return y
+
+
+@decided_once
+def _act_pool(
+    input: Tensor,
+    directions: int,
+    kernel_size: Sizes,
+    stride: Sizes | None,
+    padding: Sizes,
+    name: str | None,
+    *parameters: float,
+) -> Callable[..., Tensor]:
+    activation = resolve_activation(name, parameters)
+    window = window_of(directions, kernel_size, stride, padding, 1, False)
+
+    def refusal() -> str | None:
+        return activation.refusal() or _images_refusal(input, directions, window, masked=activation.saves == "mask")
+
+    if not takes_kernel(f"act_pool{directions}d", input, refusal=refusal):
+        return lambda input, *_: max_pool(directions, stock_activation(input, activation), kernel_size, stride, padding)
+    assert window is not None
+    lines, unbatched = directions == 1, input.dim() == directions + 1
+    differentiable = torch.is_grad_enabled() and input.requires_grad
+    anchored = kept_beside_code(activation.row, window.fixed) in ("nothing", "mask")
+
+    def together(input: Tensor, *_: object) -> Tensor:
+        x = input.unsqueeze(0) if unbatched else input
+        x, channels_last = images(x.unsqueeze(2) if lines else x)
+        if differentiable:
+            y, _pre_activation = ActPool.apply(x, channels_last, activation, window, anchors_of(x) if anchored else ())
+        else:
+            y, *_results = _act_pool_forward(x, activation, window, keeps=False)
+        return squeezed(y, lines, unbatched, tracked=differentiable)
+
+    return together
 
 
 def squeezed(y: Tensor, line: bool, unbatched: bool, *, tracked: bool) -> Tensor:

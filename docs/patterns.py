@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fusednn.layers.fusion import activations, members, norms, patterns, search
+from fusednn.layers.fusion.patterns import pooling
 from fusednn.layers.fusion.patterns.pattern import Pattern
 
 PAGE = Path(__file__).resolve().with_name("patterns.md")
@@ -31,7 +32,7 @@ def page() -> str:
         sections.append(
             "\n".join([f"## {_title(pattern, module)}", "", _formula(module), "", *_lists(pattern, module)])
         )
-    shared = [*_reasons(members), *_reasons(activations), *_reasons(norms), *_reasons(search)]
+    shared = [reason for module in (members, activations, norms, pooling, search) for reason in _reasons(module)]
     sections.append("\n".join(["## All of them", "", "Layers also stay apart because:", "", *_listed(shared)]))
     return "\n\n".join(section.strip() for section in sections) + "\n"
 

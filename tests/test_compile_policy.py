@@ -12,6 +12,7 @@ from fusednn import autograd
 from fusednn.autograd.batch_norm_chain import batch_norm_chain
 from fusednn.autograd.dispatch import Choice, compiler_refusal, judged_as_compiled, observe_choices
 from fusednn.autograd.inductor import turns_images
+from fusednn.autograd.pool import act_pool
 from fusednn.testing import random_tensor
 
 pytestmark = pytest.mark.kernels
@@ -73,6 +74,7 @@ OURS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "cross_entropy": lambda x, t: autograd.cross_entropy(x, t.softmax(1)),
     "bias_activation_dropout": lambda x, _: autograd.bias_activation_dropout(x, x.new_ones(8)),
     "maxout": lambda x, _: autograd.maxout(x, 2),
+    "act_pool2d": lambda x, _: act_pool(2, x, 2, None, 0, "relu"),
     "conv_act_pool2d": lambda x, _: autograd.conv_act_pool2d(x, x.new_ones(2, 3, 3, 3), pool_size=2),
     "cumulative_batch_norm": lambda x, _: autograd.batch_norm_act(
         x, x.new_zeros(3), x.new_ones(3), training=True, batches=x.new_zeros((), dtype=torch.int64)

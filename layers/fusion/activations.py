@@ -11,7 +11,7 @@ from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
 from ...autograd.dispatch import is_number
 from ..activation import QuickGELU, ReLUSquared, Squareplus  # and the twins beside it
-from .members import class_of, is_one_of, layer_refusal
+from .members import call_refusal, class_of, is_one_of, layer_refusal
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,6 +20,7 @@ __all__ = [
     "activated",
     "activation_of",
     "activation_refusal",
+    "first_refusal",
     "slopes_of",
 ]
 
@@ -74,6 +75,14 @@ def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str 
         return refusal
     _, parameters = activation_of(activation)
     return None if not parameters or all(map(is_number, parameters)) else "a parameter isn't a number"
+
+
+def first_refusal(input: Tensor, activation: Activation) -> str | None:
+    """Why a chain that begins with an activation isn't computed in one, whatever follows, or None."""
+    refusal = call_refusal(input) or activation_refusal(activation)
+    if refusal is None and getattr(activation, "inplace", False):  # others may look at what it was given
+        refusal = "the activation writes over its input"
+    return refusal
 
 
 def activated(y: Tensor, activation: Activation) -> Tensor:

@@ -127,8 +127,9 @@ class Search:
 
     def _match(self, node: fx.Node) -> Match | None:
         first = self.layer(node, *_first())
+        in_place = self._is_in_place(node)  # then others may look at what it was given, and see its result
         for pattern in PATTERNS:
-            begins = pattern.anywhere or (first is not None and is_one_of(first, pattern.first))
+            begins = not in_place if pattern.anywhere else first is not None and is_one_of(first, pattern.first)
             match = pattern.match(self, node, first) if begins else None
             if match is not None and len(match.nodes) > 1 and self._taken.isdisjoint(match.nodes):
                 return match
@@ -179,10 +180,14 @@ class Search:
         if node.op == "call_module":
             called = self.callee(node)
             return keeps_to_itself(called) and layers.isdisjoint(called.modules())
-        if changes_more(node):
-            return False
-        in_place = node.target in IN_PLACE or str(getattr(node.target, "__name__", node.target)).endswith("_")
-        return not (in_place or node.kwargs.get("inplace") or "out" in node.kwargs)
+        return not (changes_more(node) or self._is_in_place(node) or "out" in node.kwargs)
+
+    def _is_in_place(self, node: fx.Node) -> bool:
+        """Whether a call says that it writes over its first argument."""
+        if node.op == "call_module":
+            return bool(getattr(self.callee(node), "inplace", False))
+        named = node.target in IN_PLACE or str(getattr(node.target, "__name__", node.target)).endswith("_")
+        return bool(named or node.kwargs.get("inplace"))
 
     # What a call is: a layer, or the arguments of a function, or None.
 

@@ -46,6 +46,7 @@ def replace_layers(
             - Conv2d, BatchNorm2d, a residual that is added, an activation, MaxPool2d, of which any may be missing; also
               in one and three dimensions, and with transposed convolutions;
             - a batch norm, a residual that is added, an activation;
+            - an activation, MaxPool2d (or in one or three dimensions), whatever comes before them;
             - Linear or a convolution, an activation or PReLU, dropout of elements, or of a convolution's channels;
             - Linear or a convolution, a batch norm, an activation or PReLU, Dropout; also with an activation before the
               norm;

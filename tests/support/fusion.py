@@ -152,6 +152,19 @@ class GatedLinear(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
+class ActivatedPool(nn.Module):
+    """Pooling by a function, of what no convolution gave; not of what the code goes on with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.other = nn.SiLU(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool1d(self.act(x), 3, 2, 1)
+        z = y * 1
+        return F.max_pool1d(self.other(z), 2, 1) + z[..., 1:]
+
+
 class Highway(nn.Module):
     """As Srivastava et al. have it; its gate is a layer, and comes after what it mixes."""
 
@@ -379,6 +392,12 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, st
         IMAGES,
         {"0": "1, 2", "3": "4, 5"},
     ),
+    "act, pool": (
+        lambda: Block(nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Tanh(), nn.MaxPool2d(2, 1)),
+        IMAGES,
+        {"1": "2", "3": "4"},
+    ),
+    "lines: act, pool": (ActivatedPool, LINES, {"act": "the functions behind it"}),
     "gate": (GatedLinear, ROWS, {"act": "the functions behind it"}),
     "gate of halves": (lambda: Halves(), ROWS, {"act": "the functions behind it"}),
     "highway": (Highway, ROWS, {"transform": "the functions behind it", "act": "the functions behind it"}),

@@ -3,7 +3,20 @@
 They are tried in this order, as of ``docs/adding-a-pattern.md``.
 """
 
-from . import block_end, conv, conv_dropout, formula, gate, highway, linear, maxout, norm, norm_dropout, places
+from . import (
+    act_pool,
+    block_end,
+    conv,
+    conv_dropout,
+    formula,
+    gate,
+    highway,
+    linear,
+    maxout,
+    norm,
+    norm_dropout,
+    places,
+)
 from .pattern import Pattern
 
 __all__ = ["PATTERNS"]
@@ -19,5 +32,5 @@ PATTERNS: tuple[Pattern, ...] = (
         maxout.POOLING,
         maxout.VIEW,
     ),
-    *(formula.PATTERN, highway.PATTERN, gate.PATTERN, block_end.PATTERN),
+    *(formula.PATTERN, highway.PATTERN, gate.PATTERN, act_pool.PATTERN, block_end.PATTERN),
 )

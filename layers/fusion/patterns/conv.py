@@ -13,23 +13,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ....autograd import stock as F
 from ....autograd.conv import conv_act_pool
 from ....autograd.convolution import convolution_of
 from ....autograd.decisions import decided_once
 from ....autograd.dispatch import autocast_dtype
 from ... import conv_batch_norm
-from ... import pool as _pool  # noqa: F401 (for its twins)
 from ...batch_norm import uses_batch_statistics
 from ...conv import arguments
 from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
-from ..calls import pooling_function
-from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
+from ..members import apart, call_refusal, computed, layer_refusal
 from ..norms import IMAGE_NORMS, activation_within, state_of, within_refusal
 from ..steady import is_steady
 from ..unchanged import while_unchanged
 from .gate import is_gate
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
+from .pooling import POOLINGS, Pooling, pooled, pooling, window_of
 
 __all__ = ["PATTERN"]
 
@@ -40,11 +38,6 @@ CONVOLUTIONS = {
     3: (nn.Conv3d, nn.ConvTranspose3d),
 }
 NORMS: dict[int, Collection[type[nn.Module]]] = {1: (nn.BatchNorm1d,), 2: IMAGE_NORMS, 3: (nn.BatchNorm3d,)}
-POOLINGS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_FUNCTIONS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-#: A layer, or the arguments of a function: size, stride and padding.
-Pooling = nn.Module | tuple[Any, Any, Any] | None
 
 #: Activations that never decrease, and whose gradient vanishes where they are constant: pooling may come first.
 _EXCHANGEABLE = ("hardtanh", "relu", "relu6")
@@ -58,7 +51,7 @@ def _match(search: Finder, node: fx.Node, conv: _ConvNd) -> Match:
     if norm is None and residual is None and activation is not None and is_gate(nodes[-1], activation):
         nodes, activation = nodes[:1], None  # with the product that it is part of it spares more
     begun += identity is not None
-    pool = search.extend(nodes, lambda n: _pooling(search, n, _directions(conv)))
+    pool = search.extend(nodes, partial(pooling, search, _directions(conv)))
     pools_first = activation is None and activation_within(norm) is None and pool is not None
     if pools_first:
         activation = search.extend(nodes, lambda n: _exchangeable(search, n))
@@ -69,16 +62,6 @@ def _match(search: Finder, node: fx.Node, conv: _ConvNd) -> Match:
 
 def _directions(conv: _ConvNd) -> int:
     return len(conv.kernel_size)
-
-
-def _pooling(search: Finder, node: fx.Node, directions: int) -> Pooling:
-    layer = search.layer(node, POOLINGS[directions])
-    if layer is None:
-        return pooling_function(node, directions)
-    if _window_of(layer):
-        return layer
-    search.stops[layer] = "has options that aren't fused"
-    return None
 
 
 def _exchangeable(search: Finder, node: fx.Node) -> Activation:
@@ -116,8 +99,8 @@ def _compute(
 
 def _rest(y: Tensor, directions: int, activation: Activation, pool: Pooling, pools_first: bool) -> Tensor:
     if pools_first:
-        return activated(_pooled(y, directions, pool), activation)
-    return _pooled(activated(y, activation), directions, pool)
+        return activated(pooled(y, directions, pool), activation)
+    return pooled(activated(y, activation), directions, pool)
 
 
 def _begin(
@@ -145,7 +128,7 @@ def _begin(
 
     def rest(residual: Tensor) -> Tensor:
         fits = _fits(residual, input, *_geometry(conv, input))
-        return _pooled(finished(finish, residual, norm, activation, in_place, fits), _directions(conv), pool)
+        return pooled(finished(finish, residual, norm, activation, in_place, fits), _directions(conv), pool)
 
     return rest
 
@@ -159,7 +142,7 @@ def _together(
     pool: Pooling,
 ) -> Tensor:
     name, parameters = activation_of(activation)
-    window = _window_of(pool) or (None, None, 0)
+    window = window_of(pool) or (None, None, 0)
     sizes: Any = dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True))
     residual = distinct(residual, input)
     if norm is not None:
@@ -198,23 +181,9 @@ def _layers_refusal(
         or activation_refusal(activation)
         or layer_refusal(pool, POOLINGS[_directions(conv)])
     )
-    if refusal is None and pool is not None and _window_of(pool) is None:
+    if refusal is None and pool is not None and window_of(pool) is None:
         refusal = "the pooling has options that aren't fused"
     return refusal
-
-
-def _window_of(pool: Any) -> tuple[Any, Any, Any] | None:
-    """Size, stride and padding of a max pooling layer, or None where it has options that can't be fused."""
-    if isinstance(pool, tuple):
-        return pool
-    if (
-        not is_one_of(pool, POOLINGS.values())
-        or pool.return_indices
-        or pool.ceil_mode
-        or pool.dilation not in (1, (1,), (1, 1), (1, 1, 1))
-    ):
-        return None
-    return pool.kernel_size, pool.stride, pool.padding
 
 
 @decided_once
@@ -253,10 +222,3 @@ def _fits(
         return False
     size = convolution.size(input.shape[-directions:], kernel_size)[-directions:]
     return are_alike(residual, (*input.shape[: -directions - 1], filters, *size), dtype or input.dtype)
-
-
-def _pooled(y: Tensor, directions: int, pool: Pooling) -> Tensor:
-    if isinstance(pool, nn.Module):
-        result: Tensor = pool(y)
-        return result
-    return y if pool is None else _FUNCTIONS[directions](y, *pool)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.gated import CHANNEL_GATES, GATES, gated, gated_channels, gated_halves
-from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
-from ..members import apart, call_refusal, computed
+from ..activations import ACTIVATIONS, Activation, activated, activation_of, first_refusal
+from ..members import apart, computed
 from .highway import is_highway, is_of_highway
 from .pattern import Finder, Match, Pattern
 
@@ -43,6 +43,8 @@ PATTERN = Pattern(ACTIVATIONS, (), _match, anywhere=True)
 
 def is_gate(node: fx.Node, activation: Activation) -> bool:
     """Whether the only use of an activation's value is to gate another, or two as of a highway."""
+    if node.kwargs.get("inplace") or getattr(activation, "inplace", False):
+        return False
     return is_highway(node, activation) or (_is_multiplied(node) and _is_a_gates(activation))
 
 
@@ -114,7 +116,7 @@ def _apart(gate: Tensor, other: Tensor, activation: Activation, gate_first: bool
 
 def _refusal(gate: Tensor, other: Tensor, activation: Activation) -> str | None:
     """Why the activation and the product are computed one by one, or None."""
-    refusal = call_refusal(gate) or activation_refusal(activation)
+    refusal = first_refusal(gate, activation)
     if refusal is not None:
         return refusal
     if not isinstance(other, Tensor) or gate.dtype is not other.dtype:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....autograd.gated import HIGHWAY_GATES, highway
-from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
-from ..members import apart, call_refusal, computed
+from ..activations import ACTIVATIONS, Activation, activated, activation_of, first_refusal
+from ..members import apart, computed
 from .pattern import Finder, Match, Pattern
 
 __all__ = ["PATTERN", "is_highway", "is_of_highway"]
@@ -91,7 +91,7 @@ def _compute(gate: Tensor, transformed: Tensor, carried: Tensor, *, activation: 
 
 def _refusal(gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activation) -> str | None:
     """Why the calls are made one by one, or None."""
-    refusal = call_refusal(gate) or activation_refusal(activation)
+    refusal = first_refusal(gate, activation)
     if refusal is not None:
         return refusal
     if activation_of(activation)[0] not in HIGHWAY_GATES:
