@@ -95,6 +95,9 @@ def _networks() -> dict[str, _Row]:
         "transformer block": (TransformerBlock, ((4, 64, 256),), 0),
         "head with cross-entropy": (_Head, ((256, 64, 8, 8),), _CLASSES),
         "autoencoder with MSE": (_Autoencoder, ((1024, 512),), 0),
+        "highway": (_Highway, ((1024, 256),), 0),
+        "scaled block": (_ScaledBlock, ((4, 64, 192),), 0),
+        "maximum over points": (_PointMaximum, ((8, 64, 1024), (8, 64, 2048)), 0),
     }
     for package, found in (("torchvision", _of_torchvision), ("transformers", _of_transformers)):
         if find_spec(package):
@@ -174,6 +177,42 @@ class _Autoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         loss: Tensor = self.loss(self.decoder(self.encoder(x)), x)
         return loss
+
+
+class _Highway(nn.Module):
+    """As Srivastava et al. have it: t h + (1 - t) x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform, self.gate = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.relu, self.sigmoid = nn.ReLU(), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, t = self.relu(self.transform(x)), self.sigmoid(self.gate(x))
+        return t * h + (1 - t) * x
+
+
+class _ScaledBlock(nn.Module):
+    """A vision transformer's MLP, with a scale by channel before the residual."""
+
+    def __init__(self, width: int = 192) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.LayerNorm(width), nn.Parameter(torch.empty(width))
+        self.up, self.gelu, self.down = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.down(self.gelu(self.up(self.norm(x))))
+
+
+class _PointMaximum(nn.Module):
+    """As in PointNet: a layer of each point, and the maximum over all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv1d(64, 64, 1), nn.BatchNorm1d(64), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x))).max(2).values
 
 
 def _of_torchvision() -> dict[str, _Row]:
