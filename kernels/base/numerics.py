@@ -128,11 +128,14 @@ def erf(x):
 
 @triton.jit
 def sigmoid(x, COARSE: tl.constexpr = False):
-    """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0."""
+    """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, and the quotient is the right 0.
+
+    Near 1 gradients have the absolute error of this: its quotient is correctly rounded, but for the coarse one.
+    """
     if COARSE:
         return 1 / (1 + exp_of_term(-x))
     else:
-        return 1 / (1 + exp(-x))
+        return divide(1.0, 1 + exp(-x))
 
 
 @triton.jit
@@ -160,7 +163,7 @@ def normal_distribution(x):
 @triton.jit
 def divide(x, y):
     """x / y, correctly rounded: compiled, ``/`` is so in float64 alone."""
-    if x.dtype == tl.float64:
+    if y.dtype == tl.float64:
         return x / y
     else:
         return tl.div_rn(x, y)

@@ -10,7 +10,7 @@ its parameters is `Activated`, the value that travels from a layer to the kernel
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -458,9 +458,9 @@ class Activation:
         """The name in the labels of configurations, where no activation has none."""
         return "" if self.saves == "nothing" else self.name
 
-    @cached_property
+    @property
     def cache_key(self) -> str:
-        """What a row is to Triton's cache on disk."""
+        """What a row is to Triton's cache on disk, which asks where it compiles: always what its functions are now."""
         functions = (self.forward, self.gradient, self.mask)
         keys = (None if function is None else function.cache_key for function in functions)
         return f"{self.saves} {self.mask_gates} {self.keeps_order} {self.coarse} {' '.join(map(str, keys))}"
