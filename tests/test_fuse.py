@@ -88,8 +88,8 @@ def test_explain_tells_who_computes_what(device: str) -> None:
         ("relu", "fused", "computed by conv2"),
     ]
     assert [(row.name, row.operation, row.path) for row in explanation if row.path != "fused"] == [
-        ("conv1", "conv_act_pool2d", "kernel"),
-        ("conv2", "conv_act_pool2d", "kernel"),
+        ("conv1", "conv_act2d", "kernel"),
+        ("conv2", "conv_act2d", "kernel"),
     ]
     assert str(explanation).endswith("2 of 2 on kernels, 4 fused")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

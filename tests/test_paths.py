@@ -142,9 +142,9 @@ IDENTITY = "the identity in evaluation"
     [
         (True, (), {"conv2d": CONVOLUTION, "batch_norm_act": KERNEL, "bias_activation_dropout": KERNEL}),
         (True, (0, 2, 4, 5), {"conv2d": CONVOLUTION, "batch_norm_act": KERNEL, "bias_activation_dropout": KERNEL}),
-        (True, (1,), {"conv_act_pool2d": KERNEL, "bias_activation_dropout": KERNEL}),
+        (True, (1,), {"conv_act2d": KERNEL, "bias_activation_dropout": KERNEL}),
         (True, (6,), {"conv2d": CONVOLUTION, "batch_norm_act": KERNEL, "bias_activation": KERNEL}),
-        (True, (1, 6), {"conv_act_pool2d": KERNEL, "bias_activation": KERNEL}),
+        (True, (1, 6), {"conv_act2d": KERNEL, "bias_activation": KERNEL}),
         (False, (1,), {"conv2d": CONVOLUTION, "batch_norm": KERNEL, "relu": KERNEL, "dropout": KERNEL}),
         (False, (6,), {"conv2d": CONVOLUTION, "batch_norm": KERNEL, "relu": KERNEL, "dropout": IDENTITY}),
     ],
