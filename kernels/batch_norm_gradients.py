@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .base._triton import tl, triton
 from .base.channels import (
+    Plan,
     Tiling,
     channel_tile,
     common_tilings_of,
@@ -448,14 +449,21 @@ def _behind(dtype: torch.dtype, tiling: Tiling, before: Activation) -> Iterator[
 
 def _of_all_places(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Configuration]:
     """Behind a reduction over all places: a maximum's and a mean's, and both without statistics."""
-    yield _reduce(dtype, tiling, row, AFFINE, shared=True)
-    yield _gradient(dtype, tiling, row, AFFINE | {"partial"}, shared=True)
+    halved = tiling.halved if row.saves == "input" else tiling
+    yield _reduce(dtype, halved, row, AFFINE, shared=True)
+    yield _gradient(dtype, halved, row, AFFINE | {"partial"}, shared=True)
     yield _gradient(dtype, tiling, IDENTITY.row, AFFINE | {"partial", "position"}, shared=True)
     yield _gradient(dtype, tiling, IDENTITY.row, frozenset({"position"}), normalised=False, shared=True)
-    yield _reduce(dtype, tiling, row, frozenset({"bias", "dz"}), dtype, normalised=False, shared=True)
+    yield _reduce(dtype, halved, row, frozenset({"bias", "dz"}), dtype, normalised=False, shared=True)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def _plan(x: Tensor, activation: Activated, before: Before | None, places: int | None, spatial: int | None) -> Plan:
+    """The programs of both kernels; a gradient that places share takes registers for each element's sample, too."""
+    plan = plan_behind(x.dtype, plan_of(x, places or spatial), before)
+    return plan.halved if places is not None and activation.row.saves == "input" else plan
 
 
 def batch_norm_reduce(
@@ -492,7 +500,7 @@ def batch_norm_reduce(
     if not x.numel():
         return torch.zeros((1, sums, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
     spatial = spatial_of(x, of_channels)
-    plan = plan_behind(x.dtype, plan_of(x, places or spatial), before)
+    plan = _plan(x, activation, before, places, spatial)
     partial = torch.empty((plan.splits, sums, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
     parameters = parameter_type(x.dtype, weight, bias)
     vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
@@ -512,14 +520,8 @@ def batch_norm_reduce(
     row = None if before is None else before.activation.row
     kind = (parameters, mean is not None, places is not None, row, of_channels)
     configuration = _reduce(x.dtype, plan.tiling, activation.row, given, *kind)
-    scalars = (
-        eps,
-        activation.a,
-        activation.b,
-        *options(slopes, seed, p, spatial),
-        *(() if places is None else (places,)),
-    )
-    scalars += before_parameters(before)
+    scalars = (eps, activation.a, activation.b, *options(slopes, seed, p, spatial))
+    scalars += (*(() if places is None else (places,)), *before_parameters(before))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return partial, dz
 
@@ -558,7 +560,7 @@ def batch_norm_backward(
         nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
         return dx, *nothing, None
     spatial = spatial_of(x, of_channels)
-    plan = plan_behind(x.dtype, plan_of(x, places or spatial), before)
+    plan = _plan(x, activation, before, places, spatial)
     if partial is not None and partial.shape[0] > plan.tiling.lanes:
         partial = partial.sum(0, keepdim=True)
     parameters = parameter_type(x.dtype, weight, bias)
