@@ -375,7 +375,9 @@ def _gradient(
         constants=_missing(normalised, shared)
         | before_constants(before, "shift" in given)
         | spatial_constants(of_channels)
-        | {"HALVES": tiling.halves},
+        | {"HALVES": tiling.halves}
+        # Copies of positions, 8 bytes an element, wouldn't fit into the shared memory of sm_86, sm_89 and sm_120.
+        | ({"STAGES": 1} if "position" in given else {}),
     )
 
 
