@@ -1,6 +1,7 @@
-"""Batch norm with an activation before it, and PReLU or another, and dropout, behind it, in its own passes.
+"""Batch norm with an activation before it, and a residual, PReLU or another, and dropout, behind it, in its own passes.
 
 The slopes' gradient is one of the sums that batch norm's backward pass makes; dropout is drawn again from its seed.
+With a residual the first pass writes its gradient, too, from which the second goes on.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,14 +33,15 @@ __all__ = ["batch_norm_chain", "slopes_refusal"]
 
 #: The operands and options that all of them end with: those of `Chain`, as `_parsed` tells.
 _REST = (
-    "Tensor? weight, Tensor? bias, Tensor? slopes, Tensor? seed, Tensor? shift, float eps, str name, float a, float b,"
-    " float p, bool of_channels, str before, float c, float d"
+    "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slopes, Tensor? seed, Tensor? shift, float eps, str name,"
+    " float a, float b, float p, bool of_channels, str before, float c, float d"
 )
 
 
 def _parsed(
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
     shift: Tensor | None,
@@ -52,11 +54,11 @@ def _parsed(
     before: str,
     c: float,
     d: float,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What kernels are given in their place, and by their names their options; no name stands for nothing before."""
+) -> tuple[Tensor | None, tuple[Any, ...], dict[str, Any]]:
+    """The residual; what else kernels are given; and by their names their options.  No name is nothing before."""
     first = Before(activated(before, c, d), shift) if before else None
     options = {"slopes": slopes, "seed": seed, "p": p, "of_channels": of_channels, "before": first}
-    return (weight, bias, eps, activated(name, a, b)), options
+    return residual, (weight, bias, eps, activated(name, a, b)), options
 
 
 @operator(
@@ -76,9 +78,9 @@ def _forward_training(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and variance of each channel; the running ones are updated."""
-    arguments, options = _parsed(*rest)
+    residual, arguments, options = _parsed(*rest)
     running = (running_mean, running_var, batches, momentum)
-    y, _, mean, variance = kernels.batch_norm_training(x, None, *running, *arguments, masked=False, **options)
+    y, _, mean, variance = kernels.batch_norm_training(x, residual, *running, *arguments, masked=False, **options)
     return y, mean, variance
 
 
@@ -87,20 +89,23 @@ def _forward_training(
     fake=lambda x, *_: torch.empty_like(x),
 )
 def _forward(x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
-    arguments, options = _parsed(*rest)
-    return kernels.batch_norm_forward(x, None, mean, variance, *arguments, masked=False, **options)[0]
+    residual, arguments, options = _parsed(*rest)
+    return kernels.batch_norm_forward(x, residual, mean, variance, *arguments, masked=False, **options)[0]
 
 
 @operator(
-    f"batch_norm_chain_reduce(Tensor g, Tensor x, Tensor mean, Tensor variance, {_REST}) -> Tensor",
-    fake=lambda g, x, mean, variance, weight, bias, slopes, *rest: x.new_empty(
-        (_splits(x, rest[-4]), 2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype]
+    f"batch_norm_chain_reduce(Tensor g, Tensor x, Tensor mean, Tensor variance, {_REST}) -> (Tensor, Tensor)",
+    fake=lambda g, x, mean, variance, weight, bias, residual, slopes, *rest: (
+        x.new_empty((_splits(x, rest[-4]), 2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype]),
+        x.new_empty(0) if residual is None else torch.empty_like(x),
     ),
 )
-def _reduce(g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
-    """Partial sums of the gradients of bias, weight and slopes, (splits, 2 or 3, channels)."""
-    arguments, options = _parsed(*rest)
-    return batch_norm_gradients.batch_norm_reduce(g, x, None, None, mean, variance, *arguments, **options)[0]
+def _reduce(g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Partial sums of the gradients of bias, weight and slopes, (splits, 2 or 3, channels); that of a residual."""
+    residual, arguments, options = _parsed(*rest)
+    operands = (g, x, residual, None, mean, variance, *arguments)
+    partial, dz = batch_norm_gradients.batch_norm_reduce(*operands, **options)
+    return partial, x.new_empty(0) if dz is None else dz
 
 
 def _splits(x: Tensor, of_channels: bool) -> int:
@@ -111,7 +116,7 @@ def _splits(x: Tensor, of_channels: bool) -> int:
 def _fake_backward(
     g: Tensor, x: Tensor, partial: Tensor | None, mean: Tensor, variance: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    weight, _, _, _, shift, *_, of_channels, _, _, _, affine = rest
+    weight, _, _, _, _, shift, *_, of_channels, _, _, _, affine = rest
     sums = (0,) if shift is None else (_splits(x, of_channels), x.shape[1])
     vectors = (torch.empty_like(weight) if affine else x.new_empty(0) for _ in range(2))
     return torch.empty_like(x), *vectors, x.new_empty(sums, dtype=ACCUMULATOR[x.dtype])
@@ -125,9 +130,12 @@ def _fake_backward(
 def _backward(
     g: Tensor, x: Tensor, partial: Tensor | None, mean: Tensor, variance: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """Gradients of the input and, where ``affine``, of weight and bias; and partial sums of that of the shift."""
+    """Gradients of the input and, where ``affine``, of weight and bias; and partial sums of that of the shift.
+
+    There is no residual: of a chain that has one, ``g`` is its gradient.
+    """
     *rest_of_chain, affine = rest
-    arguments, options = _parsed(*rest_of_chain)
+    _, arguments, options = _parsed(*rest_of_chain)
     operands = (g, x, partial, x.shape[1] / x.numel(), mean, variance, *arguments)
     dx, dweight, dbias, dshift = batch_norm_gradients.batch_norm_backward(*operands, affine=affine, **options)
     vectors = (x.new_empty(0) if vector is None else vector for vector in (dweight, dbias))
@@ -153,6 +161,11 @@ class Chain(NamedTuple):
         before = ("", 0.0, 0.0) if self.before is None else self.before.arguments
         return self.eps, *self.activation.arguments, self.p, self.of_channels, *before
 
+    @property
+    def linear(self) -> "Chain":
+        """What is left of it where the gradient before the activation is given."""
+        return self._replace(activation=IDENTITY, p=0.0, of_channels=False)
+
 
 class BatchNormChain(Function):
     """Saves the input, the parameters, the seed and the statistics: the input's, or the running ones as they were."""
@@ -163,6 +176,7 @@ class BatchNormChain(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         slopes: Tensor | None,
         shift: Tensor | None,
         seed: Tensor | None,
@@ -170,13 +184,13 @@ class BatchNormChain(Function):
         running: tuple[Any, ...],
     ) -> Tensor:
         y: Tensor
-        rest = (weight, bias, slopes, seed, shift, *chain.arguments)
+        rest = (weight, bias, residual, slopes, seed, shift, *chain.arguments)
         if chain.training:
             y, mean, variance = _forward_training(x, *running, *rest)
         else:
             mean, variance = torch.stack(running[:2]).unbind()  # they may be updated before the backward pass comes
             y = _forward(x, mean, variance, *rest)
-        ctx.save_for_backward(x, mean, variance, weight, bias, slopes, seed, shift)
+        ctx.save_for_backward(x, mean, variance, weight, bias, residual, slopes, seed, shift)
         ctx.chain = chain
         return y
 
@@ -192,12 +206,13 @@ class BatchNormChain(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, variance, weight, bias, slopes, seed, shift = ctx.saved_tensors
+        x, mean, variance, weight, bias, residual, slopes, seed, shift = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_gradients(ctx, g), None, None, None
-        x_needed, weight_needed, bias_needed, slopes_needed, shift_needed = ctx.needs_input_grad[:5]
-        training = ctx.chain.training
-        rest = (mean, variance, weight, bias, slopes, seed, shift, *ctx.chain.arguments)
+        x_needed, weight_needed, bias_needed, residual_needed, slopes_needed, shift_needed = ctx.needs_input_grad[:6]
+        chain = ctx.chain
+        training = chain.training
+        statistics = (mean, variance, weight, bias)
         walks = x_needed or shift_needed
         affine = weight_needed or bias_needed
         # The second pass adds up what the programs of the first left: these are the parameters' gradients.
@@ -207,13 +222,19 @@ class BatchNormChain(Function):
         dbias: Any = None
         dslopes: Any = None
         dshift: Any = None
-        partial = _reduce(g, x, *rest) if affine or slopes_needed or training else None
+        partial: Any = None
+        if affine or slopes_needed or training or residual is not None:
+            partial, dz = _reduce(g, x, *statistics, residual, slopes, seed, shift, *chain.arguments)
         if partial is not None and affine and not merges:
             dbias, dweight = partial[:, :2].sum(0).unbind()
         if partial is not None and slopes_needed:
             sums = partial[:, 2]
             dslopes = (sums.sum() if slopes.numel() == 1 else sums.sum(0)).to(slopes.dtype).view(slopes.shape)
+        if residual is not None:
+            g, chain, slopes, seed = dz, chain.linear, None, None
+            partial = partial.sum(0)[None, :2]
         if walks:
+            rest = (*statistics, None, slopes, seed, shift, *chain.arguments)
             dx, *merged, dshift = _backward(g, x, partial if training else None, *rest, merges)
             if merges:
                 dweight, dbias = merged
@@ -221,6 +242,7 @@ class BatchNormChain(Function):
             dx if x_needed else None,
             dweight.to(weight.dtype) if weight_needed else None,
             dbias.to(bias.dtype) if bias_needed else None,
+            g if residual_needed else None,
             dslopes,
             dshift.sum(0).to(shift.dtype) if shift_needed else None,
             *[None] * 3,
@@ -229,25 +251,30 @@ class BatchNormChain(Function):
 
 def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     """The gradients, from stock operators that can be differentiated again."""
-    x, mean, variance, weight, bias, slopes, seed, shift = ctx.saved_tensors
+    x, mean, variance, weight, bias, residual, slopes, seed, shift = ctx.saved_tensors
     chain = ctx.chain
     noise = None
     if seed is not None:  # of zeros, normalised to ones: what dropout multiplies by
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
         plain = chain._replace(activation=IDENTITY, before=None)
-        noise = _forward(torch.zeros_like(x), zero, one, zero, one, None, seed, None, *plain.arguments)
+        noise = _forward(torch.zeros_like(x), zero, one, zero, one, None, None, seed, None, *plain.arguments)
     dtype = x.dtype if weight is None else weight.dtype
     mean, variance = (None if chain.training else vector.to(dtype) for vector in (mean, variance))
 
     def chained(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None, shift: Tensor | None
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        slopes: Tensor | None,
+        shift: Tensor | None,
     ) -> Tensor:
         x = _before(x if shift is None else x + shift.view(-1, *[1] * (x.dim() - 2)), chain)
         y = F.batch_norm(x, mean, variance, weight, bias, chain.training, 0.0, chain.eps)
-        y = stock_activation(y, chain.activation, slopes)
+        y = stock_activation(y if residual is None else y + residual, chain.activation, slopes)
         return y if noise is None else y * noise
 
-    return stock_gradients(chained, (x, weight, bias, slopes, shift), ctx.needs_input_grad[:5], g)
+    return stock_gradients(chained, (x, weight, bias, residual, slopes, shift), ctx.needs_input_grad[:6], g)
 
 
 def _before(x: Tensor, chain: Chain) -> Tensor:
@@ -269,6 +296,7 @@ def batch_norm_chain(
     eps: float,
     *,
     batches: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str | None = None,
     activation_parameters: Sequence[float] = (),
     slopes: Tensor | None = None,
@@ -279,13 +307,13 @@ def batch_norm_chain(
     product: Callable[[Tensor | None], Tensor] | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """dropout(activation(batch_norm(before(x + shift)))), in as many passes over memory as batch norm alone.
+    """dropout(activation(batch_norm(before(x + shift)) + residual)), in as many passes over memory as batch norm alone.
 
     ``slopes``, one or one a channel, are PReLU's, which then is the activation; ``p`` is the probability to drop an
     element, or ``of_channels`` a sample's whole channel; 0 in evaluation.  ``before`` is an activation before the norm,
     with ``before_parameters``; in front of it ``shift``, the bias of what made the input, ``product(None)``, is added:
     ``product(shift)`` makes it for stock operators.  The other arguments are those of `batch_norm_act`.  Saves the
-    input, and a seed.
+    input, the residual, and a seed.
     """
     resolved = resolve_activation(activation, activation_parameters) if slopes is None else PRELU
     first = None if before is None else resolve_activation(before, before_parameters)
@@ -303,22 +331,26 @@ def batch_norm_chain(
             reason = "everything is dropped" if input.dtype is not torch.float64 else "dropout behind a norm in float64"
         if reason is None and chain.of_channels and not 2 < input.dim() < 6:
             reason = "the channels that are dropped have no places"
+        if reason is None and residual is not None and residual.shape != input.shape:
+            reason = "the residual has another shape"
         return reason or (None if first is None else first.refusal())
 
     name = "batch_norm_chain" if batches is None else "cumulative_batch_norm"
-    if not takes_kernel(name, *those_given(input, slopes, shift), parameters=those_given(*vectors), refusal=refusal):
+    operands = those_given(input, residual, slopes, shift)
+    if not takes_kernel(name, *operands, parameters=those_given(*vectors), refusal=refusal):
         if batches is not None and training:
             momentum = 1.0 / float(batches)
         x = _before(input if given is None or product is None else product(given), chain)
-        y = stock_activation(F.batch_norm(x, *vectors, training, momentum, eps), resolved, slopes)
+        y = F.batch_norm(x, *vectors, training, momentum, eps)
+        y = stock_activation(y if residual is None else y + residual, resolved, slopes)
         return drop_of(y, of_channels)(y, p) if p else y
     running = (running_mean, running_var, batches, float(momentum))
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
         x = placed(input) if chain.of_channels else input
-        differentiable = (x, weight, bias, slopes, shift)
-        rest = (weight, bias, slopes, seed, shift, *chain.arguments)
+        differentiable = (x, weight, bias, residual, slopes, shift)
+        rest = (weight, bias, residual, slopes, seed, shift, *chain.arguments)
         if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in differentiable):
             y = BatchNormChain.apply(*differentiable, seed, chain, running)
         elif training:

@@ -32,7 +32,8 @@ def page() -> str:
         sections.append(
             "\n".join([f"## {_title(pattern, module)}", "", _formula(module), "", *_lists(pattern, module)])
         )
-    shared = [reason for module in (members, activations, norms, pooling, search) for reason in _reasons(module)]
+    modules = (members, activations, norms, pooling, search)
+    shared = [reason for module in modules for reason in (*_reasons(module), *_ends(module))]
     sections.append("\n".join(["## All of them", "", "Layers also stay apart because:", "", *_listed(shared)]))
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
@@ -53,6 +54,8 @@ def _lists(pattern: Pattern, module: ModuleType) -> Iterator[str]:
         yield f"- Goes on with: {following}."
     if reasons := list(dict.fromkeys(_reasons(module))):
         yield f"- Apart where: {'; '.join(reasons)}."
+    if ends := list(dict.fromkeys(_ends(module))):
+        yield f"- Ends before what would need more: {'; '.join(ends)}."
 
 
 def _names(classes: tuple[type[nn.Module], ...]) -> str:
@@ -79,6 +82,13 @@ def _reasons(module: ModuleType) -> Iterator[str]:
             "apart",
             "_stop",
         ):
+            yield from _strings(node.args)
+
+
+def _ends(module: ModuleType) -> Iterator[str]:
+    """What a module's code says of layers that a chain ends before: what would have to change."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "ends_before":
             yield from _strings(node.args)
 
 

@@ -119,17 +119,18 @@ def test_what_goes_to_stock(change: dict[str, object], reason: str, device: str)
     assert [choice.reason for choice in choices] == [reason]
 
 
-@pytest.mark.parametrize("slopes", [1, 6])
-def test_operators_describe_themselves(slopes: int, device: str) -> None:
+@pytest.mark.parametrize(("slopes", "added"), [(1, False), (6, True)])
+def test_operators_describe_themselves(slopes: int, added: bool, device: str) -> None:
     (x, weight, bias, weights), _ = operands((3, 6, 5), torch.float32, slopes, device)
     ops, mean, variance = torch.ops.fusednn, torch.zeros(6, device=device), torch.ones(6, device=device)
-    vectors = (mean, variance, weight, bias, weights, None, None, EPS, *PRELU.arguments, 0.0, False, "", 0.0, 0.0)
+    operands_of = (weight, bias, x.flip(0) if added else None, weights, None, None)
+    vectors = (mean, variance, *operands_of, EPS, *PRELU.arguments, 0.0, False, "", 0.0, 0.0)
     training = (x, mean.clone(), variance.clone(), None, 0.1, *vectors[2:])
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.batch_norm_chain_training.default, training, test_utils=utilities)
     torch.library.opcheck(ops.batch_norm_chain.default, (x, *vectors), test_utils=utilities)
     torch.library.opcheck(ops.batch_norm_chain_reduce.default, (x, x, *vectors), test_utils=utilities)
-    partial = ops.batch_norm_chain_reduce(x, x, *vectors)
+    partial, _ = ops.batch_norm_chain_reduce(x, x, *vectors)
     torch.library.opcheck(ops.batch_norm_chain_backward.default, (x, x, partial, *vectors, True), test_utils=utilities)
 
 
@@ -150,6 +151,94 @@ def test_as_many_bytes_as_batch_norm_alone(memory_format: torch.memory_format, d
     assert 5 * size <= backward.bytes <= 5.3 * size
     assert (forward.launches, backward.launches) == (2, 2)
     assert saved.bytes_beside(x, weight, bias, slopes) <= 2 * 16 * 4
+
+
+# --- A residual before PReLU ------------------------------------------------------------------------------------------
+
+
+def added_functions(training: bool, before: str | None = None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours and stock's, of the input, weight, bias, residual and slopes."""
+
+    def running(x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype if x.dtype.itemsize > 2 else torch.float32
+        return tuple(torch.linspace(low, 2, x.shape[1]).to(x.device, dtype) for low in (-1, 0.5))
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, slopes: Tensor) -> Tensor:
+        options = {"residual": residual, "slopes": slopes, "before": before}
+        return batch_norm_chain(x, *running(x), weight, bias, training, 0.1, EPS, **options)
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, slopes: Tensor) -> Tensor:
+        x = x if before is None else getattr(F, before)(x)
+        return F.prelu(F.batch_norm(x, *running(x), weight, bias, training, 0.1, EPS) + residual, slopes)
+
+    return ours, stock
+
+
+def added_operands(shape: tuple[int, ...], dtype: torch.dtype, slopes: int, device: str) -> tuple[list[Tensor], Tensor]:
+    (x, weight, bias, weights), gradient = operands(shape, dtype, slopes, device)
+    return [x, weight, bias, random_tensor(shape, dtype, device, 4), weights], gradient
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.thorough)])
+def test_a_residual_before_prelu(shape: tuple[int, ...], training: bool, device: str) -> None:
+    tensors, gradient = added_operands(shape, torch.float32, shape[1], device)
+    check_against_stock(*added_functions(training), tensors, gradient)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_a_residual_of_another_layout_in_every_dtype(dtype: torch.dtype, device: str) -> None:
+    (x, *others), gradient = added_operands((3, 6, 5, 4), dtype, 1, device)
+    x = x.to(memory_format=torch.channels_last)
+    check_against_stock(*added_functions(True), [x, *others], gradient)
+    check_against_stock(*added_functions(False), [x, *others], gradient)
+
+
+def test_a_residual_behind_a_norm_of_an_activation(device: str) -> None:
+    tensors, gradient = added_operands((5, 6, 9), torch.float32, 6, device)
+    check_against_stock(*added_functions(True, "tanh"), tensors, gradient)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (1, 3)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_with_a_residual_only_where_needed(wanted: tuple[int, ...], training: bool, device: str) -> None:
+    tensors, gradient = added_operands((4, 6, 9), torch.float32, 1, device)
+    results = []
+    for function in added_functions(training):
+        given = [leaf(tensor) if place in wanted else tensor for place, tensor in enumerate(tensors)]
+        results.append(torch.autograd.grad(function(*given), [given[place] for place in wanted], gradient))
+    torch.testing.assert_close(*results)
+
+
+def test_second_derivatives_with_a_residual(device: str) -> None:
+    tensors, _ = added_operands((3, 2, 2), torch.float64, 2, device)
+    torch.autograd.gradgradcheck(added_functions(True)[0], [leaf(tensor) for tensor in tensors], fast_mode=True)
+
+
+def test_a_residual_that_broadcasts_goes_to_stock(device: str) -> None:
+    (x, weight, bias, residual, slopes), gradient = added_operands((4, 6, 9), torch.float32, 6, device)
+    check_against_stock(*added_functions(True), [x, weight, bias, residual[:1].clone(), slopes], gradient)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bytes_with_a_residual(memory_format: torch.memory_format, device: str) -> None:
+    """The residual is read once forward, and once backward, where its gradient is written and read on the way."""
+    tensors, gradient = added_operands((8, 16, 16, 16), torch.float32, 16, device)
+    x, weight, bias, residual, slopes = (
+        leaf(one.to(memory_format=memory_format)) if one.dim() == 4 else leaf(one) for one in tensors
+    )
+    gradient = gradient.to(memory_format=memory_format)
+    size = x.numel() * x.itemsize
+    with measure_traffic() as forward, saved_tensors() as saved:
+        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, residual=residual, slopes=slopes)
+    with measure_traffic() as backward:
+        torch.autograd.grad(y, (x, weight, bias, residual, slopes), gradient)
+    statistics = sum(launch.stored_bytes for launch in forward.kernel_launches) - size
+    assert 4 * size <= forward.bytes <= 4.1 * size + 4 * statistics
+    assert 7 * size <= backward.bytes <= 7.3 * size
+    assert (forward.launches, backward.launches) == (2, 2)
+    assert saved.bytes_beside(x, weight, bias, residual, slopes) <= 2 * 16 * 4
 
 
 # --- An activation before the norm ------------------------------------------------------------------------------------

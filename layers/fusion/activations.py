@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from ...autograd import stock as F
 from ...autograd.activation import resolve_activation
 from ...autograd.batch_norm import apply_activation
 from ...autograd.dispatch import is_number
@@ -48,23 +49,27 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]
 }
 #: Activations with slopes that are learnt; patterns name those that they take.
 SLOPED: tuple[type[nn.Module], ...] = (nn.PReLU,)
-#: What stands for an activation: its layer, or where the code calls a function, its name and parameters.
-Activation = nn.Module | tuple[str, tuple[float, ...]] | None
+#: What stands for an activation: its layer, or where the code calls a function, its name and parameters.  Of PReLU's
+#: function it is the slopes: their node in the graph where that is searched, the tensor where it runs.
+Activation = nn.Module | tuple[str, tuple[float, ...]] | Tensor | fx.Node | None
 
 
 def activation_of(activation: Activation) -> tuple[str | None, tuple[float, ...]]:
     """An activation's name in the table, and its parameters; None and none where there is none, or a PReLU."""
+    if isinstance(activation, tuple):
+        return activation
     if not isinstance(activation, nn.Module):
-        return activation or (None, ())
+        return None, ()
     return (None, ()) if is_one_of(activation, SLOPED) else ACTIVATIONS[class_of(activation)](activation)
 
 
-def slopes_of(activation: Activation) -> Tensor | None:
-    """The slopes of a PReLU: a parameter, and none of the table's numbers."""
+def slopes_of(activation: Activation) -> Any:
+    """The slopes of a PReLU, a parameter and none of the table's numbers; a node where graphs are searched."""
+    if isinstance(activation, Tensor | fx.Node):
+        return activation
     if not isinstance(activation, nn.Module) or not is_one_of(activation, SLOPED):
         return None
-    slopes: Tensor = activation.weight  # type: ignore[assignment]
-    return slopes
+    return activation.weight
 
 
 def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str | None:
@@ -90,4 +95,6 @@ def activated(y: Tensor, activation: Activation) -> Tensor:
     if isinstance(activation, nn.Module):
         result: Tensor = activation(y)
         return result
+    if isinstance(activation, Tensor):
+        return F.prelu(y, activation)
     return apply_activation(y, None, resolve_activation(*activation_of(activation)))

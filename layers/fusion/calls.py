@@ -20,6 +20,7 @@ __all__ = [
     "is_values",
     "pooling_function",
     "reduction",
+    "slopes_function",
     "summand",
 ]
 
@@ -74,6 +75,14 @@ def activation_function(node: fx.Node) -> tuple[str, tuple[float, ...]] | None:
     if options.keys() - set(row.parameters) or type(inplace) is not bool or not all(map(is_number, parameters)):
         return None
     return None if resolve_activation(name, parameters).refusal(inplace) else (name, parameters)
+
+
+def slopes_function(node: fx.Node) -> fx.Node | None:
+    """The slopes of a call of PReLU's function, where they are the module's: a parameter or a buffer."""
+    if node.target not in (F.prelu, "prelu"):
+        return None
+    slopes = (dict(zip(("input", "weight"), node.args, strict=False)) | node.kwargs).get("weight")
+    return slopes if isinstance(slopes, fx.Node) and slopes.op == "get_attr" else None
 
 
 def is_squared(node: fx.Node) -> bool:

@@ -11,8 +11,16 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from .activations import ACTIVATIONS, Activation
-from .calls import activation_function, changes_more, is_squared, pooling_function, reduction, summand
+from .activations import ACTIVATIONS, SLOPED, Activation
+from .calls import (
+    activation_function,
+    changes_more,
+    is_squared,
+    pooling_function,
+    reduction,
+    slopes_function,
+    summand,
+)
 from .members import is_one_of, know
 from .norms import IMAGE_NORMS
 from .patterns import PATTERNS
@@ -111,7 +119,8 @@ class Search:
             return _follows(_end(self.callee(user), 0))
         if summand(user, node) is None:
             poolings = any(pooling_function(user, directions) for directions in (1, 2, 3))
-            return poolings or activation_function(user) is not None or reduction(user) is not None
+            functions = (activation_function, reduction, slopes_function)
+            return poolings or any(recognise(user) is not None for recognise in functions)
         # The last summand, and only where the other isn't the end of a chain that can take the sum.
         others = [operand for operand in user.all_input_nodes if operand is not node and operand.op == "call_module"]
         return not others or not (is_one_of(self.callee(others[0]), _chained()) or _comes_after(others[0], node))
@@ -155,6 +164,13 @@ class Search:
                 nodes.append(user)
                 return found
         return None
+
+    def ends_before(self, nodes: list[fx.Node], reason: str, *classes: type[nn.Module]) -> None:
+        """Say why a layer of ``classes``, if the only use of the last value is one, isn't part of the pattern."""
+        (user,) = nodes[-1].users if len(nodes[-1].users) == 1 else (None,)
+        layer = None if user is None else self.layer(user, *classes)
+        if layer is not None:
+            self.stops[layer] = reason
 
     def _stop(self, first: fx.Node, reason: str) -> None:
         if first.op == "call_module":
@@ -206,11 +222,12 @@ class Search:
     def activation(self, node: fx.Node, *others: type[nn.Module]) -> Activation:
         """The activation that a call is: its layer, also of ``others``, or its function's name and parameters.
 
-        None also for part of a longer formula.
+        Of a function whose layer is one of ``others`` it is the slopes.  None also for part of a longer formula.
         """
         if is_squared(node):
             return None
-        return self.layer(node, *ACTIVATIONS, *others) or activation_function(node)
+        found = self.layer(node, *ACTIVATIONS, *others) or activation_function(node)
+        return found or (slopes_function(node) if set(SLOPED) <= {*others} else None)
 
     def identity(self, nodes: list[fx.Node]) -> nn.Module | None:
         """The identity that comes next, where one stands for dropout or a path that isn't there."""

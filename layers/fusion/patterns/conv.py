@@ -20,16 +20,17 @@ from ....autograd.dispatch import autocast_dtype
 from ... import conv_batch_norm
 from ...batch_norm import uses_batch_statistics
 from ...conv import arguments
-from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
+from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal
 from ..members import apart, call_refusal, computed, layer_refusal
 from ..norms import IMAGE_NORMS, activation_within, state_of, within_refusal
 from ..steady import is_steady
 from ..unchanged import while_unchanged
+from . import places
 from .gate import is_gate
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 from .pooling import POOLINGS, Pooling, pooled, pooling, window_of
 
-__all__ = ["PATTERN"]
+__all__ = ["PATTERN", "is_like_result"]
 
 #: By the number of directions, the classes of what can be in a chain.
 CONVOLUTIONS = {
@@ -55,6 +56,10 @@ def _match(search: Finder, node: fx.Node, conv: _ConvNd) -> Match:
     pools_first = activation is None and activation_within(norm) is None and pool is not None
     if pools_first:
         activation = search.extend(nodes, lambda n: _exchangeable(search, n))
+    if residual is not None and pool is None:
+        if activation is None and norm is None:
+            search.ends_before(nodes, "the pass behind a product would have to add a residual before PReLU", *SLOPED)
+        search.ends_before(nodes, "the reduction over all places would have to read a residual", *places.POOLINGS)
     members = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, "pool": pool}
     members |= {"in_place": in_place, "pools_first": pools_first}
     return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)
@@ -127,7 +132,7 @@ def _begin(
     finish = computed(lambda: conv_batch_norm.begin(conv, state_of(norm), input), conv, norm)
 
     def rest(residual: Tensor) -> Tensor:
-        fits = _fits(residual, input, *_geometry(conv, input))
+        fits = is_like_result(residual, conv, input)
         return pooled(finished(finish, residual, norm, activation, in_place, fits), _directions(conv), pool)
 
     return rest
@@ -197,6 +202,11 @@ def _unfit(input: Tensor, residual: Tensor | None, unbatched: bool, *geometry: A
     return lambda *_: None
 
 
+def is_like_result(residual: Tensor, conv: _ConvNd, input: Tensor) -> bool:
+    """Whether a residual has the shape and dtype of a convolution's result, so that their sum has too."""
+    return _fits(residual, input, *_geometry(conv, input))
+
+
 def _geometry(conv: _ConvNd, input: Tensor) -> tuple[Any, ...]:
     """What shape and dtype of a convolution's result depend on, besides those of its input."""
     dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
@@ -215,7 +225,7 @@ def _fits(
     filters: int,
     dtype: torch.dtype | None,
 ) -> bool:
-    """Whether a residual has the shape and dtype of the convolution's result, so that their sum has too."""
+    """`is_like_result` by the convolution's `_geometry`."""
     directions = len(kernel_size)
     convolution = convolution_of(directions, stride, padding, dilation, 1, output_padding)
     if convolution is None:  # padding in words

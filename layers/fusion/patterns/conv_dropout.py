@@ -16,10 +16,12 @@ from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation
 from ..members import apart, call_refusal, computed, layer_refusal
 from .dropping import CHANNELS, Dropping, dropped, dropping, drops_channels, options_of
 from .pattern import Finder, Match, Pattern
+from .pooling import ends_before_pooling
 
 __all__ = ["PATTERN"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _match(search: Finder, node: fx.Node, conv: Any) -> Match | None:
@@ -30,6 +32,9 @@ def _match(search: Finder, node: fx.Node, conv: Any) -> Match | None:
     drop = search.extend(nodes, lambda n: dropping(search, n, CHANNELS[len(conv.kernel_size)]))
     if drop is None and slopes_of(activation) is None:
         return None
+    if drop is None:
+        ends_before_pooling(search, nodes, activation)
+        search.ends_before(nodes, "the norm's passes would have to sum the gradient of PReLU's slopes", *_NORMS)
     return Match(nodes, _compute, (node.args[0],), {"conv": conv, "activation": activation, "drop": drop})
 
 

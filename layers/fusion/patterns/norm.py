@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ... import batch_norm, sync_batch_norm
-from ..activations import ACTIVATIONS, Activation, activated, activation_of, activation_refusal
+from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal
 from ..members import apart, call_refusal, computed, layer_refusal
 from ..norms import NORMS, activation_within, state_of, within_refusal
 from ..steady import is_steady
 from ..unchanged import while_unchanged
+from . import places
 from .pattern import Finder, Match, Pattern, added, are_alike, behind, distinct, finished, passed_on
 
 __all__ = ["PATTERN"]
@@ -22,6 +23,10 @@ __all__ = ["PATTERN"]
 def _match(search: Finder, node: fx.Node, norm: nn.Module) -> Match:
     nodes = [node]
     identity, residual, in_place, activation = behind(search, nodes, norm)
+    if activation is None and isinstance(norm, nn.SyncBatchNorm):
+        search.ends_before(nodes, "sums over all ranks would have to hold those of PReLU's slopes", *SLOPED)
+    if residual is not None:
+        search.ends_before(nodes, "the reduction over all places would have to read a residual", *places.POOLINGS)
     begun = 1 if identity is None else 2
     members = {"norm": norm, "identity": identity, "activation": activation, "in_place": in_place}
     return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)

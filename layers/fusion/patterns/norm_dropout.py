@@ -1,22 +1,27 @@
-"""dropout(activation(norm(product(x)))), with a convolution's or a linear layer's product, or none.
+"""dropout(activation(norm(product(x)) + residual)), with a convolution's or a linear layer's product, or none.
 
 Also with an activation of the product before the norm, which isn't written.  Else the activation is PReLU, or dropout
-follows; without either it is what `norm` and `conv` compute.
+follows; without either it is what `norm` and `conv` compute.  The residual is added before PReLU alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from ....autograd.dispatch import autocast_dtype
 from ... import batch_norm
 from ... import prelu as _prelu  # noqa: F401 (for its twin)
 from ...conv import product_of
 from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal, slopes_of
+from ..calls import summand
 from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
+from .conv import is_like_result
 from .dropping import CHANNELS, Dropping, dropped, dropping, drops_channels, options_of
-from .pattern import Finder, Match, Pattern
+from .pattern import Finder, Match, Pattern, added, are_alike, distinct
+from .pooling import ends_before_pooling
 
 __all__ = ["PATTERN"]
 
@@ -34,12 +39,25 @@ def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
     before: Any = None if norm is not None else search.extend(nodes, search.activation)
     if norm is None:
         norm = search.extend(nodes, lambda n: search.layer(n, *_NORMS.values()))
-    activation: Any = None if norm is None else search.extend(nodes, lambda n: search.activation(n, *SLOPED))
+    residual, in_place, activation = (None, False, None) if norm is None else _behind(search, nodes)
     drop = None if norm is None else search.extend(nodes, lambda n: dropping(search, n, *_channels_of(norm)))
     if norm is None or (before is None and drop is None and slopes_of(activation) is None):
         return None
+    if drop is None:
+        ends_before_pooling(search, nodes, activation)
     members = {"product": product, "before": before, "norm": norm, "activation": activation, "drop": drop}
-    return Match(nodes, _compute, (node.args[0],), members)
+    return Match(nodes, _compute, (node.args[0], residual), {**members, "in_place": in_place})
+
+
+def _behind(search: Finder, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool, Any]:
+    """What comes behind the norm: a residual, if PReLU follows, whether it is added in place, and the activation."""
+    length = len(nodes)
+    residual, in_place = search.extend(nodes, lambda n: summand(n, nodes[-1])) or (None, False)
+    activation: Any = search.extend(nodes, lambda n: search.activation(n, *SLOPED))
+    if residual is None or slopes_of(activation) is not None:
+        return residual, in_place, activation
+    del nodes[length:]
+    return None, False, None
 
 
 def _channels_of(norm: nn.Module) -> tuple[type[nn.Module], ...]:
@@ -54,28 +72,32 @@ PATTERN = Pattern(
 
 def _compute(
     input: Tensor,
+    residual: Tensor | None,
     *,
     product: nn.Module | None,
     before: Activation,
     norm: Any,
     activation: Activation,
     drop: Dropping,
+    in_place: bool,
 ) -> Tensor:
+    """``in_place``: the code adds the residual in place."""
     layers = (product, before, norm, activation, drop)
-    if apart(_refusal(input, *layers), *layers):
+    if apart(_refusal(input, residual, *layers), *layers):
         y = activated(input if product is None else product(input), before)
-        return dropped(activated(norm(y), activation), drop)
+        return dropped(activated(added(norm(y), residual, in_place), activation), drop)
     name, parameters = activation_of(activation)
     p, training = options_of(drop)
     options: dict[str, Any] = {"activation": name, "activation_parameters": parameters}
     options |= {"slopes": slopes_of(activation), "p": p if training else 0.0, "of_channels": drops_channels(drop)}
+    options["residual"] = distinct(residual, input)
 
     def together() -> Tensor:
         if before is not None and product is not None:
-            return _behind(product, before)
+            return behind(product, before)
         return batch_norm.forward_chain(norm, input if product is None else product(input), **options)
 
-    def _behind(layer: Any, before: Activation) -> Tensor:
+    def behind(layer: Any, before: Activation) -> Tensor:
         first, constants = activation_of(before)
         product = product_of(layer, input)
         told = {"before": first, "before_parameters": constants, "product": product, "shift": layer.bias}
@@ -86,6 +108,7 @@ def _compute(
 
 def _refusal(
     input: Tensor,
+    residual: Tensor | None,
     product: Any,
     before: Activation,
     norm: Any,
@@ -110,4 +133,16 @@ def _refusal(
             refusal = "not a batch of channels"
         elif product.bias is not None and product.bias.dtype is not product.weight.dtype:
             refusal = "bias and weight differ in dtype"
+    if refusal is None and residual is not None and not _is_like(residual, input, product):
+        refusal = "the residual is unlike what is normalised"
     return refusal
+
+
+def _is_like(residual: Tensor, input: Tensor, product: Any) -> bool:
+    """Whether a residual has shape and dtype of what a product makes of the input."""
+    if product is None:
+        return are_alike(residual, input.shape, input.dtype)
+    if not isinstance(product, nn.Linear):
+        return is_like_result(residual, product, input)
+    low = None if input.dtype is torch.float64 else autocast_dtype(input)
+    return are_alike(residual, (*input.shape[:-1], product.out_features), low or input.dtype)

@@ -50,6 +50,9 @@ class Finder(Protocol):
     def sum(self, nodes: list[fx.Node]) -> tuple[fx.Node | None, bool]:
         """What is added next, if something is, and whether in place."""
 
+    def ends_before(self, nodes: list[fx.Node], reason: str, *classes: type[nn.Module]) -> None:
+        """Say why a layer of ``classes``, if the only use of the last value is one, isn't part of the pattern."""
+
     def extend(self, nodes: list[fx.Node], recognise: Callable[[fx.Node], _Found | None]) -> _Found | None:
         """What ``recognise`` finds the only use of the last node to be; that use then belongs to the pattern, too."""
 

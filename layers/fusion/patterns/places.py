@@ -19,14 +19,14 @@ from ..calls import Reduction, is_values, reduction
 from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
 from .pattern import Finder, Match, Pattern
 
-__all__ = ["PATTERN"]
+__all__ = ["PATTERN", "POOLINGS"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 #: By the number of directions.
 _MEANS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 _MAXIMA = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}
-_POOLINGS: tuple[type[nn.Module], ...] = (*_MEANS.values(), *_MAXIMA.values())
+POOLINGS: tuple[type[nn.Module], ...] = (*_MEANS.values(), *_MAXIMA.values())
 
 
 def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
@@ -37,14 +37,14 @@ def _match(search: Finder, node: fx.Node, first: nn.Module) -> Match | None:
     activation: Any = search.extend(nodes, lambda n: search.activation(n, *SLOPED))
     if norm is None and activation is None:
         return None
-    pool: Any = search.extend(nodes, lambda n: search.layer(n, *_POOLINGS) or reduction(n))
+    pool: Any = search.extend(nodes, lambda n: search.layer(n, *POOLINGS) or reduction(n))
     if pool is None or (_reduction(pool).picks and search.extend(nodes, is_values) is None):
         return None
     members = {"conv": conv, "norm": norm, "activation": activation, "pool": pool}
     return Match(nodes, _compute, (node.args[0],), members)
 
 
-PATTERN = Pattern((*_CONVOLUTIONS, *_NORMS), (*_NORMS, *ACTIVATIONS, *SLOPED, *_POOLINGS), _match)
+PATTERN = Pattern((*_CONVOLUTIONS, *_NORMS), (*_NORMS, *ACTIVATIONS, *SLOPED, *POOLINGS), _match)
 
 
 def _reduction(pool: nn.Module | Reduction) -> Reduction:
@@ -86,7 +86,7 @@ def _refusal(input: Tensor, conv: Any, norm: Any, activation: Activation, pool: 
         or layer_refusal(conv, *_CONVOLUTIONS)
         or layer_refusal(norm, *_NORMS)
         or activation_refusal(activation, *SLOPED)
-        or layer_refusal(pool, *_POOLINGS)
+        or layer_refusal(pool, *POOLINGS)
     )
     if refusal is None and (input.dim() < 3 or (conv is not None and input.dim() != len(conv.kernel_size) + 2)):
         refusal = "not a batch of channels with places"

@@ -8,11 +8,12 @@ from torch import Tensor, fx, nn
 
 from ....autograd import stock as F
 from ... import pool as _pool  # noqa: F401 (for its twins)
+from ..activations import Activation, slopes_of
 from ..calls import pooling_function
 from ..members import is_one_of
 from .pattern import Finder
 
-__all__ = ["POOLINGS", "Pooling", "pooled", "pooling", "window_of"]
+__all__ = ["POOLINGS", "Pooling", "ends_before_pooling", "pooled", "pooling", "window_of"]
 
 #: A layer, or the arguments of a function: size, stride and padding.
 Pooling = nn.Module | tuple[Any, Any, Any] | None
@@ -31,6 +32,12 @@ def pooling(search: Finder, directions: int, node: fx.Node) -> Pooling:
         return layer
     search.stops[layer] = "has options that aren't fused"
     return None
+
+
+def ends_before_pooling(search: Finder, nodes: list[fx.Node], activation: Activation) -> None:
+    """Say of a pooling behind PReLU why it isn't part of the pattern."""
+    if slopes_of(activation) is not None:
+        search.ends_before(nodes, "the kernels of max pooling would have to read PReLU's slopes", *POOLINGS.values())
 
 
 def window_of(pool: Any) -> tuple[Any, Any, Any] | None:
