@@ -195,3 +195,20 @@ def test_which_of_two_operands_is_missing_matters(followed: list[str], device: s
         assert_same_bits(y, expected)
         assert_same_bits(gradient, expected_gradient)
     assert followed
+
+
+def test_memory_of_another_gpu_is_not_a_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans allocate on the current GPU; where that is another one, the function itself does."""
+    allocated = mock.Mock(side_effect=lambda shape, strides, dtype: (shape, strides, dtype))
+    monkeypatch.setitem(plans._EMPTY, "cuda", allocated)
+    current = mock.Mock(return_value=1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", current, raising=False)
+    function = mock.Mock(return_value="its own")
+    made = mock.Mock(torch.Tensor, device=torch.device("cuda", 1), shape=torch.Size((2, 3)), dtype=torch.float16)
+    made.stride.return_value = (1, 2)
+    plan = plans._Writer(function, (X, 0.5)).write([("allocate", made)], made)
+    assert plan(X, 0.5) == ((2, 3), (1, 2), torch.float16)
+    current.return_value = 0
+    assert plan(X, 0.5) == "its own"
+    function.assert_called_once_with(X, 0.5)
+    assert allocated.call_count == 1

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from ..autograd.operators import forget_plans
 from .accuracy import assert_accurate, assert_same_bits, one_rounding
 from .bounds import checked_bounds
 
@@ -39,6 +40,8 @@ def poisoned_memory(byte: int) -> Iterator[None]:
     with ExitStack() as patches:
         for owner, name in _ALLOCATORS:
             patches.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
+        forget_plans()  # they allocate by themselves
+        patches.callback(forget_plans)
         yield
 
 
