@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu, _empty_strided_cuda
+from torch._C._dynamo import guards as _guards
+from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.base import launch as launching
@@ -213,7 +214,7 @@ def _record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[A
 
 #: What compiled code allocates by, of the type of device, in half the time of `torch.empty_strided`.  A GPU's memory is
 #: the current one's.
-_EMPTY = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
+_EMPTY: dict[str, Any] = {device: getattr(_guards, f"_empty_strided_{device}") for device in ("cpu", "cuda")}
 
 
 class _Writer:
