@@ -17,13 +17,14 @@ from ..layers.twin import Layer
 
 __all__ = ["LeftOperator", "operators_left"]
 
-#: PyTorch's operators that kernels of ours take the place of, without the underscore of those in place.
+#: PyTorch's operators that kernels of ours take the place of, without the underscore of those in place.  Of dropout, it
+#: is the random numbers that are seen on a CPU, and of what drops samples on any device.
 _SERVED = frozenset(
     (
         *("elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "mish"),
         *("_prelu_kernel", "relu", "rrelu_with_noise", "sigmoid", "silu", "softplus", "tanh", "threshold"),
         *("_batch_norm_with_update", "_native_batch_norm_legit", "cudnn_batch_norm", "native_batch_norm"),
-        *("_log_softmax", "_softmax", "max_pool2d_with_indices", "native_dropout"),
+        *("_log_softmax", "_softmax", "bernoulli", "max_pool2d_with_indices", "native_dropout"),
         *("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "mse_loss", "smooth_l1_loss"),
         *("nll_loss2d_forward", "nll_loss_forward"),
     )
@@ -50,11 +51,13 @@ class _Watch(TorchDispatchMode):
         self.running: list[nn.Module] = []
         self.reasons: dict[nn.Module, str] = {}
         self.seen: Counter[tuple[nn.Module, str, str]] = Counter()
+        self.attends = False  # whether what is seen is of `scaled_dot_product_attention`, which drops by itself
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = function.name().partition("::")
         name = name.partition(".")[0].removesuffix("_")
-        if namespace == "aten" and name in _SERVED and self.running:
+        self.attends = name == "_safe_softmax" or (self.attends and name in ("bernoulli", "detach", "empty_like"))
+        if namespace == "aten" and name in _SERVED and self.running and not self.attends:
             module = self.running[-1]
             reason = self.reasons.get(module)
             if reason is None:

@@ -2,7 +2,8 @@
 
 The module becomes an instance of a subclass of its class (`Fused`), whose ``forward`` runs the graph of its own code
 with a single call for each chain (`fusednn.layers.fusion.patterns`).  Its children stay what they are, where they are.
-For any call that isn't like those that the graph was traced from, the module's own ``forward`` runs.
+For any call that isn't like those that the graph was traced from, the module's own ``forward`` runs, in which ours take
+the place of PyTorch's functions (`fusednn.layers.fusion.rebinding`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,31 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from ...autograd.recompute import recompute
 from ..derived import beneath, rebased
 from ..twin import Layer, is_untouched
 from .patterns.pattern import complete
+from .rebinding import OURS, rebinding
 from .search import Refusal, Search, begins_a_chain
 from .steady import is_known, is_plain_container, is_steady, keeps_to_itself
 from .trace import Assumptions, NotTraceable, Trace, calls_in_order, stock_of, trace
 
-__all__ = ["Fused", "Fusion", "fuse_neighbours", "is_searched", "recompute_in", "recomputes", "unfuse"]
+__all__ = [
+    "Fused",
+    "Fusion",
+    "fuse_neighbours",
+    "is_searched",
+    "recompute_in",
+    "recomputes",
+    "serve_functions",
+    "unfuse",
+]
 
 _PLAN = "_fusednn_plan"
+#: Marks a module in whose code ours take the place of PyTorch's functions.
+_FUNCTIONS = "_fusednn_functions"
 #: Marks a module whose forward pass is one of `fusednn.recompute`, with its options.
 _RECOMPUTE = "_fusednn_recompute"
 
@@ -133,7 +147,9 @@ def _subclass(stock: Any) -> type[Fused]:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__.get(_PLAN)  # a slice of a fused nn.Sequential has none
         variant = None if plan is None else plan.variant(self, args, kwargs)
-        return stock.forward(self, *args, **kwargs) if variant is None else variant.run(self, *args)
+        if variant is not None:
+            return variant.run(self, *args)
+        return stock.forward(self, *args, **kwargs) if code is None else code(self, *args, **kwargs)
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -143,8 +159,26 @@ def _subclass(stock: Any) -> type[Fused]:
         with recompute(self, **options):
             return run(self, *args, **kwargs)
 
+    rebound = rebinding(stock)
+    methods = {} if rebound is None else {name: _method(stock, name, copy) for name, copy in rebound.methods.items()}
+    code = methods.get("forward")
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (Fused, stock), {**names, "_fusednn_stock": stock, "forward": forward})
+    return type(stock.__name__, (Fused, stock), {**names, **methods, "_fusednn_stock": stock, "forward": forward})
+
+
+def _method(stock: Any, name: str, copied: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """A method of a class; of a module that is marked so, the copy that calls functions of ours.
+
+    Compilers and tracers, which look for what code calls, get the method.
+    """
+
+    @functools.wraps(getattr(stock, name))
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _FUNCTIONS not in self.__dict__ or torch.compiler.is_compiling() or is_fx_symbolic_tracing():
+            return getattr(stock, name)(self, *args, **kwargs)
+        return copied()(self, *args, **kwargs)
+
+    return call
 
 
 def _new(stock: type[nn.Module]) -> nn.Module:
@@ -170,6 +204,9 @@ def _search(module: nn.Module, stock: type[nn.Module], refuses: Refusal) -> tupl
         chains |= dict.fromkeys(search.layers(match) for match in search.matches)
         stops |= search.stops
         assumptions = found.assumptions.and_containers(module, search.inlined)
+        if _FUNCTIONS in module.__dict__:
+            for node in found.graph.nodes:
+                node.target = OURS.get(node.target, node.target) if node.op == "call_function" else node.target
         run = _function(found.graph, search)
         paths = (tuple(search.inlined), tuple(search.moved), tuple(search.steady))
         variants.append(Variant(mode, found.kinds, assumptions, *paths, run))
@@ -298,6 +335,28 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)
 
 
+def serve_functions(module: nn.Module) -> tuple[str, ...]:
+    """Put ours in the place of PyTorch's functions in the code of one module; returns the names of those that it calls.
+
+    Code that is PyTorch's is left alone.
+    """
+    stock: Any = stock_of(module)
+    generated = isinstance(module, (fx.GraphModule, torch.jit.ScriptModule))
+    if generated or is_known(module) or calls_in_order(stock) or "forward" in module.__dict__:
+        return ()
+    rebound = rebinding(stock)
+    if rebound is None:
+        return ()
+    try:
+        fused = fused_class(stock)
+    except NotTraceable:  # no class can be derived from it
+        return ()
+    if not isinstance(module, Fused):
+        module.__class__ = fused
+    module.__dict__[_FUNCTIONS] = True
+    return rebound.functions
+
+
 def recompute_in(module: nn.Module, **options: Any) -> str | None:
     """Put `fusednn.recompute` with these options into a module's own forward; returns why it can't be, or None."""
     stock = stock_of(module)
@@ -321,10 +380,11 @@ def recomputes(module: nn.Module) -> bool:
 
 
 def unfuse(module: nn.Module) -> list[nn.Module]:
-    """Undo `fuse_neighbours` and `recompute_in`; returns the layers that were fused."""
+    """Undo `fuse_neighbours`, `serve_functions` and `recompute_in`; returns the layers that were fused."""
     if not isinstance(module, Fused):
         return []
-    module.__dict__.pop(_RECOMPUTE, None)
+    for mark in (_RECOMPUTE, _FUNCTIONS):
+        module.__dict__.pop(mark, None)
     plan = module.__dict__.pop(_PLAN, None)
     stock: Any = module._fusednn_stock
     fused = fused_class(stock)

@@ -367,7 +367,8 @@ class _Recorder(GraphAppendingTracer):
             if value.__self__ is not module or not isinstance(value.__func__, FunctionType):
                 raise NotTraceable(f"its code uses {name!r}")
             self.values[place.path, name] = value.__func__
-            return functools.partial(self.watch(value.__func__), owner)
+            overridden = cls is not type(module) and value.__func__ is vars(type(module)).get(name)
+            return functools.partial(self.watch(static if overridden else value.__func__), owner)
         self.values[place.path, name] = value
         if value is _Absent and default:
             return default[0]

@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ...autograd.recompute import DEPTH
 from ..derived import beneath
-from ..fusion.host import fuse_neighbours, is_searched, recompute_in
+from ..fusion.host import fuse_neighbours, is_searched, recompute_in, serve_functions
 from ..twin import ALL_TWINS, TWINS, Layer, is_untouched
 from .kept import result_of, result_of_chain
 from .register import is_registered, refusal_of, twin_of
@@ -56,7 +56,9 @@ def replace_layers(
             - a scale (LayerScale), what drops samples (DropPath), a residual that is added;
             - GELU, SiLU, Mish and the like that code writes out in operators or layers.
 
-            Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.
+            Functions and methods (``F.relu(x)``, ``x.relu()``, ``x += y``) count as the layers do.  What the code of
+            modules calls besides becomes ours there, and stays PyTorch's elsewhere: functions (``F.softmax(x, -1)``),
+            also in helpers of the same package, and layers that are made to be called once (``nn.Softmax(-1)(x)``).
         recompute: also run the model's forward pass in `fusednn.recompute`: what is made of kept tensors in one pass
             over memory is made again in the backward pass, not kept.
         recompute_depth, recast_parameters: that function's ``depth`` and ``recast_parameters``.
@@ -90,6 +92,11 @@ def replace_layers(
                 rows[module] = ReplacementRow(names, stock.__name__, False, reason)
         chains: list[list[nn.Module]] = []
         if fuse:
+            report.functions = [
+                ReplacementRow(names, beneath(type(module)).__name__, True, ", ".join(served))
+                for names, module in modules
+                if _reason_not_selected(names, module, include, exclude) is None and (served := serve_functions(module))
+            ]
             report.untraced, chains = _fuse(modules, rows, include, exclude)
         if recompute:
             refusal = recompute_in(model, depth=recompute_depth, recast_parameters=recast_parameters)
