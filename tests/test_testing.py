@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusednn import autograd, layers
-from fusednn.testing import DropIn, Sample, assert_same_signature, broken, check_drop_in, random_tensor
+from fusednn.testing import (
+    DropIn,
+    Sample,
+    assert_same_signature,
+    broken,
+    check_against_stock,
+    check_drop_in,
+    random_tensor,
+)
 from fusednn.testing.pytorch_samples import samples_of
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "prove_a_kernel.py"
@@ -202,3 +210,19 @@ def test_nothing_is_checked_in_silence() -> None:
     assert found.left_out["extremes"] == "told so"
     assert isinstance(found, DropIn)
     assert_same_signature(layers.ReLU, nn.ReLU)
+
+
+@pytest.mark.stock
+def test_luck_of_stocks_is_not_asked_of_ours() -> None:
+    x, rounding = 1 + torch.rand(8), torch.finfo(torch.float32).eps
+
+    def roundings_off(n: float, t: Tensor) -> Tensor:
+        return t * 3 * (1 if t.dtype is torch.float64 else 1 + n * rounding)
+
+    def stock(elsewhere: float, t: Tensor) -> Tensor:
+        return roundings_off(0 if torch.equal(t.detach().float(), x) else elsewhere, t)
+
+    ours = partial(roundings_off, 4)
+    check_against_stock(ours, partial(stock, 2), [x], torch.ones_like(x))
+    with pytest.raises(AssertionError, match=r"value: error .* allowed"):
+        check_against_stock(ours, partial(stock, 0.5), [x], torch.ones_like(x))

@@ -6,9 +6,14 @@ larger.  And it is not more than a few roundings: where stock's is, as when roun
 an allowance of twice as much would hide what the test is there to see; unless all that it looks at cancels.  In float64
 the reference is stock's own result, whose error isn't known: there it is taken to be sixteen roundings of the largest
 value, or of 1.
+
+At one place stock's error may be small by luck, which is another on a processor with other vectors.  So where ours is
+too large, stock's is looked for at operands a few roundings away, too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -29,12 +34,14 @@ def assert_accurate(
     *,
     inherent: Tensor | float = 0.0,
     chosen: bool = True,
+    nearby: Callable[[], Iterable[tuple[Tensor, Tensor]]] = tuple,
 ) -> None:
     """Hold ``ours`` to the rule; ``stock`` is PyTorch's result in the same dtype, ``reference`` its result in float64.
 
     Where a value isn't finite, ours must be what stock or the reference is.  ``inherent`` is an error, per element,
     that follows from rounding what the operation is specified to save for its backward pass.  ``chosen`` says that the
-    test chose its inputs, and could take others where stock's error, and so ours, is large.
+    test chose its inputs, and could take others where stock's error, and so ours, is large.  ``nearby`` makes pairs of
+    ``stock`` and ``reference`` at operands a few roundings away.
     """
     if ours.dtype != stock.dtype:
         raise AssertionError(f"{what}: dtype {ours.dtype}, stock {stock.dtype}")
@@ -53,21 +60,32 @@ def assert_accurate(
     if not finite.any():
         return
     error = (ours64 - reference)[finite].abs()
-    largest = reference[finite].abs().max()
-    rounding = one_rounding(largest, ours.dtype)
-    stock_error = torch.maximum((stock64 - reference)[finite].abs().max(), rounding)
-    if chosen and largest >= CANCELLED:
-        stock_error = stock_error.clamp(max=MOST_ROUNDINGS * rounding)
-    if ours.dtype == torch.float64:
-        stock_error = FLOAT64_ROUNDINGS * one_rounding(largest.clamp_min(1), ours.dtype)
-    allowed = 2 * stock_error + one_rounding(reference[finite], ours.dtype)
-    allowed = allowed + torch.as_tensor(inherent).double().expand(reference.shape)[finite]
+    stocks_error = _largest_error(stock64, reference, ours.dtype, chosen)
+    inherent = torch.as_tensor(inherent).double().expand(reference.shape)[finite]
+    rounding = one_rounding(reference[finite], ours.dtype)
+    if not (error <= 2 * stocks_error + rounding + inherent).all():
+        others = (_largest_error(*(one.detach().double() for one in pair), ours.dtype, chosen) for pair in nearby())
+        stocks_error = max(stocks_error, *others, key=float)
+    allowed = 2 * stocks_error + rounding + inherent
     worst = int((error - allowed).argmax())
     if not error[worst] <= allowed[worst]:
         raise AssertionError(
             f"{what}: error {error[worst]:.3g} at {reference[finite][worst]:.6g} in {ours.dtype}, "
             f"{allowed[worst]:.3g} allowed"
         )
+
+
+def _largest_error(stock: Tensor, reference: Tensor, dtype: torch.dtype, chosen: bool) -> Tensor:
+    """Stock's, as the rule takes it."""
+    finite = stock.isfinite() & reference.isfinite()
+    if not finite.any():
+        return torch.zeros(())
+    largest = reference[finite].abs().max()
+    if dtype == torch.float64:
+        return FLOAT64_ROUNDINGS * one_rounding(largest.clamp_min(1), dtype)
+    rounding = one_rounding(largest, dtype)
+    error = torch.maximum((stock - reference)[finite].abs().max(), rounding)
+    return error.clamp(max=MOST_ROUNDINGS * rounding) if chosen and largest >= CANCELLED else error
 
 
 def one_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -86,15 +87,38 @@ def check_against_stock(
     for tensor, copy in zip((*tensors, gradient), before, strict=True):
         assert_same_bits(tensor, copy, "operand, after the call")
 
-    y_stock, gradients_stock = value_and_gradients(stock, tensors, gradient)
-    y_reference, gradients_reference = value_and_gradients(stock, [t.double() for t in tensors], gradient.double())
+    def results(tensors: Sequence[Tensor], gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Stock's, value and gradients, each beside the one in float64."""
+        y, gradients = value_and_gradients(stock, tensors, gradient)
+        y64, gradients64 = value_and_gradients(stock, [t.double() for t in tensors], gradient.double())
+        return list(zip((y, *gradients), (y64, *gradients64), strict=True))
+
+    @cache
+    def nearby() -> list[list[tuple[Tensor, Tensor]]]:
+        return [results([_nearer_to_zero(t, n) for t in tensors], gradient) for n in range(1, 1 + _NEARBY)]
+
+    (y_stock, y_reference), *gradients_expected = results(tensors, gradient)
     float64_error = torch.finfo(torch.float32).eps if float32_constants and y.dtype == torch.float64 else 0.0
-    assert_accurate(y, y_stock, y_reference, "value", inherent=float64_error * y_reference.abs().nan_to_num())
+    inherent = float64_error * y_reference.abs().nan_to_num()
+    assert_accurate(y, y_stock, y_reference, "value", inherent=inherent, nearby=lambda: [each[0] for each in nearby()])
     if y.shape == tensors[0].shape:
         kept = torch.empty_like(tensors[0]).stride()  # the input's memory format; stock's own results mostly keep it
         if y.stride() != kept:
             raise AssertionError(f"strides {y.stride()}, not {kept}")
     rounding = saved_output_scale * one_rounding(y.double(), y.dtype).nan_to_num() + float64_error
-    for ours_, stock_, reference in zip(gradients, gradients_stock, gradients_reference, strict=True):
-        inherent = rounding * gradient.abs().double() if ours_.shape == gradient.shape else 0.0
-        assert_accurate(ours_, stock_, reference, "gradient", inherent=inherent)
+    for n, (ours_, expected) in enumerate(zip(gradients, gradients_expected, strict=True), 1):
+        inherent = rounding * gradient.abs().double() if ours_.shape == gradient.shape else torch.zeros(())
+        others = partial(lambda n: [each[n] for each in nearby()], n)
+        assert_accurate(ours_, *expected, "gradient", inherent=inherent, nearby=others)
+
+
+#: How many times stock's error is looked for beside the operands.
+_NEARBY = 3
+
+
+def _nearer_to_zero(tensor: Tensor, steps: int) -> Tensor:
+    """Each value a few roundings smaller, so none leaves its range; in the same layout."""
+    if not tensor.is_floating_point():
+        return tensor
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return moved.copy_(tensor * (1 - 2 * steps * torch.finfo(tensor.dtype).eps))
