@@ -295,6 +295,24 @@ class Recurrent(Highway):
         return x * (1.0 - z) + n * z
 
 
+class Lerp(Highway):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.transform(x), self.act(self.gate(x)))
+
+
+class LerpMethod(Highway):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.lerp(self.transform(x), torch.sigmoid(self.gate(x)))
+
+
+class NoLerp(Highway):
+    """A weight that is used once more, and one that is no weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.act(self.gate(x))
+        return torch.lerp(x, self.transform(x), t) * t + torch.lerp(self.act(x), x, self.transform(x))
+
+
 class NoHighway(Highway):
     """2 - t, and t used once more."""
 
@@ -311,7 +329,10 @@ class Broadcast(Highway):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("cls", "found"), [(Highway, 1), (Recurrent, 1), (NoHighway, 0), (Broadcast, 0)])
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [(Highway, 1), (Recurrent, 1), (Lerp, 1), (LerpMethod, 1), (NoLerp, 0), (NoHighway, 0), (Broadcast, 0)],
+)
 def test_code_with_a_highway(cls: type[nn.Module], found: int, dtype: torch.dtype, device: str) -> None:
     stock = cls().to(device, dtype)
     model = copy.deepcopy(stock)

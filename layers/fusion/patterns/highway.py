@@ -1,4 +1,7 @@
-"""t * h + (1 - t) * x, where t is an activation of a gate: a highway network's layer, a gated unit's state."""
+"""t * h + (1 - t) * x, where t is an activation of a gate: a highway network's layer, a gated unit's state.
+
+Written out, or as ``torch.lerp(x, h, t)``.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ _ADD = (operator.add, torch.add, "add")
 _SUBTRACT = (operator.sub, torch.sub, "sub")
 _REVERSED = (torch.rsub, "rsub")
 _MULTIPLY = (operator.mul, torch.mul, "mul")
+_LERP = (torch.lerp, "lerp")
 
 
 def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
@@ -30,7 +34,8 @@ def _match(search: Finder, node: fx.Node, _: nn.Module | None) -> Match | None:
     last = nodes.pop()
     if search.extend(nodes, lambda n: n is last or None) is None:
         return None
-    return Match(nodes, _compute, (node.args[0], transformed, carried), {"activation": activation})
+    members = {"activation": activation, "lerp": last.target in _LERP}
+    return Match(nodes, _compute, (node.args[0], transformed, carried), members)
 
 
 PATTERN = Pattern(ACTIVATIONS, (), _match, anywhere=True)
@@ -47,8 +52,12 @@ def is_of_highway(product: fx.Node) -> bool:
 
 
 def _behind(t: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node, fx.Node] | None:
-    """Of t * h + (1 - t) * x the calls, t first, then t * h, 1 - t, (1 - t) * x and the sum; h; and x."""
+    """Of t * h + (1 - t) * x the calls, t first, then t * h, 1 - t, (1 - t) * x and the sum, or lerp; h; and x."""
     for rest in t.users:
+        if len(t.users) == 1 and rest.target in _LERP and not rest.kwargs and len(rest.args) == 3:
+            carried, transformed, weight = rest.args
+            if weight is t and isinstance(carried, fx.Node) and isinstance(transformed, fx.Node):
+                return (t, rest), transformed, carried
         if len(t.users) != 2 or not _is_rest(rest, t):
             continue
         (product,) = set(t.users) - {rest}
@@ -80,10 +89,10 @@ def _times(node: fx.Node, value: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and left is not right else None
 
 
-def _compute(gate: Tensor, transformed: Tensor, carried: Tensor, *, activation: Activation) -> Tensor:
+def _compute(gate: Tensor, transformed: Tensor, carried: Tensor, *, activation: Activation, lerp: bool) -> Tensor:
     if apart(_refusal(gate, transformed, carried, activation), activation):
         t = activated(gate, activation)
-        return t * transformed + (1 - t) * carried
+        return torch.lerp(carried, transformed, t) if lerp else t * transformed + (1 - t) * carried
     name, _ = activation_of(activation)
     assert name is not None
     return computed(lambda: highway(gate, transformed, carried, name), activation)
