@@ -9,6 +9,7 @@ import torch
 from support import baseline  # noqa: F401 (makes the benchmarks importable)
 from support.neighbourhoods import NETWORKS
 from support.torchvision import mend_torchvision
+from torch import nn
 
 import fusednn
 
@@ -63,6 +64,14 @@ def test_neighbours_are_never_more_than_stocks(name: str) -> None:
     stock, ours = counts
     assert ours.launched() <= stock.launched()
     assert ours.bytes() <= stock.bytes()
+
+
+def test_gradients_of_biases_are_sums() -> None:
+    """Inductor's own, as on a GPU, whose library would make them beside the convolution's gradients on a CPU."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU())
+    counts = count_step(model, [torch.empty(1, 2, 128, 128, device="meta")])
+    sums = [launch for launch in counts.launches if "aten.sum" in launch.name]
+    assert [launch.maker for launch in sums] == ["inductor"] * 2, "a pass over the gradient, and one over its parts"
 
 
 def test_fused_steps_launch_our_kernels() -> None:

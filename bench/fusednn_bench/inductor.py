@@ -6,8 +6,8 @@ Nothing is compiled below that, and nothing computed.
 
 A kernel of Inductor's counts with the bytes that its scheduler ascribes to it, a call of a library with its operands
 and results, and an operator of fusednn's with those of each launch that its launcher makes: read or written once, what
-caches would serve included.  The passes over the joint graph see a CPU, and convolutions and products are the
-library's, as without ``max-autotune``.
+caches would serve included.  The passes over the joint graph see a CPU, but where they take gradients of convolutions
+apart, and convolutions and products are the library's, as without ``max-autotune``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import detect_fake_mode
-from torch._inductor import compile_fx, debug, graph, ir, scheduler, virtualized
+from torch._inductor import compile_fx, debug, decomposition, graph, ir, scheduler, virtualized
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,6 +128,8 @@ def made_up_gpu() -> Iterator[None]:
         (torch.utils._triton, "has_triton", lambda: True),
         (torch.utils._triton, "triton_hash_with_backend", lambda: "none"),
         (scheduler, "has_triton", lambda: True),
+        # Not the CPU's, whose convolution makes the bias's gradient, too: Inductor sums it up on a GPU.
+        (decomposition, "is_gpu", lambda _: True),
         (launch, "ON_CPU", True),
     ]
     with ExitStack() as stack:
