@@ -431,9 +431,13 @@ def _conv_act_pool(
     convolution = convolution_of(directions, stride, border, dilation, groups, output_padding)
     described = (directions, input, odd, weight, bias, residual, convolution, resolved, window)
     given = [input, weight, *(operand for operand in (bias, residual) if operand is not None)]
-    ours = pool_size is not None or _outdoes_compiler(directions, input, weight, convolution, resolved)
-    name = f"conv_act{'_pool' * ours}{directions}d"
-    if not takes_kernel(name, *given, refusal=lambda: _refusal(*described)):
+    name = f"conv_act{directions}d" if pool_size is None else f"conv_act_pool{directions}d"
+    if not takes_kernel(
+        name,
+        *given,
+        refusal=lambda: _refusal(*described),
+        outdoes_compiler=lambda: _outdoes_compiler(directions, input, weight, convolution, resolved),
+    ):
         arguments = (stride, padding, dilation, groups, output_padding)
 
         def chained(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: object) -> Tensor:
@@ -470,13 +474,13 @@ def _conv_act_pool(
 def _outdoes_compiler(
     directions: int, input: Tensor, weight: Tensor, convolution: Convolution | None, activation: Activated
 ) -> bool:
-    """Whether without pooling ours moves less than compiled code, in no more launches.
+    """Whether with the activation alone ours moves less than compiled code, in no more launches.
 
-    It keeps bits, where that keeps booleans; the bias's gradient takes it a second launch, and that where it sums up in
-    parts.
+    It keeps bits, where that keeps booleans or the result; the bias's gradient takes it a second launch, and that where
+    it sums up in parts.
     """
-    fits = {input.dim(), weight.dim()} == {directions + 2} and convolution is not None and min(convolution.stride) > 0
-    if activation.saves != "mask" or convolution is None or not fits:
+    batched = {input.dim(), weight.dim()} == {directions + 2}
+    if not batched or convolution is None or min(convolution.stride) < 1 or activation.saves != "mask":
         return False
     filters = weight.shape[0] if convolution.output_padding is None else weight.shape[1] * convolution.groups
     return divides(filters, filters * input.shape[0] * prod(convolution.size(input.shape[2:], weight.shape[2:])))

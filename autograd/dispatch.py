@@ -109,15 +109,17 @@ def takes_kernel(
     inplace: bool = False,
     empty: bool = False,
     refusal: Refusal | None = None,
+    outdoes_compiler: Callable[[], bool] | None = None,
 ) -> bool:
     """Whether ``operation`` on these tensors takes its kernel.
 
     ``tensors`` are the operands in order (a kernel wants them all on the first's device and of its dtype),
     ``parameters`` those that may also be float32 beside 16-bit operands, ``empty`` says that the operation has
     something to do where there are no elements, ``refusal`` finds the reason why the operation's kernels don't take
-    its other arguments, or None.
+    its other arguments, or None, ``outdoes_compiler`` whether its kernel is the better one for these arguments where
+    the compiler has the operation otherwise.
     """
-    reason = _refusal(operation, tensors, parameters, inplace, empty, refusal)
+    reason = _refusal(operation, tensors, parameters, inplace, empty, refusal, outdoes_compiler)
     if _observers:
         choice = Choice(operation, reason is None, reason or f"kernel {WHERE}")
         for observer in _observers:
@@ -132,6 +134,7 @@ def _refusal(
     inplace: bool,
     empty: bool,
     refusal: Refusal | None,
+    outdoes_compiler: Callable[[], bool] | None,
 ) -> str | None:
     """Why no kernel takes these operands, or None.
 
@@ -151,7 +154,7 @@ def _refusal(
     if reason := _tracer_refusal():
         return reason
     if (_as_compiled is not None or torch.compiler.is_compiling()) and (
-        reason := compiler_refusal(operation, *tensors)
+        reason := compiler_refusal(operation, *tensors, outdoes_compiler=outdoes_compiler)
     ):
         return reason
     if refusal is not None and (reason := refusal()):
@@ -200,7 +203,7 @@ def or_stock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
 
 def tensor_refusal(tensor: Tensor) -> str | None:
     """Why no kernel takes this operand, whatever the operation, or None."""
-    return _refusal("", (tensor,), (), False, False, None)
+    return _refusal("", (tensor,), (), False, False, None, None)
 
 
 # --- Small tensors ----------------------------------------------------------------------------------------------------
@@ -283,10 +286,10 @@ _most_small_bytes = cache(most_small_bytes)
 # --- What torch.compile does itself -----------------------------------------------------------------------------------
 
 #: What is left to Inductor while it traces.  It fuses these with what stands before and behind them, which it couldn't
-#: with an operator that it can't look into: counted in bytes and launches of training steps, ours lose.  Not here, and
-#: so kernels of ours, is what Inductor doesn't fuse: an activation with dropout behind a linear layer, or of large
-#: images behind a convolution, in one with its gradients' sums; pooling (whose gradient it scatters), maxout, and
-#: cross-entropy, whose logits it reads twice.
+#: with an operator that it can't look into: counted in bytes and launches of training steps, ours lose, but where a
+#: call knows that its kernel ``outdoes_compiler``: an activation of large images behind a convolution, in one with its
+#: gradients' sums.  Not here, and so kernels of ours, is what Inductor doesn't fuse: an activation with dropout behind
+#: a linear layer, pooling (whose gradient it scatters), maxout, and cross-entropy, whose logits it reads twice.
 _FUSED_BY_COMPILER = frozenset(
     (
         *ACTIVATIONS,
@@ -307,7 +310,9 @@ _BATCH_NORMS = frozenset(("batch_norm_act", *(f"batch_norm_act_pool{directions}d
 
 #: What keeps codes of images as they lie in memory: ours unless Inductor makes channels last of them.
 _OF_IMAGES = frozenset(
-    f"{name}_pool{directions}d" for name in ("act", "conv_act", "batch_norm_act", "max") for directions in (1, 2, 3)
+    f"{name}{directions}d"
+    for name in ("act_pool", "conv_act", "conv_act_pool", "batch_norm_act_pool", "max_pool")
+    for directions in (1, 2, 3)
 )
 
 _KEEPS_KERNELS = {"keep": True, "fuse": False}
@@ -349,13 +354,14 @@ def judged_as_compiled(model: torch.nn.Module) -> Iterator[None]:
         _as_compiled = before
 
 
-def compiler_refusal(operation: str, *tensors: Tensor) -> str | None:
-    """Why the compiler gets PyTorch's operators where a kernel could be had, or None."""
+def compiler_refusal(
+    operation: str, *tensors: Tensor, outdoes_compiler: Callable[[], bool] | None = None
+) -> str | None:
+    """Why the compiler gets PyTorch's operators where a kernel could be had, or None; of `takes_kernel`'s arguments."""
     if _keeps_kernels or torch.compiler._is_exporting_flag:
         return None
-    if operation in _FUSED_BY_COMPILER or (
-        operation in _BATCH_NORMS and (len(tensors) > 1 or not divides_channels(tensors[0]))
-    ):
+    fused = operation in _FUSED_BY_COMPILER and (outdoes_compiler is None or not outdoes_compiler())
+    if fused or (operation in _BATCH_NORMS and (len(tensors) > 1 or not divides_channels(tensors[0]))):
         return "fused by torch.compile"
     if operation in _OF_IMAGES and turns_images(tensors[0], _as_compiled):
         return "torch.compile makes channels last of these images"

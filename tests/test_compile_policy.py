@@ -166,7 +166,9 @@ def test_convolutions_without_pooling_are_ours_where_sums_are_in_parts(
     """There the compiler has a second launch for the bias's gradient, too; and bits spare bytes."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), activation).to(device)
     fusednn.replace_layers(model, fuse=True)
-    assert bool(operators_of(model, X.to(device)[:1, :, :1, :1].expand(1, 3, size, size))) == ours
+    x = X.to(device)[:1, :, :1, :1].expand(1, 3, size, size)
+    assert bool(operators_of(model, x)) == ours
+    assert [(choice.operation, choice.kernel) for choice in choices_of(model, x)] == [("conv_act2d", ours)]
 
 
 @pytest.fixture
