@@ -74,12 +74,22 @@ def test_gradients_of_biases_are_sums() -> None:
     assert [launch.maker for launch in sums] == ["inductor"] * 2, "a pass over the gradient, and one over its parts"
 
 
-def test_fused_steps_launch_our_kernels() -> None:
-    """What is counted is what it is said to be."""
-    step = STEPS["MLP with dropout fp32 512x512"]
-    launches = step.count("fused").launches
-    names = [launch.name for launch in launches if launch.maker == "fusednn"]
-    assert names == ["bias_activation_dropout_forward_kernel"] * 2 + ["bias_activation_dropout_backward_kernel"] * 2
-    forward = next(launch for launch in launches if launch.maker == "fusednn")
+@pytest.mark.parametrize(
+    "mode", ["default", "reduce-overhead", pytest.param("max-autotune", marks=pytest.mark.thorough)]
+)
+def test_fused_steps_launch_our_kernels(mode: str) -> None:
+    """What is counted is what it is said to be, in every mode of the compiler."""
+    counts = STEPS["MLP with dropout fp32 512x512"].count("fused", mode)
+    ours = [launch for launch in counts.launches if launch.maker == "fusednn"]
+    kernels = ["bias_activation_dropout_forward_kernel"] * 2 + ["bias_activation_dropout_backward_kernel"] * 2
+    assert [launch.name for launch in ours] == kernels
     # The product and the result, a bit an element, and the seed.
-    assert forward.bytes == 512 * 512 * (4 + 4) + 512 * 512 // 8 + 8
+    assert ours[0].bytes == 512 * 512 * (4 + 4) + 512 * 512 // 8 + 8
+    assert bool(counts.refusals) == (mode == "default"), "CUDA graphs take all of it"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("name", STEPS)
+def test_cuda_graphs_take_fused_steps(name: str, mode: str) -> None:
+    assert STEPS[name].count("fused", mode).refusals == ()

@@ -48,7 +48,7 @@ class CompiledStep:
     def id(self) -> str:
         return f"{self.name} {DTYPE_NAMES[self.dtype]} {self.size}"
 
-    def count(self, contestant: str) -> Counts:
+    def count(self, contestant: str, mode: str = "default") -> Counts:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's, about caches and precisions that don't matter here
             model = self.build()
@@ -57,7 +57,7 @@ class CompiledStep:
                 inputs.append(torch.empty(self.shape[0], dtype=torch.int64))
             CONTESTANTS[contestant](model)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is torch.bfloat16):
-            return count_step(model, inputs)
+            return count_step(model, inputs, mode)
 
     def record(self, contestant: str, counts: Counts) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ Nothing is compiled below that, and nothing computed.
 A kernel of Inductor's counts with the bytes that its scheduler ascribes to it, a call of a library with its operands
 and results, and an operator of fusednn's with those of each launch that its launcher makes: read or written once, what
 caches would serve included.  The passes over the joint graph see a CPU, but where they take gradients of convolutions
-apart, and convolutions and products are the library's, as without ``max-autotune``.
+apart, and convolutions and products are the library's, also under ``max-autotune``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import detect_fake_mode
-from torch._inductor import compile_fx, debug, decomposition, graph, ir, scheduler, virtualized
+from torch._inductor import (
+    compile_fx,
+    cudagraph_utils,
+    debug,
+    decomposition,
+    graph,
+    ir,
+    scheduler,
+    select_algorithm,
+    virtualized,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,9 +75,10 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """The launches of a step, in order: forward, then backward."""
+    """The launches of a step, in order: forward, then backward; and why CUDA graphs would leave parts of it out."""
 
     launches: tuple[Launch, ...]
+    refusals: tuple[str, ...] = ()
 
     def launched(self, maker: str | None = None) -> int:
         return sum(maker in (None, launch.maker) for launch in self.launches)
@@ -83,23 +94,30 @@ class Counts:
         return counts
 
 
-def count_step(model: nn.Module, inputs: Sequence[Tensor]) -> Counts:
-    """What a compiled step of ``model(*inputs)`` and of its gradients launches.  The tensors may be meta tensors."""
-    launches: list[Launch] = []
+def count_step(model: nn.Module, inputs: Sequence[Tensor], mode: str = "default") -> Counts:
+    """What a step of ``model(*inputs)`` and of its gradients launches, compiled in a mode of `torch.compile`'s.
+
+    The tensors may be meta tensors.
+    """
+    graphs: list[Counts] = []
 
     def inner(module: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        launches.extend(_lowered(module, example_inputs, **options))
+        graphs.append(_lowered(module, example_inputs, **options))
         return module.forward
 
     def backend(module: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:
         return compile_fx.compile_fx(module, example_inputs, inner_compile=inner)
 
     torch._dynamo.reset()
-    with made_up_gpu(), FakeTensorMode():
+    options = torch._inductor.list_mode_options(mode)
+    with made_up_gpu(), torch._inductor.config.patch(options), FakeTensorMode():
         fake = _materialised(model)
         operands = [_empty(x, "cpu").requires_grad_(x.requires_grad) for x in inputs]
         torch.compile(fake, backend=backend, fullgraph=True)(*operands)
-    return Counts(tuple(launches))
+    return Counts(
+        tuple(launch for each in graphs for launch in each.launches),
+        tuple(refusal for each in graphs for refusal in each.refusals),
+    )
 
 
 @contextmanager
@@ -119,6 +137,7 @@ def made_up_gpu() -> Iterator[None]:
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "_initialized", True),
         (torch._C, "_conv_determine_backend_memory_format", _format_of_cudnn),
+        (torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True),
         (torch._C, "_cuda_getDevice", lambda: 0),
         (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
         (torch._C, "_cuda_setDevice", lambda _: None),
@@ -128,6 +147,7 @@ def made_up_gpu() -> Iterator[None]:
         (torch.utils._triton, "has_triton", lambda: True),
         (torch.utils._triton, "triton_hash_with_backend", lambda: "none"),
         (scheduler, "has_triton", lambda: True),
+        (select_algorithm.AlgorithmSelectorCache, "__call__", _of_library),
         # Not the CPU's, whose convolution makes the bias's gradient, too: Inductor sums it up on a GPU.
         (decomposition, "is_gpu", lambda _: True),
         (launch, "ON_CPU", True),
@@ -145,6 +165,12 @@ def _format_of_cudnn(x: Tensor, weight: Tensor, _: object) -> torch.memory_forma
     """That in which a convolution works: channels-last where either operand is."""
     formats = map(torch._prims_common.suggest_memory_format, (weight, x))
     return next((each for each in formats if each is not torch.contiguous_format), torch.contiguous_format)
+
+
+def _of_library(_: object, __: str, choices: Sequence[Any], *___: object, **____: object) -> tuple[Any, Any]:
+    """Where ``max-autotune`` would measure which of these products is the quickest: the library's."""
+    choice = next(each for each in choices if isinstance(each, select_algorithm.ExternKernelCaller))
+    return choice.output_node(), choice
 
 
 def _empty(tensor: Tensor, device: str) -> Tensor:
@@ -170,8 +196,8 @@ def _lowered(
     is_backward: bool = False,
     is_inference: bool = False,
     **_: Any,
-) -> Iterator[Launch]:
-    """The launches that Inductor's code for a graph would make on a GPU."""
+) -> Counts:
+    """What Inductor's code for a graph would launch on a GPU."""
     mode = detect_fake_mode(example_inputs)
     assert mode is not None
     with virtualized.V.set_fake_mode(mode), mode:
@@ -192,8 +218,16 @@ def _lowered(
             lowering.run(*inputs)
             _report_strides(lowering.graph_outputs)
             lowering.codegen()
-            for node in lowering.scheduler.nodes:
-                yield from _launches(node)
+            launches = tuple(launch for node in lowering.scheduler.nodes for launch in _launches(node))
+            return Counts(launches, tuple(_graph_refusals(lowering)))
+
+
+def _graph_refusals(lowering: graph.GraphLowering) -> Iterator[str]:
+    """In PyTorch's words.  Modes without CUDA graphs are a refusal, too."""
+    reasons = [lowering.disable_cudagraphs_reason]
+    reasons.append(cudagraph_utils.check_lowering_disable_cudagraph(lowering.device_node_mapping))
+    reasons += map(lowering.scheduler.should_partition, lowering.scheduler.nodes)
+    return filter(None, reasons)
 
 
 def _report_strides(outputs: Sequence[Any]) -> None:
