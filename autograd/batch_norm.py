@@ -133,7 +133,7 @@ def gradients(
         partial, share = None, x.shape[1] / max(x.numel(), 1)
         if affine or joined or (x_needed and training):
             partial, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
-            sums = partial.sum(0) if affine or combine is not None else None
+            sums: Any = partial.sum(0) if affine or combine is not None else None
             if affine:
                 dbias, dweight = sums.to(weight.dtype if weight_needed else ctx.bias_dtype).unbind()
             if x_needed and training and combine is not None:

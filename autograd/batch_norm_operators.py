@@ -194,8 +194,8 @@ def _fake_training_gradients(
     g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, dz = _fake_sums(g, x, residual, mask)
-    dx, *gradients = _fake_gradients(g, x, None, 0.0, *rest)
-    return dx, dz, *gradients
+    dx, dweight, dbias = _fake_gradients(g, x, None, 0.0, *rest)
+    return dx, dz, dweight, dbias
 
 
 @operator(

@@ -47,11 +47,13 @@ def uses_batch_statistics(layer: _BatchNorm) -> bool:
     return layer.training or (layer.running_mean is None and layer.running_var is None)
 
 
-def vectors_of(layer: _BatchNorm) -> list[Tensor | None]:
+def vectors_of(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The running statistics that a forward pass uses or updates, none where it stopped tracking them; weight, bias."""
     if layer.training and not layer.track_running_stats:
-        return [None, None, *tensors_of(layer, "weight", "bias")]
-    return tensors_of(layer, "running_mean", "running_var", "weight", "bias")
+        weight, bias = tensors_of(layer, "weight", "bias")
+        return None, None, weight, bias
+    mean, variance, weight, bias = tensors_of(layer, "running_mean", "running_var", "weight", "bias")
+    return mean, variance, weight, bias
 
 
 def forward(
