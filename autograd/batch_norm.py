@@ -11,15 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .batch_norm_operators import backward, forward, forward_training, merge_statistics, reduce, statistics
+from .batch_norm_operators import (
+    backward,
+    backward_training,
+    forward,
+    forward_training,
+    merge_statistics,
+    reduce,
+    statistics,
+)
 from .decisions import decided_once
 from .dispatch import is_number, or_stock, takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .recompute import needs
 
@@ -113,30 +121,28 @@ def gradients(
     # Where the activation's argument isn't computed again, the bias isn't read: the weight in its place spares zeros.
     unread = mask is not None or activation.saves == "nothing"
     vectors = (mean, variance, weight, weight if unread else bias, eps)
-    dx, dweight, dbias, share = None, None, None, x.shape[1] / max(x.numel(), 1)
-    partial: Any = None
-    sums: Any = None
+    dx, dweight, dbias = None, None, None
     joined = residual is not None or mask is not None
     affine = weight_needed or bias_needed
-    # The second pass adds up what the programs of the first left: these are the parameters' gradients.
-    merges = affine and x_needed and training and combine is None and weight is not None
-    if affine or joined or (x_needed and training):
-        partial, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
-        if combine is not None or (affine and not merges):
-            sums = partial.sum(0)
-        if affine and not merges:
-            dbias, dweight = sums.to(weight.dtype if weight_needed else ctx.bias_dtype).unbind()
-        if joined:
-            g, activation = dz, IDENTITY
-    if x_needed:
-        if not training:
-            partial = None
-        elif combine is not None:
-            sums, share = combine(sums)
-            partial = sums[None]
-        dx, *merged = backward(g, x, partial, share, *vectors, *activation.arguments, merges)
-        if merges:
-            dweight, dbias = merged
+    if x_needed and training and combine is None and (weight is not None or not affine):
+        # The second pass adds up what the programs of the first left: these are the parameters' gradients.
+        operands = (g, x, residual, mask, *vectors, *activation.arguments, affine)
+        dx, dz, dweight, dbias = backward_training(*operands)
+        g = dz if joined else g
+    else:
+        partial, share = None, x.shape[1] / max(x.numel(), 1)
+        if affine or joined or (x_needed and training):
+            partial, dz = reduce(g, x, residual, mask, *vectors, *activation.arguments)
+            sums: Any = partial.sum(0) if affine or combine is not None else None
+            if affine:
+                dbias, dweight = sums.to(weight.dtype if weight_needed else ctx.bias_dtype).unbind()
+            if x_needed and training and combine is not None:
+                sums, share = combine(sums)
+                partial = sums[None]
+            if joined:
+                g, activation = dz, IDENTITY
+        if x_needed:
+            dx, *_ = backward(g, x, partial if training else None, share, *vectors, *activation.arguments, False)
     return (
         dx,
         g if residual_needed else None,
@@ -175,7 +181,6 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 # --- Functions ------------------------------------------------------------------------------------------------------
 
 
-@or_stock
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -199,7 +204,6 @@ def batch_norm(
     return y
 
 
-@or_stock
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -258,9 +262,13 @@ def _batch_norm(
     if batches is not None:
         name = "cumulative_batch_norm"  # stock's reads the number of batches on the host, which breaks graphs
     vectors = those_given(running_mean, running_var, weight, bias)
-    if takes_kernel(name, *those_given(input, residual), parameters=vectors, refusal=lambda: norm_refusal(*arguments)):
-        return partial(_apply, resolved)
-    return partial(_stock, resolved)
+    operands = those_given(input, residual)
+    if not takes_kernel(name, *operands, parameters=vectors, refusal=lambda: norm_refusal(*arguments)):
+        return partial(_stock, resolved)
+    if not training:
+        return partial(_in_evaluation, resolved)
+    numbers = (float(momentum), float(eps))
+    return _in_training(*numbers, resolved, differentiable=_requires_grad(input, residual, weight, bias))
 
 
 def _stock(
@@ -344,32 +352,48 @@ def those_given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-def _apply(
+def _in_training(momentum: float, eps: float, activation: Activated, *, differentiable: bool) -> Callable[..., Tensor]:
+    """`_batch_norm` with the input's statistics."""
+
+    def apply(
+        input: Tensor,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        _training: bool,
+        _momentum: float,
+        _eps: float,
+        batches: Tensor | None,
+        *_: object,
+    ) -> Tensor:
+        y: Tensor
+        running = (running_mean, running_var, batches, momentum)
+        if differentiable:
+            y = BatchNorm.apply(input, residual, weight, bias, None, None, True, eps, activation, *running)
+        else:
+            y = forward_training(input, residual, *running, weight, bias, eps, *activation.arguments, False)[0]
+        return y
+
+    return apply
+
+
+def _in_evaluation(
     activation: Activated,
     input: Tensor,
     residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    momentum: float,
+    _training: bool,
+    _momentum: float,
     eps: float,
-    batches: Tensor | None,
     *_: object,
 ) -> Tensor:
-    y: Tensor
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        rest = (weight, bias, running_mean, running_var, False, eps, activation)
-        return normalise(BatchNorm, input, residual, *rest)
-    running = (running_mean, running_var, batches, float(momentum))
-    if _requires_grad(input, residual, weight, bias):
-        y = BatchNorm.apply(input, residual, weight, bias, None, None, True, float(eps), activation, *running)
-    else:
-        y = forward_training(input, residual, *running, weight, bias, float(eps), *activation.arguments, False)[0]
-    return y
+    """`_batch_norm` with the running statistics."""
+    return normalise(BatchNorm, input, residual, weight, bias, mean, variance, False, eps, activation)
 
 
 def _requires_grad(*operands: Tensor | None) -> bool:
@@ -377,7 +401,7 @@ def _requires_grad(*operands: Tensor | None) -> bool:
 
 
 def normalise(
-    function: type[Function],
+    function: type[torch.autograd.Function],
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,

@@ -9,10 +9,10 @@ from ..kernels import batch_norm as kernels
 from ..kernels import batch_norm_gradients, batch_norm_statistics
 from ..kernels.base.channels import plan_of
 from ..kernels.base.launch import ACCUMULATOR
-from ..kernels.functions.activation import activated
+from ..kernels.functions.activation import IDENTITY, activated
 from .operators import operator
 
-__all__ = ["backward", "forward", "forward_training", "merge_statistics", "reduce", "statistics"]
+__all__ = ["backward", "backward_training", "forward", "forward_training", "merge_statistics", "reduce", "statistics"]
 
 
 def _fake_statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -188,3 +188,46 @@ def backward(
     )
     dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias
+
+
+def _fake_training_gradients(
+    g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, dz = _fake_sums(g, x, residual, mask)
+    dx, dweight, dbias = _fake_gradients(g, x, None, 0.0, *rest)
+    return dx, dz, dweight, dbias
+
+
+@operator(
+    "batch_norm_training_backward(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
+    " Tensor? weight, Tensor? bias, float eps, str name, float a, float b, bool affine)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_training_gradients,
+    any_strides=True,
+)
+def backward_training(
+    g: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    name: str,
+    a: float,
+    b: float,
+    affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reduce`, and `backward` with its sums: gradients of the input, before the activation, of weight and bias."""
+    vectors = (mean, variance, weight, bias, eps)
+    activation = activated(name, a, b)
+    partial, dz = batch_norm_gradients.batch_norm_reduce(g, x, residual, mask, *vectors, activation)
+    if dz is not None:
+        g, activation = dz, IDENTITY
+    dx, *gradients, _ = batch_norm_gradients.batch_norm_backward(
+        g, x, partial, x.shape[1] / max(x.numel(), 1), *vectors, activation, affine=affine
+    )
+    dz, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in (dz, *gradients))
+    return dx, dz, dweight, dbias

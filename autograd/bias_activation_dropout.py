@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import bias_activation_dropout as kernels
 from ..kernels.base.launch import ACCUMULATOR
@@ -17,6 +16,7 @@ from .activation import resolve_activation, stock_activation
 from .anchors import anchors_of
 from .decisions import decided_once
 from .dispatch import autocast_dtype, or_stock, takes_kernel
+from .function import Function
 from .gradients import LinearGradient, stock_gradients
 from .operators import operator
 from .recompute import needs

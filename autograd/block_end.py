@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import block_end as kernels
 from ..kernels.base.launch import ACCUMULATOR
@@ -17,6 +16,7 @@ from ..kernels.base.layout import is_dense
 from ..kernels.base.random import with_seed
 from .decisions import decided_once
 from .dispatch import or_stock, takes_kernel
+from .function import Function
 from .operators import operator
 from .recompute import needs
 

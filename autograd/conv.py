@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import conv as kernels
 from ..kernels.functions.activation import Activated, activated
@@ -27,7 +26,8 @@ from .anchors import anchors_of
 from .batch_norm import apply_activation
 from .convolution import Convolution, convolution_of, padding_of, stock_convolution
 from .decisions import decided_once
-from .dispatch import in_low_precision, or_stock, takes_kernel
+from .dispatch import in_low_precision, takes_kernel
+from .function import Function
 from .inductor import divides
 from .operators import given, operator
 from .pool import (
@@ -216,7 +216,6 @@ def _takes_single(x: Tensor, weight: Tensor, convolution: Convolution, window: W
 _CUDNN = "cuDNN: no kernel of a plain convolution was measured faster"
 
 
-@or_stock
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -234,7 +233,6 @@ def conv1d(
     return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
 
 
-@or_stock
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -253,7 +251,6 @@ def conv2d(
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-@or_stock
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -272,7 +269,6 @@ def conv3d(
     return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
-@or_stock
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -292,7 +288,6 @@ def conv_transpose1d(
     return F.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
-@or_stock
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -312,7 +307,6 @@ def conv_transpose2d(
     return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
-@or_stock
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,
@@ -336,7 +330,6 @@ def conv_transpose3d(
 _POOLINGS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@or_stock
 def conv_act_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -376,7 +369,6 @@ def conv_act_pool2d(
     )
 
 
-@or_stock
 def conv_act_pool(
     directions: int,
     input: Tensor,

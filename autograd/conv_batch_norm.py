@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated
@@ -29,7 +28,8 @@ from .batch_norm_operators import merge_statistics, statistics
 from .batch_norm_operators import reduce as norm_reduce
 from .conv import conv_act_pool, conv_statistics
 from .decisions import decided_once
-from .dispatch import or_stock, takes_kernel
+from .dispatch import takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .handles import stream_of
 from .pool import Sizes, max_pool, pool, pool_backward, squeezed, window_of, window_refusal
@@ -147,7 +147,6 @@ def _forward(
 # --- Functions --------------------------------------------------------------------------------------------------------
 
 
-@or_stock
 def conv_batch_norm_act2d(
     input: Tensor,
     weight: Tensor,

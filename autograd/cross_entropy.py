@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import cross_entropy as kernels
 from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
@@ -16,6 +15,7 @@ from ..kernels.cross_entropy import Reduction
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, or_stock, takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import given, operator

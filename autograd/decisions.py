@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from ..kernels.base.device import on_refusal
+from ..kernels.base.device import LaunchError, on_refusal
 from . import dispatch
 from .operators import are_plain, is_watched, looks_on
 from .plans import Calls, guards
@@ -31,25 +32,31 @@ _DECISIONS: list[Calls] = []
 def decided_once(decide: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
     """A function of positional arguments that computes what ``decide(*arguments)(*arguments)`` does.
 
-    Everything is decided anew where somebody observes choices, or where modes, transforms or tracers have a say.
+    Everything is decided anew where somebody observes choices, or where modes, transforms or tracers have a say; and
+    where a kernel couldn't be launched, which is a reason from then on, as of `fusednn.autograd.dispatch.or_stock`.
     """
     always, where_large = Calls(), Calls()
     _DECISIONS.extend((always, where_large))
 
     @wraps(decide)
     def decided(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or looks_on() or dispatch.are_observed() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling():
             return decide(*arguments)(*arguments)
         calls = where_large if dispatch.leaves_small() else always
+        is_kept = not (looks_on() or dispatch.are_observed() or forward_ad._current_level >= 0)
         try:
-            found = calls.find(arguments)
+            found = calls.find(arguments) if is_kept else None
         except TypeError:  # a value without a hash, which isn't kept
             found = None
         if found is None:
+            arguments = unwrap_dead_wrappers(arguments)  # what left a transform: as a `Function` does
             found = decide(*arguments)
-            if _is_fixed(arguments) and calls.count(arguments) >= _KEPT_CALL:
+            if is_kept and _is_fixed(arguments) and calls.count(arguments) >= _KEPT_CALL:
                 calls.keep(arguments, guards(arguments), found)
-        return found(*arguments)
+        try:
+            return found(*arguments)
+        except LaunchError:
+            return decide(*arguments)(*arguments)
 
     return decided
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import pointwise_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
@@ -18,6 +17,7 @@ from ..kernels.functions.loss import LOSSES, Reduction
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import autocast_dtype, in_single_precision, is_number, or_stock, takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import pool as kernels
 from ..kernels.base.launch import ACCUMULATOR
@@ -27,6 +26,7 @@ from .activation import differentiable_gradient, resolve_activation, stock_activ
 from .anchors import anchors_of
 from .decisions import decided_once
 from .dispatch import is_integer, or_stock, takes_kernel
+from .function import Function
 from .operators import given, operator
 from .recompute import needs
 
@@ -234,7 +234,7 @@ class MaxPool(Function):
         return dx, None, None, None, None
 
 
-class PoolGradient(Function):
+class PoolGradient(torch.autograd.Function):
     """The gradient of max pooling and an activation of one bit, or none, as a differentiable function.
 
     It is linear: its derivative takes what lies at the maxima, where the activation's bit lets it pass.

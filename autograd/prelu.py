@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import prelu as kernels
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import in_low_precision, or_stock, takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .operators import operator
 

@@ -47,12 +47,13 @@ def uses_batch_statistics(layer: _BatchNorm) -> bool:
     return layer.training or (layer.running_mean is None and layer.running_var is None)
 
 
-def running_statistics(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]:
-    """The running statistics that a forward pass uses or updates: none where the layer stopped tracking them."""
+def vectors_of(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The running statistics that a forward pass uses or updates, none where it stopped tracking them; weight, bias."""
     if layer.training and not layer.track_running_stats:
-        return None, None
-    mean, variance = tensors_of(layer, "running_mean", "running_var")
-    return mean, variance
+        weight, bias = tensors_of(layer, "weight", "bias")
+        return None, None, weight, bias
+    mean, variance, weight, bias = tensors_of(layer, "running_mean", "running_var", "weight", "bias")
+    return mean, variance, weight, bias
 
 
 def forward(
@@ -65,12 +66,9 @@ def forward(
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    weight, bias = tensors_of(layer, "weight", "bias")
     return batch_norm_act(
         input,
-        *running_statistics(layer),
-        weight,
-        bias,
+        *vectors_of(layer),
         uses_batch_statistics(layer),
         momentum,
         layer.eps,
@@ -95,7 +93,7 @@ def _chained(function: Callable[..., Tensor], layer: _BatchNorm, input: Tensor, 
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    vectors = (*running_statistics(layer), layer.weight, layer.bias)
+    vectors = vectors_of(layer)
     rest = (uses_batch_statistics(layer), momentum, layer.eps)
     return function(input, *vectors, *rest, batches=batches, **options)
 
@@ -105,9 +103,7 @@ def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Ca
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    weight, bias = tensors_of(layer, "weight", "bias")
-    vectors = (*running_statistics(layer), weight, bias)
-    return begin_batch_norm(input, *vectors, momentum, layer.eps, batches=batches, partial=partial)
+    return begin_batch_norm(input, *vectors_of(layer), momentum, layer.eps, batches=batches, partial=partial)
 
 
 class BatchNorm1d(Twin, nn.BatchNorm1d):

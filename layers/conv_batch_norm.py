@@ -18,12 +18,12 @@ from .batch_norm import (
     BatchNorm3d,
     count_batch,
     normalised,
-    running_statistics,
     uses_batch_statistics,
+    vectors_of,
     weight_of_batch,
 )
 from .conv import Conv1d, Conv2d, Conv3d, arguments, is_plain, pooled
-from .twin import Layer, tensors_of
+from .twin import Layer
 
 __all__ = ["ConvBatchNormAct1d", "ConvBatchNormAct2d", "ConvBatchNormAct3d"]
 
@@ -42,7 +42,7 @@ def forward(
     What the layers change happens in their order: a batch counts once the convolution has succeeded.
     """
     directions, input, weight, bias, *geometry = arguments(conv, input)
-    vectors: Any = (*running_statistics(norm), *tensors_of(norm, "weight", "bias"))
+    vectors: Any = vectors_of(norm)
     rest: dict[str, Any] = {"residual": residual, "activation": activation}
     rest |= {"activation_parameters": activation_parameters, **pooling}
     momentum, batches = weight_of_batch(norm)

@@ -19,7 +19,7 @@ from .batch_norm import (
     BatchNormAct2d,
     BatchNormAct3d,
     count_batch,
-    running_statistics,
+    vectors_of,
     weight_of_batch,
 )
 from .batch_norm import forward as local_forward
@@ -85,7 +85,7 @@ def forward(
         return local_forward(layer, input, residual, activation, activation_parameters)
     resolved = resolve_activation(activation, activation_parameters)
     momentum, batches = weight_of_batch(layer)
-    arguments = (*running_statistics(layer), layer.weight, layer.bias, momentum, layer.eps)
+    arguments = (*vectors_of(layer), momentum, layer.eps)
     if not sync_takes_kernel(input, *arguments, residual, batches, resolved):
         return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, resolved)
     if dist.get_world_size(group) == 1:

@@ -349,6 +349,8 @@ def _operator_calls() -> list[object]:
         (ops.batch_norm_reduce, (g, x, None, None, *given, *silu)),
         (ops.batch_norm_reduce, (g, x, None, mask, *given, *relu)),
         (ops.batch_norm_reduce, (g, x, residual, None, *given, *silu)),
+        (ops.batch_norm_training_backward, (g, x, None, None, *given, *silu, True)),
+        (ops.batch_norm_training_backward, (g, x, None, mask, *given, *relu, False)),
         (ops.batch_norm_backward, (g, x, sums, 0.1, *given, *relu, True)),
         (ops.batch_norm_backward, (g, x, None, 0.1, *given, *identity, False)),
     ]

@@ -52,7 +52,7 @@ def replace_layers(
               norm;
             - a convolution, a batch norm, an activation or PReLU, and the maximum or the mean over all places;
             - Linear, and the maximum over pieces of its features;
-            - an activation, and the product with what it gates (SwiGLU, GEGLU); a highway's t * h + (1 - t) * x, or lerp;
+            - an activation, and the product with what it gates (SwiGLU, GEGLU); a highway's t h + (1 - t) x, or lerp;
             - a scale (LayerScale), what drops samples (DropPath), a residual that is added;
             - GELU, SiLU, Mish and the like that code writes out in operators or layers.
 
