@@ -60,14 +60,18 @@ def test_inplace(name: str, device: str) -> None:
 
 
 @pytest.mark.thorough
-def test_inductor_on_a_replaced_network_with_dynamic_batches(device: str) -> None:
+@pytest.mark.parametrize("fuse", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_inductor_on_a_replaced_network_with_dynamic_batches(mode: str, fuse: bool, device: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(4), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten()).to(device)
     model.append(nn.Linear(144, 5).to(device)).append(nn.Softplus()).append(nn.LogSigmoid())
-    fusednn.replace_layers(model)
+    fusednn.replace_layers(model, fuse=fuse)
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, mode=mode)
     for batch in (8, 6, 7):
+        model.zero_grad()  # a CUDA graph's results are those of its last run
+        eager.zero_grad()
         x = torch.randn(batch, 1, 8, 8, device=device)
         y, y_eager = compiled(x), eager(x)
         torch.testing.assert_close(y, y_eager)

@@ -1,5 +1,6 @@
 """What recorders make of a model whose neighbours are fused, as docs/exporting.md has it."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,44 @@ def test_symbolic_traces_call_each_layer(models: tuple[nn.Module, nn.Module, Ten
     traced = torch.fx.symbolic_trace(fused)
     assert [str(n.target) for n in traced.graph.nodes if n.op == "call_module"] == list(dict(stock.named_children()))
     torch.testing.assert_close(traced(x), stock(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_programs_of_any_batch_hold_stock_operators(
+    models: tuple[nn.Module, nn.Module, Tensor], training: bool
+) -> None:
+    *both, x = models
+    dynamic = ({0: torch.export.Dim("batch", min=2)},)
+    programs = [torch.export.export(model.train(training), (x,), dynamic_shapes=dynamic) for model in both]
+    theirs, ours = ([str(node.target) for node in program.graph.nodes] for program in programs)
+    assert ours == theirs
+    longer = torch.cat([x, x.flip(0), x])
+    results = []
+    for program in programs:
+        torch.manual_seed(0)
+        results.append(program.module()(longer))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_holds_what_it_does_of_stock(models: tuple[nn.Module, nn.Module, Tensor], dynamo: bool) -> None:
+    """Where onnx and onnxscript are installed."""
+    onnx = pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    pytest.importorskip("onnxscript")
+    *both, x = models
+    operators = []
+    for model in both:
+        file = io.BytesIO()
+        torch.onnx.export(model, (x,), file, dynamo=dynamo)
+        exported = onnx.load_from_string(file.getvalue())
+        operators.append([node.op_type for node in exported.graph.node])
+        (y,) = reference.ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), both[0](x))
+    theirs, ours = operators
+    assert ours == theirs
 
 
 @pytest.mark.thorough
