@@ -17,7 +17,7 @@ from ..kernels.base.channels import plan_of
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.base.layout import placed
 from ..kernels.base.random import with_seed
-from ..kernels.batch_norm_statistics import Before
+from ..kernels.batch_norm_operands import Around, Before, Norm, Running, spatial_of
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
@@ -38,27 +38,12 @@ _REST = (
 )
 
 
-def _parsed(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-    of_channels: bool,
-    before: str,
-    c: float,
-    d: float,
-) -> tuple[Tensor | None, tuple[Any, ...], dict[str, Any]]:
-    """The residual; what else kernels are given; and by their names their options.  No name is nothing before."""
+def _parsed(mean: Any, variance: Any, *rest: Any) -> tuple[Tensor | None, Norm, Around]:
+    """The residual, and what else kernels are given in their place; no name is nothing before."""
+    weight, bias, residual, slopes, seed, shift, eps, name, a, b, p, of_channels, before, c, d = rest
     first = Before(activated(before, c, d), shift) if before else None
-    options = {"slopes": slopes, "seed": seed, "p": p, "of_channels": of_channels, "before": first}
-    return residual, (weight, bias, eps, activated(name, a, b)), options
+    norm = Norm(mean, variance, weight, bias, eps)
+    return residual, norm, Around(activated(name, a, b), slopes, seed, p, of_channels, first)
 
 
 @operator(
@@ -78,9 +63,9 @@ def _forward_training(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and variance of each channel; the running ones are updated."""
-    residual, arguments, options = _parsed(*rest)
-    running = (running_mean, running_var, batches, momentum)
-    y, _, mean, variance = kernels.batch_norm_training(x, residual, *running, *arguments, masked=False, **options)
+    residual, norm, around = _parsed(None, None, *rest)
+    running = Running(running_mean, running_var, batches, momentum)
+    y, _, mean, variance = kernels.batch_norm_training(x, residual, running, norm, around, masked=False)
     return y, mean, variance
 
 
@@ -88,9 +73,8 @@ def _forward_training(
     f"batch_norm_chain(Tensor x, Tensor mean, Tensor variance, {_REST}) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
 )
-def _forward(x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
-    residual, arguments, options = _parsed(*rest)
-    return kernels.batch_norm_forward(x, residual, mean, variance, *arguments, masked=False, **options)[0]
+def _forward(x: Tensor, *arguments: Any) -> Tensor:
+    return kernels.batch_norm_forward(x, *_parsed(*arguments), masked=False)[0]
 
 
 @operator(
@@ -100,17 +84,16 @@ def _forward(x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> Tensor:
         x.new_empty(0) if residual is None else torch.empty_like(x),
     ),
 )
-def _reduce(g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _reduce(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Partial sums of the gradients of bias, weight and slopes, (splits, 2 or 3, channels); that of a residual."""
-    residual, arguments, options = _parsed(*rest)
-    operands = (g, x, residual, None, mean, variance, *arguments)
-    partial, dz = batch_norm_gradients.batch_norm_reduce(*operands, **options)
+    residual, norm, around = _parsed(*arguments)
+    partial, dz = batch_norm_gradients.batch_norm_reduce(g, x, residual, None, norm, around)
     return partial, x.new_empty(0) if dz is None else dz
 
 
 def _splits(x: Tensor, of_channels: bool) -> int:
     """How many programs leave sums of a channel."""
-    return plan_of(x, kernels.spatial_of(x, of_channels)).splits
+    return plan_of(x, spatial_of(x, of_channels)).splits
 
 
 def _fake_backward(
@@ -127,17 +110,15 @@ def _fake_backward(
     " bool affine) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
-def _backward(
-    g: Tensor, x: Tensor, partial: Tensor | None, mean: Tensor, variance: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _backward(g: Tensor, x: Tensor, partial: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of the input and, where ``affine``, of weight and bias; and partial sums of that of the shift.
 
     There is no residual: of a chain that has one, ``g`` is its gradient.
     """
-    *rest_of_chain, affine = rest
-    _, arguments, options = _parsed(*rest_of_chain)
-    operands = (g, x, partial, x.shape[1] / x.numel(), mean, variance, *arguments)
-    dx, dweight, dbias, dshift = batch_norm_gradients.batch_norm_backward(*operands, affine=affine, **options)
+    *rest, affine = arguments
+    _, norm, around = _parsed(*rest)
+    operands = (g, x, partial, x.shape[1] / x.numel(), norm, around)
+    dx, dweight, dbias, dshift = batch_norm_gradients.batch_norm_backward(*operands, affine=affine)
     vectors = (x.new_empty(0) if vector is None else vector for vector in (dweight, dbias))
     return dx, *vectors, x.new_empty(0, dtype=ACCUMULATOR[x.dtype]) if dshift is None else dshift
 

@@ -9,6 +9,7 @@ from ..kernels import batch_norm as kernels
 from ..kernels import batch_norm_gradients, batch_norm_statistics
 from ..kernels.base.channels import plan_of
 from ..kernels.base.launch import ACCUMULATOR
+from ..kernels.batch_norm_operands import Around, Norm, Running
 from ..kernels.functions.activation import IDENTITY, activated
 from .operators import operator
 
@@ -42,80 +43,45 @@ merge_statistics = operator(
 )(batch_norm_statistics.merge_statistics)
 
 
+#: The operands and options that the others end with, or have before flags: those of `Norm`, and the activation.
+_REST = "Tensor? weight, Tensor? bias, float eps, str name, float a, float b"
+_GIVEN = f"Tensor mean, Tensor variance, {_REST}"
+
+
+def _parsed(mean: Any, variance: Any, weight: Any, bias: Any, eps: float, *activation: Any) -> tuple[Norm, Around]:
+    """What kernels are given in their place."""
+    return Norm(mean, variance, weight, bias, eps), Around(activated(*activation))
+
+
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, masked = arguments
+    return torch.empty_like(x), x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8)
+
+
 @operator(
-    "batch_norm_forward(Tensor x, Tensor? residual, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias,"
-    " float eps, str name, float a, float b, bool masked) -> (Tensor, Tensor)",
-    fake=lambda x, residual, mean, variance, weight, bias, eps, name, a, b, masked: (
-        torch.empty_like(x),
-        x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8),
-    ),
+    f"batch_norm_forward(Tensor x, Tensor? residual, {_GIVEN}, bool masked) -> (Tensor, Tensor)",
+    fake=_fake_forward,
     any_strides=True,
 )
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The result with given statistics, and the activation's mask."""
-    y, mask = kernels.batch_norm_forward(
-        x, residual, mean, variance, weight, bias, eps, activated(name, a, b), masked=masked
-    )
+    *rest, masked = arguments
+    y, mask = kernels.batch_norm_forward(x, residual, *_parsed(*rest), masked=masked)
     return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
-
-
-def _fake_training(
-    x: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    momentum: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mask = x.new_empty(kernels.mask_bytes(x) if masked else 0, dtype=torch.uint8)
-    return torch.empty_like(x), mask, *_fake_statistics(x)
 
 
 @operator(
     "batch_norm_training(Tensor x, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor? batches, float momentum, Tensor? weight, Tensor? bias, float eps, str name, float a, float b,"
-    " bool masked) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_training,
+    f" Tensor? batches, float momentum, {_REST}, bool masked) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda x, *arguments: (*_fake_forward(x, *arguments), *_fake_statistics(x)),
     any_strides=True,
 )
-def forward_training(
-    x: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    momentum: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_training(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward` with the statistics of ``x``, which come last, and the update of the running ones."""
+    running_mean, running_var, batches, momentum, *rest, masked = arguments
+    running = Running(running_mean, running_var, batches, momentum)
     y, mask, mean, variance = kernels.batch_norm_training(
-        *(x, residual, running_mean, running_var, batches, momentum, weight, bias, eps, activated(name, a, b)),
-        masked=masked,
+        x, residual, running, *_parsed(None, None, *rest), masked=masked
     )
     return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, mean, variance
 
@@ -127,29 +93,15 @@ def _fake_sums(g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | Non
 
 
 @operator(
-    "batch_norm_reduce(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
-    " Tensor? weight, Tensor? bias, float eps, str name, float a, float b) -> (Tensor, Tensor)",
+    f"batch_norm_reduce(Tensor g, Tensor x, Tensor? residual, Tensor? mask, {_GIVEN}) -> (Tensor, Tensor)",
     fake=_fake_sums,
     any_strides=True,
 )
 def reduce(
-    g: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
+    g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Sums of parts of each channel, and the gradient before the activation."""
-    partial, dz = batch_norm_gradients.batch_norm_reduce(
-        g, x, residual, mask, mean, variance, weight, bias, eps, activated(name, a, b)
-    )
+    partial, dz = batch_norm_gradients.batch_norm_reduce(g, x, residual, mask, *_parsed(*arguments))
     return partial, x.new_empty(0) if dz is None else dz
 
 
@@ -162,30 +114,17 @@ def _fake_gradients(
 
 
 @operator(
-    "batch_norm_backward(Tensor g, Tensor x, Tensor? partial, float share, Tensor mean, Tensor variance,"
-    " Tensor? weight, Tensor? bias, float eps, str name, float a, float b, bool affine) -> (Tensor, Tensor, Tensor)",
+    f"batch_norm_backward(Tensor g, Tensor x, Tensor? partial, float share, {_GIVEN}, bool affine)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_fake_gradients,
     any_strides=True,
 )
 def backward(
-    g: Tensor,
-    x: Tensor,
-    partial: Tensor | None,
-    share: float,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    affine: bool,
+    g: Tensor, x: Tensor, partial: Tensor | None, share: float, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input and, where ``affine``, of weight and bias."""
-    dx, *gradients, _ = batch_norm_gradients.batch_norm_backward(
-        g, x, partial, share, mean, variance, weight, bias, eps, activated(name, a, b), affine=affine
-    )
+    *rest, affine = arguments
+    dx, *gradients, _ = batch_norm_gradients.batch_norm_backward(g, x, partial, share, *_parsed(*rest), affine=affine)
     dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias
 
@@ -199,35 +138,21 @@ def _fake_training_gradients(
 
 
 @operator(
-    "batch_norm_training_backward(Tensor g, Tensor x, Tensor? residual, Tensor? mask, Tensor mean, Tensor variance,"
-    " Tensor? weight, Tensor? bias, float eps, str name, float a, float b, bool affine)"
+    f"batch_norm_training_backward(Tensor g, Tensor x, Tensor? residual, Tensor? mask, {_GIVEN}, bool affine)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_training_gradients,
     any_strides=True,
 )
 def backward_training(
-    g: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    affine: bool,
+    g: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reduce`, and `backward` with its sums: gradients of the input, before the activation, of weight and bias."""
-    vectors = (mean, variance, weight, bias, eps)
-    activation = activated(name, a, b)
-    partial, dz = batch_norm_gradients.batch_norm_reduce(g, x, residual, mask, *vectors, activation)
+    *rest, affine = arguments
+    norm, around = _parsed(*rest)
+    partial, dz = batch_norm_gradients.batch_norm_reduce(g, x, residual, mask, norm, around)
     if dz is not None:
-        g, activation = dz, IDENTITY
-    dx, *gradients, _ = batch_norm_gradients.batch_norm_backward(
-        g, x, partial, x.shape[1] / max(x.numel(), 1), *vectors, activation, affine=affine
-    )
+        g, around = dz, Around(IDENTITY)
+    share = x.shape[1] / max(x.numel(), 1)
+    dx, *gradients, _ = batch_norm_gradients.batch_norm_backward(g, x, partial, share, norm, around, affine=affine)
     dz, dweight, dbias = (x.new_empty(0) if gradient is None else gradient for gradient in (dz, *gradients))
     return dx, dz, dweight, dbias

@@ -15,6 +15,7 @@ from ..kernels import batch_norm_gradients
 from ..kernels import batch_norm_pool as kernels
 from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.base.layout import placed
+from ..kernels.batch_norm_operands import Around, Norm
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
@@ -44,41 +45,24 @@ def _fake_pool(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @operator(f"batch_norm_pool(Tensor x, {_CHAIN}, bool maximum, bool keeps) -> (Tensor, Tensor, Tensor)", fake=_fake_pool)
-def _forward(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    maximum: bool,
-    keeps: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`fusednn.kernels.batch_norm_pool.batch_norm_pool`; empty tensors stand for None."""
-    y, winner, position = kernels.batch_norm_pool(
-        *(x, mean, variance, weight, bias, eps, activated(name, a, b)), maximum=maximum, keeps=keeps, slopes=slopes
-    )
+    *rest, maximum, keeps = arguments
+    y, winner, position = kernels.batch_norm_pool(x, *_parsed(*rest), maximum=maximum, keeps=keeps)
     if winner is None or position is None:
         return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
     return y, winner, position
 
 
-def _fake_backward(
-    g: Tensor,
-    x: Tensor,
-    winner: Tensor | None,
-    position: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
+def _parsed(
+    mean: Any, variance: Any, weight: Any, bias: Any, slopes: Any, eps: float, *activation: Any
+) -> tuple[Norm, Around]:
+    """What kernels are given in their place."""
+    return Norm(mean, variance, weight, bias, eps), Around(activated(*activation), slopes)
+
+
+def _fake_backward(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    slopes = arguments[6]
     return torch.empty_like(x), x.new_empty((2 if slopes is None else 3, x.shape[1]), dtype=ACCUMULATOR[x.dtype])
 
 
@@ -88,29 +72,15 @@ def _fake_backward(
     fake=_fake_backward,
 )
 def _backward(
-    g: Tensor,
-    x: Tensor,
-    winner: Tensor | None,
-    position: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    training: bool,
+    g: Tensor, x: Tensor, winner: Tensor | None, position: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the input, and sums over each channel: the gradients of bias, weight and slopes."""
-    activation = activated(name, a, b)
-    vectors: tuple[Any, ...] = (mean, variance, weight, bias)
+    *rest, training = arguments
+    norm, around = _parsed(*rest)
     places = x.numel() // g.numel()
-    maximum, normalised = winner is not None, mean is not None
+    maximum, normalised = winner is not None, norm.mean is not None
     partial, dz = batch_norm_gradients.batch_norm_reduce(
-        *(g, winner if winner is not None else x, None, None, *vectors, eps, activation),
-        slopes=slopes,
+        *(g, winner if winner is not None else x, None, None, norm, around),
         places=None if maximum else places,
         emits=maximum or not normalised,
     )
@@ -118,13 +88,12 @@ def _backward(
     if dz is not None and not maximum:
         return dz, sums
     if dz is not None:
-        g, activation, slopes = dz, IDENTITY, None
-        vectors = vectors if normalised else (None,) * 4
+        g, around = dz, Around(IDENTITY)
+        norm = norm if normalised else Norm(None, None, None, None, norm.eps)
     dx, *_ = batch_norm_gradients.batch_norm_backward(
-        *(g, x, sums[None, : 2 if slopes is None else 3] if training else None, x.shape[1] / x.numel()),
-        *(*vectors, eps, activation),
+        *(g, x, sums[None, : 2 if around.slopes is None else 3] if training else None, x.shape[1] / x.numel()),
+        *(norm, around),
         affine=False,
-        slopes=slopes,
         places=places,
         position=position,
     )

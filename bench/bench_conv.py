@@ -1,6 +1,7 @@
 """Convolution + bias + ReLU + max pooling: the stages of AlexNet, VGG-16, LeNet, and ResNet-50's stem.
 
-Channels-last, and NCHW, on both sides.  float32 multiplies by TF32, and without: as allowed for all contestants.
+Also of lines, as networks of text and audio have them, and of volumes.  Channels-last, and NCHW, on both sides.
+float32 multiplies by TF32, and without: as allowed for all contestants.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.autograd.conv import conv_act_pool
+from fusednn.autograd.conv_batch_norm import conv_batch_norm_act
 from fusednn.benchmark.cases import Case, Inputs, Operation
 from fusednn.benchmark.protocol import WrongResultError
 
@@ -25,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 @dataclass(frozen=True)
 class Stage:
-    """A convolution of images (channels, size, size), and the pooling behind it."""
+    """A convolution of images (channels, size, size), or in other ``directions`` than two, and the pooling."""
 
     channels: int
     size: int
@@ -34,6 +37,12 @@ class Stage:
     stride: int = 1
     padding: int = 0
     pool: tuple[int, int, int] = (2, 2, 0)  # size, stride, padding
+    directions: int = 2
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """That in which channels are last, if there is one."""
+        return {2: torch.channels_last, 3: torch.channels_last_3d}.get(self.directions, torch.contiguous_format)
 
     @property
     def dense(self) -> int:
@@ -46,38 +55,56 @@ class Stage:
         return (self.dense + 2 * padding - size) // stride + 1
 
     def output_shape(self, shape: torch.Size) -> Sequence[int]:
-        return shape[0], self.filters, self.pooled, self.pooled
+        return shape[0], self.filters, *[self.pooled] * self.directions
 
     def operands(self, x: Tensor) -> tuple[Tensor, ...]:
         """The images, filters that keep their deviation, and a bias."""
         generator = torch.Generator(x.device).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": x.device, "dtype": torch.float32}
-        depth = self.channels * self.kernel**2
-        weight = torch.randn((self.filters, self.channels, self.kernel, self.kernel), **options) / depth**0.5
+        depth = self.channels * self.kernel**self.directions
+        sizes = [self.kernel] * self.directions
+        weight = torch.randn((self.filters, self.channels, *sizes), **options) / depth**0.5
         bias = torch.randn(self.filters, **options)
         if not x.is_contiguous():
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            weight = weight.contiguous(memory_format=self.memory_format)
         return tuple(t.to(x.dtype).requires_grad_() for t in (x, weight, bias))
 
     def budget(self, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
         """Forward input, weights, pooled result and code; backward these, the dense gradient, written and read twice by
         cuDNN, and the gradients.
         """
-        images, weights = shape.numel(), self.filters * (self.channels * self.kernel**2 + 1)
-        pooled = shape[0] * self.filters * self.pooled**2
-        dense = shape[0] * self.filters * self.dense**2
+        images, weights = shape.numel(), self.filters * (self.channels * self.kernel**self.directions + 1)
+        pooled = shape[0] * self.filters * self.pooled**self.directions
+        dense = shape[0] * self.filters * self.dense**self.directions
         code = pooled * (0.5 if self.pool[0] == 2 else 1)
         forward = (images + weights + pooled) * dtype.itemsize + code
         return forward, forward + (3 * dense + images + weights) * dtype.itemsize
 
     def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         size, stride, padding = self.pool
-        return autograd.conv_act_pool2d(
-            x, weight, bias, self.stride, self.padding, pool_size=size, pool_stride=stride, pool_padding=padding
+        return conv_act_pool(
+            *(self.directions, x, weight, bias, self.stride, self.padding, 1, 1),
+            activation="relu",
+            activation_parameters=(),
+            pool_size=size,
+            pool_stride=stride,
+            pool_padding=padding,
         )
 
     def stock(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(F.conv2d(x, weight, bias, self.stride, self.padding), inplace=True), *self.pool)
+        y = self.convolved(x, weight, bias)
+        return self.max_pooled(F.relu(y, inplace=True))
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _CONVOLUTIONS[self.directions](x, weight, bias, self.stride, self.padding)
+
+    def max_pooled(self, y: Tensor) -> Tensor:
+        return _POOLINGS[self.directions](y, *self.pool)
+
+
+#: By the number of directions.
+_CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_POOLINGS: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 STAGES = {
@@ -115,7 +142,7 @@ def _check(case: Case, y: Tensor, gradients: Sequence[Tensor], inputs: Inputs) -
 
 
 def staged(
-    name: str, stage: Stage, memory_format: torch.memory_format = torch.channels_last, tf32: bool | None = True
+    name: str, stage: Stage, memory_format: torch.memory_format | None = None, tf32: bool | None = True
 ) -> Operation:
     return Operation(
         name,
@@ -125,7 +152,7 @@ def staged(
         stage.budget,
         operands=stage.operands,
         output_shape=stage.output_shape,
-        memory_format=memory_format,
+        memory_format=memory_format or stage.memory_format,
         check=_check,
         tf32=tf32,
     )
@@ -142,23 +169,28 @@ class NormalisedStage(Stage):
     def budget(self, shape: torch.Size, dtype: torch.dtype) -> tuple[float, float]:
         """Besides, the convolution's result is written and read twice, and read three times backward."""
         forward, backward = super().budget(shape, dtype)
-        dense = shape[0] * self.filters * self.dense**2 * dtype.itemsize
+        dense = shape[0] * self.filters * self.dense**self.directions * dtype.itemsize
         return forward + 3 * dense, backward + 4 * dense
 
     def ours(self, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:  # type: ignore[override]
         size, stride, padding = self.pool
-        return autograd.conv_batch_norm_act2d(
-            *(x, weight, None, None, None, norm_weight, norm_bias, self.stride, self.padding),
+        return conv_batch_norm_act(
+            *(self.directions, x, weight, None, None, None, norm_weight, norm_bias, self.stride, self.padding, 1, 1),
             training=True,
+            momentum=0.1,
+            eps=1e-5,
+            batches=None,
+            residual=None,
+            activation="relu",
+            activation_parameters=(),
             pool_size=size,
             pool_stride=stride,
             pool_padding=padding,
         )
 
     def stock(self, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:  # type: ignore[override]
-        y = F.conv2d(x, weight, None, self.stride, self.padding)
-        y = F.batch_norm(y, None, None, norm_weight, norm_bias, training=True)
-        return F.max_pool2d(F.relu(y, inplace=True), *self.pool)
+        y = F.batch_norm(self.convolved(x, weight, None), None, None, norm_weight, norm_bias, training=True)
+        return self.max_pooled(F.relu(y, inplace=True))
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, module: Any, function: str) -> Tensor:
@@ -201,11 +233,20 @@ ALONE = ("conv2d", "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "
 FUSED: dict[str, Stage] = {
     **{f"conv_act_pool2d_{name}": stage for name, stage in STAGES.items()},
     "conv_batch_norm_act2d_resnet50_stem": NormalisedStage(3, 224, 64, 7, 2, 3, (3, 2, 1)),
+    # Zhang et al. (2015) of characters, VoxNet (2015) and the 3-D U-Net (2016) of volumes, M5 (2017) of sound.
+    "conv_act_pool1d_characters_2": Stage(256, 336, 256, 7, pool=(3, 3, 0), directions=1),
+    "conv_batch_norm_act1d_m5_2": NormalisedStage(128, 2000, 128, 3, padding=1, pool=(4, 4, 0), directions=1),
+    "conv_act_pool3d_voxnet_2": Stage(32, 14, 32, 3, directions=3),
+    "conv_batch_norm_act3d_unet_1": NormalisedStage(32, 32, 64, 3, padding=1, directions=3),
 }
 COUNTED: dict[str, Stage] = {
     "conv_act_pool2d_early": Stage(3, 24, 32, 3, padding=1),
     "conv_act_pool2d_middle": Stage(64, 12, 32, 3, padding=1),
     "conv_batch_norm_act2d": NormalisedStage(3, 24, 32, 3, padding=1),
+    "conv_act_pool1d": Stage(16, 256, 32, 3, padding=1, directions=1),
+    "conv_batch_norm_act1d": NormalisedStage(16, 256, 32, 3, padding=1, pool=(4, 4, 0), directions=1),
+    "conv_act_pool3d": Stage(4, 8, 32, 3, padding=1, directions=3),
+    "conv_batch_norm_act3d": NormalisedStage(4, 8, 32, 3, padding=1, directions=3),
 }
 OPERATIONS = {
     operation.name: operation
@@ -219,7 +260,7 @@ OPERATIONS = {
 
 
 def batch_of(stage: Stage, batch: int) -> tuple[int, ...]:
-    return batch, stage.channels, stage.size, stage.size
+    return batch, stage.channels, *[stage.size] * stage.directions
 
 
 def timed_cases(full: bool) -> list[Case]:
@@ -239,6 +280,7 @@ def timed_cases(full: bool) -> list[Case]:
         for dtype in dtypes
         for size, batch in SIZES.items()
         for name, stage in FUSED.items()
+        if not (suffix == "_nchw" and stage.memory_format is torch.contiguous_format)  # which is the usual one
     ]
     return usual + others if full else usual
 

@@ -28,43 +28,32 @@ from .base.channels import (
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import divide, scalar, square_root, widen
-from .base.random import channels_kept, keep_threshold, keep_tile
+from .base.random import channels_kept, keep_tile
 from .base.tiles import aligned, load, store, store_bits
+from .batch_norm_operands import Around, Norm, Running, as_type, plan_behind, takes_halves
 from .batch_norm_statistics import (
-    Before,
     before_constants,
-    before_parameters,
     channel_shift,
     copy_back,
     merge_partial,
     merge_statistics,
     partial_over,
-    plan_behind,
     store_moments,
-    takes_halves,
     value_before,
 )
-from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
+from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activation
 
 __all__ = [
     "AFFINE",
-    "VECTORS",
-    "as_type",
     "batch_norm_forward",
     "batch_norm_training",
     "before_told",
-    "both_or_neither",
     "channel_slopes",
-    "channel_vectors",
     "configuration_of",
-    "given_vectors",
     "mask_bytes",
     "noise_tile",
     "normalisation",
-    "options",
-    "parameter_type",
     "spatial_constants",
-    "spatial_of",
 ]
 
 # --- Device functions -----------------------------------------------------------------------------------------------
@@ -247,7 +236,6 @@ def batch_norm_forward_kernel(
 
 #: Pointers to a layer's parameters, and to its running statistics.
 AFFINE = frozenset({"weight", "bias"})
-VECTORS = ("mean", "variance", "weight", "bias")
 _TRACKED = frozenset({"running_mean", "running_variance"})
 _OPTIONAL = AFFINE | _TRACKED | {"residual", "mask", "partial", "batches", "slope", "seed", "shift"}
 
@@ -394,62 +382,6 @@ def _fused(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Iterator[Conf
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def parameter_type(dtype: torch.dtype, *vectors: Tensor | None) -> torch.dtype:
-    """The type in which kernels for ``dtype`` take these: their own, where all share one that kernels are made for."""
-    types = {vector.dtype for vector in vectors if vector is not None}
-    return dtype if types == {dtype} else ACCUMULATOR[dtype]
-
-
-def as_type(dtype: torch.dtype, *vectors: Tensor | None) -> tuple[Any, ...]:
-    """These, contiguous and of this type; None stays."""
-    return tuple(
-        v if v is None or (v.dtype is dtype and v.is_contiguous()) else v.to(dtype).contiguous() for v in vectors
-    )
-
-
-def both_or_neither(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Both, or neither."""
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)
-    elif bias is None and weight is not None:
-        bias = torch.zeros_like(weight)
-    return weight, bias
-
-
-def options(slopes: Tensor | None, seed: Tensor | None, p: float, spatial: int | None) -> tuple[int, ...]:
-    """The kernels' ``slopes``, ``last`` and ``spatial``, where there are some."""
-    last = None if seed is None else keep_threshold(p)
-    return tuple(one for one in (None if slopes is None else slopes.numel(), last, spatial) if one is not None)
-
-
-def spatial_of(x: Tensor, of_channels: bool) -> int | None:
-    """The elements of a sample's channel, if dropout drops them together."""
-    return x.numel() // (x.shape[0] * x.shape[1]) if of_channels else None
-
-
-def channel_vectors(
-    dtype: torch.dtype, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Statistics and parameters, all of the statistics' type; weight and bias both, or neither."""
-    return as_type(ACCUMULATOR[dtype], mean, variance, *both_or_neither(weight, bias))
-
-
-def given_vectors(
-    dtype: torch.dtype,
-    parameters: torch.dtype,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """What kernels for ``dtype`` are given as `VECTORS`: the parameters in their type.
-
-    Weight and bias are both there, or neither, but where there are no statistics.
-    """
-    affine = (weight, bias) if mean is None else both_or_neither(weight, bias)
-    return *as_type(ACCUMULATOR[dtype], mean, variance), *as_type(parameters, *affine)
-
-
 def mask_bytes(x: Tensor) -> int:
     """Bytes of the packed mask for the dense ``x``, whole tiles.  Sizes may be symbolic."""
     if not x.numel():
@@ -460,87 +392,37 @@ def mask_bytes(x: Tensor) -> int:
 
 
 def batch_norm_training(
-    x: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_variance: Tensor | None,
-    batches: Tensor | None,
-    momentum: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
-    *,
-    masked: bool,
-    slopes: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-    of_channels: bool = False,
-    before: Before | None = None,
+    x: Tensor, residual: Tensor | None, running: Running, norm: Norm, around: Around, *, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`batch_norm_forward` with the statistics of ``x``, which come last, and update the running ones.
 
     As of `merge_statistics`, whose work the programs that normalise do here.
     """
     x = dense(x)
-    plan = plan_of(x, spatial_of(x, of_channels))
-    partial = partial_over(x, plan, before)
+    plan = plan_of(x, around.spatial(x))
+    partial = partial_over(x, plan, around.before)
     if plan.splits > plan.tiling.lanes:
-        mean, variance = merge_statistics(partial, running_mean, running_variance, batches, momentum)
-        vectors = (mean, variance, weight, bias)
-        rest: dict[str, Any] = {"slopes": slopes, "seed": seed, "p": p, "of_channels": of_channels, "before": before}
-        y, mask = batch_norm_forward(x, residual, *vectors, eps, activation, masked=masked, **rest)
-        return y, mask, mean, variance
-    mean, variance = (torch.empty(plan.channels, dtype=partial.dtype, device=x.device) for _ in range(2))
-    y, mask = _normalise(
-        *(x, plan, residual, partial, mean, variance, weight, bias),
-        *(running_mean, running_variance, batches, momentum, eps, activation),
-        masked=masked,
-        slopes=slopes,
-        seed=seed,
-        p=p,
-        of_channels=of_channels,
-        before=before,
-    )
+        mean, variance = merge_statistics(partial, *running)
+        y, mask = batch_norm_forward(x, residual, norm._replace(mean=mean, variance=variance), around, masked=masked)
+    else:
+        mean, variance = (torch.empty(plan.channels, dtype=partial.dtype, device=x.device) for _ in range(2))
+        norm = norm._replace(mean=mean, variance=variance)
+        y, mask = _normalise(x, plan, residual, partial, running, norm, around, masked)
     return y, mask, mean, variance
 
 
 def batch_norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
-    *,
-    masked: bool,
-    slopes: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-    of_channels: bool = False,
-    before: Before | None = None,
+    x: Tensor, residual: Tensor | None, norm: Norm, around: Around, *, masked: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """activation((x - mean) / sqrt(variance + eps) * weight + bias + residual), in the memory order of ``x``.
+    """dropout(activation(norm(before(x)) + residual)), in the memory order of ``x``.
 
-    With ``masked``, also the packed bits that the activation's gradient needs.  PReLU has ``slopes``, in the type of
-    ``x``; with a ``seed``, dropout with probability ``p`` < 1 follows, ``of_channels`` as a whole where ``x`` is as of
-    `placed`.  What is normalised is what comes ``before``.
+    With ``masked``, also the packed bits that the activation's gradient needs.
     """
     x = dense(x)
     if not x.numel():
         return torch.empty_like(x), x.new_empty(0, dtype=torch.uint8) if masked else None
-    return _normalise(
-        *(x, plan_of(x, spatial_of(x, of_channels)), residual, None, mean, variance, weight, bias),
-        *(None, None, None, 0.0, eps, activation),
-        masked=masked,
-        slopes=slopes,
-        seed=seed,
-        p=p,
-        of_channels=of_channels,
-        before=before,
-    )
+    plan = plan_of(x, around.spatial(x))
+    return _normalise(x, plan, residual, None, Running(None, None, None, 0.0), norm, around, masked)
 
 
 def _normalise(
@@ -548,51 +430,36 @@ def _normalise(
     plan: Plan,
     residual: Tensor | None,
     partial: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_variance: Tensor | None,
-    batches: Tensor | None,
-    momentum: float,
-    eps: float,
-    activation: Activated,
-    *,
+    running: Running,
+    norm: Norm,
+    around: Around,
     masked: bool,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    of_channels: bool,
-    before: Before | None,
 ) -> tuple[Tensor, Tensor | None]:
-    plan = plan_behind(x.dtype, plan, before)
+    plan = plan_behind(x.dtype, plan, around.before)
     y = torch.empty_like(x)
     mask = torch.empty(mask_bytes(x), dtype=torch.uint8, device=x.device) if masked else None
-    running = (running_mean, running_variance)
-    parameters = parameter_type(x.dtype, weight, bias, *running)
-    updated = as_type(parameters, *running)
-    vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
+    tracked = (running.mean, running.variance)
+    parameters = norm.parameter_type(x.dtype, *tracked)
+    updated = as_type(parameters, *tracked)
     pointers = {
         "x": x,
         "residual": None if residual is None else dense_like(residual, x.stride()),
         "y": y,
         "mask": mask,
         "partial": partial,
-        **dict(zip(VECTORS, vectors, strict=True)),
+        **norm.vectors(x.dtype, parameters),
         "running_mean": updated[0],
         "running_variance": updated[1],
-        "batches": batches,
-        "slope": None if slopes is None else slopes.contiguous(),
-        "seed": seed,
-        "shift": None if before is None else before.shift,
+        "batches": running.batches,
+        **around.pointers,
     }
-    splits, values = plan.splits, float(x.numel() // plan.channels)
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
-    row = None if before is None else before.activation.row
-    configuration = _forward(x.dtype, plan.tiling, activation.row, given, parameters, row, of_channels)
-    spatial = spatial_of(x, of_channels)
-    scalars = (splits, values, momentum, eps, activation.a, activation.b, *options(slopes, seed, p, spatial))
-    launch_over(configuration, plan, tuple(pointers.values()), *scalars, *before_parameters(before))
-    copy_back(running, updated)
+    kind = (parameters, around.row_before, around.of_channels)
+    launch_over(
+        _forward(x.dtype, plan.tiling, around.activation.row, given, *kind),
+        plan,
+        tuple(pointers.values()),
+        *(plan.splits, float(x.numel() // plan.channels), running.momentum, norm.eps, *around.scalars(x)),
+    )
+    copy_back(tracked, updated)
     return y, mask

@@ -29,34 +29,20 @@ from .base.numerics import narrow, precise_sum, scalar
 from .base.tiles import aligned, load, load_bits, store
 from .batch_norm import (
     AFFINE,
-    VECTORS,
-    as_type,
     before_told,
     channel_slopes,
     configuration_of,
-    given_vectors,
     noise_tile,
     normalisation,
-    options,
-    parameter_type,
     spatial_constants,
-    spatial_of,
 )
+from .batch_norm_operands import Around, Norm, as_type, plan_behind, takes_halves
 from .batch_norm_pool import shared_gradient
-from .batch_norm_statistics import (
-    Before,
-    before_constants,
-    before_parameters,
-    channel_shift,
-    plan_behind,
-    takes_halves,
-    value_before,
-)
+from .batch_norm_statistics import before_constants, channel_shift, value_before
 from .functions.activation import (
     ACTIVATIONS,
     IDENTITY,
     PRELU,
-    Activated,
     Activation,
     gradient_from_input,
     prelu_slope_gradient,
@@ -199,8 +185,8 @@ def batch_norm_backward_kernel(
     dbias_pointer,
     slope_pointer,  # PReLU's slopes, (slopes,), which take the place of ``a``; or None
     seed_pointer,  # one int64, where dropout followed; or None
-    position_pointer,  # places of maxima, (samples, channels), whose gradient it then is; or None
     shift_pointer,  # (channels,), added before the activation before the norm; or None
+    position_pointer,  # places of maxima, (samples, channels), whose gradient it then is; or None
     dshift_pointer,  # (splits, channels): sums of its gradient; or None
     outer: tl.int64,
     channels,
@@ -462,10 +448,10 @@ def _of_all_places(dtype: torch.dtype, tiling: Tiling, row: Activation) -> Itera
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def _plan(x: Tensor, activation: Activated, before: Before | None, places: int | None, spatial: int | None) -> Plan:
+def _plan(x: Tensor, around: Around, places: int | None) -> Plan:
     """The programs of both kernels; a gradient that places share takes registers for each element's sample, too."""
-    plan = plan_behind(x.dtype, plan_of(x, places or spatial), before)
-    return plan.halved if places is not None and activation.row.saves == "input" else plan
+    plan = plan_behind(x.dtype, plan_of(x, places or around.spatial(x)), around.before)
+    return plan.halved if places is not None and around.activation.row.saves == "input" else plan
 
 
 def batch_norm_reduce(
@@ -473,39 +459,27 @@ def batch_norm_reduce(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
+    norm: Norm,
+    around: Around,
     *,
-    slopes: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-    of_channels: bool = False,
     places: int | None = None,
     emits: bool = False,
-    before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of dz, the gradient before the activation, and of dz * normalised x: of parts of each channel.
 
-    They are (splits, 2, channels); with PReLU's ``slopes`` those of their gradient are a third.  With a residual or the
+    They are (splits, 2, channels); with PReLU's slopes those of their gradient are a third.  With a residual or the
     mask, whose activation's input can't be computed from ``x`` alone, or where it ``emits`` it, also dz itself.
 
-    Without ``mean`` and ``variance``, x + bias is what was activated.  With the number of ``places`` of a sample's
-    channel, ``g`` is the gradient of their mean, (samples, channels).  What was normalised is what comes ``before``.
+    With the number of ``places`` of a sample's channel, ``g`` is the gradient of their mean, (samples, channels).
     """
     x = dense(x)
     dz = torch.empty_like(x) if emits or residual is not None or mask is not None else None
-    sums = 2 if slopes is None else 3
+    sums = 2 if around.slopes is None else 3
     if not x.numel():
         return torch.zeros((1, sums, x.shape[1]), dtype=ACCUMULATOR[x.dtype], device=x.device), dz
-    spatial = spatial_of(x, of_channels)
-    plan = _plan(x, activation, before, places, spatial)
+    plan = _plan(x, around, places)
     partial = torch.empty((plan.splits, sums, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
-    parameters = parameter_type(x.dtype, weight, bias)
-    vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
+    parameters = norm.parameter_type(x.dtype)
     pointers = {
         "g": dense_like(g, x.stride()) if places is None else g.contiguous(),
         "x": x,
@@ -513,18 +487,13 @@ def batch_norm_reduce(
         "mask": mask,
         "dz": dz,
         "partial": partial,
-        **dict(zip(VECTORS, vectors, strict=True)),
-        "slope": None if slopes is None else slopes.contiguous(),
-        "seed": seed,
-        "shift": None if before is None else before.shift,
+        **norm.vectors(x.dtype, parameters),
+        **around.pointers,
     }
     given = frozenset(name for name in _REDUCED if pointers[name] is not None)
-    row = None if before is None else before.activation.row
-    kind = (parameters, mean is not None, places is not None, row, of_channels)
-    configuration = _reduce(x.dtype, plan.tiling, activation.row, given, *kind)
-    scalars = (eps, activation.a, activation.b, *options(slopes, seed, p, spatial))
-    scalars += (*(() if places is None else (places,)), *before_parameters(before))
-    launch_over(configuration, plan, tuple(pointers.values()), *scalars)
+    kind = (parameters, norm.mean is not None, places is not None, around.row_before, around.of_channels)
+    configuration = _reduce(x.dtype, plan.tiling, around.activation.row, given, *kind)
+    launch_over(configuration, plan, tuple(pointers.values()), norm.eps, *around.scalars(x, places))
     return partial, dz
 
 
@@ -533,66 +502,52 @@ def batch_norm_backward(
     x: Tensor,
     partial: Tensor | None,
     inverse_count: float,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
+    norm: Norm,
+    around: Around,
     *,
     affine: bool,
-    slopes: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-    of_channels: bool = False,
     places: int | None = None,
     position: Tensor | None = None,
-    before: Before | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradient of the input and, where ``affine``, of weight and bias, in the type of the weight.
 
     ``partial`` are the sums of `batch_norm_reduce`, and ``inverse_count`` is 1 / the number of values that they are
     over.  None where the statistics don't depend on ``x``.  ``places`` as of `batch_norm_reduce`; with the ``position``
-    of maxima over these, the gradient is theirs.  What was normalised is what comes ``before``: of its shift the last
-    result are partial sums of the gradient, (splits, channels).
+    of maxima over these, the gradient is theirs.  Where a shift comes before the norm, the last result are partial sums
+    of its gradient, (splits, channels).
     """
     x = dense(x)
     dx = torch.empty_like(x)
+    weight = norm.weight
     if not x.numel():
         nothing = (None, None) if weight is None or not affine else (torch.zeros_like(weight), torch.zeros_like(weight))
         return dx, *nothing, None
-    spatial = spatial_of(x, of_channels)
-    plan = _plan(x, activation, before, places, spatial)
+    plan = _plan(x, around, places)
     if partial is not None and partial.shape[0] > plan.tiling.lanes:
         partial = partial.sum(0, keepdim=True)
-    parameters = parameter_type(x.dtype, weight, bias)
+    parameters = norm.parameter_type(x.dtype)
     dweight, dbias = (
         torch.empty(plan.channels, dtype=parameters, device=x.device) if affine else None for _ in range(2)
     )
-    shift = None if before is None else before.shift
     sums = (plan.splits, plan.channels)
-    dshift = None if shift is None else torch.empty(sums, dtype=ACCUMULATOR[x.dtype], device=x.device)
-    vectors = given_vectors(x.dtype, parameters, mean, variance, weight, bias)
+    shifted = around.before is not None and around.before.shift is not None
+    dshift = torch.empty(sums, dtype=ACCUMULATOR[x.dtype], device=x.device) if shifted else None
     pointers = {
         "g": dense_like(g, x.stride()) if places is None else g.contiguous(),
         "x": x,
         "dx": dx,
         "partial": partial,
-        **dict(zip(VECTORS, vectors, strict=True)),
+        **norm.vectors(x.dtype, parameters),
         "dweight": dweight,
         "dbias": dbias,
-        "slope": None if slopes is None else slopes.contiguous(),
-        "seed": seed,
+        **around.pointers,
         "position": position,
-        "shift": shift,
         "dshift": dshift,
     }
     splits = 0 if partial is None else partial.shape[0]
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
-    row = None if before is None else before.activation.row
-    kind = (parameters, mean is not None, places is not None, row, of_channels)
-    configuration = _gradient(x.dtype, plan.tiling, activation.row, given, *kind)
-    scalars = (splits, inverse_count, eps, activation.a, activation.b, *options(slopes, seed, p, spatial))
-    scalars += (*(() if places is None else (places,)), *before_parameters(before))
+    kind = (parameters, norm.mean is not None, places is not None, around.row_before, around.of_channels)
+    configuration = _gradient(x.dtype, plan.tiling, around.activation.row, given, *kind)
+    scalars = (splits, inverse_count, norm.eps, *around.scalars(x, places))
     launch_over(configuration, plan, tuple(pointers.values()), *scalars)
     return dx, *as_type(parameters if weight is None else weight.dtype, dweight, dbias), dshift

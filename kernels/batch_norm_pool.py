@@ -18,8 +18,9 @@ from .base.channels import Tiling, channel_tile, common_tilings_of, lanes, tile_
 from .base.launch import ACCUMULATOR, DTYPES, Configuration, kernel, launch, ships
 from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, cdiv, load
-from .batch_norm import VECTORS, channel_slopes, configuration_of, given_vectors, normalisation, parameter_type
-from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activated, Activation
+from .batch_norm import channel_slopes, configuration_of, normalisation
+from .batch_norm_operands import Around, Norm
+from .functions.activation import ACTIVATIONS, IDENTITY, PRELU, Activation
 
 __all__ = ["MOST_PLACES", "batch_norm_pool", "shared_gradient"]
 
@@ -226,23 +227,12 @@ def _divide(dtype: torch.dtype, samples: int, channels: int, places: int, channe
 
 
 def batch_norm_pool(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: Activated,
-    *,
-    maximum: bool,
-    keeps: bool,
-    slopes: Tensor | None = None,
+    x: Tensor, norm: Norm, around: Around, *, maximum: bool, keeps: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """max or mean over all places of activation((x - mean) / sqrt(variance + eps) * weight + bias).
+    """max or mean over all places of activation(norm(x)): nothing before the norm, and no dropout.
 
-    The result is (samples, channels).  ``x`` as of `placed`.  Without ``mean`` it is of activation(x + bias).  Where it
-    ``keeps`` of the maxima what the gradient needs, also the input and its place, int64, counted in the order of
-    memory.  PReLU has ``slopes``, in the type of ``x``.
+    The result is (samples, channels).  ``x`` as of `placed`.  Where it ``keeps`` of the maxima what the gradient needs,
+    also the input and its place, int64, counted in the order of memory.
     """
     samples, channels = x.shape[:2]
     places = x.numel() // (samples * channels)
@@ -251,22 +241,22 @@ def batch_norm_pool(
     keeps = keeps and maximum
     winner = torch.empty_like(y) if keeps else None
     position = torch.empty_like(y, dtype=torch.int64) if keeps else None
-    parameters = parameter_type(x.dtype, weight, bias)
+    parameters = norm.parameter_type(x.dtype)
     pointers = {
         "x": x,
         "y": y,
         "winner": winner,
         "position": position,
-        **dict(zip(VECTORS, given_vectors(x.dtype, parameters, mean, variance, weight, bias), strict=True)),
-        "slope": None if slopes is None else slopes.contiguous(),
+        **norm.vectors(x.dtype, parameters),
+        "slope": around.pointers["slope"],
     }
     given = frozenset(name for name in _OPTIONAL if pointers[name] is not None)
     tiling, programs, extents = _divide(x.dtype, samples, channels, places, channels_last)
     launch(
-        _configuration(x.dtype, tiling, activation.row, maximum, given, parameters),
+        _configuration(x.dtype, tiling, around.activation.row, maximum, given, parameters),
         programs,
         *(pointer for pointer in pointers.values() if pointer is not None),
-        *(*extents, eps, activation.a, activation.b),
-        *(() if slopes is None else (slopes.numel(),)),
+        *(*extents, norm.eps, around.activation.a, around.activation.b),
+        *(() if around.slopes is None else (around.slopes.numel(),)),
     )
     return y, winner, position

@@ -13,7 +13,7 @@ Statistics are float32 (float64 for float64), and so is all arithmetic of the la
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,55 +37,28 @@ from .base.launch import ACCUMULATOR, DTYPES, TRITON_TYPE, Configuration, config
 from .base.layout import dense
 from .base.numerics import divide, narrow, precise_sum, scalar, widen
 from .base.tiles import aligned, cdiv, load
-from .functions.activation import ACTIVATIONS, Activated, Activation
+from .batch_norm_operands import Before
+from .functions.activation import ACTIVATIONS, IDENTITY, Activation
 
 __all__ = [
-    "Before",
     "before_constants",
-    "before_parameters",
     "channel_shift",
     "copy_back",
     "merge_partial",
     "merge_statistics",
     "partial_over",
     "partial_statistics",
-    "plan_behind",
     "store_moments",
     "store_statistics",
-    "takes_halves",
     "value_before",
 ]
 
 # --- Before the norm --------------------------------------------------------------------------------------------------
 
 
-class Before(NamedTuple):
-    """What is normalised, where that isn't the input: activation(x + shift), with a shift for each channel, or none."""
-
-    activation: Activated
-    shift: Tensor | None
-
-
-def before_parameters(before: Before | None) -> tuple[float, float]:
-    """The parameters of that activation, as kernels are given them."""
-    return (0.0, 0.0) if before is None else (before.activation.a, before.activation.b)
-
-
 def before_constants(row: Activation | None, shifted: bool) -> dict[str, Any]:
     """Constants of kernels that can be told of an activation before the norm."""
     return {"BEFORE": row, **({} if shifted else {"shift_pointer": None})}
-
-
-def takes_halves(dtype: torch.dtype, row: Activation | None) -> bool:
-    """Whether passes over what was normalised behind that activation take their tiles in halves: registers hold two
-    values of each element, and of some what the activation's gradient is computed from.
-    """
-    return row is not None and (row.saves == "input" or dtype.itemsize > 2)
-
-
-def plan_behind(dtype: torch.dtype, plan: Plan, before: Before | None) -> Plan:
-    """The programs of these passes: those of ``plan``."""
-    return plan.halved if before is not None and takes_halves(dtype, before.activation.row) else plan
 
 
 @triton.jit
@@ -383,9 +356,9 @@ def partial_statistics(x: Tensor) -> Tensor:
 def partial_over(x: Tensor, plan: Plan, before: Before | None = None) -> Tensor:
     """`partial_statistics` of the dense ``x``, or of what comes ``before``, by the programs of its plan."""
     partial = torch.empty((plan.splits, 3, plan.channels), dtype=ACCUMULATOR[x.dtype], device=x.device)
-    row, shift = (None, None) if before is None else (before.activation.row, before.shift)
-    configuration = _statistics(x.dtype, plan.tiling, row, shift is not None)
-    launch_over(configuration, plan, (x, partial, shift), *before_parameters(before))
+    first, shift = (IDENTITY, None) if before is None else before
+    configuration = _statistics(x.dtype, plan.tiling, None if before is None else first.row, shift is not None)
+    launch_over(configuration, plan, (x, partial, shift), first.a, first.b)
     return partial
 
 

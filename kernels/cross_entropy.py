@@ -40,7 +40,7 @@ from .base.lines import (
     online_softmax_init,
     online_softmax_reduce,
     online_softmax_update,
-    pack,
+    packed_tile,
     reference_point,
     spread,
     sum_of_pairs,
@@ -138,11 +138,13 @@ def cross_entropy_forward_kernel(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,  # elements of a thread's access
+    SPAN: tl.constexpr,  # elements of a line that threads access at once
     THREADS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     packed: tl.constexpr = ALIGN if ALIGN < VECTOR else VECTOR
-    pairs: tl.constexpr = WIDTH // packed if WIDTH // packed < THREADS else THREADS
+    spanned: tl.constexpr = SPAN // packed if packed < SPAN else 1
+    pairs: tl.constexpr = spanned if spanned < THREADS else THREADS
     smoothing = scalar(smoothing, COMPUTE)
     losses = tl.zeros((LINES,), tl.float64)
     weights = tl.zeros((LINES,), tl.float64)
@@ -154,9 +156,8 @@ def cross_entropy_forward_kernel(
         mass = tl.zeros_like(total)  # sum of the weights of log p
         moment = tl.zeros_like(total)  # sum of weighted (x - maximum)
         for first in range(0, dim_size, WIDTH):
-            tile, place = line_tile(lines, first, AXIS, WIDTH)
+            tile, place = packed_tile(lines, first, AXIS, WIDTH, pairs, packed)
             x = load(x_pointer, tile, COMPUTE, float("-inf"))
-            x = pack(x, AXIS, LINES, WIDTH, pairs, packed)
             previous = reference_point(maximum)
             maximum, total = online_softmax_update(maximum, total, x, AXIS)
             if TARGETS != _INDICES:
@@ -164,10 +165,9 @@ def cross_entropy_forward_kernel(
                 if TARGETS == _PROBABILITIES:
                     q = load(target_pointer, tile, COMPUTE)
                     weight *= q * (1 - smoothing) + smoothing / dim_size
-                weight = pack(tl.where(tile.inside, weight, 0.0), AXIS, LINES, WIDTH, pairs, packed)
+                weight = tl.where(tile.inside, weight, 0.0)
                 reference = reference_point(maximum)
-                weighted_x = weight * (x - spread(reference, AXIS))
-                weighted_x = tl.where(pack(tile.inside, AXIS, LINES, WIDTH, pairs, packed), weighted_x, 0.0)
+                weighted_x = tl.where(tile.inside, weight * (x - spread(reference, AXIS)), 0.0)
                 moment += (previous - reference) * mass + sum_of_pairs(weighted_x, AXIS)
                 mass += sum_of_pairs(weight, AXIS)
 
@@ -323,13 +323,13 @@ def cross_entropy_backward_kernel(
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
-# Tiles, lines x elements of each, by the longest line that takes them.  A lane holds 16 or 32 elements, and where it
-# can a warp holds whole lines: what is computed once for a line is computed once for many elements.  Class indices, the
-# usual targets, get more shapes.
+# Tiles, lines x elements of each, by the longest line that takes them.  A lane holds 16 or 32 elements, of short lines
+# up to 128, and where it can a warp holds whole lines: what is computed once for a line is computed once for many
+# elements.  Class indices, the usual targets, get more shapes.
 _Tiles = dict[float, tuple[int, int]]
 _TILES: dict[str, dict[int, _Tiles]] = {
     "forward": {
-        ALONG: {16: (128, 16), 128: (16, 128), 1024: (16, 256), 4096: (4, 1024), inf: (1, 4096)},
+        ALONG: {16: (128, 16), 64: (64, 64), 128: (64, 128), 1024: (16, 256), 4096: (4, 1024), inf: (1, 4096)},
         ACROSS: {inf: (64, 32)},
     },
     "backward": {ALONG: {16: (128, 16), 128: (16, 128), inf: (2, 1024)}, ACROSS: {32: (64, 32), inf: (64, 128)}},
@@ -355,11 +355,22 @@ def _elements(direction: str, dtype: torch.dtype, targets: Targets) -> dict[str,
     }
 
 
+def _accesses(dtype: torch.dtype, tiling: LineTiling, threads: int) -> dict[str, int]:
+    """What the forward pass's threads access at once.  Where a warp has several lines it is a part of each, so that
+    the lines' ends come at once, too.  Two threads take a whole sector of memory; the shortest lines have one each.
+    """
+    vector = 16 // dtype.itemsize
+    threads_of_line = max(threads // tiling.lines, 2)
+    span = min(threads_of_line * vector, tiling.width) if tiling.width > 16 else 1
+    return {"VECTOR": vector, "SPAN": span, "THREADS": threads}
+
+
 @cache
 def _configuration(direction: str, dtype: torch.dtype, targets: Targets, tiling: LineTiling) -> Configuration:
     axis = tiling.axis
     elements = tiling.lines * tiling.width
-    threads = max(elements // 32, threads_for(dtype))
+    short = axis == ALONG and tiling.lines == 64  # the end of a line costs as much as its elements
+    threads = tiling.lines if short else max(elements // 32, threads_for(dtype))
     # Else registers run out, with one Triton or another.
     if targets is not Targets.INDICES and direction == "forward":
         threads = elements // (8 if targets is Targets.PROBABILITIES and dtype is torch.float64 else 4)
@@ -368,7 +379,7 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, tiling:
     reads = 2 if targets is Targets.PROBABILITIES else 1
     wide = elements * dtype.itemsize // (threads * 16)
     if direction == "forward":
-        code, own, stores = cross_entropy_forward_kernel, {"VECTOR": 16 // dtype.itemsize, "THREADS": threads}, 0
+        code, own, stores = cross_entropy_forward_kernel, _accesses(dtype, tiling, threads), 0
     else:
         code, own, stores = cross_entropy_backward_kernel, {}, wide
     place = "along" if axis == ALONG else "across"

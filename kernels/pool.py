@@ -18,7 +18,7 @@ from .base.channels import ChannelMatrix
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, launch, ships
 from .base.layout import dense_like
 from .base.tiles import cdiv, width_for
-from .batch_norm import channel_vectors
+from .batch_norm_operands import Norm
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation
 from .pool_backward import pool_backward_cells_kernel, pool_backward_kernel
 from .pool_forward import pool_forward_kernel
@@ -242,7 +242,8 @@ def pool_forward(
     if residual is not None:
         residual = dense_like(residual, x.stride())
     if mean is not None and variance is not None:
-        mean, variance, weight, bias = channel_vectors(x.dtype, mean, variance, weight, bias)
+        norm = Norm(mean, variance, weight, bias, eps)
+        mean, variance, weight, bias = norm.vectors(x.dtype, ACCUMULATOR[x.dtype]).values()
     elif bias is not None:
         bias = bias.contiguous()
     results = pooled_like(

@@ -29,7 +29,7 @@ from .base.lines import (
     online_softmax_init,
     online_softmax_reduce,
     online_softmax_update,
-    pack,
+    packed_tile,
 )
 from .base.long_lines import (
     CHUNK,
@@ -89,9 +89,9 @@ def softmax_forward_kernel(
     else:
         maximum, total = online_softmax_init(COMPUTE, AXIS, LINES, pairs)
         for first in range(0, dim_size, WIDTH):
-            tile, _place = line_tile(lines, first, AXIS, WIDTH)
+            tile, _place = packed_tile(lines, first, AXIS, WIDTH, pairs, packed)
             x = load_signed(x_pointer, tile, negated, COMPUTE)
-            maximum, total = online_softmax_update(maximum, total, pack(x, AXIS, LINES, WIDTH, pairs, packed), AXIS)
+            maximum, total = online_softmax_update(maximum, total, x, AXIS)
         maximum, total = online_softmax_reduce(maximum, total, AXIS)
         maximum = tl.expand_dims(maximum, AXIS)
         total = tl.expand_dims(total, AXIS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES
+from support.draws import check_over_draws
 from torch import Tensor
 
 from fusednn import kernels
@@ -270,6 +271,17 @@ def behind(name: str, training: bool = True, p: float = 0.0) -> tuple[Callable[.
 def test_an_activation_before_the_norm(shape: tuple[int, ...], name: str, device: str) -> None:
     (x, weight, bias, shift), gradient = operands(shape, torch.float32, shape[1], device)
     check_against_stock(*behind(name), [x, weight, bias, shift], gradient)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", pytest.param("softsign", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("shape", [(40, 7), (2, 3, 7, 7)], ids=str)
+def test_an_activation_before_the_norm_is_as_accurate_as_stocks(shape: tuple[int, ...], name: str, device: str) -> None:
+    def draw(seed: int) -> tuple[list[Tensor], Tensor]:
+        shapes = (shape, *[shape[1:2]] * 3, shape)
+        *tensors, gradient = (random_tensor(one, torch.float32, device, 5 * seed + i) for i, one in enumerate(shapes))
+        return tensors, gradient
+
+    check_over_draws(*behind(name), [draw(seed) for seed in range(9)])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES
+from support.draws import check_over_draws
 from torch import Tensor
 
 from fusednn import kernels
@@ -104,6 +105,19 @@ def test_activations_that_fall(name: str, maximum: bool, device: str) -> None:
     (x, weight, bias), gradient = operands((3, 4, 25), torch.float32, device)
     check_against_stock(*normed(True, maximum, 4, name), [x, weight, bias], gradient)
     check_against_stock(*biased(maximum, name), [x, bias], gradient)
+
+
+@both
+@pytest.mark.parametrize("name", ["relu", "elu", "tanh", pytest.param("selu", marks=pytest.mark.thorough)])
+def test_as_accurate_as_stock(name: str, maximum: bool, device: str) -> None:
+    def draw(seed: int) -> tuple[list[Tensor], Tensor]:
+        shapes = ((2, 3, 2, 3, 4), (3,), (3,), (2, 3))
+        *tensors, gradient = (random_tensor(one, torch.float32, device, 4 * seed + i) for i, one in enumerate(shapes))
+        return tensors, gradient
+
+    draws = [draw(seed) for seed in range(9)]
+    check_over_draws(*normed(True, maximum, 3, name), draws)
+    check_over_draws(*biased(maximum, name), [([x, bias], gradient) for (x, _, bias), gradient in draws])
 
 
 def test_a_bias_and_slopes(device: str) -> None:

@@ -48,6 +48,29 @@ def test_what_no_parameter_decides_goes_the_shortest_way() -> None:
     assert flow_of(instructions_of(LISTING), 32, {}).each["FMA"] == 1
 
 
+def test_a_loop_inside_another_is_counted_by_itself() -> None:
+    back = "        /*00d8*/              @P6  BRA 0xa0 ;\n        /*00e0*/              @P5  BRA 0x30"
+    flow = flow_of(instructions_of(LISTING.replace("        /*00e0*/              @P5  BRA 0x30", back)), 32, {})
+    assert flow.inside == Counter({"others": 3, "special function": 1})
+    assert flow.each == Counter({"others": 3, "FMA": 1})
+    assert sum(flow.counted(3, 4).values()) == 5 + 3 * (4 + 4 * 4)
+
+
+@pytest.mark.compiles
+def test_a_lines_end_comes_once_for_all_its_parts() -> None:
+    from fusednn_bench.instructions import execution_of
+    from fusednn_bench.launched import launches_of
+
+    x, target = torch.empty(4096, 1024), torch.empty(4096, dtype=torch.int64)
+    forward = kernels.cross_entropy.cross_entropy_forward
+    launched, _ = launches_of(lambda: forward(x, target, None, "mean", -100, 0.0, x.dtype))
+    execution = execution_of(launched, launched.elements, launched.bytes)
+    lines, width = (dict(launched.configuration.constants)[name] for name in ("LINES", "WIDTH"))
+    assert width < 1024
+    assert execution.trips == 4096 / lines / launched.programs
+    assert execution.each["float64"] < lines * 32 / execution.threads * 20
+
+
 def test_pipes_are_busy_for_several_cycles() -> None:
     counted = {"ALU": 3, "wide multiplication": 1, "integer multiplication": 2, "others": 4}
     assert busy(counted) == {"issue": 10, "ALU": 6, "integer multiplication": 8}

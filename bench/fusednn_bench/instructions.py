@@ -65,7 +65,7 @@ class Execution(NamedTuple):
     spills: int
     once: dict[str, float]  # instructions of a warp, by pipe
     each: dict[str, float]  # each time through its loops
-    trips: int
+    trips: float  # in the mean
     cycles: dict[str, float]  # of a warp, by pipe
     programs_at_once: int
     bytes_in_flight: int  # of a program
@@ -100,18 +100,22 @@ def execution_of(launched: Launched, elements: int, moved: float) -> Execution:
     )
     code, instructions, shared = _compiled(configuration, _specialised(launched))
     threads = 32 * configuration.num_warps(32)
-    trips = _trips(launched, elements)
+    tiles, parts = _walked(launched, elements)
+    trips = max(tiles / launched.programs, 1)
     flow = flow_of(instructions, moved / (launched.programs * threads * trips), _parameters(launched))
-    trips = trips if flow.each else 0
+    if flow.inside:
+        trips /= parts
+    elif not flow.each:
+        trips = 0
     return Execution(
         launched.programs,
         threads,
         code.registers,
         code.spills,
         dict(flow.once),
-        dict(flow.each),
+        flow.repeated(parts),
         trips,
-        busy(flow.counted(trips)),
+        busy(flow.counted(trips, parts)),
         programs_at_once(TARGET, threads, code.registers, max(shared, code.shared_bytes)),
         flow.bytes_in_flight * threads // 32,
     )
@@ -172,22 +176,22 @@ _TILES = (("HEIGHT", "WIDTH"), ("LINES", "WIDTH"), ("ROWS", "COLUMNS"), ("TILE",
 _ROWS = ("columns", "dim_size")
 
 
-def _trips(launched: Launched, elements: int) -> int:
-    """Of a program through its loops over tiles."""
+def _walked(launched: Launched, elements: int) -> tuple[int, int]:
+    """The tiles that a launch's programs go through, and how many of them are parts of the same lines."""
     constants = dict(launched.configuration.constants)
     given = {**constants, **dict(zip(launched.configuration.names, launched.arguments, strict=True))}
     name = launched.configuration.kernel.__name__
     if name in _SUMMED:
-        return math.ceil(_SUMMED[name](given) / constants["DEPTH"])
+        return launched.programs * math.ceil(_SUMMED[name](given) / constants["DEPTH"]), 1
     tile = next(([constants[each] for each in names] for names in _TILES if set(names) <= set(constants)), None)
     if tile is None:
-        return 1
+        return launched.programs, 1
     row = next((given[each] for each in _ROWS if each in given), None)
     if row is None or len(tile) < 2:
-        return math.ceil(elements / launched.programs / math.prod(tile))
+        return math.ceil(elements / math.prod(tile)), 1
     height, width = tile
-    tiles = math.ceil(elements / row / height) * math.ceil(row / width)
-    return math.ceil(tiles / launched.programs)
+    parts = math.ceil(row / width)
+    return math.ceil(elements / row / height) * parts, parts
 
 
 def records_of(case: Case | StepCase, machine: Machine) -> Iterator[dict[str, Any]]:
@@ -244,7 +248,7 @@ def _record(launched: Launched, of_call: Mapping[str, Any], machine: Machine) ->
         "instructions_by_pipe": an_element,
         "once": sum(execution.once.values()),
         "each": sum(execution.each.values()),
-        "trips": execution.trips,
+        "trips": round(execution.trips, 1),
         "issue_over_bytes": round(ratios["issue"], 3),
         "busiest_pipe": busiest,
         "busiest_over_bytes": round(ratios[busiest], 3),

@@ -72,7 +72,7 @@ class Case(NamedCase):
         """What a result file says of the case, whatever was measured."""
         return {
             **self.named(contestant, direction, self.shape),
-            "channels_last": self.operation.memory_format is torch.channels_last,
+            "channels_last": self.operation.memory_format in (torch.channels_last, torch.channels_last_3d),
             "tf32": self.operation.tf32,
             "budget_bytes": self.budget(direction),
         }

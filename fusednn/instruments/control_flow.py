@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -29,17 +29,24 @@ _SUBROUTINE = 1000  # more instructions than the ways around it have
 
 @dataclass(frozen=True)
 class Flow:
-    """Instructions of one warp, by pipe: ``once`` a program, and ``each`` time through its loops over tiles, which are
-    empty where a program has one tile.  Bytes are those that the warp loads before it must wait.
+    """Instructions of one warp, by pipe: ``once`` a program, ``each`` time through its loops over tiles, which are
+    empty where a program has one tile, and each time through loops ``inside`` these, which are over parts of a line.
+    Bytes are those that the warp loads before it must wait.
     """
 
     once: Counter[str]
     each: Counter[str]
+    inside: Counter[str]
     bytes_in_flight: int
 
-    def counted(self, trips: float) -> dict[str, float]:
+    def repeated(self, parts: float) -> dict[str, float]:
+        """Each time through its loops, and so often through those inside."""
+        return {pipe: self.each[pipe] + parts * self.inside[pipe] for pipe in {*self.each, *self.inside}}
+
+    def counted(self, trips: float, parts: float = 1) -> dict[str, float]:
         """Of a program that goes through its loops so many times."""
-        return {pipe: self.once[pipe] + trips * self.each[pipe] for pipe in {*self.once, *self.each}}
+        each = self.repeated(parts)
+        return {pipe: self.once[pipe] + trips * each.get(pipe, 0) for pipe in {*self.once, *each}}
 
 
 def flow_of(instructions: Iterable[Instruction], needed: float, parameters: Mapping[int, int]) -> Flow:
@@ -50,23 +57,33 @@ def flow_of(instructions: Iterable[Instruction], needed: float, parameters: Mapp
     blocks = _blocks(list(instructions))
     graph = _Graph(blocks, _decided(_Graph(blocks), parameters))
     path = graph.shortest(graph.entry, _EXIT, needed)
-    once, each, ahead = _count(graph, path), Counter[str](), []
-    for loop in graph.outermost:
-        if loop.header in path:
-            passed = loop.latch in path
-            body = (
-                [block for block in path if block in loop.blocks]
-                if passed
-                else graph.shortest(loop.header, loop.latch, needed, loop.blocks)
-            )
-            counted = _count(graph, body)
-            each.update(counted)
-            if passed:
-                once.subtract(counted)
-            # Asynchronous copies are waited for some trips later: those under way were begun before the loop.
-            before = [block for block in path if block not in loop.blocks]
-            ahead += [_loaded(graph, body, LOADS), _loaded(graph, before, ("LDGSTS",))]
-    return Flow(+once, +each, _WARP * (max(ahead) if ahead else _loaded(graph, path, LOADS)))
+    once, each, inside, ahead = _count(graph, path), Counter[str](), Counter[str](), []
+    for loop in graph.loops_in():
+        if not (body := _body(graph, loop, path, needed)):
+            continue
+        counted = _count(graph, body)
+        each.update(counted)
+        if loop.latch in path:
+            once.subtract(counted)
+        for inner in graph.loops_in(loop):
+            part = _body(graph, inner, body, needed)
+            inside.update(_count(graph, part))
+            if inner.latch in body:
+                each.subtract(_count(graph, part))
+            ahead.append(_loaded(graph, part, LOADS))
+        # Asynchronous copies are waited for some trips later: those under way were begun before the loop.
+        before = [block for block in path if block not in loop.blocks]
+        ahead += [_loaded(graph, body, LOADS), _loaded(graph, before, ("LDGSTS",))]
+    return Flow(+once, +each, +inside, _WARP * (max(ahead) if ahead else _loaded(graph, path, LOADS)))
+
+
+def _body(graph: _Graph, loop: _Loop, path: Collection[int], needed: float) -> list[int]:
+    """A loop's blocks, once through; none where the path leaves it aside."""
+    if loop.header not in path:
+        return []
+    if loop.latch in path:
+        return [block for block in path if block in loop.blocks]
+    return graph.shortest(loop.header, loop.latch, needed, loop.blocks)
 
 
 def _touches_memory(instruction: Instruction) -> bool:
@@ -88,6 +105,9 @@ class _Loop(NamedTuple):
     header: int
     latch: int  # from which it is entered again
     blocks: frozenset[int]
+
+    def is_in(self, other: _Loop) -> bool:
+        return self.header in other.blocks and self.header != other.header
 
 
 def _blocks(instructions: list[Instruction]) -> dict[int, list[Instruction]]:
@@ -188,8 +208,8 @@ class _Graph:
         return {(a, b) for a in self.order for b in self.successors[a] if b in self.dominators[a]}
 
     @cached_property
-    def outermost(self) -> list[_Loop]:
-        """Loops over tiles that are in no other."""
+    def loops(self) -> list[_Loop]:
+        """Those over tiles and parts of these: all that touch memory."""
         loops = []
         for latch, header in self.returns:
             blocks, waiting = {header, latch}, [latch]
@@ -200,6 +220,19 @@ class _Graph:
                     blocks.update(self.predecessors[block])
             if any(_touches_memory(each) for block in blocks for each in self.blocks[block]):
                 loops.append(_Loop(header, latch, frozenset(blocks)))
+        return loops
+
+    @cached_property
+    def _outermost(self) -> list[_Loop]:
+        return self.loops_in()
+
+    def loops_in(self, outer: _Loop | None = None) -> list[_Loop]:
+        """Loops that are in this one, or anywhere, and in no other there."""
+        loops = [
+            loop
+            for loop in self.loops
+            if outer is None or (loop.header in outer.blocks and loop.header != outer.header)
+        ]
         return [loop for loop in loops if not any(loop.header in o.blocks and loop.header != o.header for o in loops)]
 
     def shortest(self, start: int, end: int, needed: float, within: Iterable[int] | None = None) -> list[int]:
@@ -232,7 +265,7 @@ class _Graph:
         if block == _EXIT:
             return _NOTHING
         return _Done(
-            sum(loop.header == block for loop in self.outermost), sum(each.bytes_moved for each in self.blocks[block])
+            sum(loop.header == block for loop in self._outermost), sum(each.bytes_moved for each in self.blocks[block])
         )
 
     def _length(self, block: int) -> int:

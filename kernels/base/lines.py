@@ -35,7 +35,7 @@ __all__ = [
     "online_softmax_init",
     "online_softmax_reduce",
     "online_softmax_update",
-    "pack",
+    "packed_tile",
     "reference_point",
     "spread",
     "sum_of_pairs",
@@ -148,7 +148,8 @@ def line_tile(lines, first, AXIS: tl.constexpr, WIDTH: tl.constexpr):
 #
 # Long lines are folded chunk by chunk into maxima and sums of exp(x - maximum).  Where a line is contiguous, all that a
 # thread holds of a chunk shares a pair: no exchange between threads until the line's end, and hardly more than one
-# exponential an element.  It holds ``PACKED`` neighbours, an access, and as many in each further row of ``PAIRS``.
+# exponential an element.  It holds ``PACKED`` neighbours, an access, and as many in each further row of ``PAIRS``: the
+# tile is (rows, lines, pairs, neighbours), so that the fewer pairs a line has, the more lines a warp takes at once.
 
 
 @triton.jit
@@ -168,18 +169,24 @@ def online_softmax_init(COMPUTE: tl.constexpr, AXIS: tl.constexpr, LINES: tl.con
 
 
 @triton.jit
-def pack(tile, AXIS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr):
-    """The tile as (lines, rows, pairs, neighbours): a pair is of axes 1 and 3.  Or as it is: of axis 0."""
+def packed_tile(lines, first, AXIS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr):
+    """`line_tile`, but of contiguous lines as (rows, lines, pairs, neighbours): a pair is of axes 0 and 3."""
     if AXIS == _ALONG:
-        tile = tl.reshape(tile, (LINES, WIDTH // (PAIRS * PACKED), PAIRS, PACKED))
-    return tile
+        row = tl.arange(0, WIDTH // (PAIRS * PACKED))[:, None, None, None]
+        pair = tl.arange(0, PAIRS)[None, None, :, None]
+        place = first + (row * PAIRS + pair) * PACKED + tl.arange(0, PACKED)[None, None, None, :]
+        offsets = lines.offsets[None, :, None, None] + place
+        inside = lines.exists[None, :, None, None] & (place < lines.dim_size)
+        return Tile(lines.start, offsets, inside), place
+    else:
+        return line_tile(lines, first, AXIS, WIDTH)
 
 
 @triton.jit
 def spread(values, AXIS: tl.constexpr):
     """A pair's values, broadcastable to its elements."""
     if AXIS == _ALONG:
-        values = values[:, None, :, None]
+        values = values[None, :, :, None]
     else:
         values = values[None, :]
     return values
@@ -190,7 +197,7 @@ def sum_of_pairs(tile, AXIS: tl.constexpr):
     """The sums of what shares a pair."""
     if AXIS == _ALONG:
         tile = tl.sum(tile, 3)
-    return tl.sum(tile, AXIS)
+    return tl.sum(tile, 0)
 
 
 @triton.jit
@@ -199,7 +206,7 @@ def online_softmax_update(maximum, total, x, AXIS: tl.constexpr):
     largest = x
     if AXIS == _ALONG:
         largest = tl.max(largest, 3)
-    largest = tl.maximum(maximum, tl.max(largest, AXIS), propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.maximum(maximum, tl.max(largest, 0), propagate_nan=tl.PropagateNan.ALL)
     reference = reference_point(largest)
     exponentials = exp_of_term(x - spread(reference, AXIS))
     return largest, total * exp_of_term(maximum - reference) + sum_of_pairs(exponentials, AXIS)

@@ -21,7 +21,7 @@ from .lines import (
     online_softmax_init,
     online_softmax_reduce,
     online_softmax_update,
-    pack,
+    packed_tile,
     reference_point,
 )
 from .numerics import fast_exp
@@ -115,8 +115,9 @@ def split_statistics_kernel(
     line, split, begin, end = split_of_line(program, count, dim_size, splits, split_size, ALIGN)
     maximum, total = online_softmax_init(tl.float32, _ALONG, 1, pairs)
     for first in range(begin, end, WIDTH):
-        x = load_signed(x_pointer, long_line_tile(line, first, WIDTH), negated, tl.float32)
-        maximum, total = online_softmax_update(maximum, total, pack(x, _ALONG, 1, WIDTH, pairs, packed), _ALONG)
+        tile, _place = packed_tile(line, first, _ALONG, WIDTH, pairs, packed)
+        x = load_signed(x_pointer, tile, negated, tl.float32)
+        maximum, total = online_softmax_update(maximum, total, x, _ALONG)
     maximum, total = online_softmax_reduce(maximum, total, _ALONG)
     tl.store(partial_pointer + split * count + line.line, maximum)
     tl.store(partial_pointer + (splits + split) * count + line.line, total)

@@ -49,7 +49,7 @@ def replace_layers(
             - an activation, MaxPool2d (or in one or three dimensions), whatever comes before them;
             - Linear or a convolution, an activation or PReLU, dropout of elements, or of a convolution's channels;
             - Linear or a convolution, a batch norm, an activation or PReLU, Dropout; also with an activation before the
-              norm;
+              norm, or a residual before PReLU;
             - a convolution, a batch norm, an activation or PReLU, and the maximum or the mean over all places;
             - Linear, and the maximum over pieces of its features;
             - an activation, and the product with what it gates (SwiGLU, GEGLU); a highway's t h + (1 - t) x, or lerp;
