@@ -28,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-k", metavar="TEXT", help="only networks with this in their name, size or dtype; write nothing"
     )
+    parser.add_argument(
+        "--mode",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        default="default",
+        help="of torch.compile; write nothing of others than %(default)s",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show each launch")
     parsed = parser.parse_args(arguments)
     result = new_result("inductor", describe_environment(), describe_sources(), {"gpu": "NVIDIA H100, made up"})
@@ -35,18 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.k and parsed.k not in step.id:
             continue
         for contestant in CONTESTANTS:
-            counts = step.count(contestant)
+            counts = step.count(contestant, parsed.mode)
             result["cases"].append(step.record(contestant, counts))
             print(
                 f"{step.id:50} {contestant:9} {counts.launched():3} launches {counts.bytes() / 1e6:8.2f} MB", flush=True
             )
+            for refusal in counts.refusals if parsed.mode != "default" else ():
+                print(f"    no CUDA graph: {refusal}")
             if parsed.verbose:
                 print(
                     "\n".join(
                         f"    {launch.bytes / 1e6:8.2f} MB {launch.maker:9} {launch.name}" for launch in counts.launches
                     )
                 )
-    if not parsed.k:
+    if not parsed.k and parsed.mode == "default":
         result["complete"] = True
         save_result(result, parsed.output)
         print(f"{len(result['cases'])} counted steps: {parsed.output}")

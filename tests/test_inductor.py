@@ -88,8 +88,32 @@ def test_fused_steps_launch_our_kernels(mode: str) -> None:
     assert bool(counts.refusals) == (mode == "default"), "CUDA graphs take all of it"
 
 
+@pytest.mark.parametrize("name", ["ResNet block fp32 8x64x56x56", "MLP with dropout fp32 512x512"])
+def test_networks_that_miss_their_goals_lack_no_chain(name: str) -> None:
+    """Dynamo's graph would show none that isn't found in the modules' code: all but the last product are in one."""
+    rows = fusednn.replace_layers(STEPS[name].build(), fuse=True).rows
+    assert {row.names for row in rows if not row.reason.startswith("fused")} <= {("6",)}
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("name", STEPS)
-def test_cuda_graphs_take_fused_steps(name: str, mode: str) -> None:
-    assert STEPS[name].count("fused", mode).refusals == ()
+def test_chains_that_only_dynamos_graph_shows_are_the_compilers() -> None:
+    """Those of MobileNetV2 in transformers, whose code can't be traced, in a module whose code can."""
+
+    def build() -> nn.Module:
+        sizes = (32, 192, 1), (192, 192, 3), (192, 32, 1)
+        convs = (nn.Conv2d(*size, padding="same", groups=192 if size[2] == 3 else 1, bias=False) for size in sizes)
+        expand, depthwise, reduce = ((conv, nn.BatchNorm2d(conv.out_channels)) for conv in convs)
+        return nn.Sequential(*expand, nn.ReLU6(), *depthwise, nn.ReLU6(), *reduce)
+
+    step = CompiledStep("inverted residual", build, (8, 32, 56, 56), torch.float32)
+    report = fusednn.replace_layers(build(), fuse=True)
+    assert {"fused with 1, 2", "fused with 4, 5"} <= {row.reason for row in report.rows}
+    fused, stock = (step.count(contestant).record() for contestant in ("fused", "stock"))
+    assert fused == stock
+    assert (stock["launches"], stock["bytes"] // 10**6) == (40, 825), "as docs/compile.md has it"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [name for name in STEPS if " fp32 " in name])
+def test_cuda_graphs_take_fused_steps(name: str) -> None:
+    assert STEPS[name].count("fused", "max-autotune").refusals == ()
