@@ -16,6 +16,7 @@ from fusednn.benchmark.protocol import DTYPE_NAMES
 
 from .inductor import Counts, count_step
 from .networks import FirstResult
+from .papers import PAPERS
 
 __all__ = ["CONTESTANTS", "CompiledStep", "compiled_steps"]
 
@@ -99,6 +100,7 @@ def _networks() -> dict[str, _Row]:
         "scaled block": (_ScaledBlock, ((4, 64, 192),), 0),
         "maximum over points": (_PointMaximum, ((8, 64, 1024), (8, 64, 2048)), 0),
     }
+    rows |= {name: (build, (shape,), 0) for name, (build, shape) in PAPERS.items()}
     for package, found in (("torchvision", _of_torchvision), ("transformers", _of_transformers)):
         if find_spec(package):
             rows |= found()
