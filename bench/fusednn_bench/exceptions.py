@@ -29,7 +29,6 @@ EXCEPTIONS: Mapping[str, str] = MappingProxyType(
         "bias_activation_dropout_backward_kernel": "random numbers are drawn again, and the activation's gradient",
         "bias_activation_dropout_forward_kernel": f"{_RANDOM}; of ReLU the packing of a bit for each element",
         "cross_entropy_backward_kernel": "lengths that 8 doesn't divide: narrow accesses, each with its own mask",
-        "cross_entropy_forward_kernel": "odd lengths up to a thousand: accesses of one element, each with its mask",
         "pointwise_loss_backward_kernel": "an accurate sigmoid of each element, near 1 in 16 bits, too: the difference "
         "from the target has its error",
         "pointwise_loss_sum_kernel": "an exponential and a logarithm of each element, in 16 bits coarse ones, and what "
