@@ -254,7 +254,7 @@ def _configuration(kind: _Kind, name: str, dtype: torch.dtype) -> Configuration:
     if kind == "backward":
         functions = {"GRADIENT": row.gradient, "TARGET_GRADIENT": row.target_gradient}
     else:
-        functions = {"VALUE": row.value, "VALID": row.valid, "COMPLAINT": row.complaint}
+        functions = {"VALUE": row.value_for(dtype), "VALID": row.valid, "COMPLAINT": row.complaint}
     return configure_flat(
         _KERNELS[kind],
         f"{name} {kind}",

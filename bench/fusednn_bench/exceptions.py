@@ -29,11 +29,10 @@ EXCEPTIONS: Mapping[str, str] = MappingProxyType(
         "bias_activation_dropout_backward_kernel": "random numbers are drawn again, and the activation's gradient",
         "bias_activation_dropout_forward_kernel": f"{_RANDOM}; of ReLU the packing of a bit for each element",
         "cross_entropy_backward_kernel": "lengths that 8 doesn't divide: narrow accesses, each with its own mask",
-        "cross_entropy_forward_kernel": "a line's end, in float64, which is counted here for each chunk of a line, "
-        "though it comes once: of several chunks, less than is shown; odd lengths have accesses of one element",
-        "pointwise_loss_backward_kernel": "an accurate exponential of each element; in 16 bits a coarse one would do",
-        "pointwise_loss_sum_kernel": "an accurate exponential and logarithm of each element; in 16 bits coarse ones "
-        "would do",
+        "pointwise_loss_backward_kernel": "an accurate sigmoid of each element, near 1 in 16 bits, too: the difference "
+        "from the target has its error",
+        "pointwise_loss_sum_kernel": "an exponential and a logarithm of each element, in 16 bits coarse ones, and what "
+        "weights of positive targets make of them",
         "pool_backward_cells_kernel": "3 x 3 windows of contiguous images: each cell reads four windows, whose "
         "neighbours aren't aligned with it",
         "pool_forward_kernel": "3 x 3 windows of contiguous images are read in strides, nine narrow loads for each; of "

@@ -10,6 +10,8 @@ where there is none), in the type of the arithmetic.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ..base._triton import tl, triton
 from ..base.numerics import divide, exp, log, log1p, negative, sigmoid
 
@@ -102,14 +104,19 @@ def bce_target_gradient(x, t, p, a, b):
 
 
 @triton.jit
-def log_sigmoid(x):
-    return tl.where(x > 0, 0.0, x) - log1p(exp(-tl.abs(x)))
+def log_sigmoid(x, COARSE: tl.constexpr = False):
+    return tl.where(x > 0, 0.0, x) - log1p(exp(-tl.abs(x), COARSE), COARSE)
 
 
 @triton.jit
-def bce_with_logits_value(x, t, p, a, b):
+def bce_with_logits_value(x, t, p, a, b, COARSE: tl.constexpr = False):
     # A weight of 1 leaves the formula that has none, also where the target isn't finite.
-    return (1 - t) * x - tl.where(p == 1, 1.0, (p - 1) * t + 1) * log_sigmoid(x)
+    return (1 - t) * x - tl.where(p == 1, 1.0, (p - 1) * t + 1) * log_sigmoid(x, COARSE)
+
+
+@triton.jit
+def coarse_bce_with_logits_value(x, t, p, a, b):
+    return bce_with_logits_value(x, t, p, a, b, True)
 
 
 @triton.jit
@@ -160,7 +167,8 @@ class PointwiseLoss:
 
     ``value``, ``gradient`` and ``target_gradient`` are device functions of (x, t, p, a, b).  ``valid(x, t)`` tells
     which elements may be, and ``complaint`` what is wrong with others.  ``uses_positive_weight`` says that p is used,
-    ``has_weighted_mean`` that a mean with weights is taken over the weights, not over the elements.
+    ``has_weighted_mean`` that a mean with weights is taken over the weights, not over the elements.  Losses of 16 bits
+    have the value ``coarse_value``, where there is one.
     """
 
     name: str
@@ -171,6 +179,10 @@ class PointwiseLoss:
     complaint: str = ""
     uses_positive_weight: bool = False
     has_weighted_mean: bool = False
+    coarse_value: Any = None
+
+    def value_for(self, dtype: torch.dtype) -> Any:
+        return self.coarse_value if self.coarse_value is not None and dtype.itemsize == 2 else self.value
 
 
 #: Every pointwise loss, by name.
@@ -194,6 +206,7 @@ LOSSES: dict[str, PointwiseLoss] = {
             bce_with_logits_gradient,
             bce_with_logits_target_gradient,
             uses_positive_weight=True,
+            coarse_value=coarse_bce_with_logits_value,
         ),
         PointwiseLoss("kl_div", kl_div_value, kl_div_gradient, kl_div_target_gradient),
     )
