@@ -216,4 +216,6 @@ def test_what_would_have_to_change(name: str, device: str) -> None:
     stock = make(build(), device)
     model = copy.deepcopy(stock)
     assert reasons(model)[layer].endswith(f"not fused: {reason}")
+    explained = {row.name: row.reason for row in fusednn.explain(model, batch(*IMAGES, device=device))}
+    assert explained[layer].endswith(f"not fused: {reason}")
     assert_same(model, stock, batch(*IMAGES, device=device))

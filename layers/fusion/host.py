@@ -36,6 +36,7 @@ __all__ = [
     "recomputes",
     "serve_functions",
     "unfuse",
+    "why_apart",
 ]
 
 _PLAN = "_fusednn_plan"
@@ -333,6 +334,17 @@ def fuse_neighbours(module: nn.Module, refuses: Refusal) -> Fusion:
         return Fusion(untraced=str(error) if _calls_layers(module) else None)
     new = [names for names in plan.chains if names and (old is None or names not in old.chains)]
     return Fusion([[module.get_submodule(name) for name in names] for names in new], stops)
+
+
+def why_apart(module: nn.Module, refuses: Refusal) -> dict[nn.Module, str]:
+    """Why chains in the code of one module aren't longer, by layer, as `fuse_neighbours` finds it; changes nothing."""
+    if not is_searched(module) or "forward" in module.__dict__:
+        return {}
+    try:
+        _, stops = _search(module, stock_of(module), refuses)
+    except NotTraceable:
+        return {}
+    return stops
 
 
 def serve_functions(module: nn.Module) -> tuple[str, ...]:

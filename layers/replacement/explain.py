@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from ...autograd.dispatch import Choice, judged_as_compiled, judged_as_trained, observe_choices
 from ...autograd.recompute import observe_saved
-from ..fusion.host import recomputes
+from ..fusion.host import recomputes, why_apart
 from ..fusion.members import observe_chains, observe_modules
 from ..table import format_table
 from ..twin import Layer
 from .register import twin_of
+from .replace import reason_to_keep_apart
+from .swap import REPLACED
 
 __all__ = ["Explanation", "ExplanationRow", "KeptRow", "explain"]
 
@@ -26,7 +28,8 @@ class ExplanationRow:
     """One layer (by its name in the model) and the path that one of its operations took: "kernel" or "stock".
 
     Layers that were computed together are the first of them, and the path of the others is "fused".  The first layer of
-    a chain whose layers were called one by one has the path "apart" besides, with the reason.
+    a chain whose layers were called one by one has the path "apart" besides, with the reason.  Of a layer that was
+    called by itself in a model with twins, the reason also says why its neighbours' kernels can't take it in.
     """
 
     name: str
@@ -121,11 +124,13 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             sizes.setdefault(running[-1], [0, 0])[again] += storage.nbytes()
 
     chains: list[Sequence[nn.Module]] = []
+    together: set[str] = set()
 
     def observe_chain(layers: Sequence[nn.Module], refusal: str | None) -> None:
         if refusal is not None:
             rows[ExplanationRow(names[layers[0]], type(layers[0]).__name__, "-", "apart", refusal)] = None
         elif layers:
+            together.update(names[layer] for layer in layers)
             chains.append(layers)
             running.append(layers[0])
         else:
@@ -167,7 +172,14 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
                 buffer.copy_(value)
     # What keeps a layer itself from its kernel need not be said of its chain again.
     said = {row.reason for row in rows if row.path == "stock"}
-    told = tuple(row for row in rows if row.path != "apart" or row.reason not in said)
+    apart = {} if compiled else {names[layer]: reason for layer, reason in _apart(model).items()}
+    told = tuple(
+        replace(row, reason=f"{row.reason}; not fused: {apart[row.name]}")
+        if row.path in ("kernel", "stock") and row.name in apart.keys() - together
+        else row
+        for row in rows
+        if row.path != "apart" or row.reason not in said
+    )
     kept = [KeptRow(names[module], type(module).__name__, *size) for module, size in sizes.items()]
     kept.sort(key=lambda row: row.kept, reverse=True)
     return Explanation(told, tuple(kept), _COMPILED if compiled and recomputes(model) else None)
@@ -181,6 +193,15 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     """The compiled model runs as it was before, with the choices of the compiler."""
     with torch.compiler.set_stance("force_eager"), judged_as_compiled(model):
         yield
+
+
+def _apart(model: nn.Module) -> dict[nn.Module, str]:
+    """Why layers of a model that has twins aren't fused with their neighbours."""
+    found: dict[nn.Module, str] = {}
+    if any(REPLACED in module.__dict__ for module in model.modules()):
+        for module in model.modules():
+            found |= why_apart(module, lambda _, layer: reason_to_keep_apart(layer))
+    return found
 
 
 def _why_stock(module: nn.Module) -> str:

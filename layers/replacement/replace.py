@@ -18,7 +18,7 @@ from .register import is_registered, refusal_of, twin_of
 from .report import ReplacementReport, ReplacementRow
 from .swap import REPLACED, all_or_nothing, exchange, unique_modules
 
-__all__ = ["replace_layers"]
+__all__ = ["reason_to_keep_apart", "replace_layers"]
 
 #: What `replace_layers` accepts to choose layers: names with wildcards and classes, or a predicate.
 Selection = Iterable[str | type[nn.Module]] | str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -117,7 +117,7 @@ def _fuse(
     names_of = {module: names for names, module in modules}
 
     def refuses(_: str, layer: nn.Module) -> str | None:
-        return _reason_to_keep_apart(layer) or _reason_not_selected(names_of[layer], layer, include, exclude)
+        return reason_to_keep_apart(layer) or _reason_not_selected(names_of[layer], layer, include, exclude)
 
     untraced = []
     told: list[list[nn.Module]] = []
@@ -192,7 +192,7 @@ def _reason_not_selected(
     return None
 
 
-def _reason_to_keep_apart(layer: nn.Module) -> str | None:
+def reason_to_keep_apart(layer: nn.Module) -> str | None:
     """Why a layer must not be fused, whatever its neighbours are, or None."""
     if is_untouched(layer):
         return None
