@@ -372,6 +372,8 @@ def _configuration(direction: str, dtype: torch.dtype, targets: Targets, tiling:
     short = axis == ALONG and tiling.lines == 64  # the end of a line costs as much as its elements
     threads = tiling.lines if short else max(elements // 32, threads_for(dtype))
     # Else registers run out, with one Triton or another.
+    if short and tiling.width == 64 and dtype is torch.float32:
+        threads *= 2
     if targets is not Targets.INDICES and direction == "forward":
         threads = elements // (8 if targets is Targets.PROBABILITIES and dtype is torch.float64 else 4)
     elif targets is Targets.PROBABILITIES and axis == ACROSS:
