@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,8 @@ _ALLOCATORS: list[tuple[Any, str]] = [
     *((torch, name) for name in ("empty", "empty_like", "empty_permuted", "empty_strided")),
     *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
 ]
+#: How many times stock's error is looked for beside the operands.
+_NEARBY = 3
 
 
 @contextmanager
@@ -94,13 +96,16 @@ def check_against_stock(
         return list(zip((y, *gradients), (y64, *gradients64), strict=True))
 
     @cache
-    def nearby() -> list[list[tuple[Tensor, Tensor]]]:
+    def beside() -> list[list[tuple[Tensor, Tensor]]]:
         return [results([_nearer_to_zero(t, n) for t in tensors], gradient) for n in range(1, 1 + _NEARBY)]
+
+    def nearby(place: int) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+        return lambda: [each[place] for each in beside()]
 
     (y_stock, y_reference), *gradients_expected = results(tensors, gradient)
     float64_error = torch.finfo(torch.float32).eps if float32_constants and y.dtype == torch.float64 else 0.0
     inherent = float64_error * y_reference.abs().nan_to_num()
-    assert_accurate(y, y_stock, y_reference, "value", inherent=inherent, nearby=lambda: [each[0] for each in nearby()])
+    assert_accurate(y, y_stock, y_reference, "value", inherent=inherent, nearby=nearby(0))
     if y.shape == tensors[0].shape:
         kept = torch.empty_like(tensors[0]).stride()  # the input's memory format; stock's own results mostly keep it
         if y.stride() != kept:
@@ -108,12 +113,7 @@ def check_against_stock(
     rounding = saved_output_scale * one_rounding(y.double(), y.dtype).nan_to_num() + float64_error
     for n, (ours_, expected) in enumerate(zip(gradients, gradients_expected, strict=True), 1):
         inherent = rounding * gradient.abs().double() if ours_.shape == gradient.shape else torch.zeros(())
-        others = partial(lambda n: [each[n] for each in nearby()], n)
-        assert_accurate(ours_, *expected, "gradient", inherent=inherent, nearby=others)
-
-
-#: How many times stock's error is looked for beside the operands.
-_NEARBY = 3
+        assert_accurate(ours_, *expected, "gradient", inherent=inherent, nearby=nearby(n))
 
 
 def _nearer_to_zero(tensor: Tensor, steps: int) -> Tensor:
