@@ -67,9 +67,10 @@ def flow_of(instructions: Iterable[Instruction], needed: float, parameters: Mapp
             once.subtract(counted)
         for inner in graph.loops_in(loop):
             part = _body(graph, inner, body, needed)
-            inside.update(_count(graph, part))
+            counted = _count(graph, part)
+            inside.update(counted)
             if inner.latch in body:
-                each.subtract(_count(graph, part))
+                each.subtract(counted)
             ahead.append(_loaded(graph, part, LOADS))
         # Asynchronous copies are waited for some trips later: those under way were begun before the loop.
         before = [block for block in path if block not in loop.blocks]
@@ -107,6 +108,7 @@ class _Loop(NamedTuple):
     blocks: frozenset[int]
 
     def is_in(self, other: _Loop) -> bool:
+        """Whether it is a part of the other one."""
         return self.header in other.blocks and self.header != other.header
 
 
@@ -228,12 +230,8 @@ class _Graph:
 
     def loops_in(self, outer: _Loop | None = None) -> list[_Loop]:
         """Loops that are in this one, or anywhere, and in no other there."""
-        loops = [
-            loop
-            for loop in self.loops
-            if outer is None or (loop.header in outer.blocks and loop.header != outer.header)
-        ]
-        return [loop for loop in loops if not any(loop.header in o.blocks and loop.header != o.header for o in loops)]
+        loops = [loop for loop in self.loops if outer is None or loop.is_in(outer)]
+        return [loop for loop in loops if not any(loop.is_in(other) for other in loops)]
 
     def shortest(self, start: int, end: int, needed: float, within: Iterable[int] | None = None) -> list[int]:
         """The way from ``start`` to ``end`` with the fewest instructions, no loop twice, of those that enter all loops
