@@ -29,7 +29,7 @@ class ExplanationRow:
 
     Layers that were computed together are the first of them, and the path of the others is "fused".  The first layer of
     a chain whose layers were called one by one has the path "apart" besides, with the reason.  Of a layer that was
-    called by itself in a model with twins, the reason also says why its neighbours' kernels can't take it in.
+    called by itself in a model that runs kernels, the reason also says why its neighbours' can't take it in.
     """
 
     name: str
@@ -172,7 +172,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
                 buffer.copy_(value)
     # What keeps a layer itself from its kernel need not be said of its chain again.
     said = {row.reason for row in rows if row.path == "stock"}
-    apart = {} if compiled else {names[layer]: reason for layer, reason in _apart(model).items()}
+    # Where no kernel runs at all, neighbours aren't why.
+    looks = not compiled and any(row.path == "kernel" for row in rows)
+    apart = {names[layer]: reason for layer, reason in _apart(model).items()} if looks else {}
     told = tuple(
         replace(row, reason=f"{row.reason}; not fused: {apart[row.name]}")
         if row.path in ("kernel", "stock") and row.name in apart.keys() - together
