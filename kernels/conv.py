@@ -200,8 +200,7 @@ def _tile(pool: int, row: Activation, precision: str, large: bool) -> _Tile:
     return _TILES[pool]._replace(width=_NARROW) if smooth or crowded or precision == "tf32" else _TILES[pool]
 
 
-# AMD's multiprocessors have a third of the shared memory.
-_STAGES = 2 if torch.version.hip else 3
+_STAGES, _AMD_STAGES = 3, 2
 
 # The largest depth, taps times channels, at which the single kernel is taken, by the size of the pooling window: 416,
 # or 96 where windows overlap.  Predicted, not measured.
@@ -267,6 +266,7 @@ def _configuration(
         pointers={"code": torch.uint8, "partial": torch.float32},
         threads=_THREADS,
         num_stages=_STAGES,
+        amd_stages=_AMD_STAGES,
         tensor_cores=True,
         large=tile != _tile(pool, row, precision, False),
         rare=narrow,

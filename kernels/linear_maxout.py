@@ -247,9 +247,12 @@ class _Tile:
         return elements * itemsize // 16 // self.threads
 
 
-def _stages(loaded_bytes: int) -> int:
+def _stages(loaded_bytes: int) -> dict[str, int]:
     """How many steps of a loop over tiles may have their operands in shared memory at once."""
-    return max(1, min(3, _SHARED_BYTES // loaded_bytes))
+    return {
+        name: max(1, min(3, shared_bytes // loaded_bytes))
+        for name, shared_bytes in (("num_stages", _SHARED_BYTES), ("amd_stages", _AMD_SHARED_BYTES))
+    }
 
 
 # The accumulators of all pieces take 64 to 128 registers of each thread.  Small tiles are for few rows, which would
@@ -265,7 +268,7 @@ _FUSED_PIECES = {"fp16": range(2, 9), "bf16": range(2, 9), "tf32": range(2, 9), 
 # Programs that are enough for large tiles: about one for each multiprocessor of an A100 or H100.
 _ENOUGH_PROGRAMS = 128
 # Shared memory that a program may have on any GPU: 99 KB on NVIDIA's consumer GPUs, 64 KB on AMD's.
-_SHARED_BYTES = 2**16 if torch.version.hip else 99 * 2**10
+_SHARED_BYTES, _AMD_SHARED_BYTES = 99 * 2**10, 2**16
 
 # The most features that are multiplied in the fused kernel, by the precision of the product: 512, and 256 without
 # tensor cores; and in the fused backward pass: 64.  Predicted, not measured.
@@ -344,7 +347,7 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
         },
         pointers={"winner": torch.uint8, "seed": torch.int64},
         threads=tile.threads,
-        num_stages=_stages(loaded * dtype.itemsize),
+        **_stages(loaded * dtype.itemsize),
         wide_loads=tile.accesses(loaded, dtype.itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, dtype.itemsize),
         tensor_cores=precision != "fp32",
@@ -367,7 +370,7 @@ def _gradient(of: str, dtype: torch.dtype, pieces: int) -> Configuration:
         {"PIECES": pieces, "HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth},
         pointers={"winner": torch.uint8, "dw": torch.float32, "db": torch.float32},
         threads=tile.threads,
-        num_stages=_stages(loaded * dtype.itemsize),
+        **_stages(loaded * dtype.itemsize),
         wide_loads=tile.accesses(loaded, dtype.itemsize),
         wide_stores=tile.accesses(tile.height * tile.width, stored),
         tensor_cores=True,

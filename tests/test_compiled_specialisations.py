@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from fusednn import kernels
+from fusednn.instruments.compile_check import DEVICES
 from fusednn.kernels import linear_maxout
 
 pytestmark = pytest.mark.compiled
@@ -52,7 +53,7 @@ def parse(configuration: kernels.Configuration, constants_of_1: tuple[str, ...])
     types = {name: kind for name, kind in configuration.signature if name not in constants_of_1}
     constants = {**dict(configuration.constants), **dict.fromkeys(constants_of_1, 1)}
     source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in kernel.arg_names}, constants, {})
-    options = backend.parse_options({"num_stages": configuration.num_stages, **configuration.options})
+    options = backend.parse_options(configuration.options(DEVICES["sm_80"]))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)

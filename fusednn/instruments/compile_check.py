@@ -201,8 +201,8 @@ def arguments_of(configuration: Configuration) -> Iterator[Arguments]:
 
 def compile_for(configuration: Configuration, target: str, arguments: Arguments = Arguments()) -> Any:
     """Triton's compiled kernel, for a key of `TARGETS`.  Raises what the compiler raises."""
-    gpu = TARGETS[target]
-    return triton.compile(_source(configuration, arguments), target=gpu, options=_options(configuration, gpu))
+    options = configuration.options(DEVICES[target])
+    return triton.compile(_source(configuration, arguments), target=TARGETS[target], options=options)
 
 
 def translate(configuration: Configuration, target: str, arguments: Arguments) -> None:
@@ -211,7 +211,7 @@ def translate(configuration: Configuration, target: str, arguments: Arguments) -
     """
     gpu = TARGETS[target]
     backend = make_backend(gpu)
-    options = backend.parse_options(_options(configuration, gpu))
+    options = backend.parse_options(configuration.options(DEVICES[target]))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -235,14 +235,6 @@ def _source(configuration: Configuration, arguments: Arguments) -> Any:
         constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-
-
-def _options(configuration: Configuration, gpu: Any) -> dict[str, Any]:
-    return {
-        "num_warps": configuration.num_warps(gpu.warp_size),
-        "num_stages": configuration.num_stages,
-        **configuration.options,
-    }
 
 
 def _broken_promises(configuration: Configuration, code: MachineCode) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ._triton import INTERPRETING, ON_CPU, tl, triton
-from .device import device_of, device_refusal, refuse
+from .device import Device, device_of, device_refusal, refuse
 
 __all__ = [
     "ACCUMULATOR",
@@ -77,7 +77,8 @@ class Configuration:
     ``wide_stores`` are the 128-bit accesses that one thread must be seen to make on contiguous data; ``tensor_cores``
     says that the SASS must use them, ``asserts`` that the kernel checks its operands with `numerics.require`,
     ``keeps_subnormals`` that elementary functions don't flush them to 0; ``large`` ones are for devices that take large
-    tiles, ``rare`` ones are left to the compile check's thorough run.
+    tiles, ``rare`` ones are left to the compile check's thorough run.  AMD's GPUs have ``amd_stages``, where given:
+    their multiprocessors have a third of the shared memory.
     """
 
     label: str
@@ -86,6 +87,7 @@ class Configuration:
     constants: tuple[tuple[str, Any], ...]
     threads: int
     num_stages: int = 2
+    amd_stages: int | None = None
     divisible: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()
     least_aligned: int = 1
@@ -97,14 +99,15 @@ class Configuration:
     large: bool = False
     rare: bool = field(default=False, compare=False)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told beside threads and stages."""
+    def options(self, device: Device) -> dict[str, Any]:
+        """What the compiler is told beside the constants."""
+        fewer = device.is_amd and self.amd_stages is not None
+        stages = self.amd_stages if fewer else self.num_stages
         # Triton compiles assertions in its debug mode alone, which by itself would also check every integer sum.
         checks = {"debug": True, "sanitize_overflow": False} if self.asserts else {}
         # Triton has NVIDIA's device library flush subnormals, which PyTorch's kernels don't; AMD's has no such option.
-        subnormals = {"enable_reflect_ftz": False} if self.keeps_subnormals and not torch.version.hip else {}
-        return {**checks, **subnormals}
+        subnormals = {"enable_reflect_ftz": False} if self.keeps_subnormals and not device.is_amd else {}
+        return {"num_warps": self.num_warps(device.warp_size), "num_stages": stages, **checks, **subnormals}
 
     def num_warps(self, warp_size: int) -> int:
         return max(1, self.threads // warp_size)
@@ -119,14 +122,9 @@ class Configuration:
         """The run-time arguments."""
         return tuple(name for name, _ in self.signature)
 
-    @cached_property
-    def keywords(self) -> dict[str, Any]:
-        """What every launch is given beside its run-time arguments."""
-        return {**dict(self.constants), **self.options, "num_stages": self.num_stages}
-
     def keywords_for(self, arguments: Sequence[Any]) -> dict[str, Any]:
         """What a launch with these run-time arguments is given."""
-        keywords = {**self.keywords, "num_warps": self.num_warps(device_of(arguments[0]).warp_size)}
+        keywords = {**dict(self.constants), **self.options(device_of(arguments[0]))}
         if self.aligned:
             extents = (arguments[self.names.index(name)] for name in self.aligned)
             keywords["ALIGN"] = gcd(keywords["ALIGN"], *extents)
