@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fusion import IMAGES, ROWS, assert_same, batch, make, reasons
+from support.fusion import IMAGES, PATTERNS, ROWS, assert_same, batch, make, reasons
 from torch import Tensor, nn
 
 import fusednn
@@ -276,3 +276,31 @@ def test_a_function_in_place_by_position(device: str) -> None:
     assert reasons(model)["conv"].endswith("something else happens in between")
     x = batch(*IMAGES, device=device)
     torch.testing.assert_close(model(x), stock(x))
+
+
+class Adapter(nn.Module):
+    """A layer in another's place, as adapters are put in, with nothing of the other's attributes."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs) * 2
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_an_adapter_around_any_member(name: str, device: str) -> None:
+    """Its layers are called one by one, each where it stood."""
+    build, shape, _ = PATTERNS[name]
+    stock = make(build(), device)
+    x = batch(*shape, device=device)
+    for member in [path for path, layer in stock.named_modules() if not list(layer.children())]:
+        pair = copy.deepcopy(stock), copy.deepcopy(stock)
+        fusednn.replace_layers(pair[1], fuse=True)
+        found = []
+        for model in pair:
+            model.set_submodule(member, Adapter(model.get_submodule(member)))
+            torch.manual_seed(0)
+            found.append(model(x * 1))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9, msg=member)

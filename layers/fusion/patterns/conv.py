@@ -46,13 +46,14 @@ _EXCHANGEABLE = ("hardtanh", "relu", "relu6")
 
 def _match(search: Finder, node: fx.Node, conv: _ConvNd) -> Match:
     nodes = [node]
-    norm = search.extend(nodes, lambda n: search.layer(n, *NORMS[_directions(conv)]))
+    directions = len(conv.kernel_size)
+    norm = search.extend(nodes, lambda n: search.layer(n, *NORMS[directions]))
     begun = len(nodes)
     identity, residual, in_place, activation = behind(search, nodes, norm)
     if norm is None and residual is None and activation is not None and is_gate(nodes[-1], activation):
         nodes, activation = nodes[:1], None  # with the product that it is part of it spares more
     begun += identity is not None
-    pool = search.extend(nodes, partial(pooling, search, _directions(conv)))
+    pool = search.extend(nodes, partial(pooling, search, directions))
     pools_first = activation is None and activation_within(norm) is None and pool is not None
     if pools_first:
         activation = search.extend(nodes, lambda n: _exchangeable(search, n))
@@ -61,12 +62,8 @@ def _match(search: Finder, node: fx.Node, conv: _ConvNd) -> Match:
             search.ends_before(nodes, "the pass behind a product would have to add a residual before PReLU", *SLOPED)
         search.ends_before(nodes, "the reduction over all places would have to read a residual", *places.POOLINGS)
     members = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, "pool": pool}
-    members |= {"in_place": in_place, "pools_first": pools_first}
+    members |= {"directions": directions, "in_place": in_place, "pools_first": pools_first}
     return Match(nodes, _compute, (node.args[0], residual), members, _begin, begun)
-
-
-def _directions(conv: _ConvNd) -> int:
-    return len(conv.kernel_size)
 
 
 def _exchangeable(search: Finder, node: fx.Node) -> Activation:
@@ -90,16 +87,18 @@ def _compute(
     identity: nn.Module | None,
     activation: Activation,
     pool: Pooling,
+    directions: int,
     in_place: bool,
     pools_first: bool,
 ) -> Tensor:
     """``in_place``: the code adds the residual in place.  ``pools_first``: it pools before it activates."""
-    if not apart(_refusal(input, residual, conv, norm, identity, activation, pool), conv, norm, activation, pool):
+    refusal = _refusal(input, residual, conv, norm, identity, activation, pool, directions)
+    if not apart(refusal, conv, norm, activation, pool):
         activation = activation_within(norm) or activation
         return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
     y = conv(input)
     y = y if norm is None else passed_on(norm(y), identity)
-    return _rest(added(y, residual, in_place), _directions(conv), activation, pool, pools_first)
+    return _rest(added(y, residual, in_place), directions, activation, pool, pools_first)
 
 
 def _rest(y: Tensor, directions: int, activation: Activation, pool: Pooling, pools_first: bool) -> Tensor:
@@ -116,6 +115,7 @@ def _begin(
     identity: nn.Module | None,
     activation: Activation,
     pool: Pooling,
+    directions: int,
     in_place: bool,
     pools_first: bool,
     between: tuple[nn.Module, ...],
@@ -123,17 +123,18 @@ def _begin(
     """`_compute` up to where it needs the residual: what its layers change comes before what layers ``between`` do."""
     if all(is_steady(layer, ever=False) for layer in between):
         members: Any = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, "pool": pool}
-        return partial(_compute, input, in_place=in_place, pools_first=pools_first, **members)
-    plain = _refusal(input, None, conv, norm, identity, None, None, ends=False) is None
+        members |= {"directions": directions, "in_place": in_place, "pools_first": pools_first}
+        return partial(_compute, input, **members)
+    plain = _refusal(input, None, conv, norm, identity, None, None, directions, ends=False) is None
     if norm is None or not plain or not uses_batch_statistics(state_of(norm)):
         y = conv(input)
         y = y if norm is None else passed_on(norm(y), identity)
-        return lambda residual: _rest(added(y, residual, in_place), _directions(conv), activation, pool, pools_first)
+        return lambda residual: _rest(added(y, residual, in_place), directions, activation, pool, pools_first)
     finish = computed(lambda: conv_batch_norm.begin(conv, state_of(norm), input), conv, norm)
 
     def rest(residual: Tensor) -> Tensor:
         fits = is_like_result(residual, conv, input)
-        return pooled(finished(finish, residual, norm, activation, in_place, fits), _directions(conv), pool)
+        return pooled(finished(finish, residual, norm, activation, in_place, fits), directions, pool)
 
     return rest
 
@@ -164,11 +165,12 @@ def _refusal(
     identity: nn.Module | None,
     activation: Activation,
     pool: Pooling,
+    directions: int,
     ends: bool = True,
 ) -> str | None:
     """Why the layers are called one by one, or None; ``ends``: but for pooling there is nothing behind these."""
     ends = ends and residual is None and activation is None
-    refusal = call_refusal(input) or _layers_refusal(conv, norm, identity, activation, pool)
+    refusal = call_refusal(input) or _layers_refusal(conv, norm, identity, activation, pool, directions)
     if refusal is None and norm is not None:
         refusal = within_refusal(norm, input, ends)
     return refusal or _unfit(input, residual, norm is None, *_geometry(conv, input))
@@ -176,15 +178,20 @@ def _refusal(
 
 @while_unchanged
 def _layers_refusal(
-    conv: _ConvNd, norm: nn.Module | None, identity: nn.Module | None, activation: Activation, pool: Pooling
+    conv: _ConvNd,
+    norm: nn.Module | None,
+    identity: nn.Module | None,
+    activation: Activation,
+    pool: Pooling,
+    directions: int,
 ) -> str | None:
     """`_refusal` by what the layers are."""
     refusal = (
-        layer_refusal(conv, *CONVOLUTIONS[_directions(conv)])
-        or layer_refusal(norm, *NORMS[_directions(conv)])
+        layer_refusal(conv, *CONVOLUTIONS[directions])
+        or layer_refusal(norm, *NORMS[directions])
         or layer_refusal(identity, nn.Identity)
         or activation_refusal(activation)
-        or layer_refusal(pool, POOLINGS[_directions(conv)])
+        or layer_refusal(pool, POOLINGS[directions])
     )
     if refusal is None and pool is not None and window_of(pool) is None:
         refusal = "the pooling has options that aren't fused"

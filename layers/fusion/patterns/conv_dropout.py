@@ -29,37 +29,36 @@ def _match(search: Finder, node: fx.Node, conv: Any) -> Match | None:
     activation: Any = search.extend(nodes, lambda n: search.activation(n, *SLOPED))
     if activation is None:
         return None
-    drop = search.extend(nodes, lambda n: dropping(search, n, CHANNELS[len(conv.kernel_size)]))
+    directions = len(conv.kernel_size)
+    drop = search.extend(nodes, lambda n: dropping(search, n, CHANNELS[directions]))
     if drop is None and slopes_of(activation) is None:
         return None
     if drop is None:
         ends_before_pooling(search, nodes, activation)
         search.ends_before(nodes, "the norm's passes would have to sum the gradient of PReLU's slopes", *_NORMS)
-    return Match(nodes, _compute, (node.args[0],), {"conv": conv, "activation": activation, "drop": drop})
+    members = {"conv": conv, "activation": activation, "drop": drop, "directions": directions}
+    return Match(nodes, _compute, (node.args[0],), members)
 
 
 PATTERN = Pattern(_CONVOLUTIONS, (*ACTIVATIONS, *SLOPED, nn.Dropout, *CHANNELS.values()), _match)
 
 
-def _compute(input: Tensor, *, conv: Any, activation: Activation, drop: Dropping) -> Tensor:
-    if apart(_refusal(input, conv, activation, drop), conv, activation, drop):
+def _compute(input: Tensor, *, conv: Any, activation: Activation, drop: Dropping, directions: int) -> Tensor:
+    if apart(_refusal(input, conv, activation, drop, directions), conv, activation, drop):
         return dropped(activated(conv(input), activation), drop)
     name, parameters = activation_of(activation)
     p, training = options_of(drop)
 
     def together() -> Tensor:
         options: dict[str, Any] = {"slopes": slopes_of(activation), "of_channels": drops_channels(drop) and training}
-        dim = -1 - len(conv.kernel_size)
-        return conv_activation_dropout(
-            product_of(conv, input), conv.bias, p, name, parameters, training, dim, **options
-        )
+        arguments = (p, name, parameters, training, -1 - directions)
+        return conv_activation_dropout(product_of(conv, input), conv.bias, *arguments, **options)
 
     return computed(together, conv, activation, drop)
 
 
-def _refusal(input: Tensor, conv: Any, activation: Activation, drop: Dropping) -> str | None:
+def _refusal(input: Tensor, conv: Any, activation: Activation, drop: Dropping, directions: int) -> str | None:
     """Why the layers are called one by one, or None."""
-    directions = len(conv.kernel_size)
     refusal = (
         call_refusal(input)
         or layer_refusal(conv, *_CONVOLUTIONS)
