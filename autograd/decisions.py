@@ -1,10 +1,10 @@
 """Decisions that are made once for calls that are alike.
 
 Which kernel takes a call, or PyTorch's own operator, and with which arguments, follows from the types and values of its
-arguments, from what `fusednn.autograd.plans.guards` ask of its operands (dtype, device, shape, strides, whether they
-require gradients), and from whether small tensors are left to PyTorch.  A function that is `decided_once` looks at
-these, and returns another one, of the same arguments, that computes.  It may depend on nothing else, not on autocast's
-dtype either, and keeps no operand.
+arguments, from what `fusednn.autograd.plans.guards` ask (dtype, device, shape, strides, whether operands require
+gradients, and these are enabled), and from whether small tensors are left to PyTorch.  A function that is
+`decided_once` looks at these, and returns another one, of the same arguments, that computes.  It may depend on nothing
+else, not on autocast's dtype either, and keeps no operand.
 """
 
 from collections.abc import Callable

@@ -110,7 +110,7 @@ class _Form:
 
 
 def guards(arguments: tuple[Any, ...]) -> _Guards:
-    """Whether the operands among the arguments of a call are like these."""
+    """Whether the operands among the arguments of a call are like these, and gradients are enabled or not, as now."""
     places: dict[int, int] = {}
     same = [
         f"a[{place}] is a[{places[id(each)]}] and "
@@ -120,8 +120,11 @@ def guards(arguments: tuple[Any, ...]) -> _Guards:
     # Each of them once: the guards hold of different ones alone.
     operands = [arguments[place] for place in places.values()]
     check = TensorGuards(*operands, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    # PyTorch's guards ask operands alone, which require gradients wherever they are.
+    enabled = "enabled()" if torch.is_grad_enabled() else "not enabled()"
     found: _Guards = eval(
-        f"lambda a: {''.join(same)}check({', '.join(f'a[{place}]' for place in places.values())})", {"check": check}
+        f"lambda a: {enabled} and {''.join(same)}check({', '.join(f'a[{place}]' for place in places.values())})",
+        {"check": check, "enabled": torch.is_grad_enabled},
     )
     return found
 

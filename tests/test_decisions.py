@@ -202,12 +202,13 @@ def test_the_third_call_is_kept(device: str, followed: list[str], monkeypatch: p
     assert found == [False, False, False, True, True]
 
 
-def test_modes_of_gradients(device: str) -> None:
-    """A decision for gradients is none without them, and the other way round."""
-    x = X.to(device).requires_grad_()
-    for enabled in (True, False) * 2:
+@pytest.mark.parametrize("first", [True, False])
+def test_modes_of_gradients(first: bool, device: str) -> None:
+    """A decision for gradients is none without them, and the other way round, whichever comes first."""
+    x = X.to(device).clone().requires_grad_()
+    for enabled in (first, not first) * 2:
         with torch.set_grad_enabled(enabled):
-            for function in (norm, conv, conv_norm):
+            for function in (norm, conv, conv_norm, pool, dropped, loss, soft, sloped, elements, distance):
                 assert function(x).requires_grad == enabled
         with torch.inference_mode(not enabled):
             assert norm(X.to(device)).is_inference() != enabled
