@@ -12,6 +12,7 @@ with x, which sums the bias's gradient on the way; `takes_fused_backward` tells 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -247,7 +248,7 @@ class _Tile:
         return elements * itemsize // 16 // self.threads
 
 
-def _stages(loaded_bytes: int) -> dict[str, int]:
+def _stages(loaded_bytes: int) -> dict[str, Any]:
     """How many steps of a loop over tiles may have their operands in shared memory at once."""
     return {
         name: max(1, min(3, shared_bytes // loaded_bytes))
