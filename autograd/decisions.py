@@ -46,7 +46,7 @@ def decided_once(decide: Callable[..., Callable[..., Any]]) -> Callable[..., Any
         is_kept = not (looks_on() or dispatch.are_observed() or forward_ad._current_level >= 0)
         try:
             found = calls.find(arguments) if is_kept else None
-        except TypeError:  # a value without a hash, which isn't kept
+        except (TypeError, RuntimeError):  # a value without a hash, a nested tensor without a shape: these aren't kept
             found = None
         if found is None:
             arguments = unwrap_dead_wrappers(arguments)  # what left a transform: as a `Function` does

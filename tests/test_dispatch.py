@@ -1,6 +1,7 @@
 """The choice between kernel and stock path, and the transforms and modes that it must respect."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -84,12 +85,25 @@ def test_refusals_give_their_reason(function: object, arguments: list, reason: s
 
 @pytest.mark.parametrize("stock", [F.relu, F.gelu, F.tanh, F.dropout, F.silu, F.softmax], ids=lambda f: f.__name__)
 def test_nested_tensors(stock: Callable[..., Tensor], device: str) -> None:
-    """Their layout is strided too, and so may their class be Tensor."""
+    """Their layout is strided too, and so may their class be Tensor, as of others that were given before."""
     arguments = {F.softmax: (-1,), F.dropout: (0.5, False)}.get(stock, ())
+    for _ in range(4):
+        getattr(autograd, stock.__name__)(torch.ones(3, 4, device=device), *arguments)
     x = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], device=device)
     y = getattr(autograd, stock.__name__)(x, *arguments)
     for ours, theirs in zip(y.unbind(), stock(x, *arguments).unbind(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_nested_tensors_in_a_chain(device: str) -> None:
+    stock = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.0)).to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    for _ in range(4):
+        model(torch.ones(3, 4, device=device))
+    x = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], device=device)
+    for ours, theirs in zip(model(x).unbind(), stock(x).unbind(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @every_case
