@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels import AVAILABLE, WHERE
+from ..kernels.base import launch as launching
 from ..kernels.base.device import LaunchError
 from ..kernels.base.figures import most_small_bytes
 from ..kernels.base.launch import memory_refusal
@@ -35,6 +36,7 @@ __all__ = [
     "compiler_refusal",
     "in_low_precision",
     "in_single_precision",
+    "is_beyond_kernels",
     "is_integer",
     "is_number",
     "judged_as_compiled",
@@ -89,6 +91,13 @@ def observe_choices(observer: Callable[[Choice], None]) -> Iterator[None]:
 def are_observed() -> bool:
     """Whether somebody observes choices, or asks for those that `torch.compile` would make."""
     return bool(_observers) or _as_compiled is not None or _as_trained
+
+
+def is_beyond_kernels(operand: object) -> bool:
+    """Whether a call whose first operand this is has no kernel for it, on a CPU, and nobody asks why or looks on."""
+    if launching.ON_CPU or type(operand) is not Tensor or torch._C._is_torch_function_mode_enabled():
+        return False
+    return operand.is_cpu and not are_observed()
 
 
 def report_stock(operation: str, reason: Callable[[], str | None]) -> None:

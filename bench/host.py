@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -91,6 +91,7 @@ def records(
     case: HostCase, launches: Callable[[], int] | None, *, timed: bool = True, seconds: float = _SECONDS
 ) -> Iterator[dict[str, Any]]:
     """One for each contestant; not ``timed``, what is counted alone.  Triton counts launches where nobody else does."""
+    from fusednn_bench.do_nothing import without_kernels
     from fusednn_bench.host_cases import KERNELS
 
     import fusednn
@@ -99,12 +100,13 @@ def records(
         return fusednn.always_kernels(name == KERNELS)
 
     counts = {}
-    for name, call in case.calls.items():
-        with under(name):
-            for _ in range(_WARM):
-                call()
-            counts[name] = _counts(call, launches)
-    samples = _measure(case.calls, under, seconds) if timed else {}
+    with without_kernels() if case.refused else nullcontext():
+        for name, call in case.calls.items():
+            with under(name):
+                for _ in range(_WARM):
+                    call()
+                counts[name] = _counts(call, launches)
+        samples = _measure(case.calls, under, seconds) if timed else {}
     for name in case.calls:
         yield {
             "family": case.family,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..autograd.dispatch import is_beyond_kernels
+
 __all__ = [
     "ALL_TWINS",
     "OTHER_TWINS",
@@ -36,10 +38,12 @@ ALL_TWINS: ChainMap[type[nn.Module], type[nn.Module]] = ChainMap(TWINS, OTHER_TW
 _RECORDED = "_fusednn_recorded"
 
 
-def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded(forward: Callable[..., Any], stock: Callable[..., Any] | None) -> Callable[..., Any]:
     """``forward``, except that ``torch.fx`` records it as one call of the layer, as it does for ``torch.nn``'s own.
 
     Its tracers would otherwise follow our code, and take what depends on the input or on the layer's mode for constant.
+    The forward method of its ``stock`` class serves where no kernel could: what we ask a CPU tensor for takes longer
+    than that method.
     """
 
     @functools.wraps(forward)
@@ -48,6 +52,8 @@ def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(operand, fx.Proxy) and isinstance(operand.tracer, fx.Tracer):
                 tracer = operand.tracer
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        if stock is not None and args and is_beyond_kernels(args[0]):
+            return stock(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
     setattr(recorded, _RECORDED, True)
@@ -60,7 +66,12 @@ class Layer(nn.Module):
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if cls.forward is not nn.Module.forward and not hasattr(cls.forward, _RECORDED):
-            cls.forward = _recorded(cls.forward)
+            cls.forward = _recorded(cls.forward, cls._stock_forward())
+
+    @classmethod
+    def _stock_forward(cls) -> Callable[..., Any] | None:
+        """What computes the same where there are no kernels, if anything does."""
+        return None
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} has no torch.nn class that TorchScript could compile instead")
@@ -77,6 +88,11 @@ class Twin(Layer):
         super().__init_subclass__(**kwargs)
         if cls.__bases__[0] is Twin and len(cls.__bases__) > 1:
             TWINS[cls.__bases__[1]] = cls
+
+    @classmethod
+    def _stock_forward(cls) -> Callable[..., Any] | None:
+        stock: Any = cls.__bases__[1] if cls.__bases__[0] is Twin and len(cls.__bases__) > 1 else None
+        return None if stock is None else stock.forward
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in our place: the stock layer, with the same parameters and buffers.

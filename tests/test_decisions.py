@@ -5,15 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednn
 from fusednn import autograd
@@ -290,78 +286,6 @@ def test_memory_is_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert own.find(arguments) == n
         (form,) = own._forms.values()
         assert len(form.kept) <= len(form.counts) <= 5
-
-
-class _Subclass(Tensor):
-    pass
-
-
-class _Functions(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class _Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def _inside(context: Callable[[], Any]) -> Callable[..., Tensor]:
-    def call(function: Callable[..., Tensor], x: Tensor) -> Tensor:
-        with context():
-            return function(x)
-
-    return call
-
-
-def _forward_mode(function: Callable[..., Tensor], x: Tensor) -> Tensor:
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
-        assert tangent is not None
-        return tangent.clone()
-
-
-def _left_a_transform(function: Callable[..., Tensor], x: Tensor) -> Tensor:
-    left: list[Tensor] = []
-    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)  # type: ignore[func-returns-value]
-    return function(*left)
-
-
-def _unbatched(function: Callable[..., Tensor]) -> dict[str, bool]:
-    """In evaluation: running statistics can't be updated by a batch of batches."""
-    return {"training": False} if function in (norm, conv_norm) else {}
-
-
-#: What may surround a call, or be another kind of operand, of which shapes, strides and dtypes tell nothing.
-SURROUNDINGS: dict[str, Callable[..., Tensor]] = {
-    "vmap": lambda function, x: torch.vmap(partial(function, **_unbatched(function)))(x[None])[0],
-    "grad": lambda function, x: torch.func.grad(lambda x: function(x).square().sum())(x),
-    "forward mode": _forward_mode,
-    "functions": _inside(_Functions),
-    "operators": _inside(_Operators),
-    "profiler": _inside(torch.profiler.profile),
-    "subclass": lambda function, x: function(x.as_subclass(_Subclass)).as_subclass(Tensor),
-    "negated view": lambda function, x: function(torch._neg_view(-x)),
-    "left a transform": _left_a_transform,
-}
-
-
-@pytest.mark.parametrize("function", [norm, conv, conv_norm, pool])
-@pytest.mark.parametrize("name", SURROUNDINGS)
-def test_what_surrounds_a_call(name: str, function: Callable[..., Tensor], device: str, followed: list[str]) -> None:
-    """No decision that is kept is followed there, and the call does what it would if it were the first."""
-    x, surrounded = X.to(device), SURROUNDINGS[name]
-    decisions.forget_decisions()
-    expected = surrounded(function, x)
-    decisions.forget_decisions()
-    for _ in range(2):
-        function(x)
-    assert followed
-    followed.clear()
-    found = surrounded(function, x)
-    if name not in ("negated view", "left a transform") or function is not conv_norm:
-        assert not followed  # but behind a convolution, whose result is an ordinary tensor
-    assert_same_bits(found.detach(), expected.detach())
 
 
 def test_a_launch_that_fails_is_decided_again(device: str) -> None:

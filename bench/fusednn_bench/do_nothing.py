@@ -15,10 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
-__all__ = ["install"]
+__all__ = ["install", "without_kernels"]
 
 _SOURCES = Path(__file__).resolve().parents[1] / "do_nothing"
 
@@ -65,6 +67,18 @@ def install() -> Callable[[], int]:
     random._drawn = lambda device, seed, offset: torch.zeros(random._BLOCK, 1, dtype=torch.int64).unbind()
     counter: Callable[[], int] = cuda.do_nothing_launches
     return counter
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within, CPU tensors take no kernels, as in any process where nothing stands in for a GPU."""
+    from fusednn.autograd.decisions import forget_decisions
+    from fusednn.kernels.base import launch
+
+    with mock.patch.object(launch, "ON_CPU", False):
+        forget_decisions()
+        yield
+    forget_decisions()
 
 
 class CountingGenerator:

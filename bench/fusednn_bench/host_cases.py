@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import kernels, layers, optim
+from fusednn.demonstration.digits import build_network
 from fusednn.kernels.base.launch import launch
 
 __all__ = ["KERNELS", "HostCase", "host_cases"]
@@ -21,13 +22,17 @@ KERNELS = "always_kernels"
 
 
 class HostCase(NamedTuple):
-    """Calls of two or more contestants, by name, which do the same.  ``launches`` of ours are counted."""
+    """Calls of two or more contestants, by name, which do the same.  ``launches`` of ours are counted.
+
+    ``refused``: on CPU tensors, which no kernel takes, whatever stands in for a GPU.
+    """
 
     family: str
     operation: str
     direction: str
     shape: tuple[int, ...]
     calls: dict[str, Call]
+    refused: bool = False
 
 
 def host_cases() -> Iterator[HostCase]:
@@ -46,6 +51,7 @@ def host_cases() -> Iterator[HostCase]:
     ):
         for suffix, fuse in (("", False), ("_fused", True)):
             yield HostCase("network", name + suffix, "training_step", shape, _networks(build, shape, fuse))
+    yield from _refused()
     for name, options in (("Adam", {}), ("RMSprop", {}), ("SGD", {"momentum": 0.9})):
         for number in (60, 200):
             yield HostCase("optimizer", name, "step", (number, 16), dict(_optimizers(name, number, options)))
@@ -121,6 +127,16 @@ def _networks(build: Callable[[], nn.Module], shape: tuple[int, ...], fuse: bool
     fusednn.replace_layers(ours, fuse=fuse)
     step = _step(ours, layers.CrossEntropyLoss(), x, target)
     return {"eager": _step(stock, nn.CrossEntropyLoss(), x, target), "fusednn": step, KERNELS: step}
+
+
+def _refused() -> Iterator[HostCase]:
+    """The demo's network where no kernel runs, and it is to cost no more for being replaced."""
+    images, labels = torch.randn(32, 1, 8, 8, device="cpu"), torch.arange(32, device="cpu") % 10
+    for suffix, fuse in (("", False), ("_fused", True)):
+        stock, ours = (build_network(0).to("cpu") for _ in range(2))
+        fusednn.replace_layers(ours, fuse=fuse)
+        calls = {k: _step(one.layers, one.loss, images, labels) for k, one in (("eager", stock), ("fusednn", ours))}
+        yield HostCase("network", "demo_on_a_cpu" + suffix, "training_step", tuple(images.shape), calls, refused=True)
 
 
 def _step(network: nn.Module, loss: nn.Module, x: Tensor, target: Tensor) -> Call:

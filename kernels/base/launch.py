@@ -28,6 +28,7 @@ __all__ = [
     "ALIGNMENT",
     "COMPUTE",
     "DTYPES",
+    "ON_CPU",
     "TRITON_TYPE",
     "Configuration",
     "DeviceAssertionError",

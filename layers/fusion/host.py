@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from ...autograd.dispatch import is_beyond_kernels
 from ...autograd.recompute import recompute
 from ..derived import beneath, rebased
 from ..twin import Layer, is_untouched
@@ -146,6 +147,8 @@ def fused_class(stock: type[nn.Module]) -> type[Fused]:
 
 def _subclass(stock: Any) -> type[Fused]:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args and is_beyond_kernels(args[0]):  # there is nothing to win, whatever chains there are
+            return stock.forward(self, *args, **kwargs)
         plan = self.__dict__.get(_PLAN)  # a slice of a fused nn.Sequential has none
         variant = None if plan is None else plan.variant(self, args, kwargs)
         if variant is not None:
