@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.base import launch as launching
 from ..kernels.base.launch import Configuration
 
-__all__ = ["Calls", "Plans", "guards"]
+__all__ = ["ALLOCATORS", "Calls", "Plans", "guards"]
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -217,7 +217,7 @@ def _record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[A
 
 #: What compiled code allocates by, of the type of device, in half the time of `torch.empty_strided`.  A GPU's memory is
 #: the current one's.
-_EMPTY: dict[str, Any] = {device: getattr(_guards, f"_empty_strided_{device}") for device in ("cpu", "cuda")}
+ALLOCATORS: dict[str, Any] = {device: getattr(_guards, f"_empty_strided_{device}") for device in ("cpu", "cuda")}
 
 
 class _Writer:
@@ -263,7 +263,7 @@ class _Writer:
         device, given = tensor.device, f"{tuple(tensor.shape)}, {tensor.stride()}, {self._constant(tensor.dtype)}"
         if device.type == "cuda":
             self._gpus.add(device.index)
-        self._assign(tensor, f"{self._constant(_EMPTY[device.type])}({given})")
+        self._assign(tensor, f"{self._constant(ALLOCATORS[device.type])}({given})")
 
     def _assign(self, made: Any, expression: str) -> None:
         name = f"t{len(self._lines)}"

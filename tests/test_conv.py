@@ -61,6 +61,9 @@ def stock(
     return y if pool_size is None else F.max_pool2d(y, pool_size, pool_stride, pool_padding)
 
 
+FUNCTIONS = (autograd.conv_act_pool2d, stock)
+
+
 def operands(
     dtype: torch.dtype,
     device: str,
@@ -156,17 +159,20 @@ def test_layouts_of_inputs_and_gradients(layout: str, device: str) -> None:
     """Of integers: where values repeat all windows tie, and no rounding picks another maximum."""
     x, weight, bias = (tensor.round() for tensor in operands(torch.float32, device))
     gradient = LAYOUTS[layout](random_tensor((2, 5, 3, 3), torch.float32, device, seed=3))
-    ours, theirs = (lambda x, w, b, f=f: f(x, w, b, pool_size=2) for f in (autograd.conv_act_pool2d, stock))
+    ours, theirs = (lambda x, w, b, f=f: f(x, w, b, pool_size=2) for f in FUNCTIONS)
     check_against_stock(ours, theirs, [LAYOUTS[layout](x), LAYOUTS["channels_last"](weight), bias], gradient)
 
 
 @needs_kernels
 def test_images_of_one_place_give_results_in_stocks_memory_format(device: str) -> None:
-    """They are contiguous and channels last at once; what is padded to several places isn't."""
-    x, weight = torch.ones(2, 16, 1, 1, device=device), torch.ones(16, 16, 1, 1, device=device)
-    for pooled in ({}, {"pool_size": 2}):
-        y, expected = (f(x, weight, None, 1, 2, **pooled) for f in (autograd.conv_act_pool2d, stock))
-        assert y.stride() == expected.stride()
+    """They are contiguous and channels last at once; what is padded to several places isn't.  In 16 bits, too, where
+    the single kernel takes images that are channels last.
+    """
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x, weight = (torch.ones(n, 16, 1, 1, dtype=dtype, device=device) for n in (2, 16))
+        for pooled in ({}, {"pool_size": 2}):
+            y, expected = (f(x, weight, None, 1, 2, **pooled) for f in FUNCTIONS)
+            assert y.stride() == expected.stride()
 
 
 @needs_kernels
@@ -319,9 +325,6 @@ def test_filters_that_skip_pixels_stay_off_onednn(device: str, monkeypatch: pyte
         allowed += mode.allowed
     assert allowed == [True, True, device != "cpu", device != "cpu"]
     assert torch.backends.mkldnn.enabled
-
-
-FUNCTIONS = (autograd.conv_act_pool2d, stock)
 
 
 @needs_kernels

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import kernels, optim
+from fusednn.autograd import plans
 from fusednn.kernels.base.launch import launch
 from fusednn.optim import launches
 from fusednn.testing import broken, check_against_stock, checked_bounds, poisoned_memory, random_tensor
@@ -69,10 +70,31 @@ def test_bounds_see_what_a_table_does_not_list(device: str) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("allocate", [lambda x: x.new_empty(x.shape), lambda x: torch.empty_strided((3,), (1,))])
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda x: torch.empty_like(x),
+        lambda x: torch.empty(3),
+        lambda x: torch.empty_permuted((3,), (0,)),
+        lambda x: torch.empty_strided((3,), (1,)),
+        lambda x: x.new_empty(x.shape),
+        lambda x: x.new_empty_strided((3,), (1,)),
+    ],
+)
 def test_poisoned_memory_reaches_every_allocation(allocate: Callable[[Tensor], Tensor]) -> None:
     with poisoned_memory(0xA5):
         assert (allocate(torch.ones(3)).view(torch.uint8) == 0xA5).all()
+
+
+@pytest.mark.kernels
+def test_poisoned_memory_reaches_what_plans_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_RECORDED_CALL", 1)
+    x, own = torch.ones(3), plans.Plans(torch.empty_like)
+    with poisoned_memory(0xA5):
+        own.call(x)
+        plan = own.find((x,))
+        assert plan is not torch.empty_like
+        assert (plan(x).view(torch.uint8) == 0xA5).all()
 
 
 @pytest.mark.kernels

@@ -178,6 +178,8 @@ def _doors(name: str, value: Any) -> Iterator[tuple[str, Any, Callable[[], objec
         return parameter
 
     yield "constructor", None, lambda: optim.SGD([weight()], lr=0.1, **{name: value})
+    unused = {"params": [weight()], name: optim.SGD.options[name]}
+    yield "constructor, with a group of its own", None, lambda: optim.SGD([unused], lr=0.1, **{name: value})
     yield "group", None, lambda: optim.SGD([{"params": [weight()], name: value}], lr=0.1)
     ours = optim.SGD([weight()], lr=0.1)
     yield "add_param_group", ours, lambda: ours.add_param_group({"params": [weight()], name: value})

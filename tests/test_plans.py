@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusednn import autograd
 from fusednn.autograd import activation, plans
 from fusednn.kernels.base import launch as launching
-from fusednn.testing import assert_same_bits
+from fusednn.testing import assert_same_bits, poisoned_memory
 
 pytestmark = pytest.mark.kernels
 
@@ -75,10 +75,12 @@ WITHOUT_PLANS = {
 @pytest.mark.usefixtures("planned_at_once")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_same_bits_by_plan(name: str, followed: list[str]) -> None:
+    """Of which every element is written, too."""
     operation = Operation(name, torch.float32)
-    step(operation, operation.ours, 0)
-    followed.clear()
-    found = step(operation, operation.ours, 1)
+    with poisoned_memory(0xA5):
+        step(operation, operation.ours, 0)
+        followed.clear()
+        found = step(operation, operation.ours, 1)
     assert bool(followed) == (name not in WITHOUT_PLANS)
     with Unplanned():
         expected = step(operation, operation.ours, 1)
@@ -200,7 +202,7 @@ def test_which_of_two_operands_is_missing_matters(followed: list[str], device: s
 def test_memory_of_another_gpu_is_not_a_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans allocate on the current GPU; where that is another one, the function itself does."""
     allocated = mock.Mock(side_effect=lambda shape, strides, dtype: (shape, strides, dtype))
-    monkeypatch.setitem(plans._EMPTY, "cuda", allocated)
+    monkeypatch.setitem(plans.ALLOCATORS, "cuda", allocated)
     current = mock.Mock(return_value=1)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", current, raising=False)
     function = mock.Mock(return_value="its own")

@@ -10,7 +10,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from ..autograd import plans
 from ..autograd.operators import forget_plans
 from .accuracy import assert_accurate, assert_same_bits, one_rounding
 from .bounds import checked_bounds
@@ -33,7 +35,7 @@ def poisoned_memory(byte: int) -> Iterator[None]:
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
             tensor = allocate(*args, **kwargs)
-            with torch.no_grad():
+            with torch.no_grad(), _disable_current_modes():  # of which one records what a plan repeats
                 storage = torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
                 storage.fill_(byte)
             return tensor
@@ -43,7 +45,9 @@ def poisoned_memory(byte: int) -> Iterator[None]:
     with ExitStack() as patches:
         for owner, name in _ALLOCATORS:
             patches.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
-        forget_plans()  # they allocate by themselves
+        poisoned = {device: poison(allocate) for device, allocate in plans.ALLOCATORS.items()}
+        patches.enter_context(mock.patch.dict(plans.ALLOCATORS, poisoned))
+        forget_plans()  # those made before keep what they allocate by
         patches.callback(forget_plans)
         yield
 
