@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mutants.__main__ import FLOORS, ROOT, changed_lines, own_tests, sample, verdict
+from mutants.__main__ import FLOORS, ROOT, changed_lines, of_file, own_tests, sample, verdict
 from mutants.mutators import mutants_of
 from mutants.planted import PLANTED
 from mutants.worker import MODES, QUICK, Selection, Worker
@@ -88,6 +88,18 @@ def test_every_survivor_of_the_committed_samples_is_judged() -> None:
     assert mutants
     for mutant in mutants:
         assert mutant["by"] if mutant["verdict"] == "noticed" else mutant["judged"], mutant
+
+
+def test_every_reason_stands_in_a_test() -> None:
+    """Those why a call goes to stock, a layer stays what it is, neighbours aren't fused, and tensors are kept."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    sources = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+    texts = [
+        one.before.removeprefix("return ") for path in sources for one in of_file(path) if one.after == "return None"
+    ]
+    reasons = {ast.literal_eval(text) for text in texts if text.startswith('"')}
+    assert len(reasons) > 100
+    assert not [reason for reason in reasons if reason not in tests]
 
 
 def test_tests_of_a_family() -> None:

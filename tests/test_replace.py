@@ -234,6 +234,13 @@ def test_explain_gives_the_reason_of_a_refusal(device: str) -> None:
     assert row.reason == ("no kernel for torch.int64" if KERNELS_RUN else "CPU tensor")
 
 
+def test_explain_names_a_layer_that_called_no_operation(device: str) -> None:
+    layer = fusednn.layers.ReLU()
+    layer.forward = lambda x: x
+    (row,) = fusednn.explain(layer, torch.ones(3, device=device))
+    assert (row.operation, row.reason) == ("-", "called no operation")
+
+
 def test_explain_cleans_up_after_an_error(network: nn.Module, device: str) -> None:
     with pytest.raises(RuntimeError):
         fusednn.explain(network, torch.ones(1, 7, device=device))
