@@ -206,6 +206,11 @@ def test_what_cannot_be_registered() -> None:
         fusednn.register_activation(Slanted, "leaky_relu", ["slope", "writes_over"])
     with pytest.raises(ValueError, match="has a twin"):
         fusednn.register_twin(nn.ReLU, doubled)
+    for wrong in (doubled, "Doubled", Tensor, Doubled(), None):
+        with pytest.raises(TypeError, match="expected a class of layers, or its qualified name"):
+            fusednn.register_twin(wrong, doubled)
+        with pytest.raises(TypeError, match="expected a class of layers, or its qualified name"):
+            fusednn.register_activation(wrong, "relu")
 
 
 def test_torch_script_compiles_theirs() -> None:

@@ -78,8 +78,8 @@ def register_twin(
         fingerprints: of the versions of the class that ``forward`` computes the same as (`fingerprint`).  Where a class
             has another, its layers are left, and the report says so.  By default no version is refused.
 
-    Raises ValueError for classes of ``torch.nn`` that have a twin.  The last registration of a class counts, until its
-    twin is made.
+    Raises ValueError for classes of ``torch.nn`` that have a twin, TypeError for what is neither a class of layers nor
+    such a name.  The last registration of a class counts, until its twin is made.
     """
     _register(their_class, Registration(forward, refuses, _all(fingerprints)))
 
@@ -173,6 +173,9 @@ def _all(fingerprints: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _register(their_class: type[nn.Module] | str, registration: Registration) -> None:
+    names = isinstance(their_class, str) and "." in their_class
+    if not names and not (isinstance(their_class, type) and issubclass(their_class, nn.Module)):
+        raise TypeError(f"expected a class of layers, or its qualified name, but got {their_class!r}")
     if their_class in TWINS:
         raise ValueError(f"{their_class} has a twin already, which can't be registered anew")
     _registered[their_class] = registration
