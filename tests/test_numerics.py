@@ -12,6 +12,7 @@ from fusednn import autograd
 from fusednn.kernels import INTERPRETING
 from fusednn.kernels.base import numerics
 from fusednn.kernels.base._triton import tl, triton
+from fusednn.kernels.functions.activation import ACTIVATIONS, Activation, gradient_from_input, value_of
 
 
 @triton.jit
@@ -49,6 +50,35 @@ def test_coarse_functions_are_off_by_less_than_16_bits_see(name: str, device: st
     expected = getattr(torch, name)(x.double())
     assert ((y - expected).abs() <= 2.0**-17 * expected.abs()).all()
     assert torch.equal(y[x == 0].signbit(), expected[x == 0].signbit())
+
+
+def has_coarse(row: Activation) -> bool:
+    coarse = row.for_results_of(torch.float16)
+    return coarse.coarse_forward or coarse.coarse_gradient
+
+
+@triton.jit
+def activation_kernel(x_pointer, y_pointer, dx_pointer, ROW: tl.constexpr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    x = tl.load(x_pointer + place)
+    tl.store(y_pointer + place, value_of(x, 1.0, 1.0, ROW))
+    tl.store(dx_pointer + place, gradient_from_input(x * 0 + 1, x, 1.0, 1.0, ROW))
+
+
+@pytest.mark.whole
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", [name for name, row in ACTIVATIONS.items() if has_coarse(row)])
+def test_coarse_activations_are_off_by_little(name: str, device: str) -> None:
+    """Whichever of the types of 16 bits tests of an activation take."""
+    row = ACTIVATIONS[name]
+    x = torch.linspace(-8, 8, 1024, device=device)
+    results = []
+    for each in (row, row.for_results_of(torch.float16)):
+        y, dx = torch.empty_like(x), torch.empty_like(x)
+        activation_kernel[(1,)](x, y, dx, each, 1024)
+        results.append((y, dx))
+    for fine, coarse in zip(*results, strict=True):
+        torch.testing.assert_close(coarse, fine, rtol=2.0**-8, atol=1e-6)
 
 
 @pytest.mark.kernels

@@ -1,6 +1,8 @@
 """Which path a call takes, and why, where stock's values are right as well: a test of values sees no difference."""
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from support.operations import ARGUMENTS, OWN_ARGUMENTS
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 import fusednn
 from fusednn import autograd, layers
@@ -135,6 +138,53 @@ def test_path_of_options_that_one_part_refuses(options: dict[str, Any], expected
 
 CONVOLUTION = "cuDNN: no kernel of a plain convolution was measured faster"
 IDENTITY = "the identity in evaluation"
+
+#: Operands with and without a batch, and with another dimension; others, like weights, have none.
+BATCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch": lambda operand: operand,
+    "no batch": lambda operand: operand[0],
+    "more": lambda operand: operand.unsqueeze(0),
+}
+OPERANDS = {"input", "target", "residual", "gate", "other", "belief", "transformed", "carried"}
+PRODUCT = "cuBLAS: the features are no multiple of 16"
+#: Why some of these calls are stock's.
+TO_STOCK: dict[str, dict[str, str]] = {
+    **{
+        f"conv{transposed}{n}d": dict.fromkeys(("batch", "no batch"), CONVOLUTION)
+        for transposed in ("", "_transpose")
+        for n in (1, 2, 3)
+    },
+    "block_end": {"no batch": "the scale is not one number for each element of a dimension behind the first"},
+    "conv_batch_norm_act2d": {"batch": CONVOLUTION, "no batch": "not a batch of images"},
+    "dropout2d": {"no batch": "3 dimensions", "more": "5 dimensions"},
+    "dropout3d": {"no batch": "3 dimensions"},
+    "gated_channels": dict.fromkeys(("no batch", "more"), "the gate hasn't one element for each sample's channel"),
+    "maxout_linear": dict.fromkeys(BATCHES, PRODUCT),
+}
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, *OWN_ARGUMENTS])
+def test_path_of_batches(name: str, device: str) -> None:
+    """Whatever stock takes."""
+    arguments, function = (ARGUMENTS | OWN_ARGUMENTS)[name], getattr(autograd, name)
+    moved = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in arguments.items()}
+    found = {}
+    for batch, change in BATCHES.items():
+        given = {key: change(one) if key in OPERANDS else one for key, one in moved.items()}
+        try:
+            with BaseTorchFunctionMode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                function(**copy.deepcopy(given))
+        except (IndexError, RuntimeError):
+            continue
+        choices: list[Choice] = []
+        with observe_choices(choices.append):
+            function(**given)
+        assert choices
+        for choice in choices:
+            if not choice.kernel:
+                found[batch] = choice.reason
+    assert found == TO_STOCK.get(name, {})
 
 
 @pytest.mark.parametrize(

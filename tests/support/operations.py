@@ -36,7 +36,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         **dict(zip(("weight", "bias"), (torch.ones(2), torch.zeros(2)), strict=True)),
         "training": True,
     },
-    "conv1d": {"input": _IMAGES[0], "weight": random_tensor((3, 2, 2), torch.float32, "cpu"), "bias": torch.ones(3)},
+    "conv1d": {
+        "input": _IMAGES[..., 0],
+        "weight": random_tensor((3, 2, 2), torch.float32, "cpu"),
+        "bias": torch.ones(3),
+    },
     "conv2d": {"input": _IMAGES, "weight": random_tensor((3, 2, 2, 2), torch.float32, "cpu"), "bias": torch.ones(3)},
     "conv3d": {"input": _IMAGES[None], "weight": random_tensor((3, 1, 1, 2, 2), torch.float32, "cpu")},
     **{
