@@ -1,8 +1,7 @@
-"""The launches of a call: what their kernels were given, and the same again with other alignments."""
+"""The launches of a call: what their kernels were given, and the same again elsewhere in memory."""
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -39,14 +38,13 @@ class Launch(NamedTuple):
         """What the kernel is told of its extents; 1 where it takes no such promise."""
         return int(self.configuration.keywords_for(self.arguments).get("ALIGN", 1))
 
-    def again(self, *, unaligned: Container[str] = (), **constants: Any) -> dict[str, Tensor]:
-        """Launch on copies of the tensors, with other constants, and return the copies as the kernel leaves them."""
+    def again(self, *, unaligned: Container[str] = ()) -> dict[str, Tensor]:
+        """Launch on copies of the tensors, and return them as the kernel leaves them."""
         values = {
             name: _copy(value, aligned=name not in unaligned) if isinstance(value, Tensor) else value
             for name, value in self.values.items()
         }
-        constants = {**dict(self.configuration.constants), **constants}
-        replace(self.configuration, constants=tuple(constants.items())).launcher(self.programs, *values.values())
+        self.configuration.launcher(self.programs, *values.values())
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
