@@ -34,6 +34,7 @@ from .pool import (
     Sizes,
     activate_,
     activated_pool_gradient,
+    activation_again,
     code_or_empty,
     operator_window,
     pool,
@@ -132,6 +133,14 @@ class ConvActPool(Function):
         ctx.anchors = anchors
         ctx.set_materialize_grads(False)
         return y, pre_activation
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor] | None:
+        _, *of_result = ctx.arguments
+        return activation_again(*of_result)
+
+    #: Of what is saved: neither the images nor the filters.
+    recipe_takes = (3,)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_pre_activation: Tensor | None) -> tuple[Tensor | None, ...]:

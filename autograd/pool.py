@@ -36,6 +36,7 @@ __all__ = [
     "act_pool",
     "activate_",
     "activated_pool_gradient",
+    "activation_again",
     "code_or_empty",
     "max_pool",
     "max_pool1d",
@@ -301,6 +302,17 @@ def activated_pool_gradient(
     return dx
 
 
+def activation_again(activation: Activated, window: Window) -> Callable[[Tensor], Tensor] | None:
+    """What makes the pooled result again of the maxima before the activation, where these are kept.
+
+    By the kernel that has made it: others may be coarser.
+    """
+    if kept_beside_code(activation.row, window.fixed) != "input":
+        return None
+    nothing = (None, None, None, None, None, 0.0)
+    return lambda x: pool(x, *nothing, *activation.arguments, *point(x.dim() - 2), False, False)[0]
+
+
 class ActPool(Function):
     """Saves the code of each window, and beside it the maxima before the activation, where its gradient needs them.
 
@@ -318,7 +330,17 @@ class ActPool(Function):
         ctx.layout = (x.shape[2:], channels_last)
         ctx.anchors = anchors
         ctx.set_materialize_grads(False)
+        if saved is None:
+            needs(ctx, x)
         return y, pre_activation
+
+    @staticmethod
+    def recipe(ctx: Any) -> Callable[..., Tensor]:
+        activation, window = ctx.arguments
+        again = activation_again(activation, window)
+        if again is not None:
+            return lambda _, saved: again(saved)
+        return lambda _, __, x: _act_pool_forward(x, activation, window, keeps=False)[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_pre_activation: Tensor | None) -> tuple[Tensor | None, ...]:

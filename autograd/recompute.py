@@ -12,7 +12,8 @@ kinds of handles: `Kept`, a tensor, and `Recipe`.  A recipe's operands are handl
 itself are noted by `needs` where it runs.
 
 A `torch.autograd.Function` takes part by a static method ``recipe(ctx)``.  It returns a function of the tensors that it
-saved and of those that it `needs`, in this order, which makes the result again; or None where there is none.
+saved and of those that it `needs`, in this order, which makes the result again; or None where there is none.  Where it
+takes but some of those that were saved, ``recipe_takes`` are their places.
 """
 
 import functools
@@ -152,6 +153,8 @@ class Region:
         if again is None:
             return None
         saved = [raw.data for raw in node._raw_saved_tensors]
+        if (takes := getattr(node._forward_cls, "recipe_takes", None)) is not None:
+            saved = [saved[index] for index in takes]
         needed = self._needed.get(node) if hasattr(node, "has_needs") else ()
         # What was saved where other hooks were, or none, isn't ours to look at.
         if needed is None or not (any(saved) or needed) or not _HANDLES.issuperset(map(type, saved)):

@@ -142,6 +142,8 @@ def conv_pool_kernel(
     for y in tl.static_range(POOL):
         for x in tl.static_range(POOL):
             product = products[y * POOL + x] + bias
+            if ACTIVATION.saves == "input" or ACTIVATION.saves == "output":  # made again of what is kept, as it is kept
+                product = widen(narrow(product, y_pointer.dtype.element_ty), tl.float32)
             there = inside & within(line + y, conv_height) & within(place + x, conv_width)
             # Asked of each: fewer registers than a window begun with its first element.
             rank = ACTIVATION.forward(product, a, b)

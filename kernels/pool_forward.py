@@ -26,15 +26,26 @@ __all__ = ["pool_forward_kernel"]
 
 @triton.jit
 def load_inputs(
-    x_pointer, residual_pointer, offset, inside, mean, scale, bias, NORMALISES: tl.constexpr, COMPUTE: tl.constexpr
+    x_pointer,
+    residual_pointer,
+    offset,
+    inside,
+    mean,
+    scale,
+    bias,
+    NORMALISES: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
-    """What the activation is applied to: elements of the images, normalised, with bias and residual."""
+    """What the activation is applied to: elements of the images, normalised, with bias and residual, as it is kept."""
     x = widen(tl.load(x_pointer + offset, mask=inside, other=0), COMPUTE)
     if NORMALISES:
         x = (x - mean) * scale
     x += bias
     if residual_pointer is not None:
         x += widen(tl.load(residual_pointer + offset, mask=inside, other=0), COMPUTE)
+    if ROUNDS:
+        x = widen(narrow(x, x_pointer.dtype.element_ty), COMPUTE)
     return x
 
 
@@ -155,6 +166,9 @@ def pool_forward_kernel(
     pre_activation = best
     position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
     first = position + 1  # the first position inside
+    # Before an activation that is made again of what is kept: as PyTorch, whose convolution's result is rounded, does.
+    adds: tl.constexpr = mean_pointer is None and (bias_pointer is not None or residual_pointer is not None)
+    rounds: tl.constexpr = adds and (ACTIVATION.saves == "input" or ACTIVATION.saves == "output")
     lines: tl.constexpr = KERNEL if DIRECTIONS > 1 else 1
     levels: tl.constexpr = KERNEL if DIRECTIONS > 2 else 1
     if KERNEL:
@@ -176,7 +190,7 @@ def pool_forward_kernel(
                     offset, _inside = plane_offset(*(tap_level, line, places, depth, height, width, 1))
                 x = load_inputs(
                     *(x_pointer, residual_pointer, start + offset, (row < rows) & (places < width)),
-                    *(mean, scale, bias, mean_pointer is not None, COMPUTE),
+                    *(mean, scale, bias, mean_pointer is not None, rounds, COMPUTE),
                 )
                 parts = parted(x, KERNEL, HEIGHT, WIDTH)
             for tap in tl.static_range(KERNEL):
@@ -190,7 +204,7 @@ def pool_forward_kernel(
                     offset, _inside = plane_offset(*(tap_level, line, tap_place, depth, height, width, distance))
                     x = load_inputs(
                         *(x_pointer, residual_pointer, start + offset, inside, mean, scale, bias),
-                        *(mean_pointer is not None, COMPUTE),
+                        *(mean_pointer is not None, rounds, COMPUTE),
                     )
                 rank = rank_of(x, a, b, ACTIVATION)
                 if tap_line == 0 and tap == 0:
@@ -219,7 +233,7 @@ def pool_forward_kernel(
             there = inside & within_plane & within(tap_place, width)
             x = load_inputs(
                 *(x_pointer, residual_pointer, start + offset, there, mean, scale, bias),
-                *(mean_pointer is not None, COMPUTE),
+                *(mean_pointer is not None, rounds, COMPUTE),
             )
             rank = rank_of(x, a, b, ACTIVATION)
             wins = there & (surpasses(rank, best) | (position < 0))

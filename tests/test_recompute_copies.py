@@ -104,3 +104,39 @@ def test_what_pooling_keeps(activation: nn.Module, device: str) -> None:
     pooled, rows = 2 * 3 * 3 * 3 * 4, 2 * 3 * 3  # bytes of the result, and rows of three codes, in 2 or 1 bytes
     assert most - least == (pooled + 2 * rows if isinstance(activation, nn.ReLU) else 2 * pooled + rows)
     assert forwards == 3
+
+
+_CONVOLUTIONS: dict[str, list[nn.Module]] = {
+    "convolution": [nn.Conv2d(3, 4, 3), nn.GELU()],
+    "single kernel": [nn.Conv2d(16, 4, 1), nn.SiLU(), nn.MaxPool2d(2)],
+    "pooled": [nn.Conv2d(3, 4, 3), nn.Tanh(), nn.MaxPool2d(3, 2, 1)],
+    "of sounds": [nn.Conv1d(3, 4, 3), nn.Mish()],
+    "transposed": [nn.ConvTranspose3d(3, 4, 2), nn.Softplus()],
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", _CONVOLUTIONS)
+def test_activations_of_convolutions(name: str, dtype: torch.dtype, device: str) -> None:
+    """Are made again of what is kept before them, as it is rounded."""
+    first, *rest = _CONVOLUTIONS[name]
+    directions = int(type(first).__name__[-2])
+    last = getattr(nn, f"Conv{directions}d")(4, 2, 1)
+    model = nn.Sequential(first, *rest, last).to(device, dtype)
+    x = torch.randn((2, first.in_channels, *[5] * directions), device=device, dtype=dtype)  # type: ignore[arg-type]
+    if name == "single kernel":
+        x = x.contiguous(memory_format=torch.channels_last)
+    fusednn.replace_layers(model, fuse=True)
+    sizes, gradients = [], []
+    for context in (contextlib.nullcontext, lambda: fusednn.recompute(model)):
+        with saved_tensors() as census, context():
+            y = model(x).square().sum()
+        sizes.append(census.bytes_beside(x, *model.parameters()))
+        first_order = torch.autograd.grad(y, list(model.parameters()), create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first_order)
+        second_order = torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True)  # type: ignore[arg-type]
+        gradients.append([*first_order, *(one for one in second_order if one is not None)])
+    assert_same(gradients[1], gradients[0])
+    result = model[:-1](x).numel() * dtype.itemsize
+    assert sizes[0] - sizes[1] == result

@@ -54,6 +54,13 @@ _IMAGES, _ROWS = (2, 2, 4, 4), (3, 4)
         ((nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2)), _IMAGES, OF_PRODUCT),
         ((nn.Conv2d(2, 2, 3), nn.ReLU(), nn.MaxPool2d(2)), _IMAGES, KEPT),
         ((nn.BatchNorm2d(2), nn.ReLU()), _IMAGES, ANYWAY),
+        ((nn.Conv2d(2, 2, 3), nn.GELU()), _IMAGES, OF_PRODUCT),
+        ((nn.ConvTranspose2d(2, 2, 3), nn.SiLU(inplace=True)), _IMAGES, OF_PRODUCT),
+        ((nn.Conv2d(2, 2, 3), nn.GELU(), nn.MaxPool2d(2)), _IMAGES, OF_PRODUCT),
+        ((nn.Conv2d(2, 2, 3), nn.Tanh(), nn.MaxPool2d(2)), _IMAGES, OF_PRODUCT),
+        ((nn.Conv2d(2, 2, 3), nn.Tanh()), _IMAGES, KEPT),
+        ((nn.GELU(), nn.MaxPool2d(2)), _IMAGES, ANYWAY),
+        ((nn.ReLU(), nn.MaxPool2d(2)), _IMAGES, WHERE_KEPT),
         ((nn.Linear(4, 4), nn.GELU()), _ROWS, OF_PRODUCT),
         ((nn.Linear(4, 4), nn.ReLU(), nn.Dropout()), _ROWS, KEPT),
     ],
@@ -68,7 +75,7 @@ def test_the_report_says_what_becomes_of_neighbours(
     assert said in str(report)
     fusednn.restore_layers(model)
     fusednn.replace_layers(model, fuse=True)
-    assert is_made_again(model, torch.randn(shape, device=device), kept=False) == (said != KEPT)
+    assert is_made_again(model, torch.randn(shape, device=device), kept=said == WHERE_KEPT) == (said != KEPT)
 
 
 def test_the_report_says_nothing_where_that_was_not_asked_for() -> None:

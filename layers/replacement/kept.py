@@ -25,11 +25,14 @@ _ANYWAY = (
     *(*_STOCK_ANYWAY, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.PReLU, nn.GLU),
     *(nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Softsign, nn.LogSigmoid),
 )
+_POOLINGS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _WHERE_KEPT = (
+    *_POOLINGS,
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.RReLU),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d),
+    *(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d),
 )
+_OF_RESULT = (nn.Sigmoid, nn.Tanh)
 _PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding)
 
 
@@ -40,12 +43,14 @@ def result_of(layer: nn.Module) -> str | None:
         return ANYWAY
     if ours and isinstance(layer, _WHERE_KEPT):
         return WHERE_KEPT
-    return KEPT if isinstance(layer, (*_PRODUCTS, nn.Sigmoid, nn.Tanh)) else None
+    return KEPT if isinstance(layer, (*_PRODUCTS, *_OF_RESULT)) else None
 
 
 def result_of_chain(layers: Sequence[nn.Module]) -> str | None:
     """Likewise of neighbours that are computed in one, of which nothing in between is kept."""
     results = [result_of(layer) for layer in layers]
-    if ANYWAY not in results:
+    # Of what is pooled no activation keeps the result: users may change that in place.
+    pooled = any(isinstance(layer, _POOLINGS) for layer in layers)
+    if ANYWAY not in results and not (pooled and any(isinstance(layer, _OF_RESULT) for layer in layers)):
         return results[0]
     return OF_PRODUCT if isinstance(layers[0], _PRODUCTS) else ANYWAY
