@@ -3,8 +3,8 @@
 A call takes 6.5 minutes at most.  The second, given the first one's folder (or ``--after FOLDER``), goes on where it
 ended.  The parts (``--list``), their order and their times are in ``fusednn_bench/parts.py``; what fails or hangs takes
 no other part with it.  At most eight files are left in the folder, written as results come: ``summary.json`` (each
-command's outcome), ``report.md``, ``logs.tar.gz``, ``benchmarks.json``, ``thresholds.json``, ``host-times.json``,
-``counters.json``.
+command's outcome), ``report.md``, ``logs.tar.gz``, ``benchmarks.json``, ``thresholds.json``, ``peak.json``,
+``host-times.json``, ``counters.json``.
 
 ``--rehearse`` runs the same commands without a GPU: tests on kernels compiled for the virtual GPU, the host's time over
 a driver that does nothing, all else in Triton's interpreter, and scripts in the place of Nsight Compute and

@@ -2,6 +2,9 @@
 
 Needs no GPU: kernels run in Triton's interpreter.  torchvision and transformers have to be there, as ``make
 test-thorough`` has them: ``PYTHONPATH=.build/models``.
+
+With ``--peak`` the allocator of a GPU says what training steps hold at most; networks of libraries that aren't there
+are left out.  ``--rehearse`` counts tensors in its place, where there is no GPU.
 """
 
 # ruff: noqa: E402
@@ -16,26 +19,34 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # whoever imports this has decided
+if __name__ == "__main__" and "--peak" not in sys.argv:  # whoever imports this has decided
     os.environ.setdefault("TRITON_INTERPRET", "1")
 BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH), str(BENCH.parent / "tests")]
 
+import torch
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
 from fusednn_bench.memory import NETWORKS, count_memory
+from fusednn_bench.memory_peak import enlarged, measure_peaks
 from fusednn_bench.results import new_result, save_result
 from support.torchvision import mend_torchvision
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusednn bench memory", description="Count what networks keep.")
-    parser.add_argument("-o", "--output", type=Path, default=BENCH / "results" / "memory.json", help="%(default)s")
+    parser.add_argument("-o", "--output", type=Path, help="default: bench/results/memory.json, or peak.json")
+    parser.add_argument("--peak", action="store_true", help="measure the peak of training steps, on a GPU")
+    parser.add_argument("--rehearse", action="store_true", help="the peak without a GPU: tensors are counted")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="networks at a time: %(default)s")
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(case.name for case in NETWORKS))
     parsed = parser.parse_args(arguments)
-    result = new_result("memory", describe_environment(), describe_sources(), describe_settings())
+    kind = "peak" if parsed.peak else "memory"
+    output = parsed.output or BENCH / "results" / f"{kind}.json"
+    result = new_result(kind, describe_environment(), describe_sources(), describe_settings())
     known = [case.name for case in NETWORKS]
     chosen = [name for name in known if not parsed.networks or name in parsed.networks]
+    if parsed.peak:
+        return _peaks(result, chosen, output, parsed.rehearse)
     with ProcessPoolExecutor(parsed.jobs, get_context("spawn"), initializer=mend_torchvision) as pool:
         for name, records in zip(chosen, pool.map(_count, chosen), strict=True):
             result["cases"] += records
@@ -43,9 +54,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{record['contestant']} {record['kept_bytes'] / records[0]['kept_bytes']:.2f}" for record in records
             ]
             print(f"{name}: {', '.join(shares)}", flush=True)
-            save_result(result, parsed.output)
+            save_result(result, output)
     result["complete"] = chosen == known
-    save_result(result, parsed.output)
+    save_result(result, output)
+    return 0
+
+
+def _peaks(result: dict[str, Any], chosen: Sequence[str], output: Path, rehearse: bool) -> int:
+    """Networks one after another: each has the device to itself."""
+    if not (rehearse or torch.cuda.is_available()):
+        print("fusednn bench memory --peak: PyTorch sees no GPU here", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if rehearse else "cuda")
+    cases = [case if rehearse else enlarged(case) for case in NETWORKS if case.name in chosen]
+    for case in cases:
+        try:
+            records = measure_peaks(case, device)
+        except ImportError as error:
+            result["left_out"].append({"case": case.name, "contestant": None, "reason": str(error)})
+            continue
+        result["cases"] += records
+        shares = [f"{record['contestant']} {record['peak_bytes'] / records[0]['peak_bytes']:.2f}" for record in records]
+        print(f"{case.name}: {', '.join(shares)}", flush=True)
+        save_result(result, output)
+    result["complete"] = len(result["cases"]) > 0 and not rehearse
+    save_result(result, output)
     return 0
 
 

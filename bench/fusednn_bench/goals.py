@@ -26,12 +26,13 @@ MEASURES = {
     "wall_slowdown": "wall_us",
     "host_slowdown": "cpu_us",
     "memory": "kept_bytes",
+    "peak": "peak_bytes",
     "traffic": "bytes",
     "launches": "launches",
 }
 
 #: The kinds of results that goals are judged by.
-KINDS = ("timed", "memory", "inductor", "host")
+KINDS = ("timed", "memory", "peak", "inductor", "host")
 
 #: Those that compare with a ceiling, and not with a contestant.
 _OF_CEILINGS = ("percent_of_copy", "percent_of_product")
@@ -46,8 +47,9 @@ class Goal:
     ``speedup``: device time of ``against`` over ours; ``percent_of_copy``: the budget's rate, in percent of the device
     copy's; ``percent_of_product``: the operations' rate, in percent of the matrix product's; ``wall_slowdown``: our
     wall time over that of ``against``; ``host_slowdown``: likewise, the host's CPU time over a GPU that does nothing;
-    ``memory``, ``traffic``, ``launches``: likewise, bytes kept for the backward pass, bytes moved, and launches.  Ours
-    is ``of``.  ``reason``: why it is missed, where it is, and what it would take.
+    ``memory``, ``peak``, ``traffic``, ``launches``: likewise, bytes kept for the backward pass, the most that a step
+    holds, bytes moved, and launches.  Ours is ``of``.  ``reason``: why it is missed, where it is, and what it would
+    take.
     """
 
     name: str

@@ -8,9 +8,8 @@ and not run.  Gradients' bits are compared in Triton's interpreter, with fewer c
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -19,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusednn.autograd.recompute import only_watches
 from fusednn.benchmark.counting import operators_of_cuda
 from fusednn.benchmark.protocol import WrongResultError
+from fusednn.instruments.census import saved_by_layer
 
 from .networks import FirstResult
 from .peak import Peak
 
-__all__ = ["DEPTHS", "NETWORKS", "MemoryCase", "count_memory", "narrowed"]
+__all__ = ["DEPTHS", "NETWORKS", "MemoryCase", "checkpointed", "count_memory", "let_go", "narrowed", "prepared"]
 
 #: Depths of results that are made of one another, beside the default one.
 DEPTHS = (0, 1, 2, 9)
+
+_LAYERS = 6  # that keep the most
 
 _BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer", "_Transition")
 
@@ -42,6 +43,8 @@ class MemoryCase:
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
 
+    size: str = "small"
+
     def record(self, contestant: str) -> dict[str, Any]:
         return {
             "family": "network",
@@ -49,7 +52,7 @@ class MemoryCase:
             "contestant": contestant,
             "direction": "training_step",
             "dtype": "bf16",
-            "size": "small",
+            "size": self.size,
             "shape": list(self.shape),
         }
 
@@ -120,12 +123,7 @@ def count_memory(case: MemoryCase) -> list[dict[str, Any]]:
     """A record of each contestant.  Raises WrongResultError where making results again changes a bit of a gradient."""
     import fusednn
 
-    torch.manual_seed(0)
-    model = case.build().to(torch.bfloat16).train()
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0  # a GPU's attention keeps no probabilities for it, a CPU's does
-    x = torch.randn(case.shape).bfloat16()
+    model, x = prepared(case)
 
     def replaced(of: nn.Module = model, **options: Any) -> nn.Module:
         ours = copy.deepcopy(of)
@@ -145,6 +143,16 @@ def count_memory(case: MemoryCase) -> list[dict[str, Any]]:
             for depth in DEPTHS
         ),
     ]
+
+
+def prepared(case: MemoryCase) -> tuple[nn.Module, Tensor]:
+    """The network and its input."""
+    torch.manual_seed(0)
+    model = case.build().to(torch.bfloat16).train()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0  # a GPU's attention keeps no probabilities for it, a CPU's does
+    return model, torch.randn(case.shape).bfloat16()
 
 
 #: Of images on which bits are compared: of the last feature maps of VGG-11 one pixel is left.
@@ -196,55 +204,27 @@ def _counts(model: nn.Module, x: Tensor) -> dict[str, Any]:
     from fusednn.instruments.launches import count_launches
 
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_let_go)
+        parameter.register_post_accumulate_grad_hook(let_go)
     held = (x, *model.parameters(), *model.buffers())
     with operators_of_cuda(), count_launches() as traffic, Peak(held) as peak:
-        with _kept_by_maker(held) as makers:
+        with saved_by_layer(model, [x]) as rows:
             y = model(x)
         y.float().square().mean().backward()
-    by_maker = dict(sorted(makers.items(), key=lambda item: -item[1]))
+    makers = Counter[str]()
+    layers = Counter[tuple[str, str, str]]()
+    for row in rows:
+        makers[row.maker] += row.bytes
+        layers[row.name, row.layer, row.maker] += row.bytes
     return {
-        "kept_bytes": sum(by_maker.values()),
-        "kept_bytes_by_maker": by_maker,
+        "kept_bytes": makers.total(),
+        "kept_bytes_by_maker": dict(makers.most_common()),
+        "kept_bytes_by_layer": [[*what, size] for what, size in layers.most_common(_LAYERS)],
         "bytes": traffic.bytes + traffic.aten_bytes,
         "peak_bytes": peak.bytes,
     }
 
 
-@contextmanager
-def _kept_by_maker(others: Sequence[Tensor]) -> Iterator[dict[str, int]]:
-    """Bytes of distinct memory that is saved in the ``with`` block beside that of ``others``, by what made it."""
-    kept: dict[str, int] = {}
-    known = {tensor.untyped_storage().data_ptr() for tensor in others}
-    alive: list[Tensor] = []  # so that no other comes to lie in its place
-
-    @only_watches
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            alive.append(tensor.detach())
-            maker = _maker(tensor)
-            kept[maker] = kept.get(maker, 0) + storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-    alive.clear()
-
-
-def _maker(tensor: Tensor) -> str:
-    """The operator that made a tensor, by its name in autograd's graph; else what a layer made for itself."""
-    whole = tensor._base if tensor._is_view() else tensor
-    node = None if whole is None else whole.grad_fn
-    while node is not None and re.search("View|Transpose|TBackward", node.name()):
-        node = node.next_functions[0][0]
-    if node is not None:
-        return re.sub("Backward[0-9]*$", "", node.name())
-    return "statistics" if tensor.is_floating_point() else "masks, codes and seeds"
-
-
-def _let_go(parameter: Tensor) -> None:
+def let_go(parameter: Tensor) -> None:
     """Parameters' gradients, as large as these, would hide what is looked for at the peak."""
     parameter.grad = None
 
@@ -263,15 +243,27 @@ def _compiled(model: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 def _checkpointed(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Of each block its input alone; of a network without blocks, the inputs of pieces of four layers."""
     from fusednn.instruments.saved_tensors import saved_tensors
 
     inputs: list[Tensor] = []
+    model = checkpointed(model, inputs)
+    with saved_tensors() as census:
+        model(x)
+    census.tensors += inputs
+    return {"kept_bytes": census.bytes_beside(x, *model.parameters(), *model.buffers())}
+
+
+def checkpointed(model: nn.Module, inputs: list[Tensor] | None = None) -> nn.Module:
+    """Keeps of each block its input alone; of a network without blocks, the inputs of pieces of four layers.
+
+    They are added to ``inputs``.
+    """
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             leaves = args[0] if isinstance(args[0], list) else args
-            inputs.extend(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            if inputs is not None:
+                inputs.extend(leaf for leaf in leaves if isinstance(leaf, Tensor))
             return checkpoint(forward, *args, use_reentrant=False)
 
         return run
@@ -283,7 +275,4 @@ def _checkpointed(model: nn.Module, x: Tensor) -> dict[str, int]:
         model = nn.Sequential(*blocks)
     for block in blocks or [model]:
         block.forward = wrapped(block.forward)
-    with saved_tensors() as census:
-        model(x)
-    census.tensors += inputs
-    return {"kept_bytes": census.bytes_beside(x, *model.parameters(), *model.buffers())}
+    return model

@@ -9,7 +9,7 @@ from fusednn.autograd.recompute import DEPTH
 
 from .tables import by_contestant, markdown_table
 
-__all__ = ["MEMORY_COLUMNS", "kept_shares", "memory_summary", "memory_table"]
+__all__ = ["MEMORY_COLUMNS", "kept_shares", "memory_summary", "memory_table", "peak_table"]
 
 #: Contestants beside eager PyTorch, as columns.
 MEMORY_COLUMNS = {
@@ -89,6 +89,18 @@ def _largest(record: _Result) -> list[tuple[str, int]]:
         found.append((maker, size))
         left -= size
     return found
+
+
+def peak_table(result: _Result) -> str:
+    """The peak of each contestant's step, and what it holds after the forward pass, of eager PyTorch's."""
+    names = {name: title for name, title in MEMORY_COLUMNS.items() if name != "compile"}
+    head = ("network", "input", "eager, MB", *names.values(), *(f"held, {title}" for title in names.values()))
+    rows = []
+    for (network, _, _, shape, _), records in by_contestant(result["cases"]).items():
+        eager = records["eager"]
+        shares = (records[name][field] / eager[field] for field in ("peak_bytes", "kept_bytes") for name in names)
+        rows.append((network, "x".join(map(str, shape)), eager["peak_bytes"] / 1e6, *shares))
+    return markdown_table(head, rows)
 
 
 def memory_summary(results: Sequence[_Result]) -> str:

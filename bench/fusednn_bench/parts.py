@@ -113,6 +113,7 @@ def _parts(folder: Path, machine: Machine, families: Sequence[str]) -> list[Part
             75,
             limit=25,
         ),
+        Part("peak", "what training steps of networks hold at most", (Command("peak", _peak(folder, machine)),), 40),
         Part("host", "what calls of tiny tensors cost the host", (Command("host", _host(folder)),), 50, limit=45),
         Part(
             "counters",
@@ -166,6 +167,11 @@ def _programs(folder: Path, name: str, arguments: Iterable[str]) -> tuple[Comman
 
 def _host(folder: Path) -> tuple[str, ...]:
     return (sys.executable, str(BENCH / "host.py"), "-o", str(folder / "host-times.json"), "--seconds", "0.3")
+
+
+def _peak(folder: Path, machine: Machine) -> tuple[str, ...]:
+    line = (sys.executable, str(BENCH / "memory.py"), "--peak", "-o", str(folder / "peak.json"))
+    return (*line, "--rehearse", "LeNet") if machine.rehearsal else line
 
 
 def _benchmarks() -> list[str]:

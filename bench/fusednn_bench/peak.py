@@ -1,4 +1,4 @@
-"""The peak of what tensors hold, counted wherever operators run: an allocator's would need its device."""
+"""The peak of what tensors hold: counted wherever operators run, or by the allocator of their device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Peak"]
+__all__ = ["Allocated", "Peak"]
 
 
 class Peak(TorchDispatchMode):
-    """``bytes``: the most that storages of results held at one time, beside those of ``others``."""
+    """``held``: what storages of results hold, beside those of ``others``; ``bytes``: the most at one time."""
 
     takes_kernels = True
 
     def __init__(self, others: Iterable[Tensor]) -> None:
         super().__init__()
-        self.bytes = self._held = 0
+        self.bytes = self.held = 0
         self._alive = {tensor.untyped_storage()._cdata for tensor in others}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,9 +36,33 @@ class Peak(TorchDispatchMode):
         if address not in self._alive:
             self._alive.add(address)
             weakref.finalize(storage, self._release, address, size)
-            self._held += size
-            self.bytes = max(self.bytes, self._held)
+            self.held += size
+            self.bytes = max(self.bytes, self.held)
 
     def _release(self, address: int, size: int) -> None:
         self._alive.remove(address)
-        self._held -= size
+        self.held -= size
+
+
+class Allocated:
+    """The same of CUDA's allocator: what it holds, and the most at one time, beside what it held before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+
+    def __enter__(self) -> Allocated:
+        torch.cuda.synchronize(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def held(self) -> int:
+        return torch.cuda.memory_allocated(self._device) - self._before
+
+    @property
+    def bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before

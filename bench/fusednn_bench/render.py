@@ -18,7 +18,7 @@ from .gpu_tables import (
     predictions_table,
     thresholds_table,
 )
-from .memory_table import memory_table
+from .memory_table import memory_table, peak_table
 from .tables import (
     compiled_table,
     counted_tables,
@@ -42,6 +42,7 @@ _ORDER = (
     "counters",
     "host",
     "memory",
+    "peak",
     "inductor",
     "counted",
     "predicted",
@@ -203,6 +204,13 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
         "one time, beside parameters and the input, of eager's, while each parameter's gradient is let go as it "
         "comes; cuDNN's workspaces aren't in it. Blocks of transformers have no dropout in attention.",
         memory_table,
+    ),
+    "peak": _Section(
+        "What a training step holds at most",
+        "By PyTorch's allocator, beside parameters, buffers and the input, in bfloat16, of eager PyTorch's; each "
+        "parameter's gradient is let go as it comes, and what libraries allocate by way of PyTorch is in it. "
+        "Checkpointed: as above. Held: after the forward pass, without its result.",
+        peak_table,
     ),
     "thresholds": _Section(
         "Thresholds",
