@@ -13,6 +13,7 @@ from ._version import __version__
 from .autograd.dispatch import always_kernels, compile_policy, record_kernels
 from .autograd.recompute import recompute
 from .comparison import Comparison, compare
+from .instruments.census import Census, census
 from .layers import (
     explain,
     register_activation,
@@ -24,11 +25,13 @@ from .layers import (
 )
 
 __all__ = [
+    "Census",
     "Comparison",
     "__version__",
     "always_kernels",
     "autograd",
     "benchmark",
+    "census",
     "compare",
     "compile_policy",
     "explain",

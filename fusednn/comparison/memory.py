@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import kernels
-from ..autograd.recompute import only_watches
 from ..benchmark.counting import operators_of_cuda
+from ..instruments.census import saved_by_layer
 from ..instruments.launches import count_launches
 from ..instruments.traffic import measure_traffic
-from ..layers.fusion.members import observe_modules
 from .contestants import Contestant
 
 __all__ = ["Memory", "Traffic", "kept_by_layer", "traffic"]
@@ -52,40 +50,13 @@ def kept_by_layer(contestant: Contestant, device: torch.device) -> Memory:
 
 def _kept_by_layer(contestant: Contestant, device: torch.device) -> Memory:
     batch = contestant.task.batch(1)
-    names = {module: name or "(the model)" for name, module in contestant.model.named_modules()}
-    running: list[str] = []
-    known = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*contestant.model.parameters(), *contestant.model.buffers(), *tree_leaves(batch))
-        if isinstance(tensor, Tensor)
-    }
-    kept: dict[int, tuple[str, int, Tensor]] = {}
-
-    @only_watches
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                # Held, so that no other storage comes to lie there.
-                kept.setdefault(
-                    storage.data_ptr(), (running[-1] if running else "(loss)", storage.nbytes(), tensor.detach())
-                )
-        return tensor
-
-    def enter(module: nn.Module, _: Any) -> None:
-        if module in names:
-            running.append(names[module])
-
-    def leave(module: nn.Module, _: Any) -> None:
-        if module in names:
-            running.pop()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe_modules(enter, leave):
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    with saved_by_layer(contestant.model, tensors) as rows:
         contestant.forward(batch, 1)
     by_layer: dict[str, int] = {}
-    for name, size, _ in kept.values():
-        by_layer[name] = by_layer.get(name, 0) + size
-    kept.clear()
+    for row in rows:
+        name = (row.name or "(the model)") if row.layer else "(loss)"
+        by_layer[name] = by_layer.get(name, 0) + row.bytes
     return Memory(by_layer, _peak(contestant, device))
 
 

@@ -20,7 +20,7 @@ from .register import twin_of
 from .replace import reason_to_keep_apart
 from .swap import REPLACED
 
-__all__ = ["Explanation", "ExplanationRow", "KeptRow", "explain"]
+__all__ = ["Explanation", "ExplanationRow", "KeptRow", "explain", "leaving_no_trace"]
 
 
 @dataclass(frozen=True)
@@ -152,24 +152,17 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             row = ExplanationRow(names[module], type(module).__name__, "-", "stock", _why_stock(module))
             rows[row] = None
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    try:
-        with (
-            nullcontext() if recomputes(model) and not compiled else torch.no_grad(),
-            observe_saved(observe_tensor),
-            torch.random.fork_rng(sorted(device.index for device in devices)),
-            observe_choices(observe),
-            observe_chains(observe_chain),
-            observe_modules(enter, leave),
-            _uncompiled(model) if compiled else nullcontext(),
-            judged_as_trained() if model.training else nullcontext(),
-        ):
-            model(*inputs, **kwargs)
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    with (
+        leaving_no_trace(model),
+        nullcontext() if recomputes(model) and not compiled else torch.no_grad(),
+        observe_saved(observe_tensor),
+        observe_choices(observe),
+        observe_chains(observe_chain),
+        observe_modules(enter, leave),
+        _uncompiled(model) if compiled else nullcontext(),
+        judged_as_trained() if model.training else nullcontext(),
+    ):
+        model(*inputs, **kwargs)
     # What keeps a layer itself from its kernel need not be said of its chain again.
     said = {row.reason for row in rows if row.path == "stock"}
     # Where no kernel runs at all, neighbours aren't why.
@@ -185,6 +178,20 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     kept = [KeptRow(names[module], type(module).__name__, *size) for module, size in sizes.items()]
     kept.sort(key=lambda row: row.kept, reverse=True)
     return Explanation(told, tuple(kept), _COMPILED if compiled and recomputes(model) else None)
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers (running statistics) and the random generators back behind the ``with`` block."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    try:
+        with torch.random.fork_rng(sorted(device.index for device in devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 _COMPILED = "compiled: the compiler decides what is kept"
