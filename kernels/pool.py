@@ -75,7 +75,7 @@ def _configuration(
     kernel, stride, directions = fixed
     statistic = ACCUMULATOR[dtype]
     # Along a line, larger windows are met in strides.
-    contiguous = channels_last or kernel in (1, 2, 4)
+    contiguous = channels_last or covered or kernel in (1, 2, 4)
     # Where the columns of a volume are odd, a thread of fewer runs out of registers.
     threads = 2 * _THREADS if volumes and biased and direction == "backward" and not channels_last else _THREADS
     wide = _TILE * dtype.itemsize // 16 // threads
@@ -92,7 +92,7 @@ def _configuration(
         present = {"saved": kept in ("output", "input"), "partial": biased}
         if kernel:
             function = pool_backward_cells_kernel
-            loads, stores = cdiv(kernel, stride) ** directions, stride**directions
+            loads, stores = cdiv(kernel, stride) ** (directions - covered), stride**directions
             wide_loads, wide_stores = (loads, stores) if contiguous else (0, 0)
             constants |= {"KERNEL": kernel, "STRIDE": stride, "DIRECTIONS": directions}
         else:
@@ -139,6 +139,7 @@ def _configuration(
         },
         threads=threads,
         aligned=("columns",) if channels_last else ("columns", "width", "pooled_width"),
+        least_aligned=_least_aligned(fixed) if covered else 1,
         wide_loads=wide * wide_loads,
         wide_stores=wide * wide_stores,
     )
@@ -163,10 +164,11 @@ def configurations() -> Iterator[Configuration]:
         # Behind a convolution.
         for fixed, dtype in zip((POINT.fixed, two, three, ANY), (*_COMMON_DTYPES, *_COMMON_DTYPES), strict=True):
             yield _configuration(direction, dtype, relu, fixed, channels_last, True, False)
-        # Lines of whole windows, long and short.
-        for width, dtype in product(() if channels_last else _WIDTHS, _COMMON_DTYPES):
+        # Images of whole cells, their lines long and short; the forward pass gains nothing where windows overlap.
+        fixed_windows = (two,) if direction == "forward" else (two, three)
+        for fixed, width, dtype in product(() if channels_last else fixed_windows, _WIDTHS, _COMMON_DTYPES):
             configuration = _configuration(
-                *(direction, dtype, relu, two, False, True, False), covered=True, width=width
+                *(direction, dtype, relu, fixed, False, True, False), covered=True, width=width
             )
             yield replace(configuration, rare=dtype is not torch.bfloat16)
         # Of lines, and of volumes: alone and behind a convolution.
@@ -206,14 +208,19 @@ def _matrix(shape: tuple[int, ...], channels_last: bool) -> ChannelMatrix:
 
 
 def _is_covered(size: Sequence[int], pooled: Sequence[int], window: Window, channels_last: bool) -> bool:
-    """Whether contiguous images are whole windows side by side: then lines follow one another whatever the image, and
-    those of the images are as aligned as those of windows, and more.
-    """
+    """Whether contiguous images are cells of whole windows side by side, as of `pool_window`."""
     kernel, stride, directions = window.fixed
-    if channels_last or len(size) > 2 or kernel not in (2, 4) or kernel != stride:
+    if channels_last or len(size) > 2 or kernel < 2 or set(window.padding[2 - directions :]) != {kernel - stride}:
         return False
-    height = pooled[0] * (kernel if directions > 1 else 1)
-    return size[0] == height and size[1] == kernel * pooled[1]
+    if pooled[1] % _least_aligned(window.fixed):
+        return False
+    height = pooled[0] * (stride if directions > 1 else 1)
+    return size[0] == height and size[1] == stride * pooled[1]
+
+
+def _least_aligned(fixed: Fixed) -> int:
+    """Of lines of cells: where windows overlap, a thread of single elements runs out of registers."""
+    return 1 if fixed.kernel == fixed.stride else 2
 
 
 def pool_forward(
@@ -261,7 +268,7 @@ def pool_forward(
             normalises=mean is not None,
             residual=residual is not None,
             volumes=len(size) == 3,
-            covered=_is_covered(size, pooled, window, channels_last),
+            covered=window.fixed.kernel != 3 and _is_covered(size, pooled, window, channels_last),
             width=matrix.width,
         ),
         matrix.programs,
@@ -304,13 +311,14 @@ def pool_backward(
     images_of = g.shape[:2]
     dx = torch.empty((*images_of, *size), dtype=g.dtype, device=g.device, memory_format=order)
     (extents, pooled), window = _flat((size, g.shape[2:]), window)
+    covered = _is_covered(extents, pooled, window, channels_last)
     if window.fixed == ANY:
         matrix = _matrix(dx.shape, channels_last)
         arguments = (*extents, *pooled, *window.arguments)
     else:
-        # Cells that cover the padding before the image, and all of the image.
+        # Unless windows are cells, cells cover the padding before the image, and all of the image.
         strides = zip(extents, window.padding, window.stride, strict=True)
-        cells = [cdiv(extent + padding, stride) for extent, padding, stride in strides]
+        cells = pooled if covered else [cdiv(extent + padding, stride) for extent, padding, stride in strides]
         matrix = _matrix((*images_of, *cells), channels_last)
         arguments = (*extents, *cells, *pooled, *window.padding)
     partial = torch.empty(matrix.partial_shape, dtype=ACCUMULATOR[g.dtype], device=g.device) if sums_bias else None
@@ -318,7 +326,7 @@ def pool_backward(
         _configuration(
             *("backward", g.dtype, activation.row, window.fixed, channels_last, sums_bias, False),
             volumes=len(extents) == 3,
-            covered=_is_covered(extents, pooled, window, channels_last),
+            covered=covered,
             width=matrix.width,
         ),
         matrix.programs,

@@ -63,7 +63,7 @@ def pool_backward_cells_kernel(
     DIRECTIONS: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    COVERED: tl.constexpr,  # contiguous images are whole windows side by side
+    COVERED: tl.constexpr,  # contiguous images are cells of whole windows, see `pool_window`
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -87,6 +87,10 @@ def pool_backward_cells_kernel(
     level_stride: tl.constexpr = STRIDE if DIRECTIONS > 2 else 1
 
     # Element (y, x) of cell (i, j) is position (y + STRIDE q, x + STRIDE r) of window (i - q, j - r); levels likewise.
+    # Cells begin where windows do, in the padding; where they cover the image, where it does, and then windows begin
+    # one place, ``ahead``, before their cell.
+    ahead: tl.constexpr = KERNEL - STRIDE if COVERED else 0
+    line_ahead: tl.constexpr = lines - line_stride if COVERED else 0
     cell = ()
     for _ in tl.static_range(level_stride * line_stride * STRIDE):
         cell += (tl.zeros((HEIGHT, WIDTH), COMPUTE),)  # type: ignore[assignment]
@@ -94,10 +98,15 @@ def pool_backward_cells_kernel(
     line_reach: tl.constexpr = (lines + line_stride - 1) // line_stride
     level_reach: tl.constexpr = (levels + level_stride - 1) // level_stride
     for p in tl.static_range(level_reach):
-        for q in tl.static_range(line_reach):
-            for r in tl.static_range(reach):
-                window_row, window_column, window_columns, there = row, column, columns, inside
-                if not COVERED:  # else cells are windows
+        for q in tl.static_range(-line_ahead, line_reach - line_ahead):
+            for r in tl.static_range(-ahead, reach - ahead):
+                window_row, window_column, window_columns, there = row - q, column - r, columns, inside
+                if COVERED:
+                    if q != 0:
+                        there = there & (line - q < pooled_height)
+                    if r != 0:
+                        there = there & (column - r < columns)
+                else:
                     window_row, window_column, window_columns, there = window_place(
                         *(plane, level - p, line - q, place - r, column, columns),
                         *(pooled_depth, pooled_height, pooled_width, inside, CHANNELS_LAST),
@@ -113,11 +122,13 @@ def pool_backward_cells_kernel(
                             dx = cell[(z * line_stride + y) * STRIDE + x]  # type: ignore[var-annotated]
                             if (
                                 z + level_stride * p < levels
-                                and y + line_stride * q < lines
-                                and x + STRIDE * r < KERNEL
+                                and y + line_stride * q >= -line_ahead
+                                and y + line_stride * q < lines - line_ahead
+                                and x + STRIDE * r >= -ahead
+                                and x + STRIDE * r < KERNEL - ahead
                             ):
-                                tap_line = (z + level_stride * p) * lines + y + line_stride * q
-                                dx += tl.where(position == tap_line * KERNEL + x + STRIDE * r, g, 0.0)
+                                tap_line = (z + level_stride * p) * lines + y + line_stride * q + line_ahead
+                                dx += tl.where(position == tap_line * KERNEL + x + STRIDE * r + ahead, g, 0.0)
                             sums += (dx,)  # type: ignore[assignment]
                 cell = sums
 

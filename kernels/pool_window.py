@@ -17,6 +17,10 @@ window, counted along its lines, and above it a bit that is set where the activa
 the columns; each row of them begins with a byte of its own.  Of an activation whose gradient needs more, the maxima
 before the activation are kept (see `kept_beside_code`).
 
+**Cells.** Windows of 2 and of 4 positions that lie side by side, and those of 3 that overlap by one, begin every 2 or 4
+places.  They *cover* contiguous images whose sides are multiples of that, where the windows of 3 have a padding of one:
+then lines of cells follow one another whatever the image, and are as aligned as those of pooled images, and more.
+
 As in PyTorch the first of equal maxima wins, the last NaN, and in a window of negative infinities the first position
 that lies inside the image.
 """
@@ -146,8 +150,8 @@ def within(place, extent):
 
 @triton.jit
 def covered_offset(line, width, LINES: tl.constexpr, HEIGHT: tl.constexpr):
-    """Where the images' lines number ``line`` of the windows in a tile's rows begin, counted from the first window:
-    where images are whole windows side by side, all their lines follow one another.
+    """Where the images' lines number ``line`` of the cells in a tile's rows begin, counted from the first cell, where
+    cells cover the images, see above.
     """
     return (tl.arange(0, HEIGHT)[:, None] * LINES + line).to(tl.int64) * width
 

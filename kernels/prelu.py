@@ -108,6 +108,8 @@ def _configuration(direction: str, dtype: torch.dtype, by_row: bool, width: int)
     code, reads = (prelu_forward_kernel, 1) if direction == "forward" else (prelu_backward_kernel, 2)
     # A row of 16 elements is narrower than the accesses of a warp; wide ones are promised from 64 on.
     wide = tile_shape(dtype)[0] if width >= 64 else 0
+    # So many columns, with a sum each, take too many registers for 128 threads.
+    threads = 256 if direction == "backward" and not by_row and width == 64 else threads_for(dtype)
     return configure(
         code,
         f"prelu {direction} by_{'row' if by_row else 'column'} x{width} {TRITON_TYPE[dtype]}",
@@ -121,9 +123,9 @@ def _configuration(direction: str, dtype: torch.dtype, by_row: bool, width: int)
         },
         pointers={"partial": ACCUMULATOR[dtype]},
         aligned=("columns",),
-        threads=threads_for(dtype),
-        wide_loads=reads * wide,
-        wide_stores=wide,
+        threads=threads,
+        wide_loads=reads * wide * threads_for(dtype) // threads,
+        wide_stores=wide * threads_for(dtype) // threads,
     )
 
 

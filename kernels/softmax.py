@@ -278,7 +278,8 @@ def _tiling(axis: int, width: int | None) -> LineTiling:
 
 
 def _threads(dtype: torch.dtype, tiling: LineTiling) -> int:
-    return min(max(tiling.lines * tiling.width // 16, threads_for(dtype)), 1024)
+    # 1024 threads have 64 registers each: the widest tile's 32 elements and what finds odd lines' don't fit into them.
+    return min(max(tiling.lines * tiling.width // 16, threads_for(dtype)), 1024 if tiling.width < 32768 else 512)
 
 
 @cache

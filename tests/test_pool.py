@@ -180,9 +180,10 @@ def test_lines(positions: int, window: Options, channels_last: bool, device: str
 @needs_kernels
 @pytest.mark.parametrize("fixed", [fixed for fixed in pool_window.FIXED_WINDOWS if fixed.directions], ids=str)
 def test_windows_with_kernels_of_their_own_are_exact(fixed: pool_window.Fixed, device: str) -> None:
-    """Of integers with ties; in both memory formats, of images that are whole windows, and that aren't."""
-    name, window = f"max_pool{fixed.directions}d", {"kernel_size": fixed.kernel, "stride": fixed.stride}
-    for size in (8, 13):
+    """Of integers with ties; in both memory formats, of images that are cells of whole windows, and that aren't."""
+    name, overlap = f"max_pool{fixed.directions}d", fixed.kernel - fixed.stride
+    for size, padding in {(8, 0), (13, 0), (8, overlap)}:
+        window = {"kernel_size": fixed.kernel, "stride": fixed.stride, "padding": padding}
         x = random_tensor((2, 3, *[size] * fixed.directions), torch.float32, device).round()
         for operand in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
             found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .tables import MOST_ISSUE, markdown_table
 
@@ -19,30 +19,70 @@ BOUND_BY_PRODUCTS = frozenset(
 )
 
 _RANDOM = "random numbers, seven rounds of wide multiplications for each four or eight elements, beside the arithmetic"
+_FEWER_BITS = "eight random bits an element instead of sixteen: half of the multiplications, probabilities in 1/256"
+_LINES_OF_196 = "lines of 196 places leave a quarter of a tile's lanes idle"
+_TILES_OF_LINES = "tiles of several lines' places side by side, for which each place has to look for its channel"
+_FROM_BEFORE = "lines read from the multiple of 16 bytes before them on, and what isn't theirs left out"
+
+
+class Reason(NamedTuple):
+    """Why instructions bind a kernel, and what would have to be tried next."""
+
+    reason: str
+    next_step: str
+
 
 #: By the kernel's name.
-EXCEPTIONS: Mapping[str, str] = MappingProxyType(
+EXCEPTIONS: Mapping[str, Reason] = MappingProxyType(
     {
-        "batch_norm_reduce_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
-        "batch_norm_statistics_kernel": "the mean of each lane moves with each element, so that nothing cancels, and "
-        "what rounding took from distances is added again; sums and sums of squares would take half, and cancel",
-        "bias_activation_dropout_backward_kernel": "random numbers are drawn again, and the activation's gradient",
-        "bias_activation_dropout_forward_kernel": f"{_RANDOM}; of ReLU the packing of a bit for each element",
-        "cross_entropy_backward_kernel": "lengths that 8 doesn't divide: narrow accesses, each with its own mask",
-        "pointwise_loss_backward_kernel": "an accurate sigmoid of each element, near 1 in 16 bits, too: the difference "
-        "from the target has its error",
-        "pointwise_loss_sum_kernel": "an exponential and a logarithm of each element, in 16 bits coarse ones, and what "
-        "weights of positive targets make of them",
-        "pool_backward_cells_kernel": "3 x 3 windows of contiguous images: each cell reads four windows, whose "
-        "neighbours aren't aligned with it",
-        "pool_forward_kernel": "3 x 3 windows of contiguous images are read in strides, nine narrow loads for each; of "
-        "2 x 2 in 16 bits, comparisons and selections for the winner's position, and lines of 7 or 14 windows, of "
-        "which a thread holds one or two",
-        "prelu_backward_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
-        "row_dropout_kernel": "lines of 196 places leave a quarter of a tile's lanes idle",
-        "rrelu_forward_kernel": _RANDOM,
-        "softmax_forward_kernel": "odd lengths, and lines of 100: accesses of one element or four, each with its mask",
-        "standout_kernel": f"{_RANDOM}, and an accurate sigmoid to compare them with",
+        "batch_norm_reduce_kernel": Reason(_LINES_OF_196, _TILES_OF_LINES),
+        "batch_norm_statistics_kernel": Reason(
+            "the mean of each lane moves with each element, so that nothing cancels, and what rounding took from "
+            "distances is added again; lines of 196 places, as above",
+            "sums and sums of squares of distances from a channel's first element: half of the instructions, and "
+            "digits lost where that lies far from the mean",
+        ),
+        "bias_activation_dropout_backward_kernel": Reason(
+            "random numbers are drawn again, and the activation's gradient",
+            "a bit an element kept, as ReLU's is: a fiftieth more bytes, a third of the instructions fewer",
+        ),
+        "bias_activation_dropout_forward_kernel": Reason(
+            f"{_RANDOM}; of ReLU the packing of a bit for each element", _FEWER_BITS
+        ),
+        "cross_entropy_backward_kernel": Reason(
+            "lengths that 8 doesn't divide: narrow accesses, each with its own mask", _FROM_BEFORE
+        ),
+        "pointwise_loss_backward_kernel": Reason(
+            "an accurate sigmoid of each element, near 1 in 16 bits, too: the difference from the target has its error",
+            "the sigmoid of -|x|, coarse, and the difference taken from the side that is near the target",
+        ),
+        "pointwise_loss_sum_kernel": Reason(
+            "an exponential and a logarithm of each element, in 16 bits coarse ones, and what weights of positive "
+            "targets make of them",
+            "a polynomial for log(1 + exp(-|x|)), and a kernel without weights",
+        ),
+        "pool_backward_cells_kernel": Reason(
+            "3 x 3 windows without padding of contiguous images: each cell reads four windows, whose neighbours aren't "
+            "aligned with it; with padding, where cells cover the images, codes of a byte, unpacked one by one",
+            "codes of windows read as words of four, and their bytes compared at once",
+        ),
+        "pool_forward_kernel": Reason(
+            "3 x 3 windows of contiguous images are read in strides, nine narrow loads for each, and compared eight "
+            "times, by four instructions; wide loads, parted, took as many (a thread 1035 and not 1026); of 2 x 2 in "
+            "16 bits, comparisons and selections for the winner's position, and lines of 7 or 14 windows, of which a "
+            "thread holds one or two",
+            "comparisons of two 16-bit values in one instruction, which Triton doesn't make",
+        ),
+        "prelu_backward_kernel": Reason(_LINES_OF_196, _TILES_OF_LINES),
+        "row_dropout_kernel": Reason(_LINES_OF_196, _TILES_OF_LINES),
+        "rrelu_forward_kernel": Reason(_RANDOM, _FEWER_BITS),
+        "softmax_forward_kernel": Reason(
+            "odd lengths, and lines of 100: accesses of one element or four, each with its mask", _FROM_BEFORE
+        ),
+        "standout_kernel": Reason(
+            f"{_RANDOM}, and an accurate sigmoid to compare them with",
+            "a random number's product with 1 + exp(-x) compared with 1: no quotient",
+        ),
     }
 )
 
@@ -59,9 +99,9 @@ def worst_ratios(cases: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, M
 
 
 def exceptions_table(cases: Iterable[Mapping[str, Any]]) -> str:
-    """The kernels that instructions bind, and why."""
+    """The kernels that instructions bind, why, and what would have to be tried next."""
     rows = []
     for name, (ratio, case) in sorted(worst_ratios(cases).items()):
         launch = f"{case['operation']} {case['direction']} {case['dtype']} {'x'.join(map(str, case['shape']))}"
-        rows.append((name, f"{ratio:.2f}", launch, EXCEPTIONS.get(name, "")))
-    return markdown_table(("kernel", "most issue/bytes", "launch", "reason"), rows)
+        rows.append((name, f"{ratio:.2f}", launch, *EXCEPTIONS.get(name, Reason("", ""))))
+    return markdown_table(("kernel", "most issue/bytes", "launch", "reason", "next step"), rows)
