@@ -14,8 +14,8 @@ from vgpu import VirtualGpuError, machine_options
 from vgpu.program import LoadedKernel
 
 from fusednn import autograd, optim
-from fusednn.kernels import linear_maxout
-from fusednn.kernels.base import lines, numerics, tiles
+from fusednn.kernels import gated, linear_maxout, optimizer, pool_window
+from fusednn.kernels.base import channels, lines, numerics, tiles
 from fusednn.kernels.functions import optimizer as optimizer_functions
 from fusednn.testing import assert_accurate
 
@@ -48,14 +48,48 @@ def relu_of_unaligned() -> None:
     holds(autograd.relu, F.relu, normal(5001)[1:])
 
 
-def gelu_in_bfloat16() -> None:
+def in_bfloat16(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Callable[[], None]:
     """Rounded to nearest, once."""
-    x = normal(3000, dtype=torch.bfloat16)
-    assert torch.equal(autograd.gelu(x), autograd.gelu(x.float()).bfloat16())
+
+    def call() -> None:
+        operands = [normal(*shape, dtype=torch.bfloat16) for shape in shapes]
+        assert torch.equal(function(*operands), function(*(each.float() for each in operands)).bfloat16())
+
+    return call
 
 
 def softmax(dim: int, *shape: int) -> None:
     holds(lambda x: autograd.softmax(x, dim), lambda x: F.softmax(x, dim), normal(*shape))
+
+
+def cross_entropy(*shape: int) -> None:
+    target = torch.arange(shape[0])
+    holds(lambda x: autograd.cross_entropy(x, target), lambda x: F.cross_entropy(x, target), normal(*shape))
+
+
+def batch_norm(channels: int, layout: torch.memory_format) -> None:
+    holds(
+        lambda x, weight, bias: autograd.batch_norm(x, None, None, weight, bias, True),
+        lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True),
+        *(normal(8, channels, 20, 20).contiguous(memory_format=layout), normal(channels), normal(channels)),
+    )
+
+
+def prelu(*shape: int) -> None:
+    holds(autograd.prelu, F.prelu, normal(*shape), torch.full((shape[1],), 0.25))
+
+
+def biased_relu(rows: int, columns: int) -> None:
+    options: dict[str, Any] = {"activation": "relu", "p": 0.0, "training": True}
+    holds(
+        lambda x, bias: autograd.bias_activation_dropout(x, bias, **options),
+        lambda x, bias: F.relu(x + bias),
+        *(normal(rows, columns), normal(columns)),
+    )
+
+
+def padded_pool() -> None:
+    holds(lambda x: autograd.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), normal(1, 2, 9, 9))
 
 
 def adamax_of_nan() -> None:
@@ -73,6 +107,23 @@ def adamax_of_nan() -> None:
 def maxout_of_one_unit() -> None:
     weight = normal(2, 1, 48)
     holds(autograd.maxout_linear, lambda x, w: (x @ w.mT).amax(0), normal(20, 48), weight)
+
+
+def maximum_with_nan() -> None:
+    x = torch.where(torch.arange(64) == 9, torch.nan, 1.0).view(1, 1, 8, 8)
+    torch.testing.assert_close(autograd.max_pool2d(x, 2), F.max_pool2d(x, 2), equal_nan=True)
+
+
+def sgd(numel: int) -> None:
+    weights = [torch.ones(numel, requires_grad=True) for _ in range(2)]
+    for weight, optimizer_class in zip(weights, (torch.optim.SGD, optim.SGD), strict=True):
+        weight.grad = torch.linspace(-1, 1, numel)
+        optimizer_class([weight], lr=0.5).step()
+    torch.testing.assert_close(*weights)
+
+
+def halves(*shape: int) -> None:
+    holds(autograd.gated_halves, F.glu, normal(*shape))
 
 
 class Fault(NamedTuple):
@@ -129,6 +180,46 @@ FAULTS = {
         VirtualGpuError,
         OUTSIDE,
     ),
+    "channels: a mask of the places": Fault(
+        channels.tile_place,
+        "column < columns - inner_block * WIDTH",
+        "column <= columns - inner_block * WIDTH",
+        lambda: batch_norm(3, torch.contiguous_format),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "channels_last: a mask of the channels": Fault(
+        channels.tile_place,
+        "column < columns - channel_block * WIDTH",
+        "column <= columns - channel_block * WIDTH",
+        lambda: batch_norm(6, torch.channels_last),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "a matrix's mask": Fault(
+        tiles.matrix_tile,
+        "tl.arange(0, HEIGHT)[:, None] < rows - row",
+        "tl.arange(0, HEIGHT)[:, None] <= rows - row",
+        lambda: halves(5, 80),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "a window's mask": Fault(
+        pool_window.within,
+        "place.to(tl.uint32) < extent.to(tl.uint32)",
+        "place <= extent",
+        padded_pool,
+        VirtualGpuError,
+        OUTSIDE,
+    ),
+    "a chunk's end": Fault(
+        optimizer.chunk_place,
+        "tl.minimum(length, tl.load(extents + tensor) - start)",
+        "length",
+        lambda: sgd(100),
+        VirtualGpuError,
+        OUTSIDE,
+    ),
     "a vector access that isn't aligned": Fault(
         tiles.load,
         "tl.load(pointer + tile.offsets)",
@@ -140,11 +231,14 @@ FAULTS = {
     "a maximum that drops NaN": Fault(
         optimizer_functions.maximum, ", propagate_nan=tl.PropagateNan.ALL", "", adamax_of_nan, AssertionError
     ),
+    "a window's maximum that drops NaN": Fault(
+        pool_window.surpasses, "(rank > best) | (rank != rank)", "rank > best", maximum_with_nan, AssertionError
+    ),
     "a conversion that truncates": Fault(
         numerics.narrow,
         "return x.to(dtype)",
         'return x.to(dtype, fp_downcast_rounding="rtz")',
-        gelu_in_bfloat16,
+        in_bfloat16(autograd.gelu, (3000,)),
         AssertionError,
     ),
     "an argument of 1 that has to be a tensor": Fault(
@@ -152,6 +246,14 @@ FAULTS = {
         "tl.cast(units, tl.int64)",
         "units.to(tl.int64)",
         maxout_of_one_unit,
+        RuntimeWarning,
+        "can't be launched",
+    ),
+    "a gate's argument of 1 that has to be a tensor": Fault(
+        gated.gate_tile,
+        "[:, None] * pitch",
+        "[:, None] * pitch.to(tl.int32) * columns.to(tl.int32) // columns",
+        lambda: halves(5, 2),
         RuntimeWarning,
         "can't be launched",
     ),
@@ -168,22 +270,52 @@ def test_a_fault_shows(name: str) -> None:
     fault.call()
 
 
+#: Other families that show a fault of what they share.
+ELSEWHERE: dict[str, list[Callable[[], None]]] = {
+    "a flat tile's mask on the tail": [
+        lambda: holds(autograd.gated, lambda gate, other: F.silu(gate) * other, normal(2, 700), normal(2, 700)),
+        lambda: holds(autograd.mse_loss, F.mse_loss, normal(5000), normal(5000)),
+        lambda: holds(
+            lambda x: autograd.rrelu(x, 0.25, 0.25, training=True), lambda x: F.leaky_relu(x, 0.25), normal(5000)
+        ),
+    ],
+    "a line's mask on the tail": [lambda: cross_entropy(3, 100)],
+    "a mask of the lines": [lambda: cross_entropy(3, 100)],
+    "a matrix's mask": [lambda: biased_relu(5, 80)],
+    "an element before the tensor": [
+        lambda: softmax(1, 3, 100),
+        lambda: batch_norm(3, torch.contiguous_format),
+        lambda: holds(autograd.mse_loss, F.mse_loss, normal(100), normal(100)),
+        lambda: prelu(2, 3, 5, 5),
+    ],
+    "a vector access that isn't aligned": [
+        lambda: holds(autograd.gelu, F.gelu, normal(5001)[1:]),
+        lambda: holds(autograd.mse_loss, F.mse_loss, normal(5001)[1:], normal(5001)[1:]),
+    ],
+    "a conversion that truncates": [
+        in_bfloat16(autograd.gated, (50, 60), (50, 60)),
+        in_bfloat16(lambda x: autograd.softmax(x, 1), (30, 100)),
+        in_bfloat16(autograd.prelu, (4, 3, 50), (3,)),
+        in_bfloat16(autograd.gated_halves, (30, 100)),
+    ],
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, n) for name, calls in ELSEWHERE.items() for n in range(len(calls))]
+)
+def test_a_fault_shows_in_other_families(name: str, number: int) -> None:
+    fault, call = FAULTS[name], ELSEWHERE[name][number]
+    call()
+    with planted(fault.function, fault.right, fault.wrong), pytest.raises(fault.error, match=fault.match):
+        call()
+
+
 # --- Barriers ---------------------------------------------------------------------------------------------------------
 
 SHARED_ACCESS = re.compile(r"\b(ld|st|cp\.async|ldmatrix)\.\S*shared")
 BARRIER = re.compile(r"bar\.sync[^;]*;")
-
-
-def channel_sums() -> None:
-    holds(autograd.prelu, F.prelu, normal(8, 3, 20, 20), torch.full((3,), 0.25))
-
-
-def batch_norm(channels: int, layout: torch.memory_format) -> None:
-    holds(
-        lambda x, weight, bias: autograd.batch_norm(x, None, None, weight, bias, True),
-        lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, True),
-        *(normal(8, channels, 20, 20).contiguous(memory_format=layout), normal(channels), normal(channels)),
-    )
 
 
 def products() -> None:
@@ -203,7 +335,7 @@ def convolution() -> None:
 
 
 BARRIERS: dict[str, Callable[[], None]] = {
-    "channels' sums": channel_sums,
+    "channels' sums": lambda: prelu(8, 3, 20, 20),
     "sums over rows": lambda: softmax(0, 64, 40),
     "sums over columns": lambda: softmax(1, 3, 1000),
 }
