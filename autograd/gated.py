@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import gated as kernels
 from ..kernels import gated_channels as channels
@@ -19,7 +18,9 @@ from ..kernels.base.layout import is_dense
 from ..kernels.functions.activation import Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .dispatch import is_integer, or_stock, takes_kernel
+from .decisions import decided_once
+from .dispatch import is_integer, takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .operators import operator
 
@@ -221,7 +222,6 @@ def _stock_halves(x: Tensor, dim: int, activation: Activated, gate_first: bool) 
     return stock_activation(gate, activation) * other
 
 
-@or_stock
 def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * other: SwiGLU's gate with "silu", GEGLU's with "gelu" or "gelu_tanh".
 
@@ -229,6 +229,12 @@ def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
     and "silu", and tensors of the same shape and dtype.  Others take PyTorch's operators, which also broadcast.  Saves
     the gate and ``other``: 3 elements are moved forward for each of the result, 5 backward.
     """
+    y: Tensor = _gated(gate, other, activation)
+    return y
+
+
+@decided_once
+def _gated(gate: Tensor, other: Tensor, activation: str) -> Callable[..., Tensor]:
     resolved = resolve_activation(activation)
 
     def refusal() -> str | None:
@@ -243,42 +249,53 @@ def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
         return None
 
     if not isinstance(other, Tensor) or not takes_kernel("gated", gate, other, refusal=refusal):
-        return stock_activation(gate, resolved) * other
+        return lambda gate, other, _: stock_activation(gate, resolved) * other
     if torch.is_grad_enabled() and (gate.requires_grad or other.requires_grad):
-        result: Tensor = Gated.apply(gate, other, resolved)
-    else:
-        result = _forward(gate, other, *resolved.arguments)
-    return result
+        return lambda gate, other, _: Gated.apply(gate, other, resolved)
+    return lambda gate, other, _: _forward(gate, other, *resolved.arguments)
 
 
-@or_stock
 def gated_halves(input: Tensor, dim: int = -1, activation: str = "sigmoid", *, gate_first: bool = False) -> Tensor:
     """activation(gate) * other, the halves of one tensor along ``dim``: first the other, then the gate, as in GLU.
 
     ``gate_first``: the other way round, as where one matrix product makes the gate and what it gates.  Activations as
     of `gated`.  Saves the input, and writes one gradient.
     """
-    resolved = resolve_activation(activation)
-    if not takes_kernel("gated_halves", input, refusal=lambda: _halves_refusal(input, dim, activation)):
-        return _stock_halves(input, dim, resolved, gate_first)
-    return _apply_halves(input, dim % input.dim(), resolved, gate_first)
+    y: Tensor = _halves("gated_halves", input, dim, activation, gate_first)
+    return y
 
 
-@or_stock
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     """first * sigmoid(second), of the halves along ``dim``.  As `torch.nn.functional.glu`; saves the input."""
-    if not takes_kernel("glu", input, refusal=lambda: _halves_refusal(input, dim, "sigmoid")):
-        return F.glu(input, dim)
-    return _apply_halves(input, dim % input.dim(), resolve_activation("sigmoid"), False)
+    y: Tensor = _halves("glu", input, dim, "sigmoid", False)
+    return y
 
 
-@or_stock
+@decided_once
+def _halves(operation: str, input: Tensor, dim: int, activation: str, gate_first: bool) -> Callable[..., Tensor]:
+    resolved = resolve_activation(activation)
+    if not takes_kernel(operation, input, refusal=lambda: _halves_refusal(input, dim, activation)):
+        if operation == "glu":
+            return lambda _, input, dim, *__: F.glu(input, dim)
+        return lambda _, input, *__: _stock_halves(input, dim, resolved, gate_first)
+    place = dim % input.dim()
+    if torch.is_grad_enabled() and input.requires_grad:
+        return lambda _, input, *__: GatedHalves.apply(input, place, resolved, gate_first)
+    return lambda _, input, *__: _halves_forward(input, place, *resolved.arguments, gate_first)
+
+
 def highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: str = "sigmoid") -> Tensor:
     """t * transformed + (1 - t) * carried, where t = activation(gate): how far a layer transforms what it is given.
 
     Kernels have "sigmoid" and "hardsigmoid", and operands of one shape; others take PyTorch's operators.  Saves the
     operands: 4 elements are moved forward for each of the result, 7 backward.
     """
+    y: Tensor = _highway(gate, transformed, carried, activation)
+    return y
+
+
+@decided_once
+def _highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: str) -> Callable[..., Tensor]:
     resolved = resolve_activation(activation)
     operands = (gate, transformed, carried)
 
@@ -288,12 +305,10 @@ def highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: str 
         return None if gate.shape == transformed.shape == carried.shape else "operands differ in shape"
 
     if not all(isinstance(one, Tensor) for one in operands) or not takes_kernel("highway", *operands, refusal=refusal):
-        return _stock_highway(*operands, resolved)
+        return lambda gate, transformed, carried, _: _stock_highway(gate, transformed, carried, resolved)
     if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
-        result: Tensor = Highway.apply(*operands, resolved)
-    else:
-        result = _highway_forward(*operands, *resolved.arguments)
-    return result
+        return lambda gate, transformed, carried, _: Highway.apply(gate, transformed, carried, resolved)
+    return lambda gate, transformed, carried, _: _highway_forward(gate, transformed, carried, *resolved.arguments)
 
 
 def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> Tensor:
@@ -302,6 +317,12 @@ def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> 
     Kernels have "sigmoid" and "hardsigmoid", and tensors that are contiguous or channels last; others take PyTorch's
     operators.  Saves both: 2 elements are moved forward for each of the result, 3 backward.
     """
+    y: Tensor = _gated_channels(input, gate, activation)
+    return y
+
+
+@decided_once
+def _gated_channels(input: Tensor, gate: Tensor, activation: str) -> Callable[..., Tensor]:
     resolved = resolve_activation(activation)
 
     def refusal() -> str | None:
@@ -314,20 +335,10 @@ def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> 
         return None if channels.lines_of_channels(input) else "neither contiguous nor channels last"
 
     if not isinstance(gate, Tensor) or not takes_kernel("gated_channels", input, gate, refusal=refusal):
-        return input * stock_activation(gate, resolved)
+        return lambda input, gate, _: input * stock_activation(gate, resolved)
     if torch.is_grad_enabled() and (input.requires_grad or gate.requires_grad):
-        result: Tensor = GatedChannels.apply(input, gate, resolved)
-    else:
-        result = _channels_forward(input, gate, *resolved.arguments)
-    return result
-
-
-def _apply_halves(input: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
-    if torch.is_grad_enabled() and input.requires_grad:
-        result: Tensor = GatedHalves.apply(input, dim, activation, gate_first)
-    else:
-        result = _halves_forward(input, dim, *activation.arguments, gate_first)
-    return result
+        return lambda input, gate, _: GatedChannels.apply(input, gate, resolved)
+    return lambda input, gate, _: _channels_forward(input, gate, *resolved.arguments)
 
 
 def _halves_refusal(input: Tensor, dim: int, activation: str) -> str | None:

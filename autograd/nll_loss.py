@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..kernels import nll_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import in_single_precision, is_integer, or_stock, takes_kernel
+from .function import Function
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
 from .operators import operator

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]  # it has no type
 
 from ..kernels import softmax as kernels
@@ -16,6 +15,7 @@ from ..kernels.base.launch import DTYPES
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import autocast_dtype, or_stock, takes_kernel
+from .function import Function
 from .operators import operator
 from .recompute import needs
 

@@ -130,8 +130,8 @@ def _networks(build: Callable[[], nn.Module], shape: tuple[int, ...], fuse: bool
 
 
 def _refused() -> Iterator[HostCase]:
-    """The demo's network where no kernel runs, and it is to cost no more for being replaced."""
-    images, labels = torch.randn(32, 1, 8, 8, device="cpu"), torch.arange(32, device="cpu") % 10
+    """The demo's network and batch where no kernel runs, and it is to cost no more for being replaced."""
+    images, labels = torch.randn(64, 1, 8, 8, device="cpu"), torch.arange(64, device="cpu") % 10
     for suffix, fuse in (("", False), ("_fused", True)):
         stock, ours = (build_network(0).to("cpu") for _ in range(2))
         fusednn.replace_layers(ours, fuse=fuse)
