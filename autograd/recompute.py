@@ -17,7 +17,6 @@ takes but some of those that were saved, ``recipe_takes`` are their places.
 """
 
 import functools
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,7 @@ class Region:
         # What nodes don't save, but make their result of.
         self._needed: weakref.WeakKeyDictionary[Any, list[Handle | None] | None] = weakref.WeakKeyDictionary()
         # FSDP takes parameters' memory away behind their layers, and fetches it for these layers' own backward pass.
-        self._shards = "torch.distributed.fsdp" in sys.modules
+        self._shards = torch.distributed.is_available() and torch.distributed.is_initialized()
         outer = _top_hooks()
         self._watch: Callable[[Tensor], Any] | None = None if outer is None else outer[0]
 

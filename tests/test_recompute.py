@@ -338,6 +338,17 @@ def test_a_region_is_its_thread_s(model: nn.Sequential, x: Tensor) -> None:
     assert reasons == [None]
 
 
+def test_only_shards_lose_their_memory(model: nn.Sequential, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter's memory is asked for, which takes time, where processes share parameters."""
+    asked = mock.Mock(return_value=False)
+    monkeypatch.setattr("fusednn.autograd.recompute._is_gone", asked)
+    for shared in (False, True):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda shared=shared: shared)
+        with fusednn.recompute():
+            model(x)
+        assert asked.called == shared
+
+
 def test_exceptions_end_it(model: nn.Sequential, x: Tensor) -> None:
     def fails() -> None:
         with fusednn.recompute():
