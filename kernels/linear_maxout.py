@@ -51,6 +51,20 @@ def zeros_each(PIECES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     return tiles
 
 
+@triton.jit
+def taken_apart(product, PIECES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The products of 2 or 4 pieces, from that of their units side by side: two pieces take turns, so that a thread of
+    tensor cores has both, and the next two follow behind all units.
+    """
+    if PIECES == 2:
+        return tl.split(tl.reshape(product, (HEIGHT, WIDTH, 2)))
+    else:
+        even, odd = tl.split(tl.reshape(product, (HEIGHT, 2, WIDTH, 2)))
+        first, third = tl.split(tl.trans(even, 0, 2, 1))
+        second, fourth = tl.split(tl.trans(odd, 0, 2, 1))
+        return first, second, third, fourth
+
+
 # Row blocks that are worked through for one block of columns before the next: their programs run at the same time, and
 # find each other's tiles in L2.
 _GROUP = tl.constexpr(8)
@@ -87,24 +101,38 @@ def linear_maxout_forward_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,  # one product for all pieces, which reads x once
 ):
     row_block, unit_block = grouped_blocks(tl.cdiv(rows, HEIGHT), tl.cdiv(units, WIDTH))
     row = row_block * HEIGHT + tl.arange(0, HEIGHT)
     unit = unit_block * WIDTH + tl.arange(0, WIDTH)
     feature = tl.arange(0, DEPTH)
     x_pointers = x_pointer + row[:, None] * features + feature[None, :]
-    w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
     piece_stride = tl.cast(units, tl.int64) * features
 
-    products = zeros_each(PIECES, HEIGHT, WIDTH)
-    for start in range(0, features, DEPTH):
-        within = (feature < features - start)[None, :]
-        x = tl.load(x_pointers + start, mask=(row < rows)[:, None] & within, other=0)
-        sums = ()
-        for piece in tl.static_range(PIECES):
-            w = tl.load(w_pointers + piece * piece_stride + start, mask=(unit < units)[:, None] & within, other=0)
-            sums = append(sums, add_product(products[piece], x, tl.trans(w), PRECISION))
-        products = sums
+    if SIDE_BY_SIDE:
+        column = tl.arange(0, PIECES * WIDTH)  # see `taken_apart`
+        piece_of = column // (2 * WIDTH) * 2 + column % 2
+        unit_of = unit_block * WIDTH + column // 2 % WIDTH
+        w_pointers = w_pointer + (piece_of * piece_stride + unit_of * features)[:, None] + feature[None, :]
+        product = tl.zeros((HEIGHT, PIECES * WIDTH), tl.float32)
+        for start in range(0, features, DEPTH):
+            within = (feature < features - start)[None, :]
+            x = tl.load(x_pointers + start, mask=(row < rows)[:, None] & within, other=0)
+            w = tl.load(w_pointers + start, mask=(unit_of < units)[:, None] & within, other=0)
+            product = add_product(product, x, tl.trans(w), PRECISION)
+        products = taken_apart(product, PIECES, HEIGHT, WIDTH)
+    else:
+        w_pointers = w_pointer + unit[:, None] * features + feature[None, :]
+        products = zeros_each(PIECES, HEIGHT, WIDTH)
+        for start in range(0, features, DEPTH):
+            within = (feature < features - start)[None, :]
+            x = tl.load(x_pointers + start, mask=(row < rows)[:, None] & within, other=0)
+            sums = ()
+            for piece in tl.static_range(PIECES):
+                w = tl.load(w_pointers + piece * piece_stride + start, mask=(unit < units)[:, None] & within, other=0)
+                sums = append(sums, add_product(products[piece], x, tl.trans(w), PRECISION))
+            products = sums
 
     best = products[0]
     if has_bias:
@@ -266,6 +294,8 @@ _NARROW_TILE, _NARROW_PIECES = (64, 16), range(6, 9)
 _SMALL_TILE = (64, 32)
 #: Pieces that the fused kernels take.  Without tensor cores the operands' tiles are in registers too.
 _FUSED_PIECES = {"fp16": range(2, 9), "bf16": range(2, 9), "tf32": range(2, 9), "fp32": range(2, 5)}
+# Pieces whose products are one, in 16 bits.
+_SIDE_BY_SIDE_PIECES = (2, 4)
 # Programs that are enough for large tiles: about one for each multiprocessor of an A100 or H100.
 _ENOUGH_PROGRAMS = 128
 # Shared memory that a program may have on any GPU: 99 KB on NVIDIA's consumer GPUs, 64 KB on AMD's.
@@ -345,6 +375,7 @@ def _fused(precision: str, pieces: int, tile: _Tile) -> Configuration:
             "WIDTH": tile.width,
             "DEPTH": tile.depth,
             "PRECISION": "tf32" if precision == "tf32" else "ieee",
+            "SIDE_BY_SIDE": pieces in _SIDE_BY_SIDE_PIECES and dtype.itemsize == 2,
         },
         pointers={"winner": torch.uint8, "seed": torch.int64},
         threads=tile.threads,
