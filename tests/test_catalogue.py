@@ -1,5 +1,6 @@
 """The catalogue: every function and layer has its row, and every row all that an operation needs."""
 
+import inspect
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from fusednn import autograd, kernels, layers
 from fusednn.autograd.dispatch import observe_choices
 from fusednn.catalogue import ROWS, row_of
+from fusednn.layers.twin import TWINS
 
 ROOT = Path(__file__).parents[1]
 MEASURED = [name for path in sorted(BENCH.glob("bench_*.py")) for name in import_module(path.stem).OPERATIONS]
@@ -32,10 +34,39 @@ def test_every_layer_has_one_row() -> None:
     assert Counter(name for row in ROWS for name in row.layers) == Counter(classes)
 
 
+#: Layers make a bias, and pool; functions are given one, or a size.  The paper's epsilon is smaller than a norm's.
+OTHER_DEFAULTS = {"bias", "pool_size"}
+
+
+def test_defaults_of_layers_are_their_functions() -> None:
+    """Of layers that stock lacks; the others' are stock's."""
+    compared = 0
+    for row in ROWS:
+        function = inspect.signature(getattr(autograd, row.name)).parameters
+        for layer in (getattr(layers, name) for name in row.layers if getattr(layers, name) not in TWINS.values()):
+            for name, parameter in inspect.signature(layer).parameters.items():
+                if (
+                    name not in function
+                    or name in OTHER_DEFAULTS
+                    or (layer, name) == (layers.GlobalContrastNorm, "eps")
+                ):
+                    continue
+                if inspect.Parameter.empty not in (parameter.default, function[name].default):
+                    assert parameter.default == function[name].default, (layer, name)
+                    compared += 1
+    assert compared > 50
+
+
 def test_every_family_of_kernels_has_a_row() -> None:
     shipping = {name for name in kernels.__all__ if any(True for _ in kernels.shipped(name))}
     assert "activation" in shipping
     assert shipping - {"optimizer"} <= {row.family for row in ROWS}
+
+
+def test_no_kernel_is_shipped_twice() -> None:
+    """As where the rare ones are those that are common, and the rare ones missing."""
+    labels = Counter(configuration.label for configuration in kernels.shipped())
+    assert not [label for label, number in labels.items() if number > 1]
 
 
 @pytest.mark.parametrize("name", autograd.__all__)

@@ -55,6 +55,29 @@ def test_same_results_and_state(name: str, device: str) -> None:
     torch.testing.assert_close(model(x), stock.eval()(x), rtol=1e-9, atol=1e-9)
 
 
+class Broadcast(nn.Module):
+    """A norm whose residual, of another norm behind it, has one value for each channel, and is added in place."""
+
+    def __init__(self, convolved: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1) if convolved else nn.Identity()
+        self.norm, self.other, self.act = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y += self.other(x.mean((2, 3), keepdim=True))
+        return self.act(y)
+
+
+@pytest.mark.parametrize("convolved", [True, False])
+def test_a_residual_that_is_broadcast_in_place(convolved: bool, device: str) -> None:
+    stock = make(Broadcast(convolved), device)
+    model = copy.deepcopy(stock)
+    groups = fused_groups(fusednn.replace_layers(model, fuse=True))
+    assert groups == ({"conv": "norm, act"} if convolved else {"norm": "act"})
+    assert_same(model, stock, batch(*IMAGES, device=device))
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("name", "operations"),
