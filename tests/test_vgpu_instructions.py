@@ -1,4 +1,4 @@
-"""Every instruction that kernels use, on the virtual GPU, against NumPy or exact arithmetic."""
+"""Every exact instruction that kernels use, on the virtual GPU, against NumPy or exact arithmetic."""
 
 import math
 import operator
@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.ptx import execute
 from torch import Tensor
-from vgpu import machine_options
 
 pytestmark = pytest.mark.compiled
 
@@ -169,6 +168,13 @@ def remainder(a: int, b: int) -> int:
     return a if b == 0 else a - truncated(a, b) * b
 
 
+def signed_field(a: int, start: int, length: int) -> int:
+    """The lowest ``length`` % 256 bits of a >> ``start`` % 256, with their sign."""
+    start, length = start % 256, length % 256
+    field = a >> start & (1 << length) - 1
+    return field - (1 << length) if length and field >> (length - 1) else field
+
+
 def number_first(function: Callable[..., Array]) -> Callable[..., Array]:
     """Minimum or maximum that prefers a number to NaN, and knows the sign of zeros."""
 
@@ -208,7 +214,11 @@ FORMS = [
     ),
     *(Form(f"fma.rn.{t}", f"{t} {t} {t}", t, exactly(sum_of_product, "rn", FLOATS[t])) for t in FLOATS),
     *(Form(f"fma.{m}.f32", "f32 f32 f32", "f32", exactly(sum_of_product, m, np.float32)) for m in ("rz", "rm", "rp")),
-    Form("fma.rn.ftz.f32", "f32 f32 f32", "f32", of_flushed(exactly(sum_of_product, "rn", np.float32))),
+    *(
+        Form(f"fma.{mode}.ftz.f32", "f32 f32 f32", "f32", of_flushed(exactly(sum_of_product, mode, np.float32)))
+        for mode in ("rn", "rm")
+    ),
+    Form("add.rz.ftz.f32", "f32 f32", "f32", of_flushed(exactly(operator.add, "rz", np.float32))),
     Form("div.rn.f32", "f32 f32", "f32", np.divide),
     Form("div.rn.f64", "f64 f64", "f64", np.divide),
     Form("sqrt.rn.f32", "f32", "f32", np.sqrt),
@@ -276,7 +286,11 @@ FORMS = [
     Form("popc.b32", "u32", "u32", wrapping(lambda a: a.bit_count(), 32)),
     Form("clz.b32", "u32", "u32", wrapping(lambda a: 32 - a.bit_length(), 32)),
     Form("brev.b32", "u32", "u32", wrapping(lambda a: int(f"{a:032b}"[::-1], 2), 32)),
-    Form("bfe.u32", "u32 u32 u32", "u32", wrapping(lambda a, s, n: a >> s % 256 & (1 << n % 256) - 1, 32)),
+    *(
+        Form(f"bfe.{t}", f"{t} u32 u32", t, wrapping(lambda a, s, n: a >> s % 256 & (1 << n % 256) - 1, int(t[1:])))
+        for t in ("u32", "u64")
+    ),
+    Form("bfe.s32", "s32 u32 u32", "u32", wrapping(signed_field, 32)),
     Form(
         "lop3.b32",
         "u32 u32 u32",
@@ -315,6 +329,23 @@ FORMS = [
     ),
     # Selection.
     *(
+        Form(
+            f"selp.{t}",
+            f"{x} {x} u32",
+            x,
+            lambda a, b, c: np.where(c < 50, a, b),
+            "setp.lt.u32 %p, %a2, 50; INSTRUCTION %r0, %a0, %a1, %p;",
+        )
+        for t, x in (("b16", "u16"), ("b32", "u32"), ("b64", "u64"), ("f32", "f32"), ("f64", "f64"))
+    ),
+    Form(
+        "not.pred",
+        "u32",
+        "u32",
+        lambda a: a >= 50,
+        "setp.lt.u32 %p, %a0, 50; INSTRUCTION %p, %p; selp.b32 %r0, 1, 0, %p;",
+    ),
+    *(
         Form(f"setp.{name}.{t}", f"{t} {t}", "u32", function, "INSTRUCTION %p, %a0, %a1; selp.b32 %r0, 1, 0, %p;")
         for t in ("s16", "s32", "s64", "u32", "u64", "f16", "f32", "f64")
         for name, function in {
@@ -343,13 +374,19 @@ FORMS = [
         lambda a, b: np.isnan(a) | np.isnan(b),
         "INSTRUCTION %p, %a0, %a1; selp.b32 %r0, 1, 0, %p;",
     ),
-    Form(
-        "setp.lt.f16x2",
-        "f16 f16 f16 f16",
-        "u32",
-        lambda a, b, c, d: (a < c) * 1 + (b < d) * 2,
-        """{ .reg .b32 %v, %w, %one; mov.b32 %v, {%a0, %a1}; mov.b32 %w, {%a2, %a3};
-        INSTRUCTION %p|%q, %v, %w; selp.b32 %r0, 1, 0, %p; selp.b32 %one, 2, 0, %q; or.b32 %r0, %r0, %one; }""",
+    *(
+        Form(
+            f"setp.{name}.f16x2",
+            "f16 f16 f16 f16",
+            "u32",
+            lambda a, b, c, d, f=f: f(a, c) * 1 + f(b, d) * 2,
+            """{ .reg .b32 %v, %w, %one; mov.b32 %v, {%a0, %a1}; mov.b32 %w, {%a2, %a3};
+            INSTRUCTION %p|%q, %v, %w; selp.b32 %r0, 1, 0, %p; selp.b32 %one, 2, 0, %q; or.b32 %r0, %r0, %one; }""",
+        )
+        for name, f in {
+            "lt": np.less, "le": np.less_equal, "gt": np.greater,
+            "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~np.isnan(a) & ~np.isnan(b),
+        }.items()
     ),
     *(
         Form(
@@ -393,13 +430,24 @@ FORMS = [
         )
         for t in ("f16", "bf16")
     ),
+    *(
+        Form(
+            f"{name}.f16x2",
+            "f16 f16 f16",
+            "f16",
+            lambda a, b, c, f=f: f(b, c),
+            """{ .reg .b32 %v, %w; .reg .b16 %low; mov.b32 %v, {%a0, %a1}; mov.b32 %w, {%a0, %a2};
+            INSTRUCTION %v, %v, %w; mov.b32 {%low, %r0}, %v; }""",
+        )
+        for name, f in (("add", np.add), ("mul", np.multiply))
+    ),
     Form(
-        "mul.f16x2",
-        "f16 f16 f16",
-        "f16",
-        lambda a, b, c: b * c,
-        """{ .reg .b32 %v, %w; .reg .b16 %low; mov.b32 %v, {%a0, %a1}; mov.b32 %w, {%a0, %a2};
-        INSTRUCTION %v, %v, %w; mov.b32 {%low, %r0}, %v; }""",
+        "fma.rn.bf16x2",
+        "bf16 bf16 bf16",
+        "bf16",
+        lambda a, b, c: a * b + c,
+        """{ .reg .b32 %u, %v, %w; .reg .b16 %low; mov.b32 %u, {%a1, %a0}; mov.b32 %v, {%a0, %a1};
+        mov.b32 %w, {%a0, %a2}; INSTRUCTION %u, %u, %v, %w; mov.b32 {%low, %r0}, %u; }""",
     ),
     *(
         Form(f"cvt.{b}.{a}", a, "u" + b[1:], wrapping(lambda x: x, int(b[1:])))
@@ -436,43 +484,6 @@ def test_is_exact(form: Form) -> None:
 def test_notices_a_wrong_result() -> None:
     operands, result = Form("add.f32", "f32 f32", "f32", np.subtract).run()
     assert not same(result, Form("add.f32", "f32 f32", "f32", np.subtract).reference(operands)).all()
-
-
-# --- Approximations ---------------------------------------------------------------------------------------------------
-
-APPROXIMATE = {
-    "ex2.approx.f32": (np.exp2, 2**-22, 0),
-    "lg2.approx.f32": (np.log2, 2**-22, 2**-22),
-    "rcp.approx.f32": (np.reciprocal, 2**-23, 0),
-    "rsqrt.approx.f32": (lambda x: 1 / np.sqrt(x), 2**-22.9, 0),
-    "sqrt.approx.f32": (np.sqrt, 2**-23, 0),
-    "tanh.approx.f32": (np.tanh, 2**-11, 0),
-    "sin.approx.f32": (np.sin, 0, 2**-20.5),
-    "cos.approx.f32": (np.cos, 0, 2**-20.5),
-}
-
-
-@pytest.mark.parametrize("nudge", [False, True], ids=["rounded", "nudged"])
-@pytest.mark.parametrize("instruction", APPROXIMATE)
-def test_is_within_the_documented_bound(instruction: str, nudge: bool) -> None:
-    function, relative, absolute = APPROXIMATE[instruction]
-    x = torch.rand(4096) * 3 + 0.01
-    with machine_options(nudge=nudge):
-        (y,) = execute(f"{instruction} %r0, %a0;", x, results=[torch.float32])
-    exact = function(x.double().numpy())
-    error = np.abs(y.double().numpy() - exact)
-    rounding = np.abs(exact) * 2**-24 * 1.01
-    assert (error <= np.maximum(relative * np.abs(exact) + absolute, rounding)).all()
-    assert (error > rounding).any() == nudge  # nudged results are off; others are rounded once
-
-
-def test_quotients() -> None:
-    a, b = torch.randn(4096), torch.randn(4096)
-    (full,) = execute("div.full.f32 %r0, %a0, %a1;", a, b, results=[torch.float32])
-    assert torch.equal(full, a / b)
-    huge = torch.full((32,), 2.0**127)
-    (flushed,) = execute("div.approx.f32 %r0, %a0, %a1;", huge, huge, results=[torch.float32])
-    assert not flushed.any()  # the documented result for divisors beyond 2^126
 
 
 # --- Warps ------------------------------------------------------------------------------------------------------------
