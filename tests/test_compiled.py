@@ -8,11 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.operations import OPERATIONS, Operation
+from support.optimizers import (
+    CALLS,
+    STOCK_CALLS,
+    TOLERANCE,
+    assert_like_stock,
+    parameters,
+    set_gradients,
+    stock_of,
+)
 from support.planting import planted
 from torch import Tensor, nn
 from vgpu import machine_options
 
-from fusednn import autograd
+from fusednn import autograd, optim
 from fusednn.kernels.base import numerics
 from fusednn.testing import assert_accurate, assert_same_bits, one_rounding
 
@@ -156,18 +165,57 @@ def test_notices_a_wrong_gradient() -> None:
 # --- Order ------------------------------------------------------------------------------------------------------------
 
 
+EVERY_ORDER: tuple[dict[str, Any], ...] = ({"order": "reversed"}, {"order": "shuffled", "seed": 5})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_operation
 def test_any_order_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
     operation = Operation(name, dtype)
     first = differentiate(operation, operation.ours)
-    for options in ({"order": "reversed"}, {"order": "shuffled", "seed": 5}):
+    for options in EVERY_ORDER:
         with machine_options(**options):
             again = differentiate(operation, operation.ours)
         assert_same_bits(first.value, again.value, f"value, {options}")
         for one, other in zip(first.gradients, again.gradients, strict=True):
             if one is not None and other is not None:
                 assert_same_bits(one, other, f"gradient, {options}")
+
+
+def two_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for step in range(2):
+        set_gradients(step, optimizer.param_groups[0]["params"])
+        optimizer.step()
+    return optimizer
+
+
+def several() -> list[nn.Parameter]:
+    """Parameters, some of more than a program's elements."""
+    return parameters([(33,), (16, 300), ()], torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(("name", "arguments"), [call[1:] for call in CALLS], ids=[call[0] for call in CALLS])
+def test_optimizers_give_the_same_bits_in_any_order(name: str, arguments: dict[str, Any]) -> None:
+    def results() -> list[Tensor]:
+        optimizer = two_steps(getattr(optim, name)(several(), **arguments))
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [each for each in (*optimizer.param_groups[0]["params"], *states) if isinstance(each, Tensor)]
+
+    first = results()
+    for options in EVERY_ORDER:
+        with machine_options(**options):
+            for one, other in zip(first, results(), strict=True):
+                assert_same_bits(one.detach(), other.detach(), f"{options}")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [call[1:] for call in STOCK_CALLS], ids=[call[0] for call in STOCK_CALLS]
+)
+def test_optimizers_bear_approximate_functions(name: str, arguments: dict[str, Any]) -> None:
+    stock = two_steps(stock_of(name, several(), **arguments))
+    with machine_options(nudge=True):
+        ours = two_steps(getattr(optim, name)(several(), **arguments))
+    assert_like_stock(ours, stock, **TOLERANCE[torch.float32])
 
 
 # --- Approximate functions --------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from vgpu import VirtualGpuError, machine_options
 
-from fusednn import autograd
+from fusednn import autograd, optim
 from fusednn.testing import one_rounding
 
 pytestmark = [pytest.mark.compiled, pytest.mark.thorough]
@@ -116,7 +116,8 @@ def large_images(channels: int = 64, size: int = 32, *, like: torch.memory_forma
 
 class Large(NamedTuple):
     """An operator on more than 2^31 elements; ``end`` is the part of the operand, and of its gradient, that stock is
-    given, and ``result`` the part of the result that stock then gives."""
+    given, and ``result`` the part of the result that stock then gives.  Of the programs the last ``programs`` make it.
+    """
 
     ours: Function
     stock: Function
@@ -124,6 +125,7 @@ class Large(NamedTuple):
     end: Function
     result: Function
     has_gradient: bool = True
+    programs: int = 100
 
 
 def elementwise(ours: Function, stock: Function) -> Large:
@@ -155,6 +157,32 @@ def stock_convolution(x: Tensor) -> Tensor:
     return F.max_pool2d(F.relu(F.conv2d(x, _FILTERS.float(), None, 1, 1)), 2)
 
 
+def last_channels(x: Tensor) -> Tensor:
+    """Of the last line of pixels."""
+    return x[-1:, -2:, -1:]
+
+
+def normed(size: int, norm: Function = F.batch_norm) -> Function:
+    """Batch norm in evaluation, of ``size`` channels."""
+    mean, variance = _MEAN[:size], _VARIANCE[:size]
+    return lambda x, **options: norm(x, mean + 0.5, 2 * variance, variance, mean, **options)
+
+
+#: Of 64 channels, and on the last two of them.
+OF_CHANNELS: dict[str, tuple[Function, Function]] = {
+    "batch_norm in evaluation": (normed(64, autograd.batch_norm), normed(2)),
+    "batch_norm_act in evaluation": (
+        lambda x: normed(64, autograd.batch_norm_act)(x, residual=x.detach(), activation="relu"),
+        lambda x: F.relu(normed(2)(x) + x.detach()),
+    ),
+    "dropout2d": (lambda x: autograd.dropout2d(x, 1.0), lambda x: F.dropout2d(x, 1.0)),
+    "gated_channels": (
+        lambda x: autograd.gated_channels(x, torch.ones(len(x), 64, 1, 1).half()),
+        lambda x: x * torch.ones(1).sigmoid(),
+    ),
+    "prelu": (lambda x: autograd.prelu(x, _SLOPES), lambda x: F.leaky_relu(x, 0.25)),
+}
+
 LARGE_OPERANDS = {
     "relu": elementwise(autograd.relu, F.relu),
     "gelu": elementwise(autograd.gelu, F.gelu),
@@ -162,6 +190,12 @@ LARGE_OPERANDS = {
         lambda x: autograd.mse_loss(x, x.detach(), reduction="none"),
         lambda x: F.mse_loss(x, x.detach(), reduction="none"),
     ),
+    "rrelu": elementwise(
+        lambda x: autograd.rrelu(x, 0.25, 0.25, training=True), lambda x: F.rrelu(x, 0.25, 0.25, training=True)
+    ),
+    "gated": elementwise(lambda x: autograd.gated(x, x.detach(), "silu"), lambda x: F.silu(x) * x.detach()),
+    "highway": elementwise(lambda x: autograd.highway(x, x.detach(), x.detach()), lambda x: 0 * x + x.detach()),
+    "standout": elementwise(lambda x: autograd.standout(x, x.detach(), 0.0, 100.0), lambda x: 1 * x),
     "dropout": elementwise(lambda x: autograd.dropout(x, 1.0, True), lambda x: F.dropout(x, 1.0, True)),
     "softmax": of_rows(lambda x: autograd.softmax(x, -1), lambda x: F.softmax(x, -1), 1024),
     "softmax of columns": Large(
@@ -171,6 +205,7 @@ LARGE_OPERANDS = {
         lambda x: x[:, -16:],
         lambda y: y[:, -16:],
     ),
+    "gated_halves": of_rows(autograd.gated_halves, F.glu, 2048),
     "cross_entropy": of_rows(
         lambda x: autograd.cross_entropy(x, torch.full((len(x),), 32767), reduction="none"),
         lambda x: F.cross_entropy(x, torch.full((len(x),), 32767), reduction="none"),
@@ -181,12 +216,15 @@ LARGE_OPERANDS = {
         lambda x: F.nll_loss(x, torch.full((len(x),), 1023), reduction="none"),
         1024,
     )._replace(has_gradient=False),  # zeros, which would be written
-    "batch_norm in evaluation": Large(
-        lambda x: autograd.batch_norm(x, _MEAN + 0.5, 2 * _VARIANCE, _VARIANCE, _MEAN),
-        lambda x: F.batch_norm(x, _MEAN[:2] + 0.5, 2 * _VARIANCE[:2], _VARIANCE[:2], _MEAN[:2]),
-        large_images,
-        lambda x: x[-1:, -2:],
-        lambda y: y[-1:, -2:],
+    **{
+        f"{name}{order}": Large(
+            ours, stock, partial(large_images, like=layout), last_channels, last_channels, programs=2
+        )
+        for order, layout in {"": torch.contiguous_format, " in channels_last": torch.channels_last}.items()
+        for name, (ours, stock) in OF_CHANNELS.items()
+    },
+    "block_end": of_rows(
+        lambda x: autograd.block_end(x, x.detach(), torch.full((1024,), 0.5).half()), lambda x: x / 2 + x.detach(), 1024
     ),
     "maxout": of_rows(lambda x: autograd.maxout(x, 2), lambda x: x.unflatten(-1, (-1, 2)).amax(-1), 64),
     "maxout of channels": Large(
@@ -200,13 +238,6 @@ LARGE_OPERANDS = {
         lambda x: autograd.maxout_linear(x, _WEIGHT), lambda x: (x @ _WEIGHT.float().mT).amax(0), 64
     )._replace(has_gradient=False),  # cuBLAS's
     "bias_activation_dropout": of_rows(bias_relu, lambda x: F.relu(x + 1), 1024),
-    "prelu": Large(
-        lambda x: autograd.prelu(x, _SLOPES),
-        lambda x: F.leaky_relu(x, 0.25),
-        large_images,
-        lambda x: x[-1:, -2:, -2:],
-        lambda y: y[-1:, -2:, -2:],
-    ),
     "max_pool2d of one image": Large(
         lambda x: autograd.max_pool2d(x, 2),
         lambda x: F.max_pool2d(x, 2),
@@ -239,7 +270,7 @@ def test_beyond_32_bits(name: str) -> None:
     piece = case.end(x).detach().float().requires_grad_()
     expected = case.stock(piece)
     (expected_gradient,) = torch.autograd.grad(expected, piece, torch.ones_like(expected))
-    with machine_options(window=(2, 100)):
+    with machine_options(window=(2, case.programs)):
         y = case.ours(x)
         torch.testing.assert_close(case.result(y).float(), expected.detach(), rtol=2e-3, atol=2e-3)
         if case.has_gradient:
@@ -247,6 +278,20 @@ def test_beyond_32_bits(name: str) -> None:
             case.result(upstream).fill_(1)
             (gradient,) = torch.autograd.grad(y, x, upstream)
             torch.testing.assert_close(case.end(gradient).float(), expected_gradient, rtol=4e-3, atol=4e-3)
+
+
+def test_a_parameter_beyond_32_bits() -> None:
+    """And its state."""
+    parameter = nn.Parameter(large(LARGE + 5000))
+    parameter.grad, state = large(LARGE + 5000), large(LARGE + 5000)
+    gradient, momentum, before = (each[-2000:].clone() for each in (parameter.grad, state, parameter.detach()))
+    optimizer = optim.SGD([parameter], lr=0.5, momentum=0.5)
+    optimizer.state[parameter]["momentum_buffer"] = state
+    with machine_options(window=(2, 100)):
+        optimizer.step()
+    momentum = 0.5 * momentum + gradient
+    torch.testing.assert_close(state[-2000:], momentum, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(parameter.detach()[-2000:], before - 0.5 * momentum, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("like", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -70,6 +70,19 @@ def test_shared_memory_has_an_end() -> None:
         execute("st.shared.b32 [2], %a0;", torch.arange(32), results=[torch.int64], shared_bytes=64)
 
 
+def test_local_memory_has_an_end() -> None:
+    """Of 16 bytes that a thread keeps for itself."""
+    body = """
+        {{ .reg .b64 %place; mov.u64 %place, depot; st.local.b32 [%place+{offset}], %a0;
+        ld.local.b32 %r0, [%place+{offset}]; }}
+    """
+    depot, x = ".local .align 16 .b8 depot[16];", torch.arange(32, dtype=torch.int32)
+    (y,) = execute(body.format(offset=12), x, results=[torch.int32], declarations=depot)
+    assert torch.equal(y, x)
+    with pytest.raises(VirtualGpuError, match="local memory out of bounds"):
+        execute(body.format(offset=16), x, results=[torch.int32], declarations=depot)
+
+
 def test_what_nobody_wrote_is_nan() -> None:
     register, shared = execute(
         "mov.b32 %r0, %unset; ld.shared.b32 %r1, [0];",
@@ -179,6 +192,18 @@ def test_a_barrier_waits_for_lanes_that_lie_behind() -> None:
 def test_an_endless_loop() -> None:
     with machine_options(instruction_limit=1000), pytest.raises(VirtualGpuError, match="endless loop"):
         execute("AGAIN: bra AGAIN;", torch.arange(32), results=[torch.int32])
+
+
+def test_a_trap() -> None:
+    body = "setp.eq.s32 %p, %i, {thread}; @%p trap; mov.b32 %r0, 0;"
+    execute(body.format(thread=99), torch.arange(64), results=[torch.int32])
+    with pytest.raises(VirtualGpuError, match=r"trap[^$]*program \(1, 0, 0\) of \(2, 1, 1\), thread 3 of 32"):
+        execute(body.format(thread=35), torch.arange(64), results=[torch.int32])
+
+
+def test_a_grid_that_is_too_large() -> None:
+    with pytest.raises(VirtualGpuError, match="larger than CUDA allows"):
+        copy_kernel[(1, 2**16)](torch.ones(1), torch.ones(1), 1, BLOCK=1, BEFORE=0, MASKED=True)
 
 
 @triton.jit
