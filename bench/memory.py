@@ -3,8 +3,9 @@
 Needs no GPU: kernels run in Triton's interpreter.  torchvision and transformers have to be there, as ``make
 test-thorough`` has them: ``PYTHONPATH=.build/models``.
 
-With ``--peak`` the allocator of a GPU says what training steps hold at most; networks of libraries that aren't there
-are left out.  ``--rehearse`` counts tensors in its place, where there is no GPU.
+With ``--layers`` it is a census: which layers keep the most where results are made again.  With ``--peak`` the
+allocator of a GPU says what training steps hold at most; networks of libraries that aren't there are left out.
+``--rehearse`` counts tensors in its place, where there is no GPU.
 """
 
 # ruff: noqa: E402
@@ -26,25 +27,36 @@ sys.path[:0] = [str(BENCH), str(BENCH.parent / "tests")]
 
 import torch
 from fusednn_bench.environment import describe_environment, describe_settings, describe_sources
-from fusednn_bench.memory import NETWORKS, count_memory
+from fusednn_bench.memory import NETWORKS, count_layers, count_memory
 from fusednn_bench.memory_peak import enlarged, measure_peaks
+from fusednn_bench.memory_table import layers_table
 from fusednn_bench.results import new_result, save_result
 from support.torchvision import mend_torchvision
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusednn bench memory", description="Count what networks keep.")
-    parser.add_argument("-o", "--output", type=Path, help="default: bench/results/memory.json, or peak.json")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="default: memory.json, census.json or peak.json in bench/results"
+    )
+    parser.add_argument("--layers", action="store_true", help="layers that keep the most where results are made again")
     parser.add_argument("--peak", action="store_true", help="measure the peak of training steps, on a GPU")
     parser.add_argument("--rehearse", action="store_true", help="the peak without a GPU: tensors are counted")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="networks at a time: %(default)s")
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(case.name for case in NETWORKS))
     parsed = parser.parse_args(arguments)
-    kind = "peak" if parsed.peak else "memory"
+    kind = "peak" if parsed.peak else "census" if parsed.layers else "memory"
     output = parsed.output or BENCH / "results" / f"{kind}.json"
     result = new_result(kind, describe_environment(), describe_sources(), describe_settings())
     known = [case.name for case in NETWORKS]
     chosen = [name for name in known if not parsed.networks or name in parsed.networks]
+    if parsed.layers:
+        mend_torchvision()
+        result["cases"] = [count_layers(case) for case in NETWORKS if case.name in chosen]
+        result["complete"] = chosen == known
+        save_result(result, output)
+        print(layers_table(result))
+        return 0
     if parsed.peak:
         return _peaks(result, chosen, output, parsed.rehearse)
     with ProcessPoolExecutor(parsed.jobs, get_context("spawn"), initializer=mend_torchvision) as pool:

@@ -475,6 +475,29 @@ def test_memory_is_judged_and_shown(memory: dict[str, Any]) -> None:
     assert schema.problems(memory) == ["case 0: kept bytes None is no number from 0"]
 
 
+def test_the_guide_says_what_is_kept_and_which_goals_are_missed(memory: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("Before\n")
+    guide = tmp_path / "docs" / "memory.md"
+    guide.write_text(
+        "".join(f"<!-- {name}: begin (from bench/results) -->\n<!-- {name}: end -->\n" for name in ("layers", "missed"))
+    )
+    for case in memory["cases"]:
+        case["operation"] = "BERT block"
+        if case["contestant"] == RECOMPUTE:
+            case["kept_bytes"] = 600
+    census = _new("census")
+    layers = [["attention.self", "Linear", "Addmm", 400]]
+    census["cases"] = [{**memory["cases"][4], "kept_bytes_by_layer": layers}]
+    found = {"census.json": census, "memory.json": memory}
+    documents.write(found, tmp_path)
+    lines = guide.read_text().splitlines()
+    row = next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "attention.self" in line)
+    assert row == ["BERT block", "attention.self", "Linear", "Addmm", "0.667"]
+    assert any(line.startswith("- BERT block: 0.600, wanted <= 0.58: the goal was set") for line in lines)
+    assert documents.stale(found, tmp_path) == []
+
+
 def test_plots_of_each_kind(
     result: dict[str, Any],
     counted: dict[str, Any],

@@ -1,23 +1,24 @@
-"""The documents that take figures from results: ``docs/benchmarks.md`` with its plots, and a block of the README."""
+"""The documents that take figures from results: ``docs/benchmarks.md`` with its plots, and blocks of two others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .goals import load_goals
-from .memory_table import memory_summary
+from .goals import Goal, load_goals
+from .memory_table import layers_table, memory_summary, missed_goals
 from .plots import digest_of_plot, draw_plots, plot_digest, plot_names
 from .render import render, summary
 
 __all__ = ["committed_results", "stale", "write"]
 
-_PAGE = Path("docs") / "benchmarks.md"
+_PAGE, _GUIDE = Path("docs") / "benchmarks.md", Path("docs") / "memory.md"
 _PLOTS = Path("docs") / "benchmarks"
 _BEGIN, _END = "<!-- benchmarks: begin (python -m fusednn bench report --docs) -->", "<!-- benchmarks: end -->"
 
-_BEGIN_MEMORY, _END_MEMORY = "<!-- memory: begin (from bench/results/memory.json) -->", "<!-- memory: end -->"
+#: Networks whose census the guide shows.
+_IN_GUIDE = ("BERT block", "ResNet-50", "EfficientNet-B0")
 
 _Results = Mapping[str, Mapping[str, Any]]
 
@@ -53,8 +54,25 @@ def _texts(results: _Results, root: Path) -> dict[Path, str]:
     _, _, after = rest.partition(_END)
     block = f"{_BEGIN}\n{summary(results, goals)}\n{_END}"
     readme = f"{before}{block}{after}"
-    if memory := memory_summary([result for result in results.values() if result["kind"] == "memory"]):
-        before, _, rest = readme.partition(_BEGIN_MEMORY)
-        readme = f"{before}{_BEGIN_MEMORY}\n{memory}\n{_END_MEMORY}{rest.partition(_END_MEMORY)[2]}"
+    texts = {}
+    for result in results.values():
+        if result["kind"] == "memory":
+            readme = _filled(readme, "memory", memory_summary([result]))
+        if block := _guide_block(result, goals):
+            texts[root / _GUIDE] = _filled(texts.get(root / _GUIDE) or (root / _GUIDE).read_text(), *block)
     note = "<!-- Generated from bench/results by python -m fusednn bench report --docs: don't edit. -->\n\n"
-    return {root / _PAGE: note + render(results, goals, plots), root / "README.md": readme}
+    return {root / _PAGE: note + render(results, goals, plots), root / "README.md": readme, **texts}
+
+
+def _guide_block(result: Mapping[str, Any], goals: Iterable[Goal]) -> tuple[str, str] | None:
+    """The name and the content of the guide's block that this result fills."""
+    if result["kind"] == "memory":
+        return "missed", missed_goals(result, goals)
+    return ("layers", layers_table(result, _IN_GUIDE)) if result["kind"] == "census" else None
+
+
+def _filled(text: str, name: str, content: str) -> str:
+    """The text with this between its marks of that name."""
+    begin, end = f"<!-- {name}: begin (from bench/results) -->", f"<!-- {name}: end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fusednn.autograd.recompute import DEPTH
 
+from .goals import Goal, judge
 from .tables import by_contestant, markdown_table
 
-__all__ = ["MEMORY_COLUMNS", "kept_shares", "memory_summary", "memory_table", "peak_table"]
+__all__ = [
+    "MEMORY_COLUMNS",
+    "kept_shares",
+    "layers_table",
+    "memory_summary",
+    "memory_table",
+    "missed_goals",
+    "peak_table",
+]
 
 #: Contestants beside eager PyTorch, as columns.
 MEMORY_COLUMNS = {
@@ -101,6 +110,23 @@ def peak_table(result: _Result) -> str:
         shares = (records[name][field] / eager[field] for field in ("peak_bytes", "kept_bytes") for name in names)
         rows.append((network, "x".join(map(str, shape)), eager["peak_bytes"] / 1e6, *shares))
     return markdown_table(head, rows)
+
+
+def layers_table(result: _Result, networks: Sequence[str] | None = None) -> str:
+    """Of these networks, or all, the layers that still keep the most where results are made again."""
+    rows = [
+        (case["operation"], layer or "(model)", cls, maker, f"{size / case['kept_bytes']:.3f}")
+        for case in result["cases"]
+        if networks is None or case["operation"] in networks
+        for layer, cls, maker, size in case["kept_bytes_by_layer"]
+    ]
+    return markdown_table(("network", "layer", "class", "made by", "of all that is kept"), rows)
+
+
+def missed_goals(result: _Result, goals: Iterable[Goal]) -> str:
+    """Goals of kept and moved bytes that are missed: by how much, why, and what comes next."""
+    missed = [v for v in judge([result], goals) if v.outcome == "missed"]
+    return "\n".join(f"- {v.operation}: {v.value:.3f}, wanted {v.goal.wanted}: {v.goal.reason}" for v in missed)
 
 
 def memory_summary(results: Sequence[_Result]) -> str:

@@ -18,7 +18,7 @@ from .gpu_tables import (
     predictions_table,
     thresholds_table,
 )
-from .memory_table import memory_table, peak_table
+from .memory_table import layers_table, memory_table, peak_table
 from .tables import (
     compiled_table,
     counted_tables,
@@ -42,6 +42,7 @@ _ORDER = (
     "counters",
     "host",
     "memory",
+    "census",
     "peak",
     "inductor",
     "counted",
@@ -204,6 +205,12 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
         "one time, beside parameters and the input, of eager's, while each parameter's gradient is let go as it "
         "comes; cuDNN's workspaces aren't in it. Blocks of transformers have no dropout in attention.",
         memory_table,
+    ),
+    "census": _Section(
+        "What layers keep still",
+        "Of the same networks, with results that are made again: the layers that keep the most, the largest first, by "
+        "what made it (`fusednn.census`).",
+        layers_table,
     ),
     "peak": _Section(
         "What a training step holds at most",

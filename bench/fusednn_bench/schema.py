@@ -17,12 +17,12 @@ SCHEMA_VERSION = 2
 #: ``timed`` on a GPU; ``counted`` in Triton's interpreter; ``predicted`` from counts and a machine's rates;
 #: ``compiled``: what the compiler says of each kernel; ``thresholds``: two ways of ours, timed where the library takes
 #: one for the other; ``counters``: what the GPU itself counts of each launch; ``memory``: what networks keep for the
-#: backward pass; ``peak``: what their training steps hold at most, by a GPU's allocator; ``inductor``: what compiled
-#: training steps launch and move; ``host``: what calls cost the host; ``instructions``: what each launch executes for
-#: what it moves.
+#: backward pass; ``census``: which of their layers do; ``peak``: what their training steps hold at most, by a GPU's
+#: allocator; ``inductor``: what compiled training steps launch and move; ``host``: what calls cost the host;
+#: ``instructions``: what each launch executes for what it moves.
 KINDS = (
     *("timed", "counted", "predicted", "compiled", "thresholds", "counters", "memory", "inductor", "host"),
-    *("instructions", "peak"),
+    *("instructions", "peak", "census"),
 )
 
 #: What is timed: on the device, on the host until calls return, and until the device is done.
@@ -42,6 +42,7 @@ _NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "host": ((), ("launches", "prepared", "dispatched")),
     "counters": (("dram_bytes", "duration_us"), ("issue_percent", "bank_conflicts")),
     "memory": ((), ("kept_bytes",)),
+    "census": (("kept_bytes",), ()),
     "peak": (("peak_bytes",), ("kept_bytes",)),
     "inductor": (
         ("bytes", "launches"),
