@@ -88,13 +88,18 @@ class Conv3d(Twin, nn.Conv3d):
         return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+def _check_padding_mode(layer: _ConvNd) -> None:
+    """Raises ValueError as transposed layers of ``torch.nn`` do."""
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"Only `zeros` padding mode is supported for {type(layer).__name__}")
+
+
 def _transposed(layer: _ConvTransposeNd, input: Tensor, output_size: list[int] | None) -> tuple[Any, ...]:
     """A call of a layer, as `conv_transpose1d` and its kin take it; the result has the size that is given, if one is.
 
     Raises ValueError as ``torch.nn``'s layers do.
     """
-    if layer.padding_mode != "zeros":
-        raise ValueError(f"Only `zeros` padding mode is supported for {type(layer).__name__}")
+    _check_padding_mode(layer)
     sizes = (layer.stride, layer.padding, layer.kernel_size)
     extra = layer._output_padding(input, output_size, *sizes, len(layer.kernel_size), layer.dilation)  # type: ignore[arg-type]
     return input, layer.weight, layer.bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation
@@ -139,10 +144,12 @@ def is_plain(layer: nn.Module, twin: type[Twin]) -> bool:
 
 def arguments(layer: _ConvNd, input: Tensor) -> tuple[Any, ...]:
     """A call of a layer, as `conv_act_pool` takes it: up to ``output_padding``."""
+    if layer.transposed:
+        _check_padding_mode(layer)
     input, padding = padded(layer, input)
-    operands = (len(layer.kernel_size), input, *tensors_of(layer, "weight", "bias"))
+    weight, bias = tensors_of(layer, "weight", "bias")
     return (
-        *operands,
+        *(weight.dim() - 2, input, weight, bias),
         layer.stride,
         padding,
         layer.dilation,

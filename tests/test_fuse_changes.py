@@ -3,7 +3,7 @@
 import copy
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.fusion import IMAGES, PATTERNS, ROWS, assert_same, batch, make, reasons
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 import fusednn
 
@@ -289,7 +290,20 @@ class Adapter(nn.Module):
         return self.base(*args, **kwargs) * 2
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+def a_few(names: Iterable[str]) -> list[Any]:
+    """One chain of each kind of layers, thoroughly all."""
+    few = (
+        "conv, norm, act, pool",
+        "conv, act, dropout",
+        "linear, norm, act, dropout",
+        "maximum over pieces",
+        "residual",
+    )
+    return [pytest.param(name, marks=() if name in few else pytest.mark.thorough) for name in names]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", a_few(PATTERNS))
 def test_an_adapter_around_any_member(name: str, device: str) -> None:
     """Its layers are called one by one, each where it stood."""
     build, shape, _ = PATTERNS[name]
@@ -304,3 +318,88 @@ def test_an_adapter_around_any_member(name: str, device: str) -> None:
             torch.manual_seed(0)
             found.append(model(x * 1))
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9, msg=member)
+
+
+def others_than(value: Any) -> list[Any]:
+    """What people may set an option to, rightly or not."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, str):
+        return ["same", "circular", "tanh"]
+    if isinstance(value, tuple):
+        return [(2,) * len(value), 1]
+    return {int: [2, 1.0, None], float: [0.0, 2, -1.0]}.get(type(value), [])
+
+
+def options() -> dict[str, list[tuple[str, str, Any]]]:
+    """By chains, the options of their members, each of every class once: the member, the option, its value."""
+    found: dict[str, list[tuple[str, str, Any]]] = {}
+    seen = set()
+    for name, (build, _, _) in PATTERNS.items():
+        for path, layer in build().named_modules():
+            for option in () if list(layer.children()) else sorted(getattr(layer, "__constants__", ())):
+                value = getattr(layer, option, None)
+                for other in others_than(value):
+                    if (key := (type(layer), option, repr(other))) not in seen:
+                        seen.add(key)
+                        found.setdefault(name, []).append((path, option, other))
+    return found
+
+
+OPTIONS = options()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", a_few(OPTIONS))
+def test_any_option_of_any_member(name: str, device: str) -> None:
+    """The same values as of stock, or an error of the same type."""
+    build, shape, _ = PATTERNS[name]
+    stock = make(build(), device)
+    fused = copy.deepcopy(stock)
+    fusednn.replace_layers(fused, fuse=True)
+    x = batch(*shape, device=device)
+    for member, option, value in OPTIONS[name]:
+        found: list[Any] = []
+        for model in (copy.deepcopy(stock), copy.deepcopy(fused)):
+            setattr(model.get_submodule(member), option, value)
+            torch.manual_seed(0)
+            try:
+                found.append(model(x * 1))
+            except Exception as error:
+                found.append(type(error))
+        changed = f"{member}.{option} = {value!r}"
+        if found[0] is AssertionError:  # of types, which we may take
+            continue
+        raised = [one if isinstance(one, type) else None for one in found]
+        assert raised[0] == raised[1], changed
+        if raised[0] is None:
+            torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9, equal_nan=True, msg=changed)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", a_few(PATTERNS))
+def test_filters_that_are_taken_away(name: str, device: str) -> None:
+    """As structured pruning does, which leaves the layer's options as they are."""
+    build, shape, _ = PATTERNS[name]
+    stock = make(build(), device)
+    x = batch(*shape, device=device)
+    for member in [path for path, layer in stock.named_modules() if isinstance(layer, (nn.Linear, _ConvNd))]:
+        pair = copy.deepcopy(stock), copy.deepcopy(stock)
+        fusednn.replace_layers(pair[1], fuse=True)
+        found: list[Any] = []
+        for model in pair:
+            layer: Any = model.get_submodule(member)
+            filters = 1 if getattr(layer, "transposed", False) else 0
+            kept = range((layer.weight.shape[filters] + 1) // 2)
+            index = torch.tensor(kept, device=device)
+            layer.weight = nn.Parameter(layer.weight.index_select(filters, index))
+            layer.bias = None if layer.bias is None else nn.Parameter(layer.bias[: len(kept)])
+            torch.manual_seed(0)
+            try:
+                found.append(model(x * 1))
+            except Exception as error:
+                found.append(type(error))
+        if isinstance(found[0], type):
+            assert found[1] is found[0], member
+        else:
+            torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)

@@ -219,3 +219,15 @@ def test_what_would_have_to_change(name: str, device: str) -> None:
     explained = {row.name: row.reason for row in fusednn.explain(model, batch(*IMAGES, device=device))}
     assert explained[layer].endswith(f"not fused: {reason}")
     assert_same(model, stock, batch(*IMAGES, device=device))
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_slopes_that_are_taken_away(name: str, device: str) -> None:
+    build, shape = RESIDUALS[name]
+    model = make(build(), device)
+    fusednn.replace_layers(model, fuse=True)
+    for layer in model.modules():
+        if isinstance(layer, nn.PReLU):
+            layer.weight = None
+    with pytest.raises((TypeError, AttributeError)):  # AttributeError: of code that reads the slopes itself
+        model(batch(*shape, device=device))

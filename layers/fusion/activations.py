@@ -25,11 +25,14 @@ __all__ = [
     "slopes_of",
 ]
 
+#: By what it says of its approximation; what else people set is a parameter that no kernel takes.
+_GELUS: dict[str, tuple[str, tuple[float, ...]]] = {"none": ("gelu", ()), "tanh": ("gelu_tanh", ())}
+
 #: The name of each activation layer that can be fused, and its parameters in PyTorch's order.  Registered ones join.
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, tuple[float, ...]]]] = {
     nn.CELU: lambda layer: ("celu", (layer.alpha,)),
     nn.ELU: lambda layer: ("elu", (layer.alpha,)),
-    nn.GELU: lambda layer: ("gelu_tanh" if layer.approximate == "tanh" else "gelu", ()),
+    nn.GELU: lambda layer: _GELUS.get(layer.approximate) or ("gelu", (layer.approximate,)),
     nn.Hardsigmoid: lambda layer: ("hardsigmoid", ()),
     nn.Hardswish: lambda layer: ("hardswish", ()),
     nn.Hardtanh: lambda layer: ("hardtanh", (layer.min_val, layer.max_val)),
@@ -79,7 +82,8 @@ def activation_refusal(activation: Activation, *others: type[nn.Module]) -> str 
     if refusal := layer_refusal(activation, *ACTIVATIONS, *others):
         return refusal
     _, parameters = activation_of(activation)
-    return None if not parameters or all(map(is_number, parameters)) else "a parameter isn't a number"
+    without_slopes = isinstance(activation, nn.PReLU) and slopes_of(activation) is None
+    return "a parameter isn't a number" if without_slopes or not all(map(is_number, parameters)) else None
 
 
 def first_refusal(input: Tensor, activation: Activation) -> str | None:

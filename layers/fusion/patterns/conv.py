@@ -215,10 +215,13 @@ def is_like_result(residual: Tensor, conv: _ConvNd, input: Tensor) -> bool:
 
 
 def _geometry(conv: _ConvNd, input: Tensor) -> tuple[Any, ...]:
-    """What shape and dtype of a convolution's result depend on, besides those of its input."""
+    """What shape and dtype of a convolution's result depend on, besides those of its input: the filters as they are, of
+    which people take some away, or make them larger.
+    """
     dtype = None if input.dtype is torch.float64 else autocast_dtype(input)
-    extra = conv.output_padding if conv.transposed else None
-    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, extra, conv.out_channels, dtype
+    filters = conv.weight.shape
+    extra, count = (conv.output_padding, filters[1] * conv.groups) if conv.transposed else (None, filters[0])
+    return filters[2:], conv.stride, conv.padding, conv.dilation, extra, count, dtype
 
 
 def _fits(

@@ -13,6 +13,7 @@ from ... import pool as _pool  # noqa: F401 (for its twins)
 from ..calls import is_values
 from ..members import apart, call_refusal, computed, layer_refusal
 from .pattern import Finder, Match, Pattern
+from .pooling import is_one
 
 __all__ = ["POOLING", "VIEW"]
 
@@ -41,14 +42,14 @@ def _compute_pooling(input: Tensor, *, linear: nn.Linear, pool: nn.MaxPool1d) ->
         apart(refusal or "the windows are no pieces of the features", linear, pool)
         maxima: Tensor = pool(linear(input))
         return maxima
-    return computed(lambda: _maxima(input, linear, (linear.out_features // pieces, pieces), -1), linear, pool)
+    return computed(lambda: _maxima(input, linear, (linear.weight.shape[0] // pieces, pieces), -1), linear, pool)
 
 
 def _pieces_of(pool: Any, linear: nn.Linear) -> int | None:
     """How many features of a linear layer the windows of a pooling hold that share none, or None."""
     sizes = [value[0] if isinstance(value, tuple) else value for value in (pool.kernel_size, pool.stride)]
-    options = (pool.padding in (0, (0,)), pool.dilation in (1, (1,)), not pool.ceil_mode, not pool.return_indices)
-    fits = all(options) and sizes[0] == sizes[1] and linear.out_features % sizes[0] == 0
+    options = (pool.padding in (0, (0,)), is_one(pool.dilation), not pool.ceil_mode, not pool.return_indices)
+    fits = all(options) and sizes[0] == sizes[1] and linear.weight.shape[0] % sizes[0] == 0
     return sizes[0] if fits else None
 
 
@@ -56,9 +57,8 @@ def _pieces_of(pool: Any, linear: nn.Linear) -> int | None:
 
 
 class _Split(NamedTuple):
-    """Features split into two sizes, and how: the dimension that the code unflattens, or ``view``'s first size.
-
-    That is "rest" (-1) or "rows".
+    """Features split into two sizes, as the code has them, and how: the dimension that it unflattens, or ``view``'s
+    first size, which is "rest" (-1) or "rows".  But for "rest" one of the two may be -1.
     """
 
     sizes: tuple[int, int]
@@ -67,7 +67,7 @@ class _Split(NamedTuple):
 
 def _match_view(search: Finder, node: fx.Node, linear: nn.Linear) -> Match | None:
     nodes = [node]
-    split = search.extend(nodes, lambda n: _split(n, node.args[0], linear.out_features))
+    split = search.extend(nodes, lambda n: _split(n, node.args[0], linear.weight.shape[0]))
     dim = None if split is None else search.extend(nodes, lambda n: _maximum(n, split))
     if split is None or dim is None or search.extend(nodes, is_values) is None:
         return None
@@ -81,8 +81,10 @@ VIEW = Pattern((nn.Linear,), (), _match_view)
 def _compute_view(input: Tensor, *, linear: nn.Linear, sizes: tuple[int, int], dim: int, how: int | str) -> Tensor:
     """The maxima along ``dim``, -1 or -2; ``sizes`` and ``how`` as of `_Split`."""
     refusal = call_refusal(input) or layer_refusal(linear, nn.Linear)
-    if refusal is None and (how == -1 or input.dim() == 2) and linear.out_features == sizes[0] * sizes[1]:
-        return computed(lambda: _maxima(input, linear, sizes, dim), linear)
+    if refusal is None and (how == -1 or input.dim() == 2):
+        split = _sizes(sizes, how, linear.weight.shape[0])
+        if split is not None:
+            return computed(lambda: _maxima(input, linear, split, dim), linear)
     apart(refusal or "the view isn't one of the features", linear)
     y = linear(input)
     if isinstance(how, int):
@@ -116,10 +118,15 @@ def _split(node: fx.Node, input: Any, features: int) -> _Split | None:
         return None
     if len(sizes) != 2 or any(type(size) is not int for size in sizes):
         return None
+    return _Split(tuple(sizes), how) if _sizes(tuple(sizes), how, features) is not None else None
+
+
+def _sizes(sizes: tuple[int, int], how: int | str, features: int) -> tuple[int, int] | None:
+    """The two sizes of so many features, or None where these aren't split so."""
     first, second = sizes
-    if how != "rest" and -1 in sizes:
+    if how != "rest" and -1 in sizes and 0 not in sizes:
         first, second = (features // second, second) if first == -1 else (first, features // first)
-    return _Split((first, second), how) if first > 0 and first * second == features else None
+    return (first, second) if first > 0 and first * second == features else None
 
 
 def _is_rows(size: Any, input: Any) -> bool:

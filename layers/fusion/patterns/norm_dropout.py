@@ -128,8 +128,7 @@ def _refusal(
     if refusal is None and drops_channels(drop) and input.dim() < 3:
         refusal = "not a batch of channels"
     if refusal is None and before is not None:
-        directions = 0 if isinstance(product, nn.Linear) else len(product.kernel_size)
-        if input.dim() != directions + 2:
+        if input.dim() != product.weight.dim():
             refusal = "not a batch of channels"
         elif product.bias is not None and product.bias.dtype is not product.weight.dtype:
             refusal = "bias and weight differ in dtype"
@@ -145,4 +144,4 @@ def _is_like(residual: Tensor, input: Tensor, product: Any) -> bool:
     if not isinstance(product, nn.Linear):
         return is_like_result(residual, product, input)
     low = None if input.dtype is torch.float64 else autocast_dtype(input)
-    return are_alike(residual, (*input.shape[:-1], product.out_features), low or input.dtype)
+    return are_alike(residual, (*input.shape[:-1], product.weight.shape[0]), low or input.dtype)

@@ -18,6 +18,7 @@ from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation
 from ..calls import Reduction, is_values, reduction
 from ..members import apart, call_refusal, computed, is_one_of, layer_refusal
 from .pattern import Finder, Match, Pattern
+from .pooling import is_one
 
 __all__ = ["PATTERN", "POOLINGS"]
 
@@ -51,9 +52,10 @@ def _reduction(pool: nn.Module | Reduction) -> Reduction:
     """What a layer reduces over, as a function's."""
     if isinstance(pool, Reduction):
         return pool
-    size: Any = pool.output_size
     (directions,) = (n for poolings in (_MEANS, _MAXIMA) for n, cls in poolings.items() if is_one_of(pool, (cls,)))
-    ones = size in (1, (1,) * directions, [1] * directions) and not getattr(pool, "return_indices", False)
+    size: Any = pool.output_size
+    ones = is_one(size) and (isinstance(size, int) or len(size) == directions)
+    ones = ones and not getattr(pool, "return_indices", False)
     return Reduction(is_one_of(pool, _MAXIMA.values()), tuple(range(-directions, 0)) if ones else (), True)
 
 
@@ -88,7 +90,7 @@ def _refusal(input: Tensor, conv: Any, norm: Any, activation: Activation, pool: 
         or activation_refusal(activation, *SLOPED)
         or layer_refusal(pool, *POOLINGS)
     )
-    if refusal is None and (input.dim() < 3 or (conv is not None and input.dim() != len(conv.kernel_size) + 2)):
+    if refusal is None and (input.dim() < 3 or (conv is not None and input.dim() != conv.weight.dim())):
         refusal = "not a batch of channels with places"
     if refusal is None and not _reduction(pool).covers(input.dim()):
         refusal = "more is left than one place, or channels are reduced, too"

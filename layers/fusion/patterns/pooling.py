@@ -13,7 +13,7 @@ from ..calls import pooling_function
 from ..members import is_one_of
 from .pattern import Finder
 
-__all__ = ["POOLINGS", "Pooling", "ends_before_pooling", "pooled", "pooling", "window_of"]
+__all__ = ["POOLINGS", "Pooling", "ends_before_pooling", "is_one", "pooled", "pooling", "window_of"]
 
 #: A layer, or the arguments of a function: size, stride and padding.
 Pooling = nn.Module | tuple[Any, Any, Any] | None
@@ -48,10 +48,16 @@ def window_of(pool: Any) -> tuple[Any, Any, Any] | None:
         not is_one_of(pool, POOLINGS.values())
         or pool.return_indices
         or pool.ceil_mode
-        or pool.dilation not in (1, (1,), (1, 1), (1, 1, 1))
+        or pool.kernel_size is None
+        or not is_one(pool.dilation)
     ):
         return None
     return pool.kernel_size, pool.stride, pool.padding
+
+
+def is_one(size: Any) -> bool:
+    """Whether an option is 1 in every direction."""
+    return all(type(each) is int and each == 1 for each in (size if isinstance(size, (tuple, list)) else (size,)))
 
 
 def pooled(y: Tensor, directions: int, pool: Pooling) -> Tensor:
