@@ -56,6 +56,22 @@ def test_compiles_for_other_targets(configuration: kernels.Configuration, target
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("target", "label"),
+    [
+        ("sm_90", "softmax forward along x32768 bf16 aligned to 1"),
+        ("sm_86", "log_softmax forward along x32768 fp32 aligned to 1"),
+        ("sm_80", "prelu backward by_column x64 fp16"),
+        ("sm_86", "pool backward 3x3 contiguous + bias covered relu fp32 aligned to 2"),
+    ],
+)
+def test_what_came_near_doesnt_spill(target: str, label: str) -> None:
+    """These did, when a thread had more elements, or less aligned ones."""
+    (configuration,) = (candidate for candidate in kernels.shipped(variants=True) if candidate.label == label)
+    check(configuration, target)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_120", "gfx942"])
 @pytest.mark.parametrize("configuration", [c for c in CONFIGURATIONS if c.tensor_cores], ids=lambda c: c.label)
 def test_products_fit_registers_and_shared_memory(configuration: kernels.Configuration, target: str) -> None:
