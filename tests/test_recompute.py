@@ -78,6 +78,8 @@ KEPT = {
     *("conv_act_pool2d", "drop_connect_linear", "maxout", "maxout_conv2d", "maxout_linear"),
     *("channel_statistics",),
 }
+#: Of those whose results are kept otherwise, the activations that leave what they are applied to.
+MADE_OF_PRODUCTS = {"conv_act_pool2d of sigmoid", "conv_act_pool2d without pooling"}
 
 
 @pytest.mark.kernels
@@ -106,7 +108,8 @@ def test_every_operation_is_made_again(name: str) -> None:
     expected, _ = run(contextlib.nullcontext)
     found, again = run(fusednn.recompute)
     assert_same(found, expected)
-    assert again == (name.partition(" of ")[0].partition(" without ")[0] not in KEPT)
+    kept = name.partition(" of ")[0].partition(" without ")[0] in KEPT
+    assert again == (not kept or name in MADE_OF_PRODUCTS)
 
 
 def images() -> nn.Module:
