@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -415,3 +416,12 @@ def test_windows_that_kernels_are_compiled_for_are_told_by_their_sizes(monkeypat
     found = [window.fixed for window in windows]
     monkeypatch.setattr(pool_window, "_UNPADDED", {})
     assert found == [window.fixed for window in windows]
+
+
+def test_sizes_are_stocks() -> None:
+    """Also where the last of the windows that rounding up adds would begin behind the image."""
+    for kernel, stride, dilation, ceil_mode in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), (False, True)):
+        for padding, size in itertools.product(range(kernel // 2 + 1), range(dilation * (kernel - 1) + 1, 9)):
+            window = pool_window.Window((kernel,), (stride,), (padding,), (dilation,), ceil_mode)
+            y = F.max_pool1d(torch.empty(1, size, device="meta"), kernel, stride, padding, dilation, ceil_mode)
+            assert window.pooled(size) == y.shape[1:], (window, size)
