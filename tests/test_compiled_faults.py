@@ -166,7 +166,7 @@ FAULTS = {
     ),
     "a product's mask": Fault(
         linear_maxout.linear_maxout_forward_kernel,
-        "(row < rows)[:, None] & within,",
+        "(unit < units)[:, None] & within,",
         "within,",
         maxout_of_one_unit,
         VirtualGpuError,

@@ -117,10 +117,10 @@ DRIVER_LAUNCH = Figure(3.0, "us", "assumed: 2 to 4 us, ours and PyTorch's alike"
 #: The source of the host times below.
 HOST_TIMES = "bench/results/host.json: the 5th percentile, of ours by its kernels; PyTorch's is its CPU path's"
 
-_POINTWISE = (SmallCall(13, 2.5, 2), SmallCall(31, 13, 5))
-_DROPOUT = (SmallCall(15, 10, 2.25), SmallCall(35, 22, 4.5))
-_SOFTMAX = (SmallCall(11, 3.3, 2), SmallCall(29, 14, 5))
-_POINTWISE_LOSS = (SmallCall(16, 7.2, 4), SmallCall(40, 19, 7))
+_POINTWISE = (SmallCall(12, 2.5, 2), SmallCall(28, 13, 5))
+_DROPOUT = (SmallCall(12.5, 10.5, 2.25), SmallCall(30, 21, 4.5))
+_SOFTMAX = (SmallCall(9.1, 3.3, 2), SmallCall(25, 14, 5))
+_POINTWISE_LOSS = (SmallCall(13, 6.9, 4), SmallCall(32, 18, 7))
 
 #: Operations that PyTorch has an operator for, whose host time is below ours: of a call without gradients, and of one
 #: with them and its backward pass.  What isn't here, above all what is fused of several, takes its kernel at any size.
@@ -132,13 +132,13 @@ SMALL_CALLS: dict[str, tuple[SmallCall, SmallCall]] = {
         ),
         _POINTWISE,
     ),
-    "prelu": (SmallCall(11, 3.8, 2), SmallCall(40, 20, 7)),
+    "prelu": (SmallCall(9.2, 3.9, 2), SmallCall(34, 20, 7)),
     "dropout": _DROPOUT,
     **dict.fromkeys(("softmax", "log_softmax"), _SOFTMAX),
-    "cross_entropy": (SmallCall(16, 5.6, 2), SmallCall(37, 19, 6)),
+    "cross_entropy": (SmallCall(12.5, 5.4, 2), SmallCall(31, 18, 6)),
     **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _POINTWISE_LOSS),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (SmallCall(18, 4.6, 2), SmallCall(46, 18, 5))),
-    "batch_norm": (SmallCall(29, 13, 3), SmallCall(72, 33, 8)),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (SmallCall(15, 4.8, 2), SmallCall(35, 16, 5))),
+    "batch_norm": (SmallCall(19, 12, 3), SmallCall(51, 28, 8)),
 }
 
 
