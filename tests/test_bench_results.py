@@ -498,6 +498,14 @@ def test_the_guide_says_what_is_kept_and_which_goals_are_missed(memory: dict[str
     assert documents.stale(found, tmp_path) == []
 
 
+def test_a_count_that_was_interrupted_between_contestants(counted: dict[str, Any]) -> None:
+    whole = tables.counted_tables(counted["cases"])
+    ours = {**counted["cases"][0], "operation": "gelu"}
+    assert ours["contestant"] == "fusednn"
+    for contestant in ("fusednn", "eager"):
+        assert tables.counted_tables([*counted["cases"], {**ours, "contestant": contestant}]) == whole
+
+
 def test_plots_of_each_kind(
     result: dict[str, Any],
     counted: dict[str, Any],
