@@ -47,7 +47,7 @@ def test_compiles(configuration: kernels.Configuration) -> None:
 # `make check` compiles every configuration for every target, which takes the better part of an hour on two cores.
 @pytest.mark.thorough
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"])
-@pytest.mark.parametrize("configuration", one_in(7, (c for c in CONFIGURATIONS if not c.rare)), ids=lambda c: c.label)
+@pytest.mark.parametrize("configuration", one_in(14, (c for c in CONFIGURATIONS if not c.rare)), ids=lambda c: c.label)
 def test_compiles_for_other_targets(configuration: kernels.Configuration, target: str) -> None:
     from fusednn.instruments.compile_check import is_for
 
