@@ -76,8 +76,10 @@ def _configuration(
     statistic = ACCUMULATOR[dtype]
     # Along a line, larger windows are met in strides.
     contiguous = channels_last or covered or kernel in (1, 2, 4)
-    # Where the columns of a volume are odd, a thread of fewer runs out of registers.
-    threads = 2 * _THREADS if volumes and biased and direction == "backward" and not channels_last else _THREADS
+    # Where the columns of a volume are odd, and along short lines of windows that overlap, fewer threads run out of
+    # registers.
+    crowded = (volumes and biased and not channels_last) or (covered and kernel != stride and width == _WIDTHS[0])
+    threads = 2 * _THREADS if direction == "backward" and crowded else _THREADS
     wide = _TILE * dtype.itemsize // 16 // threads
     constants: dict[str, Any] = {"ACTIVATION": row}
     if direction == "forward":
