@@ -4,6 +4,7 @@ import copy
 import sys
 import types
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -293,6 +294,28 @@ class Adapter(nn.Module):
         return self.base(*args, **kwargs) * 2
 
 
+def stock_and_fused(name: str, device: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Chains' model, the same fused, and a batch."""
+    build, shape, _ = PATTERNS[name]
+    stock = make(build(), device)
+    fused = copy.deepcopy(stock)
+    fusednn.replace_layers(fused, fuse=True)
+    return stock, fused, batch(*shape, device=device)
+
+
+def outcomes(change: Callable[[nn.Module], None], *models: nn.Module, x: Tensor) -> list[Any]:
+    """What copies of the models return after a change, or the type of the error that they raise."""
+    found: list[Any] = []
+    for model in map(copy.deepcopy, models):
+        change(model)
+        torch.manual_seed(0)
+        try:
+            found.append(model(x * 1))
+        except Exception as error:  # whatever stock raises
+            found.append(type(error))
+    return found
+
+
 def a_few(names: Iterable[str]) -> list[Any]:
     """One chain of each kind of layers, thoroughly all."""
     few = (
@@ -305,21 +328,18 @@ def a_few(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in few else pytest.mark.thorough) for name in names]
 
 
+def adapt(member: str, model: nn.Module) -> None:
+    model.set_submodule(member, Adapter(model.get_submodule(member)))
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("name", a_few(PATTERNS))
 def test_an_adapter_around_any_member(name: str, device: str) -> None:
     """Its layers are called one by one, each where it stood."""
-    build, shape, _ = PATTERNS[name]
-    stock = make(build(), device)
-    x = batch(*shape, device=device)
+    stock, fused, x = stock_and_fused(name, device)
     for member in [path for path, layer in stock.named_modules() if not list(layer.children())]:
-        pair = copy.deepcopy(stock), copy.deepcopy(stock)
-        fusednn.replace_layers(pair[1], fuse=True)
-        found = []
-        for model in pair:
-            model.set_submodule(member, Adapter(model.get_submodule(member)))
-            torch.manual_seed(0)
-            found.append(model(x * 1))
+        found = outcomes(partial(adapt, member), stock, fused, x=x)
+        assert isinstance(found[0], Tensor)
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9, msg=member)
 
 
@@ -352,24 +372,17 @@ def options() -> dict[str, list[tuple[str, str, Any]]]:
 OPTIONS = options()
 
 
+def set_option(member: str, option: str, value: Any, model: nn.Module) -> None:
+    setattr(model.get_submodule(member), option, value)
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("name", a_few(OPTIONS))
 def test_any_option_of_any_member(name: str, device: str) -> None:
     """The same values as of stock, or an error of the same type."""
-    build, shape, _ = PATTERNS[name]
-    stock = make(build(), device)
-    fused = copy.deepcopy(stock)
-    fusednn.replace_layers(fused, fuse=True)
-    x = batch(*shape, device=device)
+    stock, fused, x = stock_and_fused(name, device)
     for member, option, value in OPTIONS[name]:
-        found: list[Any] = []
-        for model in (copy.deepcopy(stock), copy.deepcopy(fused)):
-            setattr(model.get_submodule(member), option, value)
-            torch.manual_seed(0)
-            try:
-                found.append(model(x * 1))
-            except Exception as error:
-                found.append(type(error))
+        found = outcomes(partial(set_option, member, option, value), stock, fused, x=x)
         changed = f"{member}.{option} = {value!r}"
         if found[0] is AssertionError:  # of types, which we may take
             continue
@@ -379,29 +392,21 @@ def test_any_option_of_any_member(name: str, device: str) -> None:
             torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9, equal_nan=True, msg=changed)
 
 
+def halve_filters(member: str, model: nn.Module) -> None:
+    layer: Any = model.get_submodule(member)
+    dim = 1 if getattr(layer, "transposed", False) else 0
+    kept = torch.arange((layer.weight.shape[dim] + 1) // 2, device=layer.weight.device)
+    layer.weight = nn.Parameter(layer.weight.index_select(dim, kept))
+    layer.bias = None if layer.bias is None else nn.Parameter(layer.bias[kept])
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("name", a_few(PATTERNS))
 def test_filters_that_are_taken_away(name: str, device: str) -> None:
     """As structured pruning does, which leaves the layer's options as they are."""
-    build, shape, _ = PATTERNS[name]
-    stock = make(build(), device)
-    x = batch(*shape, device=device)
+    stock, fused, x = stock_and_fused(name, device)
     for member in [path for path, layer in stock.named_modules() if isinstance(layer, (nn.Linear, _ConvNd))]:
-        pair = copy.deepcopy(stock), copy.deepcopy(stock)
-        fusednn.replace_layers(pair[1], fuse=True)
-        found: list[Any] = []
-        for model in pair:
-            layer: Any = model.get_submodule(member)
-            filters = 1 if getattr(layer, "transposed", False) else 0
-            kept = range((layer.weight.shape[filters] + 1) // 2)
-            index = torch.tensor(kept, device=device)
-            layer.weight = nn.Parameter(layer.weight.index_select(filters, index))
-            layer.bias = None if layer.bias is None else nn.Parameter(layer.bias[: len(kept)])
-            torch.manual_seed(0)
-            try:
-                found.append(model(x * 1))
-            except Exception as error:
-                found.append(type(error))
+        found = outcomes(partial(halve_filters, member), stock, fused, x=x)
         if isinstance(found[0], type):
             assert found[1] is found[0], member
         else:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.operations import OPERATIONS, Operation
+from support.recompute import KEPT, assert_same, gradients, made_again, network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,40 +22,6 @@ from fusednn.autograd.handles import Recipe
 from fusednn.autograd.recompute import observe_saved, reason_to_keep
 from fusednn.instruments.saved_tensors import saved_tensors
 from fusednn.testing import assert_same_bits
-
-
-@contextlib.contextmanager
-def made_again() -> Iterator[list[Tensor]]:
-    """The results that are made again inside the ``with`` block."""
-    made: list[Tensor] = []
-    make = Recipe._make
-
-    def making(recipe: Recipe, stream: int) -> Tensor:
-        made.append(make(recipe, stream))
-        return made[-1]
-
-    with mock.patch.object(Recipe, "_make", making):
-        yield made
-
-
-def network(device: str) -> nn.Sequential:
-    """Its GELU's result and its norm's can be made again."""
-    layers = [nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4), nn.LayerNorm(4, eps=1e-3), nn.Linear(4, 4), nn.Tanh()]
-    return nn.Sequential(*layers).to(device)
-
-
-def gradients(model: nn.Module, x: Tensor, context: Any = contextlib.nullcontext) -> list[Tensor]:
-    """Of a pass whose forward part runs in ``context``."""
-    torch.manual_seed(1)
-    with context():
-        y = model(x)
-    return list(torch.autograd.grad(y.square().sum(), list(model.parameters())))
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert_same_bits(mine, other, "made again")
 
 
 @pytest.fixture
@@ -69,15 +36,6 @@ def x(device: str) -> Tensor:
 
 # --- The same bits ----------------------------------------------------------------------------------------------------
 
-#: Whose results are kept for themselves, or made of more than is kept: products, losses, bits that were drawn.
-KEPT = {
-    *("BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss", "NLLLoss"),
-    *("SmoothL1Loss", "LinearCrossEntropyLoss", "binary_cross_entropy_with_logits", "cross_entropy", "kl_div"),
-    *("linear_cross_entropy", "nll_loss", "Sigmoid", "Tanh", "bias_activation_dropout", "standout"),
-    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
-    *("conv_act_pool2d", "drop_connect_linear", "maxout", "maxout_conv2d", "maxout_linear"),
-    *("channel_statistics",),
-}
 #: Of those whose results are kept otherwise, the activations that leave what they are applied to.
 MADE_OF_PRODUCTS = {"conv_act_pool2d of sigmoid", "conv_act_pool2d without pooling"}
 

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from support.operations import OPERATIONS, Operation
-from test_recompute import KEPT, assert_same, gradients, made_again, network
+from support.recompute import KEPT, assert_same, gradients, made_again, network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
