@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,36 @@ def test_models_that_return_their_loss_and_take_keywords(device: str) -> None:
     found = fusednn.compare(Model().to(device), make_batch, steps=1, timed_steps=0, optimizer=torch.optim.Adam)
     assert found.right
     assert {"result", "loss"} <= {finding.what for finding in found.proof.findings}
+
+
+class Doubling(nn.Module):
+    """Changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x.mul_(2)))
+
+
+@pytest.mark.parametrize("loss", [None, LOSS])
+def test_one_batch_for_all_steps(device: str, loss: Callable[..., Tensor] | None) -> None:
+    """Each step gets a copy: what a model does to it isn't seen by the next."""
+    x, target = torch.randn(2, 4, device=device), torch.tensor([0, 2], device=device)
+    model, kept = Doubling().to(device), x.clone()
+    found = fusednn.compare(model, (x, target) if loss else x, loss, steps=3, timed_steps=0)
+    assert found.right
+    assert torch.equal(x, kept)
+    made = fusednn.compare(
+        model, lambda: (kept.clone(), target) if loss else kept.clone(), loss, steps=3, timed_steps=0
+    )
+    assert repr(found.proof) == repr(made.proof)
+
+
+def test_a_loss_asks_for_a_target(device: str) -> None:
+    with pytest.raises(TypeError, match="a batch is a tuple"):
+        fusednn.compare(Doubling().to(device), torch.randn(2, 4, device=device), LOSS, timed_steps=0)
 
 
 def test_a_model_that_does_not_run_in_float64_is_compared_with_stock(device: str) -> None:

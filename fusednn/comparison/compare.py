@@ -23,7 +23,7 @@ __all__ = ["compare"]
 
 def compare(
     model: nn.Module,
-    make_batch: Callable[..., Any],
+    make_batch: Any,
     loss: Callable[..., Tensor] | None = None,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     *,
@@ -36,9 +36,10 @@ def compare(
 
     Args:
         model: on the device and in the mode to compare it in.  It is copied, and stays as it is.
-        make_batch: a batch, on the model's device; called with the number of the step, if it takes an argument.  With
-            ``loss`` a tuple of the model's input (a tensor, a tuple of arguments, or a dictionary of keywords) and what
-            the loss gets beside the result; without it the model's input.
+        make_batch: makes a batch, on the model's device; called with the number of the step, if it takes an argument.
+            What can't be called is itself the batch of every step.  With ``loss`` a batch is a tuple of the model's
+            input (a tensor, a tuple of arguments, or a dictionary of keywords) and what the loss gets beside the
+            result; without it the model's input.
         loss: of the model's result and the rest of the batch, a scalar.  By default what the model returns: its
             ``loss``, a scalar, or else the mean square of its results.
         optimizer: makes one for parameters; its twin steps the fused copy.  SGD with momentum, by default.
@@ -54,7 +55,8 @@ def compare(
     within twice its error (four times after several steps) and four roundings, by norms.  Dropout layers are off for
     that.  Where the model doesn't run in float64, copies are compared with stock.
 
-    Raises ValueError where the model's result has no gradients and there is no ``loss``, and what training raises.
+    Raises ValueError where the model's result has no gradients and there is no ``loss``, TypeError where there is one
+    and a batch isn't a tuple, and what training raises.
     """
     device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     make_optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .. import optim
 from ..layers import ReplacementReport, replace_layers
@@ -25,24 +25,36 @@ SEED = 0
 class Task:
     """What is trained on: batches, and the loss of a result.
 
-    ``make_batch`` is called with the number of the step, if it takes one, after the generators were seeded with it.
+    ``make_batch`` is called with the number of the step, if it takes one, after the generators were seeded with it; or
+    it is the batch of every step.
     """
 
-    make_batch: Callable[..., Any]
+    make_batch: Any
     loss: Callable[..., Tensor] | None
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
 
     def batch(self, step: int) -> Any:
+        """A copy: what a model does to its input isn't seen by the others."""
         torch.manual_seed(SEED + step)
-        takes_step = bool(inspect.signature(self.make_batch).parameters)
-        return self.make_batch(step) if takes_step else self.make_batch()
+        made = self.make_batch
+        if callable(made):
+            made = made(step) if inspect.signature(made).parameters else made()
+        return tree_map_only(Tensor, _copied, made)
 
     def forward(self, model: Callable[..., Any], batch: Any, step: int) -> tuple[Any, Tensor]:
         """The model's result, and the loss of it, a scalar."""
         torch.manual_seed(SEED + step)
+        if self.loss is not None and not isinstance(batch, (tuple, list)):
+            raise TypeError(
+                "with a loss a batch is a tuple: the model's input, and what the loss gets beside the result"
+            )
         inputs, target = (batch[0], batch[1:]) if self.loss is not None else (batch, ())
         result = _called(model, inputs)
         return result, _scalar(result) if self.loss is None else self.loss(result, *target)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _called(model: Callable[..., Any], inputs: Any) -> Any:
@@ -121,7 +133,7 @@ def _fuse_optimizer(contestant: Contestant) -> None:
         return
 
 
-def exact_copy(model: nn.Module, task: Task, batch: Any) -> Contestant | None:
+def exact_copy(model: nn.Module, task: Task) -> Contestant | None:
     """A stock copy in float64, or None where it doesn't run so."""
     copy = deepcopy(model).double()
 
@@ -131,7 +143,7 @@ def exact_copy(model: nn.Module, task: Task, batch: Any) -> Contestant | None:
     exact = Task(make_batch, task.loss, task.make_optimizer)
     contestant = Contestant("float64", copy, exact)
     try:
-        contestant.forward(tree_map(_double, batch), 0)
+        contestant.forward(exact.batch(0), 0)
     except Exception:  # whatever in the model insists on another dtype
         return None
     return contestant

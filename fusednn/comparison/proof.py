@@ -58,10 +58,9 @@ class Proof:
 def prove(model: nn.Module, task: Task, names: Sequence[str], steps: int) -> Proof:
     """Train copies for some steps, without dropout, and hold the others to stock's own error."""
     copies, _ = contestants(model, task, names, without_dropout)
-    batch = task.batch(0)
-    if _is_random(copies["stock"], batch):
+    if _is_random(copies["stock"]):
         return Proof("nothing: the model draws random numbers besides its dropout layers'", (), {})
-    exact = exact_copy(without_dropout(copies["stock"].model), task, batch)
+    exact = exact_copy(without_dropout(copies["stock"].model), task)
     kinds: dict[str, dict[str, list[Tensor]]] = {name: {} for name in (*copies, "float64")}
     for contestant in (*copies.values(), *([exact] if exact else [])):
         for step in range(steps):
@@ -97,10 +96,10 @@ def _apart(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _is_random(contestant: Contestant, batch: Any) -> bool:
+def _is_random(contestant: Contestant) -> bool:
     """Whether two seeds give two results."""
     was = {name: buffer.clone() for name, buffer in contestant.model.named_buffers()}
-    first, second = (contestant.forward(batch, step)[1].detach() for step in (0, 1))
+    first, second = (contestant.forward(contestant.task.batch(0), step)[1].detach() for step in (0, 1))
     with torch.no_grad():
         for name, buffer in contestant.model.named_buffers():
             buffer.copy_(was[name])
@@ -144,8 +143,7 @@ def _distance(these: Iterable[Tensor], those: Iterable[Tensor], floor: float) ->
 def _first_that_differs(model: nn.Module, task: Task, name: str) -> str:
     """The first module whose result isn't as near to float64's as stock's is; forward, then by gradients."""
     copies, _ = contestants(model, task, ("stock", name), without_dropout)
-    batch = task.batch(0)
-    exact = exact_copy(copies["stock"].model, task, batch)
+    exact = exact_copy(copies["stock"].model, task)
     traces = {one.name: _trace(one) for one in (*copies.values(), *([exact] if exact else []))}
     reference = traces.get("float64", {})
     for event, ours in traces[name].items():
