@@ -39,13 +39,16 @@ help: ## list the targets
 	touch $@
 
 # torchvision's wheels are built for CUDA: beside a CPU build of torch their import fails, and with it transformers' and
-# timm's.  So they stay out of the environment; tests of their networks find them here, and declare what is missing.
+# timm's.  So they stay out of the environment; tests of their layers find them here, and declare what is missing.
 # What the scripts in examples/libraries are written for besides is found here, too, without what it would bring along.
 .build/models/.complete: .venv/.complete
 	rm -rf .build/models
 	.venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --target .build/models timm torchvision \
 		accelerate kernels lightning-utilities pytorch-lightning torchmetrics
 	touch $@
+
+# In front of a command, which then finds them.
+MODELS := PYTHONPATH=.build/models
 
 .venv-oldest/.complete: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -116,23 +119,23 @@ test-all: test test-thorough ## all cases of all tests
 QUICK := not thorough and not grid
 
 # Compiled kernels are kept in .cache: the first run takes minutes longer.
-test-compiled: .venv/.complete ## the suite on kernels compiled for a GPU, on a virtual one (tests/vgpu)
-	FUSEDNN_VGPU=80 $(call pytest,.venv,$(QUICK))
-	FUSEDNN_VGPU=90 $(call pytest,.venv,compiled and $(QUICK)) tests/test_vgpu_checks.py tests/test_compiled.py \
+test-compiled: .build/models/.complete ## the suite on kernels compiled for a GPU, on a virtual one (tests/vgpu)
+	$(MODELS) FUSEDNN_VGPU=80 $(call pytest,.venv,$(QUICK))
+	$(MODELS) FUSEDNN_VGPU=90 $(call pytest,.venv,compiled and $(QUICK)) tests/test_vgpu_checks.py tests/test_compiled.py \
 		-k "products or conv or linear"
 
 # Compiled kernels are quicker, and show more.  What the interpreter alone can do is count bytes, and do without gcc: where
 # there is none, it runs everything.
-test-interpreter: .venv/.complete
-	TRITON_INTERPRET=1 $(call pytest,.venv,$(if $(shell command -v gcc),(interpreter or smoke) and )$(QUICK))
+test-interpreter: .build/models/.complete
+	$(MODELS) TRITON_INTERPRET=1 $(call pytest,.venv,$(if $(shell command -v gcc),(interpreter or smoke) and )$(QUICK))
 
-test-stock: .venv/.complete
-	TRITON_INTERPRET=0 $(call pytest,.venv,$(QUICK))
+test-stock: .build/models/.complete
+	$(MODELS) TRITON_INTERPRET=0 $(call pytest,.venv,$(QUICK))
 
-test-thorough: .venv/.complete .build/models/.complete ## what `make test` leaves out for time
-	PYTHONPATH=.build/models TRITON_INTERPRET=1 $(call pytest,.venv,not (interpreter or smoke) or thorough or grid)
-	PYTHONPATH=.build/models TRITON_INTERPRET=0 $(call pytest,.venv,thorough or grid)
-	FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough or grid)
+test-thorough: .build/models/.complete ## what `make test` leaves out for time
+	$(MODELS) TRITON_INTERPRET=1 $(call pytest,.venv,not (interpreter or smoke) or thorough or grid)
+	$(MODELS) TRITON_INTERPRET=0 $(call pytest,.venv,thorough or grid)
+	$(MODELS) FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough or grid)
 
 test-oldest: .venv-oldest/.complete ## compile check and smoke tests with the oldest supported Triton
 	TRITON_INTERPRET=0 $(call pytest,.venv-oldest,compiles and not thorough)
@@ -151,8 +154,8 @@ NUMBER ?= 20
 SINCE ?=
 PLANTED ?=
 .PHONY: mutants
-mutants: .venv/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS, SINCE, PLANTED choose
-	PYTHONPATH=tests .venv/bin/python -m mutants --seed $(SEED) --number $(NUMBER) $(if $(SINCE),--since $(SINCE)) \
+mutants: .build/models/.complete ## faults put in on purpose: which do the tests notice?  SEED, NUMBER, FOLDERS, SINCE, PLANTED choose
+	$(MODELS):tests .venv/bin/python -m mutants --seed $(SEED) --number $(NUMBER) $(if $(SINCE),--since $(SINCE)) \
 		$(if $(PLANTED),--planted) $(filter-out fusednn,$(FOLDERS))
 
 test-gpu: ## the suite on the GPU, with the machine's own python3, torch, triton and pytest; needs no network

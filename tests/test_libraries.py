@@ -28,8 +28,6 @@ from fusednn.layers.replacement import register
 from fusednn.layers.twin import OTHER_TWINS
 from fusednn.testing import check_against_stock, random_tensor
 
-pytestmark = pytest.mark.thorough
-
 #: Every class that has a twin, by its qualified name, with options that it is tried with.
 ACTIVATIONS: dict[str, list[dict[str, Any]]] = {
     **{
