@@ -117,7 +117,7 @@ class GlobalContrastNorm(Layer):
         order = sorted(range(1, input.dim()), key=input.stride, reverse=True)
         matrix = input.permute(0, *order).flatten(1)
         weight = None
-        if self.scale != 1:
+        if self.scale != 1 and matrix.numel():
             weight = torch.full_like(matrix[:, 0], self.scale)
         normed = batch_norm(matrix.unsqueeze(0), None, None, weight, training=True, eps=self.eps)
         inverse = [1 + order.index(dim) for dim in range(1, input.dim())]

@@ -116,11 +116,12 @@ def test_examples_without_contrast_become_zero(device: str) -> None:
         layers.GlobalContrastNorm()(torch.ones(3, device=device))
 
 
-def test_examples_of_few_elements(device: str) -> None:
-    layer = layers.GlobalContrastNorm().to(device)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_examples_of_few_elements(scale: float, device: str) -> None:
+    layer = layers.GlobalContrastNorm(scale).to(device)
     x = torch.tensor([[1.0, 2.0, 3.0]], device=device)
-    torch.testing.assert_close(layer(x).double(), contrast(x, 1.0, layer.eps))
-    for shape in ((0, 3), (2, 0)):
+    torch.testing.assert_close(layer(x).double(), contrast(x, scale, layer.eps))
+    for shape in ((0, 3), (2, 0), (0, 0)):
         assert layer(torch.ones(shape, device=device)).shape == shape
     for shape in ((1, 1), (2, 1, 1)):
         with pytest.raises(ValueError, match="more than one element an example"):
