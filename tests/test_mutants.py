@@ -102,6 +102,11 @@ def test_every_reason_stands_in_a_test() -> None:
     assert not [reason for reason in reasons if reason not in tests]
 
 
+def line_of(path: str, name: str) -> int:
+    """One of a function's."""
+    return (ROOT / path).read_text(encoding="utf-8").partition(f"def {name}(")[0].count("\n") + 2
+
+
 def test_tests_of_a_family() -> None:
     assert own_tests("kernels/dropout.py").tests[:2] == ["tests/test_dropout.py", "tests/test_dropout_layers.py"]
     window = own_tests("kernels/pool_window.py")  # of pools, and of what pools behind it
@@ -109,8 +114,12 @@ def test_tests_of_a_family() -> None:
     assert {"maxpool2d", "conv_act_pool2d"} <= {*window.names}
     assert "tests/test_optimizer.py" in own_tests("optim/state.py").tests
     path = "autograd/dispatch.py"
-    line = (ROOT / path).read_text(encoding="utf-8").partition("def record_kernels")[0].count("\n") + 2
-    assert "tests/test_modes.py" in own_tests(path, line).tests
+    assert "tests/test_modes.py" in own_tests(path, line_of(path, "record_kernels")).tests
+    path = "layers/batch_norm.py"
+    assert "tests/test_fuse_prelu.py" in own_tests(path, line_of(path, "forward_chain")).tests
+    path = "kernels/base/numerics.py"  # everybody's, but for some
+    assert "tests/test_activation.py" in own_tests(path, line_of(path, "erf")).tests
+    assert not own_tests(path, line_of(path, "widen")).names
     tiles = own_tests("kernels/base/tiles.py")  # everybody's
     assert "tests/test_gradients.py" in tiles.of_all
     assert not tiles.names

@@ -30,7 +30,7 @@ GENERIC = tuple(
     f"test_{theme}.py"
     for theme in (
         *("gradients", "memory", "in_place", "options", "paths", "aliases", "testing", "refusals", "mixed_dtypes"),
-        *("defaults", "pytorch_cases", "reasons"),
+        *("defaults", "pytorch_cases", "reasons", "conversions", "face"),
     )
 )
 #: And those of what isn't a family's, by a part of its path.
@@ -106,20 +106,51 @@ def _imported_by(path: Path) -> frozenset[Path]:
 
 
 @cache
-def families(path: str) -> tuple[str, ...]:
-    """Those of the catalogue that use a file; where these are many, those whose kernels import it; none where these
-    are, too.
+def families(path: str, line: int = 0) -> tuple[str, ...]:
+    """Those of the catalogue that use a file, and what the line is of; where these are many, those whose kernels import
+    it; none where these are, too.
     """
     own: dict[str, list[Path]] = {}
     for family in {row.family for row in ROWS}:
         own[family] = [ROOT / floor / f"{family}.py" for floor in FLOORS]
         own[family] = [one for one in own[family] if one.exists()]
-    file = ROOT / path
+    file, names = ROOT / path, reached({*names_around(path, line)})
     users = [family for family, files in own.items() if any(file == one or file in imported(one) for one in files)]
+    if names:
+        users = [one for one in users if file in own[one] or names & words(one)]
     if len(users) > MANY:
         users = [family for family, files in own.items() if any(file in _imported_by(one) for one in files)]
     users.sort(key=lambda family: (not Path(path).stem.startswith(family), family))
     return tuple(users) if len(users) <= MANY else ()
+
+
+@cache
+def words(family: str) -> frozenset[str]:
+    """Every name in a family's files, and in those that are called like it."""
+    files = [path for floor in FLOORS for path in (ROOT / floor).rglob(f"{family}.py")]
+    return frozenset(name for path in files for name in re.findall(r"\w+", path.read_text(encoding="utf-8")))
+
+
+@cache
+def _shared_definitions() -> dict[str, frozenset[str]]:
+    """What is defined in files that are no family's, and the names in it."""
+    own = {row.family for row in ROWS}
+    found: dict[str, frozenset[str]] = {}
+    for path in (path for floor in FLOORS for path in (ROOT / floor).rglob("*.py") if path.stem not in own):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                text = ast.get_source_segment(source, node) or ""
+                found[node.name] = found.get(node.name, frozenset()) | frozenset(re.findall(r"\w+", text))
+    return found
+
+
+def reached(names: set[str]) -> set[str]:
+    """Names, and those of what is shared by families and uses them, or what does."""
+    found = set(names)
+    while more := {name for name, used in _shared_definitions().items() if used & found} - found:
+        found |= more
+    return found
 
 
 def commit() -> str:
@@ -143,10 +174,20 @@ def names_around(path: str, line: int) -> Iterator[str]:
             yield node.name
 
 
+def layers_naming(path: str, line: int) -> Iterator[str]:
+    """The files of layers that import a file and name what the line is of: fusion computes many a layer in another."""
+    names = {*names_around(path, line)}
+    for one in sorted((ROOT / "layers").rglob("*.py")) if path.startswith("layers/") and names else ():
+        if ROOT / path in _imported_by(one) and names & {*re.findall(r"\w+", one.read_text(encoding="utf-8"))}:
+            yield one.relative_to(ROOT).as_posix()
+
+
 def own_tests(path: str, line: int = 0) -> Selection:
     """The tests of a file's families and theme, those that name what a line is of, and their cases of those of all."""
-    users = families(path)
-    themes = [pattern for part, patterns in THEMES.items() if part in path for pattern in patterns]
+    users, places = families(path, line), [path, *layers_naming(path, line)]
+    themes = [
+        pattern for part, patterns in THEMES.items() if any(part in one for one in places) for pattern in patterns
+    ]
     patterns = [f"test_{Path(path).stem}*.py", *(f"test_{family}*.py" for family in users), *themes]
     found = [test.name for pattern in patterns for test in sorted((ROOT / "tests").glob(pattern))]
     tests = dict.fromkeys((*found, *(test for name in names_around(path, line) for test in naming(name))))
