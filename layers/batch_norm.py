@@ -18,7 +18,7 @@ from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation, batch_norm_act, begin_batch_norm
 from ..autograd.batch_norm_chain import batch_norm_chain
 from ..autograd.batch_norm_pool import batch_norm_pool
-from .compound import Compound
+from .compound import NO_ACTIVATION, Activating, Compound, NamedActivation
 from .twin import Twin, is_untouched, tensors_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
@@ -57,12 +57,9 @@ def vectors_of(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None, Tensor 
 
 
 def forward(
-    layer: _BatchNorm,
-    input: Tensor,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    activation_parameters: Sequence[float] = (),
+    layer: _BatchNorm, input: Tensor, residual: Tensor | None = None, activation: NamedActivation = NO_ACTIVATION
 ) -> Tensor:
+    """activation(layer(x) + residual)."""
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
@@ -74,8 +71,8 @@ def forward(
         layer.eps,
         batches=batches,
         residual=residual,
-        activation=activation,
-        activation_parameters=activation_parameters,
+        activation=activation[0],
+        activation_parameters=activation[1],
     )
 
 
@@ -142,24 +139,19 @@ FUSED: dict[type[nn.Module], Callable[..., Tensor]] = dict.fromkeys(
 )
 
 
-def normalised(
-    layer: nn.Module,
-    input: Tensor,
-    residual: Tensor | None,
-    activation: str | None,
-    activation_parameters: Sequence[float],
-) -> Tensor:
+def normalised(layer: nn.Module, input: Tensor, residual: Tensor | None, activation: NamedActivation) -> Tensor:
     """activation(layer(x) + residual), in one where the layer is a batch norm that nobody has changed."""
     fused = FUSED.get(type(layer))
     if fused is None or not is_untouched(layer):
-        return apply_activation(layer(input), residual, resolve_activation(activation, activation_parameters))
-    return fused(layer, input, residual, activation, activation_parameters)
+        return apply_activation(layer(input), residual, resolve_activation(*activation))
+    return fused(layer, input, residual, activation)
 
 
-class Activated(Compound):
+class Activated(Activating, Compound):
     """What the fused forms share."""
 
     child = "bn"
+    bn: _BatchNorm
     withheld = ("eps",)  # what folds a batch norm reads it, and would fold no activation
     #: The class of the batch norm.
     norm: ClassVar[type[_BatchNorm]]
@@ -178,20 +170,11 @@ class Activated(Compound):
         activation_parameters: Sequence[float] = (),
         **options: Any,  # those that the installed PyTorch's batch norm has besides
     ) -> None:
-        resolve_activation(activation, activation_parameters)
-        super().__init__()
-        self.bn = self.norm(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
-        )
-        self.activation = activation
-        self.activation_parameters = tuple(activation_parameters)
+        bn = self.norm(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options)
+        super().__init__(activation, activation_parameters, bn=bn)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return normalised(self.bn, input, residual, self.activation, self.activation_parameters)
-
-    def extra_repr(self) -> str:
-        parameters = f", activation_parameters={self.activation_parameters}" if self.activation_parameters else ""
-        return f"activation={self.activation!r}{parameters}"
+        return normalised(self.bn, input, residual, (self.activation, self.activation_parameters))
 
 
 class BatchNormAct1d(Activated):

@@ -8,13 +8,19 @@ was made with is called, before the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..autograd.activation import resolve_activation
 from .twin import Layer
 
-__all__ = ["Compound"]
+__all__ = ["NO_ACTIVATION", "Activating", "Compound", "NamedActivation"]
+
+#: An activation's name in the table, None for the identity, and its parameters in PyTorch's order.
+NamedActivation = tuple[str | None, Sequence[float]]
+NO_ACTIVATION: NamedActivation = (None, ())
 
 
 class Compound(Layer):
@@ -64,6 +70,27 @@ class Compound(Layer):
         child = self._child()
         kind = "" if child is None else f": it is no {type(child).__name__}, but has one, {self.child!r}"
         return f"{type(self).__name__} has no attribute {name!r}{kind}"
+
+
+class Activating(Layer):
+    """Base of the layers that activate the result of their children."""
+
+    def __init__(self, activation: str | None, activation_parameters: Sequence[float], **children: nn.Module) -> None:
+        resolve_activation(activation, activation_parameters)
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+        self.activation = activation
+        self.activation_parameters = tuple(activation_parameters)
+
+    def _pooling(self) -> dict[str, Any]:
+        """The arguments of the pooling behind the activation."""
+        return {}
+
+    def extra_repr(self) -> str:
+        parameters = {"activation_parameters": self.activation_parameters} if self.activation_parameters else {}
+        fused = {"activation": self.activation, **parameters, **self._pooling()}
+        return ", ".join(f"{name}={value!r}" for name, value in fused.items())
 
 
 def _is_tensor(layer: nn.Module, name: str) -> bool:

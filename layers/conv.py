@@ -25,7 +25,7 @@ from ..autograd.conv import (
 )
 from ..autograd.convolution import stock_convolution
 from ..autograd.pool import max_pool
-from .compound import Compound
+from .compound import Activating, Compound
 from .twin import TWINS, Twin, is_untouched, tensors_of
 
 __all__ = [
@@ -175,10 +175,11 @@ def pooled(
     return input if pool_size is None else max_pool(directions, input, pool_size, pool_stride, pool_padding)
 
 
-class ConvAct(Compound):
+class ConvAct(Activating, Compound):
     """What the convolutions with an activation share."""
 
     child = "conv"
+    conv: _ConvNd
     #: The class of the convolution, and its number of directions.
     convolution: ClassVar[type[Conv1d | Conv2d | Conv3d]]
     directions: ClassVar[int]
@@ -200,21 +201,9 @@ class ConvAct(Compound):
         activation: str | None = "relu",
         activation_parameters: Sequence[float] = (),
     ) -> None:
-        resolve_activation(activation, activation_parameters)
-        super().__init__()
-        sizes: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-        self.conv = self.convolution(
-            in_channels,
-            out_channels,
-            **sizes,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self.activation = activation
-        self.activation_parameters = tuple(activation_parameters)
+        geometry: tuple[Any, Any, Any, Any] = (kernel_size, stride, padding, dilation)
+        conv = self.convolution(in_channels, out_channels, *geometry, groups, bias, padding_mode, device, dtype)
+        super().__init__(activation, activation_parameters, conv=conv)
 
     def forward(self, input: Tensor) -> Tensor:
         conv = self.conv
@@ -227,15 +216,6 @@ class ConvAct(Compound):
             activation_parameters=self.activation_parameters,
             **self._pooling(),
         )
-
-    def _pooling(self) -> dict[str, Any]:
-        """The pooling's arguments."""
-        return {}
-
-    def extra_repr(self) -> str:
-        parameters = {"activation_parameters": self.activation_parameters} if self.activation_parameters else {}
-        fused = {"activation": self.activation, **parameters, **self._pooling()}
-        return ", ".join(f"{name}={value!r}" for name, value in fused.items())
 
 
 class ConvMaxPool(ConvAct):
@@ -263,9 +243,7 @@ class ConvMaxPool(ConvAct):
     ) -> None:
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
+            *(padding_mode, device, dtype),
             activation=activation,
             activation_parameters=activation_parameters,
         )

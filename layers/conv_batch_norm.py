@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..autograd.activation import resolve_activation
 from ..autograd.conv import conv_statistics
 from ..autograd.conv_batch_norm import batch_norm_act_pool, conv_batch_norm_act
 from . import batch_norm
@@ -22,8 +21,8 @@ from .batch_norm import (
     vectors_of,
     weight_of_batch,
 )
+from .compound import Activating, NamedActivation
 from .conv import Conv1d, Conv2d, Conv3d, arguments, is_plain, pooled
-from .twin import Layer
 
 __all__ = ["ConvBatchNormAct1d", "ConvBatchNormAct2d", "ConvBatchNormAct3d"]
 
@@ -33,8 +32,7 @@ def forward(
     norm: _BatchNorm,
     input: Tensor,
     residual: Tensor | None,
-    activation: str | None,
-    activation_parameters: Sequence[float],
+    activation: NamedActivation,
     **pooling: Any,
 ) -> Tensor:
     """max_pool(activation(norm(conv(x)) + residual)), with ``pooling`` as of `conv_batch_norm_act`.
@@ -43,8 +41,8 @@ def forward(
     """
     directions, input, weight, bias, *geometry = arguments(conv, input)
     vectors: Any = vectors_of(norm)
-    rest: dict[str, Any] = {"residual": residual, "activation": activation}
-    rest |= {"activation_parameters": activation_parameters, **pooling}
+    name, parameters = activation
+    rest: dict[str, Any] = {"residual": residual, "activation": name, "activation_parameters": parameters, **pooling}
     momentum, batches = weight_of_batch(norm)
     if not uses_batch_statistics(norm):
         rest |= {"training": False, "momentum": momentum, "eps": norm.eps, "batches": batches}
@@ -61,9 +59,11 @@ def begin(conv: _ConvNd, norm: _BatchNorm, input: Tensor) -> Callable[..., Tenso
     return batch_norm.begin(norm, z, partial)
 
 
-class ConvBatchNormAct(Layer):
+class ConvBatchNormAct(Activating):
     """What the convolutions with batch norm share."""
 
+    conv: _ConvNd
+    bn: _BatchNorm
     #: The classes of the children, and their number of directions.
     convolution: ClassVar[type[Conv1d | Conv2d | Conv3d]]
     norm: ClassVar[type[BatchNorm1d | BatchNorm2d | BatchNorm3d]]
@@ -93,22 +93,10 @@ class ConvBatchNormAct(Layer):
         affine: bool = True,
         track_running_stats: bool = True,
     ) -> None:
-        resolve_activation(activation, activation_parameters)
-        super().__init__()
-        sizes: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-        self.conv = self.convolution(
-            in_channels,
-            out_channels,
-            **sizes,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self.bn = self.norm(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.activation = activation
-        self.activation_parameters = tuple(activation_parameters)
+        geometry: tuple[Any, Any, Any, Any] = (kernel_size, stride, padding, dilation)
+        conv = self.convolution(in_channels, out_channels, *geometry, groups, bias, padding_mode, device, dtype)
+        bn = self.norm(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(activation, activation_parameters, conv=conv, bn=bn)
         self.pool_size = pool_size
         self.pool_stride = pool_stride
         self.pool_padding = pool_padding
@@ -116,17 +104,12 @@ class ConvBatchNormAct(Layer):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, bn, activation = self.conv, self.bn, (self.activation, self.activation_parameters)
         if not (is_plain(conv, self.convolution) and is_plain(bn, self.norm)):
-            return pooled(self.directions, normalised(bn, conv(input), residual, *activation), **self._pooling())
+            return pooled(self.directions, normalised(bn, conv(input), residual, activation), **self._pooling())
         bn._check_input_dim(input)
-        return forward(conv, bn, input, residual, *activation, **self._pooling())
+        return forward(conv, bn, input, residual, activation, **self._pooling())
 
     def _pooling(self) -> dict[str, Any]:
         return {"pool_size": self.pool_size, "pool_stride": self.pool_stride, "pool_padding": self.pool_padding}
-
-    def extra_repr(self) -> str:
-        parameters = {"activation_parameters": self.activation_parameters} if self.activation_parameters else {}
-        fused = {"activation": self.activation, **parameters, **self._pooling()}
-        return ", ".join(f"{name}={value!r}" for name, value in fused.items())
 
 
 class ConvBatchNormAct1d(ConvBatchNormAct):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from .batch_norm import (
     weight_of_batch,
 )
 from .batch_norm import forward as local_forward
+from .compound import NO_ACTIVATION, NamedActivation
 from .twin import Twin
 
 __all__ = ["SyncBatchNorm", "SyncBatchNormAct"]
@@ -72,24 +72,20 @@ class SyncBatchNormAct(Activated):
 
 
 def forward(
-    layer: SyncBatchNorm,
-    input: Tensor,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    activation_parameters: Sequence[float] = (),
+    layer: SyncBatchNorm, input: Tensor, residual: Tensor | None = None, activation: NamedActivation = NO_ACTIVATION
 ) -> Tensor:
     layer._check_input_dim(input)
     layer._check_non_zero_input_channels(input)
     group = _group(layer)
     if group is None:
-        return local_forward(layer, input, residual, activation, activation_parameters)
-    resolved = resolve_activation(activation, activation_parameters)
+        return local_forward(layer, input, residual, activation)
+    resolved = resolve_activation(*activation)
     momentum, batches = weight_of_batch(layer)
     arguments = (*vectors_of(layer), momentum, layer.eps)
     if not sync_takes_kernel(input, *arguments, residual, batches, resolved):
         return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, resolved)
     if dist.get_world_size(group) == 1:
-        return local_forward(layer, input, residual, activation, activation_parameters)
+        return local_forward(layer, input, residual, activation)
     count_batch(layer)
     return sync_batch_norm(input, *arguments, group, batches=batches, residual=residual, activation=resolved)
 

@@ -38,7 +38,7 @@ def _batch_norm_act(layer: Any, x: Tensor) -> Tensor:
         result = stock_class(type(layer)).forward(layer, x)
     elif call_refusal(x) is None and within_refusal(layer, x, ends=True) is None:
         activation = activation_within(layer)
-        result = computed(lambda: batch_norm.forward(layer, x, None, *activation_of(activation)), layer, activation)
+        result = computed(lambda: batch_norm.forward(layer, x, None, activation_of(activation)), layer, activation)
     else:
         result = layer.act(layer.drop(batch_norm.forward(layer, x)))
     return result

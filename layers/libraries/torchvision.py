@@ -18,7 +18,7 @@ __all__ = ["frozen", "frozen_forward", "takes_frozen"]
 
 def frozen(layer: Any, input: Tensor, activation: Activation = None) -> Tensor:
     """activation((x - running_mean) / sqrt(running_var + eps) * weight + bias), which neither measures nor learns."""
-    return batch_norm.forward(FrozenState(layer), input, None, *activation_of(activation))  # type: ignore[arg-type]
+    return batch_norm.forward(FrozenState(layer), input, None, activation_of(activation))  # type: ignore[arg-type]
 
 
 def takes_frozen(layer: Any, input: Tensor) -> bool:

@@ -122,7 +122,7 @@ def causal_lm_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
-    return _token_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
+    return masked_lm_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
 
 
 def masked_lm_loss(
@@ -133,28 +133,20 @@ def masked_lm_loss(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
-    """The cross-entropy of the tokens that have labels, as of transformers' ``ForMaskedLMLoss``, in float32."""
-    return _token_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
+    """The cross-entropy of the tokens that have labels, as of transformers' ``ForMaskedLMLoss``, in float32.
 
-
-def token_classification_loss(logits: Tensor, labels: Tensor, config: Any, **kwargs: Any) -> Tensor:
-    """The cross-entropy of each token's class, as of transformers' ``ForTokenClassification``, in float32."""
-    options = {name: kwargs[name] for name in ("num_items_in_batch", "ignore_index") if name in kwargs}
-    return _token_loss(logits, labels, config.num_labels, **options)
-
-
-def _token_loss(
-    logits: Tensor,
-    labels: Tensor,
-    classes: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """A mean; with ``num_items_in_batch``, of batches whose gradients add up, the sum divided by it."""
-    logits = logits.view(-1, classes)
+    A mean; with ``num_items_in_batch``, of batches whose gradients add up, the sum divided by it.
+    """
+    logits = logits.view(-1, vocab_size)
     labels = labels.view(-1).to(logits.device)
     if num_items_in_batch is None:
         return cross_entropy_in_float32(logits, labels, ignore_index)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     return cross_entropy_in_float32(logits, labels, ignore_index, "sum") / num_items_in_batch
+
+
+def token_classification_loss(logits: Tensor, labels: Tensor, config: Any, **kwargs: Any) -> Tensor:
+    """The cross-entropy of each token's class, as of transformers' ``ForTokenClassification``, in float32."""
+    options = {name: kwargs[name] for name in ("num_items_in_batch", "ignore_index") if name in kwargs}
+    return masked_lm_loss(logits, labels, config.num_labels, **options)

@@ -92,16 +92,16 @@ def _compute(
     pools_first: bool,
 ) -> Tensor:
     """``in_place``: the code adds the residual in place.  ``pools_first``: it pools before it activates."""
-    refusal = _refusal(input, residual, conv, norm, identity, activation, pool, directions)
+    refusal = _refusal(input, residual, (conv, norm, identity, activation, pool, directions))
     if not apart(refusal, conv, norm, activation, pool):
         activation = activation_within(norm) or activation
         return computed(lambda: _together(input, residual, conv, norm, activation, pool), conv, norm, activation, pool)
     y = conv(input)
     y = y if norm is None else passed_on(norm(y), identity)
-    return _rest(added(y, residual, in_place), directions, activation, pool, pools_first)
+    return _rest(added(y, residual, in_place), activation, pool, directions, pools_first)
 
 
-def _rest(y: Tensor, directions: int, activation: Activation, pool: Pooling, pools_first: bool) -> Tensor:
+def _rest(y: Tensor, activation: Activation, pool: Pooling, directions: int, pools_first: bool) -> Tensor:
     if pools_first:
         return activated(pooled(y, directions, pool), activation)
     return pooled(activated(y, activation), directions, pool)
@@ -114,22 +114,23 @@ def _begin(
     norm: nn.Module | None,
     identity: nn.Module | None,
     activation: Activation,
-    pool: Pooling,
-    directions: int,
     in_place: bool,
-    pools_first: bool,
     between: tuple[nn.Module, ...],
+    **pooling: Any,
 ) -> Callable[[Tensor], Tensor]:
-    """`_compute` up to where it needs the residual: what its layers change comes before what layers ``between`` do."""
+    """`_compute` up to where it needs the residual: what its layers change comes before what layers ``between`` do.
+
+    ``pooling``: the members that have to do with it, as of `_rest`.
+    """
     if all(is_steady(layer, ever=False) for layer in between):
-        members: Any = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, "pool": pool}
-        members |= {"directions": directions, "in_place": in_place, "pools_first": pools_first}
-        return partial(_compute, input, **members)
-    plain = _refusal(input, None, conv, norm, identity, None, None, directions, ends=False) is None
+        members: Any = {"conv": conv, "norm": norm, "identity": identity, "activation": activation, **pooling}
+        return partial(_compute, input, in_place=in_place, **members)
+    pool, directions = pooling["pool"], pooling["directions"]
+    plain = _refusal(input, None, (conv, norm, identity, None, None, directions), ends=False) is None
     if norm is None or not plain or not uses_batch_statistics(state_of(norm)):
         y = conv(input)
         y = y if norm is None else passed_on(norm(y), identity)
-        return lambda residual: _rest(added(y, residual, in_place), directions, activation, pool, pools_first)
+        return lambda residual: _rest(added(y, residual, in_place), activation, **pooling)
     finish = computed(lambda: conv_batch_norm.begin(conv, state_of(norm), input), conv, norm)
 
     def rest(residual: Tensor) -> Tensor:
@@ -147,44 +148,31 @@ def _together(
     activation: Activation,
     pool: Pooling,
 ) -> Tensor:
-    name, parameters = activation_of(activation)
+    named = activation_of(activation)
     window = window_of(pool) or (None, None, 0)
     sizes: Any = dict(zip(("pool_size", "pool_stride", "pool_padding"), window, strict=True))
     residual = distinct(residual, input)
     if norm is not None:
-        return conv_batch_norm.forward(conv, state_of(norm), input, residual, name, parameters, **sizes)
-    options: dict[str, Any] = {"activation": name, "activation_parameters": parameters, **sizes}
+        return conv_batch_norm.forward(conv, state_of(norm), input, residual, named, **sizes)
+    options: dict[str, Any] = {"activation": named[0], "activation_parameters": named[1], **sizes}
     return conv_act_pool(*arguments(conv, input), residual=residual, **options)
 
 
-def _refusal(
-    input: Tensor,
-    residual: Tensor | None,
-    conv: _ConvNd,
-    norm: nn.Module | None,
-    identity: nn.Module | None,
-    activation: Activation,
-    pool: Pooling,
-    directions: int,
-    ends: bool = True,
-) -> str | None:
-    """Why the layers are called one by one, or None; ``ends``: but for pooling there is nothing behind these."""
+def _refusal(input: Tensor, residual: Tensor | None, members: tuple[Any, ...], ends: bool = True) -> str | None:
+    """Why the layers are called one by one, or None, with ``members`` as of `_layers_refusal`.
+
+    ``ends``: but for pooling there is nothing behind these.
+    """
+    conv, norm, _, activation, _, _ = members
     ends = ends and residual is None and activation is None
-    refusal = call_refusal(input) or _layers_refusal(conv, norm, identity, activation, pool, directions)
+    refusal = call_refusal(input) or _layers_refusal(*members)
     if refusal is None and norm is not None:
         refusal = within_refusal(norm, input, ends)
     return refusal or _unfit(input, residual, norm is None, *_geometry(conv, input))
 
 
 @while_unchanged
-def _layers_refusal(
-    conv: _ConvNd,
-    norm: nn.Module | None,
-    identity: nn.Module | None,
-    activation: Activation,
-    pool: Pooling,
-    directions: int,
-) -> str | None:
+def _layers_refusal(conv: Any, norm: Any, identity: Any, activation: Any, pool: Any, directions: int) -> str | None:
     """`_refusal` by what the layers are."""
     refusal = (
         layer_refusal(conv, *CONVOLUTIONS[directions])

@@ -45,13 +45,12 @@ def _compute(
     in_place: bool,
 ) -> Tensor:
     """``in_place``: the code adds the residual in place."""
-    if apart(_refusal(input, residual, norm, identity, activation), norm, activation):
+    if apart(_refusal(input, residual, (norm, identity, activation)), norm, activation):
         return activated(added(passed_on(norm(input), identity), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
     activation = activation_within(norm) or activation
-    name, parameters = activation_of(activation)
-    state = state_of(norm)
-    return computed(lambda: forward(state, input, distinct(residual, input), name, parameters), norm, activation)
+    named, state = activation_of(activation), state_of(norm)
+    return computed(lambda: forward(state, input, distinct(residual, input), named), norm, activation)
 
 
 def _begin(
@@ -67,7 +66,7 @@ def _begin(
     if all(is_steady(layer, ever=False) for layer in between):
         members: Any = {"norm": norm, "identity": identity, "activation": activation}
         return partial(_compute, input, in_place=in_place, **members)
-    plain = _refusal(input, None, norm, identity, None, ends=False) is None and not isinstance(norm, nn.SyncBatchNorm)
+    plain = _refusal(input, None, (norm, identity, None), ends=False) is None and not isinstance(norm, nn.SyncBatchNorm)
     if not plain or not batch_norm.uses_batch_statistics(state_of(norm)):
         y = passed_on(norm(input), identity)
         return lambda residual: activated(added(y, residual, in_place), activation)
@@ -80,17 +79,14 @@ def _begin(
     return rest
 
 
-def _refusal(
-    input: Tensor,
-    residual: Tensor | None,
-    norm: Any,
-    identity: nn.Module | None,
-    activation: Activation,
-    ends: bool = True,
-) -> str | None:
-    """Why the layers are called one by one, or None; ``ends``: there is nothing behind these."""
+def _refusal(input: Tensor, residual: Tensor | None, members: tuple[Any, ...], ends: bool = True) -> str | None:
+    """Why the layers are called one by one, or None, with ``members`` as of `_layers_refusal`.
+
+    ``ends``: there is nothing behind these.
+    """
+    norm, _, activation = members
     ends = ends and residual is None and activation is None
-    refusal = call_refusal(input) or _layers_refusal(norm, identity, activation) or within_refusal(norm, input, ends)
+    refusal = call_refusal(input) or _layers_refusal(*members) or within_refusal(norm, input, ends)
     if refusal is None and residual is not None and not are_alike(residual, input.shape, input.dtype):
         refusal = "the residual is unlike the input"
     return refusal
