@@ -60,14 +60,19 @@ def _call(o: Operands, i: Instruction) -> str:
 def _barrier(o: Operands, i: Instruction) -> str:
     flags = o.only("sync", "cta", "aligned", "warp")
     if "warp" in flags:
-        o.kind, o.members = Kind.WARP, 2
-        o.value(i.operands[0])
+        _lanes(o, i.operands[0])
         return "meet(block, warp, mask, FIRST(ROW32(0)), step);"
     o.kind = Kind.BARRIER
     number, threads = [*i.operands, "0"][:2]
     o.value(number)
     o.value(threads)
     return ""
+
+
+def _lanes(o: Operands, operand: str) -> None:
+    """A row for the lanes that take part, all of which have to be there."""
+    o.kind, o.members = Kind.WARP, 2 + len(o.rows)
+    o.value(operand)
 
 
 def _place(o: Operands, operand: str) -> int:
@@ -85,9 +90,9 @@ def _shuffle(o: Operands, i: Instruction) -> str:
     modes = {"up": "SHUFFLE_UP", "down": "SHUFFLE_DOWN", "bfly": "SHUFFLE_BUTTERFLY", "idx": "SHUFFLE_INDEX"}
     result, _, in_range = i.operands[0].partition("|")
     there = _place(o, result), _place(o, in_range)
-    for operand in i.operands[1:]:
+    for operand in i.operands[1:-1]:
         o.value(operand)
-    o.kind, o.members = Kind.WARP, 2 + 5
+    _lanes(o, i.operands[-1])
     return f"shuffle({_HERE}, {next(modes[flag] for flag in flags if flag in modes)}, {there[0]}, {there[1]});"
 
 
@@ -97,8 +102,7 @@ def _vote(o: Operands, i: Instruction) -> str:
     modes = {"ballot": "VOTE_BALLOT", "any": "VOTE_ANY", "all": "VOTE_ALL", "uni": "VOTE_UNIFORM"}
     o.result(i.operands[0])
     o.value(i.operands[1], "pred")
-    o.value(i.operands[2])
-    o.kind, o.members = Kind.WARP, 2 + 2
+    _lanes(o, i.operands[2])
     return f"vote({_HERE}, {modes[i.modifiers[1]]});"
 
 
@@ -110,8 +114,7 @@ def _reduce(o: Operands, i: Instruction) -> str:
         mode += f"_{o.type[0].upper()}"
     o.result(i.operands[0])
     o.value(i.operands[1])
-    o.value(i.operands[2])
-    o.kind, o.members = Kind.WARP, 2 + 2
+    _lanes(o, i.operands[2])
     return f"reduce({_HERE}, {mode});"
 
 
@@ -121,8 +124,7 @@ def _elect(o: Operands, i: Instruction) -> str:
     result, _, elected = i.operands[0].partition("|")
     there = _place(o, result)
     o.result(elected)
-    o.value(i.operands[1])
-    o.kind, o.members = Kind.WARP, 2 + 2
+    _lanes(o, i.operands[1])
     return f"elect({_HERE}, {there});"
 
 
