@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fusednn_bench.families import counted, each_size
 from fusednn_bench.peers import activation_peers
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
@@ -99,12 +100,10 @@ OPERATIONS = {
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
     everything = [
-        Case(operation, dtype, size, shape)
-        for size, shape in SIZES.items()
-        for dtype in DTYPES
-        for operation in OPERATIONS.values()
+        case
+        for case in each_size(SIZES, DTYPES, OPERATIONS.values())
         # The gradient of slopes that so many elements share overflows float16, in PyTorch too.
-        if not (operation.family == "prelu" and dtype is torch.float16)
+        if not (case.operation.family == "prelu" and case.dtype is torch.float16)
     ]
     return everything if full else [case for case in everything if _in_quick_run(case)]
 
@@ -118,11 +117,7 @@ def _in_quick_run(case: Case) -> bool:
 
 
 def counted_cases() -> list[Case]:
-    return [
-        Case(operation, dtype, "counted", COUNTED_SHAPE)
-        for operation in OPERATIONS.values()
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    return counted(OPERATIONS.values(), (torch.bfloat16, torch.float32), COUNTED_SHAPE)
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fusednn_bench.families import counted
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
@@ -241,7 +242,7 @@ def _in_quick_run(case: Case) -> bool:
 
 
 def counted_cases() -> list[Case]:
-    return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
+    return counted(OPERATIONS.values(), DTYPES, COUNTED_SHAPE)
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fusednn_bench.families import counted
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
@@ -76,11 +77,7 @@ def timed_cases(full: bool) -> list[Case]:
 
 
 def counted_cases() -> list[Case]:
-    return [
-        Case(operation, dtype, "counted", COUNTED_SHAPE if operation.name == "block_end" else COUNTED_IMAGES)
-        for operation in OPERATIONS.values()
-        for dtype in DTYPES
-    ]
+    return counted(OPERATIONS.values(), DTYPES, COUNTED_IMAGES, {"block_end": COUNTED_SHAPE})
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

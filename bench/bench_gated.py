@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fusednn_bench.families import counted
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
@@ -87,11 +88,7 @@ def timed_cases(full: bool) -> list[Case]:
 
 
 def counted_cases() -> list[Case]:
-    return [
-        Case(operation, dtype, "counted", COUNTED_CHANNELS if operation.name == "gated_channels" else COUNTED_SHAPE)
-        for operation in OPERATIONS.values()
-        for dtype in DTYPES
-    ]
+    return counted(OPERATIONS.values(), DTYPES, COUNTED_SHAPE, {"gated_channels": COUNTED_CHANNELS})
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

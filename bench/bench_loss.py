@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fusednn_bench.families import counted, each_size
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
@@ -85,17 +86,12 @@ QUICK = ("mse_loss", "mse_loss_none", "binary_cross_entropy_with_logits")
 
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
-    return [
-        Case(operation, dtype, size, shape)
-        for size, shape in SIZES.items()
-        for dtype in DTYPES
-        for operation in OPERATIONS.values()
-        if full or (operation.name in QUICK and size != "medium")
-    ]
+    everything = each_size(SIZES, DTYPES, OPERATIONS.values())
+    return [case for case in everything if full or (case.operation.name in QUICK and case.size != "medium")]
 
 
 def counted_cases() -> list[Case]:
-    return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
+    return counted(OPERATIONS.values(), DTYPES, COUNTED_SHAPE)
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

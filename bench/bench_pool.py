@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fusednn_bench.families import counted, each_size
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
@@ -103,18 +104,17 @@ OPERATIONS = {
 
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
-    return [
-        Case(operation, dtype, size, shape)
-        for size, shape in SIZES.items()
-        for dtype in DTYPES
-        for operation in OPERATIONS.values()
-        if (full or (size == "large" and dtype is not torch.float16) or "2x2_channels_last" in operation.name)
-        and (operation.name != "max_pool3d" or shape[1] % 4 == 0)
-    ]
+    everything = each_size(SIZES, DTYPES, OPERATIONS.values())
+    possible = [case for case in everything if case.operation.name != "max_pool3d" or case.shape[1] % 4 == 0]
+    return possible if full else [case for case in possible if _in_quick_run(case)]
+
+
+def _in_quick_run(case: Case) -> bool:
+    return (case.size == "large" and case.dtype is not torch.float16) or "2x2_channels_last" in case.operation.name
 
 
 def counted_cases() -> list[Case]:
-    return [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OPERATIONS.values() for dtype in DTYPES]
+    return counted(OPERATIONS.values(), DTYPES, COUNTED_SHAPE)
 
 
 def test_traffic(case: Case, counts: list[dict[str, Any]]) -> None:

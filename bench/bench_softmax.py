@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fusednn_bench import peers
+from fusednn_bench.families import counted, each_size
 from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects it here)
 from torch import Tensor
 
@@ -125,11 +126,9 @@ QUICK = ("softmax", "cross_entropy")
 def timed_cases(full: bool) -> list[Case]:
     """The most important first: a time limit cuts the end."""
     logits = [
-        Case(operation, dtype, size, shape)
-        for size, shape in SIZES.items()
-        for dtype in DTYPES
-        for operation in OF_LOGITS
-        if full or (operation.name in QUICK and (dtype is torch.bfloat16 or size == "small"))
+        case
+        for case in each_size(SIZES, DTYPES, OF_LOGITS)
+        if full or (case.operation.name in QUICK and (case.dtype is torch.bfloat16 or case.size == "small"))
     ]
     return logits + [
         Case(LINEAR, dtype, size, shape)
@@ -139,7 +138,7 @@ def timed_cases(full: bool) -> list[Case]:
 
 
 def counted_cases() -> list[Case]:
-    logits = [Case(operation, dtype, "counted", COUNTED_SHAPE) for operation in OF_LOGITS for dtype in DTYPES]
+    logits = counted(OF_LOGITS, DTYPES, COUNTED_SHAPE)
     return logits + [Case(LINEAR, dtype, "small", TOKENS["small"]) for dtype in DTYPES]
 
 

@@ -1,7 +1,6 @@
-"""Writes the difference of the two scripts in examples/migrating into docs/migrating.md.  ``[--check]``"""
+"""Writes the difference of examples/migrating's scripts into docs/migrating.md.  ``python docs/migrating.py``."""
 
 import difflib
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,13 +22,5 @@ def updated(text: str) -> str:
     return f"{before}{BEGIN}{difference()}{END}{after}"
 
 
-def main() -> int:
-    text = DOCUMENT.read_text()
-    if "--check" in sys.argv[1:]:
-        return int(updated(text) != text)
-    DOCUMENT.write_text(updated(text))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    DOCUMENT.write_text(updated(DOCUMENT.read_text()))

@@ -1,6 +1,5 @@
-"""Writes the tables of docs/support.md, from the code.  ``python docs/support_table.py [--check]``."""
+"""Writes the tables of docs/support.md, from the code.  ``python docs/support_table.py``."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -73,13 +72,5 @@ def updated(page: str) -> str:
     return page
 
 
-def main() -> int:
-    text = PAGE.read_text()
-    if "--check" in sys.argv[1:]:
-        return int(updated(text) != text)
-    PAGE.write_text(updated(text))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(updated(PAGE.read_text()))

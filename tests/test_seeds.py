@@ -1,10 +1,12 @@
 """Seeds that follow from a generator's own seed and offset: no launch, and the same numbers wherever it was before."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from support.baseline import BENCH  # noqa: F401  (makes the benchmarks importable)
 from support.device import DEVICE, ON_GPU
 from torch import Tensor
 
@@ -15,23 +17,6 @@ from fusednn.kernels.base.random import with_seed
 _DEVICE = torch.device(DEVICE, torch.cuda.current_device()) if ON_GPU else torch.device(DEVICE)
 
 
-class _Generator:
-    """What a GPU's generator is on the host."""
-
-    def __init__(self) -> None:
-        self.seed, self.offset = 7, 0
-
-    def initial_seed(self) -> int:
-        return self.seed
-
-    def get_offset(self) -> int:
-        return self.offset
-
-    def set_offset(self, offset: int) -> None:
-        assert offset % 4 == 0, "as PyTorch asks"
-        self.offset = offset
-
-
 def _drawn(device: torch.device, seed: int, offset: int) -> tuple[Tensor, ...]:
     """A block as the device would draw it, of a CPU's generator."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + offset)
@@ -39,13 +24,15 @@ def _drawn(device: torch.device, seed: int, offset: int) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture
-def generator(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Generator]:
+def generator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The device's; a stand-in where there is no GPU."""
     random._blocks.clear()
     if ON_GPU:
         yield torch.cuda.default_generators[_DEVICE.index]  # type: ignore[misc]
     else:
-        found = _Generator()
+        from fusednn_bench.do_nothing import CountingGenerator
+
+        found = CountingGenerator(seed=7)
         monkeypatch.setattr(random, "counting_generator", lambda device: found)
         monkeypatch.setattr(random, "_drawn", _drawn)
         yield found
@@ -56,20 +43,20 @@ def _draw(count: int = 1) -> list[int]:
     return [int(with_seed(_DEVICE, lambda seed: seed)) for _ in range(count)]
 
 
-def test_draws_advance_the_generator_and_differ(generator: _Generator) -> None:
+def test_draws_advance_the_generator_and_differ(generator: Any) -> None:
     before = generator.get_offset()
     seeds = _draw(2 * random._BLOCK + 3)
     assert len(set(seeds)) == len(seeds)
     assert generator.get_offset() == before + 4 * len(seeds)
 
 
-def test_a_block_is_drawn_once(generator: _Generator) -> None:
+def test_a_block_is_drawn_once(generator: Any) -> None:
     with mock.patch.object(random, "_drawn", wraps=random._drawn) as drawn:
         _draw(random._BLOCK)
     assert drawn.call_count == 1 + (generator.get_offset() % (4 * random._BLOCK) != 0)
 
 
-def test_the_same_offset_has_the_same_seed(generator: _Generator) -> None:
+def test_the_same_offset_has_the_same_seed(generator: Any) -> None:
     """As checkpointing wants it, whose second pass goes back, and whatever has been drawn, or forgotten, between."""
     before = generator.get_offset()
     seeds = _draw(5)
@@ -83,13 +70,13 @@ def test_the_same_offset_has_the_same_seed(generator: _Generator) -> None:
     assert not set(seeds) & set(others)
 
 
-def test_others_may_draw_between(generator: _Generator) -> None:
+def test_others_may_draw_between(generator: Any) -> None:
     first = _draw(1)
     generator.set_offset(generator.get_offset() + 12)  # as a kernel of PyTorch's does
     assert _draw(1) != first
 
 
-def test_another_seed_has_other_seeds(generator: _Generator) -> None:
+def test_another_seed_has_other_seeds(generator: Any) -> None:
     before, first = generator.get_offset(), _draw(4)
     if ON_GPU:
         torch.cuda.manual_seed(1)
@@ -99,7 +86,7 @@ def test_another_seed_has_other_seeds(generator: _Generator) -> None:
     assert not set(first) & set(_draw(4))
 
 
-def test_what_fails_has_drawn_nothing(generator: _Generator) -> None:
+def test_what_fails_has_drawn_nothing(generator: Any) -> None:
     def fails(seed: Tensor) -> None:
         raise MemoryError
 
@@ -109,7 +96,7 @@ def test_what_fails_has_drawn_nothing(generator: _Generator) -> None:
     assert generator.get_offset() == before
 
 
-def test_blocks_are_few(generator: _Generator) -> None:
+def test_blocks_are_few(generator: Any) -> None:
     for place in range(random._MOST_BLOCKS + 3):
         generator.set_offset(4 * random._BLOCK * place)
         _draw()
@@ -117,7 +104,7 @@ def test_blocks_are_few(generator: _Generator) -> None:
 
 
 @pytest.mark.gpu
-def test_each_stream_has_a_block(generator: _Generator) -> None:
+def test_each_stream_has_a_block(generator: Any) -> None:
     """What one draws, another mustn't read before it is drawn."""
     before, first = generator.get_offset(), _draw()
     generator.set_offset(before)
@@ -126,7 +113,7 @@ def test_each_stream_has_a_block(generator: _Generator) -> None:
     assert len(random._blocks) == 2
 
 
-def test_a_block_of_inference_serves_training(generator: _Generator) -> None:
+def test_a_block_of_inference_serves_training(generator: Any) -> None:
     with torch.inference_mode():
         first = with_seed(_DEVICE, lambda seed: seed)
     assert not first.is_inference()
@@ -147,7 +134,7 @@ def test_a_block_of_inference_serves_training(generator: _Generator) -> None:
     ],
     ids=["dropout", "alpha_dropout", "dropout1d", "rrelu", "standout", "bias_activation_dropout"],
 )
-def test_functions_draw_without_the_device(call: Callable[[Tensor], Tensor], generator: _Generator) -> None:
+def test_functions_draw_without_the_device(call: Callable[[Tensor], Tensor], generator: Any) -> None:
     x = torch.randn(4, 8, device=DEVICE)
     before = generator.get_offset()
     with mock.patch.object(random, "draw_seed", side_effect=AssertionError("drawn on the device")):
@@ -158,7 +145,7 @@ def test_functions_draw_without_the_device(call: Callable[[Tensor], Tensor], gen
     assert not torch.equal(results[0], results[1])
 
 
-def test_compiled_code_draws_on_the_device(generator: _Generator) -> None:
+def test_compiled_code_draws_on_the_device(generator: Any) -> None:
     found: list[str] = []
 
     def names(gm: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:

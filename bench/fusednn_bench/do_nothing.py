@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-__all__ = ["install", "without_kernels"]
+__all__ = ["CountingGenerator", "install", "without_kernels"]
 
 _SOURCES = Path(__file__).resolve().parents[1] / "do_nothing"
 
@@ -84,17 +84,18 @@ def without_kernels() -> Iterator[None]:
 class CountingGenerator:
     """As much of a GPU's generator as is asked for on the host."""
 
-    def __init__(self) -> None:
-        self._seed, self._offset = 0, 0
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.offset = seed, 0
 
     def initial_seed(self) -> int:
-        return self._seed
+        return self.seed
 
     def get_offset(self) -> int:
-        return self._offset
+        return self.offset
 
     def set_offset(self, offset: int) -> None:
-        self._offset = offset
+        assert offset % 4 == 0, "as PyTorch asks"
+        self.offset = offset
 
 
 def _build() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ class Runner:
 
     function: Callable[..., Tensor]
     sets: tuple[Inputs, ...]
+    facts: CaseRecord = field(default_factory=dict)  # what is known of it, whatever was measured
 
     def calls(self, direction: Direction) -> list[Callable[[], Any]]:
         if direction == "forward":
@@ -84,7 +85,7 @@ def run_clocked_contest(
 ) -> Contest:
     """The same on a CPU, where a call's time is that until it returns: fewer rounds where they take long."""
     sets = tuple(make_inputs(case, torch.device("cpu"), seed) for seed in range(_CPU_SETS))
-    contest, runners, facts = _entrants(case, names, sets)
+    contest, runners = _entrants(case, names, sets)
 
     def sample(runner: Runner) -> list[float]:
         return wall_times(lambda: runner.calls(direction), lambda: None)
@@ -95,7 +96,8 @@ def run_clocked_contest(
         rounds = min(effort.host_rounds, max(_LEAST_ROUNDS, int(_CPU_SECONDS / seconds)))
         wall_us = interleave(runners, rounds, sample)
         contest.records += [
-            {**case.record(name, direction), "wall_us": wall_us[name], **facts[name]} for name in runners
+            {**case.record(name, direction), "wall_us": wall_us[name], **runner.facts}
+            for name, runner in runners.items()
         ]
     return contest
 
@@ -127,34 +129,31 @@ def _run_contest(
 ) -> Contest:
     l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     sets = tuple(make_inputs(case, DEVICE, seed) for seed in range(sets_needed(case, l2_bytes) if cold else 1))
-    contest, runners, facts = _entrants(case, names, sets)
+    contest, runners = _entrants(case, names, sets)
     for direction in directions if runners else ():
-        contest.records += _time(case, direction, runners, facts, timer, effort)
+        contest.records += _time(case, direction, runners, timer, effort)
     del runners, sets
     gc.collect()
     torch.cuda.empty_cache()
     return contest
 
 
-def _entrants(
-    case: Case, names: tuple[str, ...], sets: tuple[Inputs, ...]
-) -> tuple[Contest, dict[str, Runner], dict[str, CaseRecord]]:
-    """Those that compute the right thing, and what is known of them; the others are left out."""
+def _entrants(case: Case, names: tuple[str, ...], sets: tuple[Inputs, ...]) -> tuple[Contest, dict[str, Runner]]:
+    """Those that compute the right thing; the others are left out."""
     torch._dynamo.reset()  # cases share the code that is compiled, and the compiler gives up on recompiling too often
     contest = Contest()
     runners: dict[str, Runner] = {}
-    facts: dict[str, CaseRecord] = {}
     for name in names:
         try:
             runner = Runner(_contestant(name, case), sets)
-            facts[name] = {"error_epsilons": check(case, runner.function, sets[0])}
+            runner.facts["error_epsilons"] = check(case, runner.function, sets[0])
             check_fresh(case, runner.function, sets[0])
             if name == "fusednn":
-                facts[name]["path"] = _path(runner)
+                runner.facts["path"] = _path(runner)
             runners[name] = runner
         except Exception as error:
             contest.leave_out(name, error)
-    return contest, runners, facts
+    return contest, runners
 
 
 def _contestant(name: str, case: Case) -> Callable[..., Tensor]:
@@ -182,12 +181,7 @@ def _path(runner: Runner) -> str:
 
 
 def _time(
-    case: Case,
-    direction: Direction,
-    runners: dict[str, Runner],
-    facts: dict[str, CaseRecord],
-    timer: DeviceTimer,
-    effort: Effort,
+    case: Case, direction: Direction, runners: dict[str, Runner], timer: DeviceTimer, effort: Effort
 ) -> list[CaseRecord]:
     size = case.numel * case.dtype.itemsize
     large = size >= LARGE_BYTES
@@ -221,7 +215,7 @@ def _time(
             "sets": sets,
             "rotated_bytes": sets * size,
             **_memory(runner, direction),
-            **facts[name],
+            **runner.facts,
         }
         for name, runner in runners.items()
     ]
