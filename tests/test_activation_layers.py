@@ -3,15 +3,13 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
 from support.device import FLOAT_DTYPES
-from support.pytorch_samples import MODULES, module_samples
+from support.pytorch_samples import MODULES, module_pairs
 from support.samples import LAYERS
 from torch import Tensor, nn
-from torch.testing._internal.common_modules import ModuleInput
 
 every_module = pytest.mark.parametrize("stock_class", MODULES, ids=lambda cls: cls.__name__)
 every_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -25,22 +23,9 @@ def test_every_activation_has_a_layer() -> None:
     assert {cls.__name__ for cls in MODULES} == names
 
 
-def pairs(
-    stock_class: type[nn.Module], device: str, dtype: torch.dtype, *, training: bool
-) -> Iterator[tuple[nn.Module, nn.Module, ModuleInput]]:
-    """Stock and ours for every sample, built alike."""
-    for sample in module_samples(stock_class, device, dtype, training=training):
-        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
-        modules = []
-        for cls in (stock_class, LAYERS[stock_class]):
-            torch.manual_seed(1)
-            modules.append(cls(*arguments, **options).to(device, dtype).train(training))
-        yield modules[0], modules[1], sample
-
-
 @every_module
 def test_repr_state_dict_copies_and_pickles(stock_class: type[nn.Module], device: str) -> None:
-    for stock, ours, sample in pairs(stock_class, device, torch.float32, training=True):
+    for stock, ours, sample in module_pairs(stock_class, device, torch.float32, training=True):
         assert repr(ours) == repr(stock)
         assert isinstance(ours, stock_class)
         assert list(ours.state_dict()) == list(stock.state_dict())
@@ -67,7 +52,7 @@ def test_constructor_is_stocks(stock_class: type[nn.Module]) -> None:
 
 @every_module
 def test_scripting_and_tracing_give_stock_operators(stock_class: type[nn.Module], device: str) -> None:
-    _, ours, sample = next(pairs(stock_class, device, torch.float32, training=False))
+    _, ours, sample = next(module_pairs(stock_class, device, torch.float32, training=False))
     ours.eval()
     (x,) = sample.forward_input.args
     x = x.detach()

@@ -137,21 +137,30 @@ def test_operators_describe_themselves(slopes: int, added: bool, device: str) ->
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_as_many_bytes_as_batch_norm_alone(memory_format: torch.memory_format, device: str) -> None:
-    """Twice read and once written; backward read twice with the gradient, and written.  The input is kept."""
+@pytest.mark.whole
+@pytest.mark.parametrize(("name", "options"), [("slopes", {}), ("shift", {"before": "relu"})], ids=str)
+def test_as_many_bytes_as_batch_norm_alone(
+    name: str, options: dict[str, Any], memory_format: torch.memory_format, device: str
+) -> None:
+    """Twice read and once written; backward read twice with the gradient, and written.  The input is kept.
+
+    An activation before the norm moves no more: sums and normalisation make it again from the input.
+    """
     tensors, gradient = operands((8, 16, 16, 16), torch.float32, 16, device)
-    x, weight, bias, slopes = map(leaf, (tensors[0].to(memory_format=memory_format), *tensors[1:]))
+    x, weight, bias, last = map(leaf, (tensors[0].to(memory_format=memory_format), *tensors[1:]))
     gradient = gradient.to(memory_format=memory_format)
     size = x.numel() * x.itemsize
     with measure_traffic() as forward, saved_tensors() as saved:
-        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, slopes=slopes)
+        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, **{name: last}, **options)
     with measure_traffic() as backward:
-        torch.autograd.grad(y, (x, weight, bias, slopes), gradient)
+        torch.autograd.grad(y, (x, weight, bias, last), gradient)
     statistics = sum(launch.stored_bytes for launch in forward.kernel_launches) - size
     assert 3 * size <= forward.bytes <= 3.1 * size + 4 * statistics
     assert 5 * size <= backward.bytes <= 5.3 * size
     assert (forward.launches, backward.launches) == (2, 2)
-    assert saved.bytes_beside(x, weight, bias, slopes) <= 2 * 16 * 4
+    if name == "shift":
+        assert [operation.name for operation in backward.operations] == ["sum"]  # of the shift's gradient
+    assert saved.bytes_beside(x, weight, bias, last) <= 2 * 16 * 4
 
 
 # --- A residual before PReLU ------------------------------------------------------------------------------------------
@@ -303,26 +312,6 @@ def test_second_derivatives_behind_an_activation(training: bool, device: str) ->
     torch.autograd.gradgradcheck(function, [leaf(tensor) for tensor in tensors], fast_mode=True)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_an_activation_before_the_norm_moves_no_more(memory_format: torch.memory_format, device: str) -> None:
-    """Than batch norm alone; sums and normalisation make it again from the input, which is kept."""
-    tensors, gradient = operands((8, 16, 16, 16), torch.float32, 16, device)
-    x, weight, bias, shift = map(leaf, (tensors[0].to(memory_format=memory_format), *tensors[1:]))
-    gradient = gradient.to(memory_format=memory_format)
-    size = x.numel() * x.itemsize
-    with measure_traffic() as forward, saved_tensors() as saved:
-        y = batch_norm_chain(x, None, None, weight, bias, True, 0.1, EPS, before="relu", shift=shift)
-    with measure_traffic() as backward:
-        torch.autograd.grad(y, (x, weight, bias, shift), gradient)
-    statistics = sum(launch.stored_bytes for launch in forward.kernel_launches) - size
-    assert 3 * size <= forward.bytes <= 3.1 * size + 4 * statistics
-    assert 5 * size <= backward.bytes <= 5.3 * size
-    assert (forward.launches, backward.launches) == (2, 2)
-    assert [operation.name for operation in backward.operations] == ["sum"]  # of the shift's gradient
-    assert saved.bytes_beside(x, weight, bias, shift) <= 2 * 16 * 4
-
-
 # --- Dropout ----------------------------------------------------------------------------------------------------------
 
 P = 0.3
@@ -383,13 +372,7 @@ def test_dropout_of_channels(shape: tuple[int, ...], memory_format: str, device:
 def test_dropout_of_channels_in_16_bits_and_twice_differentiable(device: str) -> None:
     (x, weight, bias, _), gradient = operands((3, 8, 5, 5), torch.bfloat16, 1, device)
     check_against_stock(*dropping_functions("silu", x, of_channels=True), [x, weight, bias], gradient)
-    (x, weight, bias, _), gradient = operands((3, 4, 5), torch.float32, 1, device)
-    results = []
-    for function in dropping_functions("silu", x, of_channels=True):
-        leaves = [leaf(one) for one in (x, weight, bias)]
-        (first,) = torch.autograd.grad(function(*leaves), leaves[:1], gradient, create_graph=True)
-        results.append(torch.autograd.grad(first.square().sum(), leaves))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    check_second_derivatives_with_dropout((3, 4, 5), device, of_channels=True)
 
 
 def test_dropout_drops_as_many_as_it_should(device: str) -> None:
@@ -400,14 +383,18 @@ def test_dropout_drops_as_many_as_it_should(device: str) -> None:
     torch.testing.assert_close(y, torch.where(y == 0, y, whole))
 
 
-def test_second_derivatives_with_dropout(device: str) -> None:
-    (x, weight, bias, _), gradient = operands((5, 3), torch.float32, 1, device)
+def check_second_derivatives_with_dropout(shape: tuple[int, ...], device: str, *, of_channels: bool) -> None:
+    (x, weight, bias, _), gradient = operands(shape, torch.float32, 1, device)
     results = []
-    for function in dropping_functions("silu", x):
+    for function in dropping_functions("silu", x, of_channels):
         leaves = [leaf(one) for one in (x, weight, bias)]
         (first,) = torch.autograd.grad(function(*leaves), leaves[:1], gradient, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), leaves))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_second_derivatives_with_dropout(device: str) -> None:
+    check_second_derivatives_with_dropout((5, 3), device, of_channels=False)
 
 
 def test_where_dropout_goes_to_stock(device: str) -> None:

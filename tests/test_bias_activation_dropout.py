@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.activations import PARAMETERS, STOCK
 from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
+from support.dropout import compiled_and_eager
 from support.training import losses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -427,18 +428,12 @@ def test_autocast_takes_the_bias_in_the_inputs_dtype(device: str) -> None:
 @needs_kernels
 @few_kinds
 def test_compiled_results_equal_eager(name: str, device: str) -> None:
-    torch._dynamo.reset()
     tensors = [leaf(tensor) for tensor in operands((6, 40), torch.float32)]
 
     def function(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         return bias_activation_dropout(x, bias, residual, activation=name)
 
-    results = []
-    for run in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
-        torch.manual_seed(2)
-        y = run(*tensors)
-        results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
-    for ours, eager in zip(*results, strict=True):
+    for ours, eager in compiled_and_eager(function, tensors):
         assert torch.equal(ours, eager)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.activations import STOCK
 from support.device import KERNELS_RUN, ON_GPU
+from support.training import assert_same_step
 from torch import Tensor, nn
 
 from fusednn import kernels, layers
@@ -194,12 +195,7 @@ def test_compiled(device: str) -> None:
         ours, _ = pair(torch.float32, device, pool_size=2)
         ours.train(training)
         compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
-        mine, eager = compiled(x), ours(x)
-        torch.testing.assert_close(mine, eager)
-        mine.sum().backward()
-        eager.sum().backward()
-        for a, b in zip(compiled.parameters(), ours.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+        assert_same_step(compiled, ours, x)
 
 
 def test_state_copies_and_errors(device: str) -> None:

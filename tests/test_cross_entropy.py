@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, ON_GPU
-from support.gpu import capture, compiled_kernels, no_synchronisation
+from support.gpu import check_capture, no_recompilation
+from support.launches import assert_shipped, note_launches
+from support.losses import odd_lines
 from torch import Tensor, nn
 
 import fusednn
@@ -120,14 +122,8 @@ def test_shifted_logits(shift: float, device: str) -> None:
 
 
 def test_odd_values(device: str) -> None:
-    infinity = float("inf")
     for length in (6, 5000):
-        x = torch.zeros(6, length, device=device)
-        x[0] = -infinity
-        x[1, 2] = float("nan")
-        x[2, 1] = infinity
-        x[3, 3] = -infinity
-        x[4, : length - 1] = -infinity
+        x = odd_lines(6, length, device)
         target = torch.tensor([1, 1, 2, 3, length - 1, 0], device=device)
         for options in ({}, {"label_smoothing": 0.1}):
             for data in (target, F.one_hot(target, length).float()):
@@ -373,14 +369,7 @@ def test_opcheck(device: str) -> None:
 
 
 def test_launches_are_shipped_configurations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
-        launched.append((configuration, arguments))
-        kernels.base.launch.launch(configuration, programs, *arguments)
-
-    for module in (kernels.cross_entropy, kernels.softmax):
-        monkeypatch.setattr(module, "launch", record)
+    launched = note_launches(monkeypatch, kernels.cross_entropy, kernels.softmax)
     for dtype in FLOAT_DTYPES:
         for shape in ((3, 10), (2, 6, 3)):
             x = leaf(random_tensor(shape, dtype, device))
@@ -388,12 +377,7 @@ def test_launches_are_shipped_configurations(device: str, monkeypatch: pytest.Mo
             for target in (indices(shape, device), x.detach().sigmoid()):
                 autograd.cross_entropy(x, target, label_smoothing=0.1).backward()
                 autograd.cross_entropy(x, target, reduction="none").sum().backward()
-    shipped = set(kernels.shipped())
-    for configuration, arguments in launched:
-        assert configuration in shipped
-        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
-            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+    assert_shipped(launched)
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------
@@ -418,13 +402,7 @@ def test_no_host_synchronisation_and_graph_capture(name: str, device: str) -> No
         loss = STEPS[name](x, target)
         return loss, torch.autograd.grad(loss, x)[0]
 
-    expected = step()
-    with no_synchronisation():
-        step()
-    graph, captured = capture(step)
-    graph.replay()
-    for ours, eager in zip(captured, expected, strict=True):
-        assert torch.equal(ours, eager)
+    check_capture(step)
 
 
 @pytest.mark.gpu
@@ -437,10 +415,9 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 
     for batch in (3200, 17, 16, 1):
         train(0, batch)
-    before = compiled_kernels("softmax", "cross_entropy")
-    for index in range(50):
-        train(index, (3200, 1700, 16, 1)[index % 4])
-    assert compiled_kernels("softmax", "cross_entropy") == before
+    with no_recompilation("softmax", "cross_entropy"):
+        for index in range(50):
+            train(index, (3200, 1700, 16, 1)[index % 4])
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import DEVICE, FLOAT_DTYPES
+from support.dropout import compiled_and_eager
 from support.training import losses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -180,14 +181,8 @@ def test_layer(device: str) -> None:
 
 @needs_kernels
 def test_compiled_results_equal_eager(device: str) -> None:
-    torch._dynamo.reset()
     tensors = [leaf(tensor) for tensor in operands(5)]
-    results = []
-    for run in (torch.compile(drop_connect_linear, fullgraph=True, backend="aot_eager"), drop_connect_linear):
-        torch.manual_seed(2)
-        y = run(*tensors)
-        results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
-    for ours, eager in zip(*results, strict=True):
+    for ours, eager in compiled_and_eager(drop_connect_linear, tensors):
         torch.testing.assert_close(ours, eager)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fusion import assert_same, batch, fused_groups, make, reasons
+from support.fusion import assert_same, batch, fused_groups, make, pair, reasons
 from torch import Tensor, nn
 
 import fusednn
@@ -77,9 +77,7 @@ def chains_run(model: nn.Module, x: Tensor) -> list[list[str]]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_its_function(name: str, device: str) -> None:
     build, shape = FUNCTIONS[name]
-    stock = make(build(), device)
-    model = copy.deepcopy(stock)
-    fusednn.replace_layers(model, fuse=True)
+    stock, model = pair(build, device)
     x = batch(*shape, device=device)
     calls: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:  # where it is called apart, it is by this
@@ -97,9 +95,7 @@ def test_slopes_that_are_made_stay_apart(device: str) -> None:
 
 
 def test_layers_are_called_apart_with_the_function(device: str) -> None:
-    stock = make(Sloped(conv(), nn.BatchNorm2d(4)), device)
-    model = copy.deepcopy(stock)
-    fusednn.replace_layers(model, fuse=True)
+    stock, model = pair(lambda: Sloped(conv(), nn.BatchNorm2d(4)), device)
     for one in (model, stock):
         one.layers[1].register_forward_hook(lambda *results: results[-1] * 2)
     assert_same(model, stock, batch(*IMAGES, device=device))
@@ -146,9 +142,7 @@ RESIDUALS = {
 @pytest.mark.parametrize("name", RESIDUALS)
 def test_a_residual(name: str, device: str) -> None:
     build, shape = RESIDUALS[name]
-    stock = make(build(), device)
-    model = copy.deepcopy(stock)
-    fusednn.replace_layers(model, fuse=True)
+    stock, model = pair(build, device)
     x = batch(*shape, device=device)
     layers = [type(one).__name__ for one in (*model.layers, model.act)]
     assert chains_run(model, x) == [layers[: -1 if name == "by function" else None]]
@@ -156,9 +150,7 @@ def test_a_residual(name: str, device: str) -> None:
 
 
 def test_a_residual_unlike_the_norm(device: str) -> None:
-    stock = make(Broadcast(conv(), nn.BatchNorm2d(4)), device)
-    model = copy.deepcopy(stock)
-    fusednn.replace_layers(model, fuse=True)
+    stock, model = pair(lambda: Broadcast(conv(), nn.BatchNorm2d(4)), device)
     x = batch(*IMAGES, device=device)
     reasons_given = {row.reason for row in fusednn.explain(model, x) if row.path == "apart"}
     assert reasons_given == {"the residual is unlike what is normalised"}
@@ -224,8 +216,7 @@ def test_what_would_have_to_change(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", RESIDUALS)
 def test_slopes_that_are_taken_away(name: str, device: str) -> None:
     build, shape = RESIDUALS[name]
-    model = make(build(), device)
-    fusednn.replace_layers(model, fuse=True)
+    _, model = pair(build, device)
     for layer in model.modules():
         if isinstance(layer, nn.PReLU):
             layer.weight = None

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.gpu import capture, compiled_kernels, no_synchronisation
+from support.gpu import capture, no_recompilation, no_synchronisation
+from support.launches import assert_shipped, note_launches
 from support.maxout import check, linear_operands, stock_conv2d, stock_linear, stock_maxout
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -340,15 +341,7 @@ def test_opcheck(operator: object, arguments: tuple, device: str) -> None:
 def test_every_launch_is_a_shipped_configuration(
     device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    launched = []
-    original = kernels.maxout.launch
-
-    def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
-        launched.append((configuration, arguments))
-        original(configuration, programs, *arguments)
-
-    for module in (kernels.maxout, kernels.linear_maxout):
-        monkeypatch.setattr(module, "launch", record)
+    launched = note_launches(monkeypatch, kernels.maxout, kernels.linear_maxout)
     for dtype in (torch.float16, torch.float32, torch.float64):
         for name in FUNCTIONS:
             operands = [leaf(t) for t in tensors(name, dtype, device)]
@@ -357,12 +350,7 @@ def test_every_launch_is_a_shipped_configuration(
     request.getfixturevalue("tf32")
     maxout_linear(*tensors("linear", torch.float32, device))
     assert "tf32" in launched[-1][0].label
-    shipped = set(kernels.shipped("maxout"))
-    for configuration, arguments in launched:
-        assert configuration in shipped
-        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
-            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+    assert_shipped(launched, "maxout")
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
@@ -370,18 +358,7 @@ def test_every_launch_is_a_shipped_configuration(
 
 @pytest.mark.gpu
 @every_function
-def test_no_host_synchronisation(name: str, device: str) -> None:
-    function = FUNCTIONS[name][0]
-    operands = [leaf(t) for t in tensors(name, torch.float32, device)]
-    gradient = torch.ones_like(function(*operands))
-    torch.autograd.grad(function(*operands), operands, gradient)  # compiles
-    with no_synchronisation():
-        torch.autograd.grad(function(*operands), operands, gradient)
-
-
-@pytest.mark.gpu
-@every_function
-def test_cuda_graph(name: str, device: str) -> None:
+def test_no_host_synchronisation_and_cuda_graph(name: str, device: str) -> None:
     function = FUNCTIONS[name][0]
     operands = [leaf(t) for t in tensors(name, torch.float32, device)]
     gradient = torch.ones_like(function(*operands))
@@ -390,6 +367,9 @@ def test_cuda_graph(name: str, device: str) -> None:
         y = function(*operands)
         return (y, *torch.autograd.grad(y, operands, gradient))
 
+    step()  # compiles
+    with no_synchronisation():
+        step()
     graph, captured = capture(step)
     with torch.no_grad():
         operands[0].mul_(-1)
@@ -408,7 +388,6 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 
     for batch in (32, 17):
         step(batch)
-    before = compiled_kernels("maxout")
-    for index in range(50):
-        step(17 if index % 10 == 9 else 32)
-    assert compiled_kernels("maxout") == before
+    with no_recompilation("maxout"):
+        for index in range(50):
+            step(17 if index % 10 == 9 else 32)

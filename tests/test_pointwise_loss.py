@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.gpu import capture, compiled_kernels, no_synchronisation
+from support.gpu import check_capture, no_recompilation
+from support.launches import assert_shipped, note_launches
 from support.losses import LOSSES, REDUCTIONS, Loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -292,15 +293,7 @@ def test_bytes_of_both_gradients_and_of_a_small_loss(device: str) -> None:
 
 @needs_kernels
 def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-    original = kernels.base.launch.launch
-
-    def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
-        launched.append((configuration, arguments))
-        original(configuration, programs, *arguments)
-
-    for module in (kernels.pointwise_loss, kernels.nll_loss, kernels.base.partial_sums):
-        monkeypatch.setattr(module, "launch", record)
+    launched = note_launches(monkeypatch, kernels.pointwise_loss, kernels.nll_loss, kernels.base.partial_sums)
     for dtype in FLOAT_DTYPES:
         for loss in LOSSES:
             for reduction in ("none", "mean"):
@@ -310,13 +303,8 @@ def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytes
         x = torch.randn(2, 3, dtype=torch.float32, device=device).to(dtype).requires_grad_()
         for reduction in ("none", "mean"):
             autograd.nll_loss(x, torch.tensor([0, 2], device=device), reduction=reduction).sum().backward()
-    shipped = set(kernels.shipped())
     assert len({configuration for configuration, _ in launched}) == len(set(kernels.shipped("pointwise_loss"))) + 12
-    for configuration, arguments in launched:
-        assert configuration in shipped
-        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
-            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+    assert_shipped(launched)
 
 
 COMPILED = [
@@ -424,13 +412,7 @@ def test_no_host_synchronisation_and_graph_capture(loss: Loss, device: str) -> N
     # Weights come from the host in `Loss`: of no interest here.
     loss = Loss(loss.name, loss.arguments)
     x, t = (leaf(operand) for operand in loss.operands((64, 500), torch.float32, device))
-    expected = step(loss, x, t)
-    with no_synchronisation():
-        step(loss, x, t)
-    graph, captured = capture(lambda: step(loss, x, t))
-    graph.replay()
-    for ours, eager in zip(captured, expected, strict=True):
-        assert torch.equal(ours, eager)
+    check_capture(lambda: step(loss, x, t))
 
 
 @pytest.mark.gpu
@@ -446,10 +428,9 @@ def test_no_recompilation_over_fifty_steps(device: str) -> None:
 
     for batch in (3200, 17, 16, 1):
         train(0, batch)
-    before = compiled_kernels("pointwise_loss", "nll_loss")
-    for index in range(50):
-        train(index, (3200, 1700, 16, 1)[index % 4])
-    assert compiled_kernels("pointwise_loss", "nll_loss") == before
+    with no_recompilation("pointwise_loss", "nll_loss"):
+        for index in range(50):
+            train(index, (3200, 1700, 16, 1)[index % 4])
 
 
 ASSERTIONS = [

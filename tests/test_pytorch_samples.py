@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.device import FLOAT_DTYPES, KERNELS_RUN
-from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_samples
+from support.pytorch_samples import OPERATORS, SAMPLED, inherent_error, module_pairs
 from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum
 
@@ -38,13 +38,7 @@ def test_module_info_samples(stock_class: type[nn.Module], dtype: torch.dtype, t
     if stock_class is nn.RReLU and training and dtype is torch.float16 and not KERNELS_RUN:
         pytest.skip("stock has no random RReLU in float16 on a CPU")
     count = 0
-    for sample in module_samples(stock_class, device, dtype, training=training):
-        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
-        modules = []
-        for cls in (stock_class, TWINS[stock_class]):
-            torch.manual_seed(1)
-            modules.append(cls(*arguments, **options).to(device, dtype).train(training))
-        stock, ours = modules
+    for stock, ours, sample in module_pairs(stock_class, device, dtype, training=training):
         if stock_class is nn.RReLU:
             stock.eval()  # the bounds are equal, and stock's training has no float16 on a CPU
         mine, theirs, reference = (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.device import DEVICE, FLOAT_DTYPES, KERNELS_RUN
+from support.dropout import compiled_and_eager
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -143,14 +144,8 @@ def test_layer() -> None:
 
 @needs_kernels
 def test_compiled_results_equal_eager(device: str) -> None:
-    torch._dynamo.reset()
     x, belief = (leaf(random_tensor((6, 40), torch.float32, device, seed)) for seed in (0, 1))
-    results = []
-    for run in (torch.compile(standout, fullgraph=True, backend="aot_eager"), standout):
-        torch.manual_seed(2)
-        y = run(x, belief)
-        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
-    for ours, eager in zip(*results, strict=True):
+    for ours, eager in compiled_and_eager(standout, [x, belief], [x]):
         assert torch.equal(ours, eager)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.launches import assert_shipped, note_launches
 from support.samples import CASES, Case
-from torch import Tensor
 
 from fusednn import autograd, kernels
 from fusednn.catalogue import row_of
@@ -136,27 +136,14 @@ def test_dense_memory_is_never_copied(layout: object, device: str) -> None:
 
 def test_every_launch_is_a_shipped_configuration(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tests and users launch is what the compile check compiles."""
-    launched = []
-    original = kernels.base.launch.launch
-
-    def record(configuration: kernels.Configuration, programs: int, *arguments: object) -> None:
-        launched.append((configuration, arguments))
-        original(configuration, programs, *arguments)
-
-    for module in (kernels.activation, kernels.prelu, kernels.rrelu):
-        monkeypatch.setattr(module, "launch", record)
+    launched = note_launches(monkeypatch, kernels.activation, kernels.prelu, kernels.rrelu)
     for case in [*CASES, Case("rrelu", {"training": True})]:
         for dtype in (torch.float16, torch.float32):
             operands = [leaf(operand) for operand in case.operands(random_tensor((2, 3, 40), dtype, device))]
             case.ours(*operands).sum().backward()
             case.ours(*[operand.detach() for operand in operands])
-    shipped = set(kernels.shipped())
     assert launched
-    for configuration, arguments in launched:
-        assert configuration in shipped
-        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
-            expected = kernels.base.launch.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
-            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"
+    assert_shipped(launched)
 
 
 def test_eager_counts_follow_from_the_formulae(device: str) -> None:

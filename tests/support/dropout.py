@@ -1,6 +1,6 @@
 """The dropout functions with one mask, and what they are tried on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -33,3 +33,16 @@ def seeded(name: str, p: float = P) -> Callable[[Tensor], Tensor]:
         return y
 
     return call
+
+
+def compiled_and_eager(
+    function: Callable[..., Tensor], operands: Sequence[Tensor], wanted: Sequence[Tensor] = ()
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Result and gradients of a function that draws, of all operands or those that are ``wanted``, from one seed."""
+    torch._dynamo.reset()
+    results = []
+    for run in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+        torch.manual_seed(2)
+        y = run(*operands)
+        results.append((y, *torch.autograd.grad(y.square().sum(), wanted or operands)))
+    return zip(*results, strict=True)

@@ -1,5 +1,6 @@
 """Models whose layers `replace_layers(fuse=True)` fuses, and how their results are held against stock's."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +46,14 @@ def assert_same(model: nn.Module, stock: nn.Module, x: Tensor, **kwargs: object)
         model.train(training)
         stock.train(training)
         torch.testing.assert_close(outcome(model, x, **kwargs), outcome(stock, x, **kwargs), rtol=1e-9, atol=1e-9)
+
+
+def pair(build: Callable[[], nn.Module], device: str) -> tuple[nn.Module, nn.Module]:
+    """What is built, and a copy whose neighbours are fused."""
+    stock = make(build(), device)
+    model = copy.deepcopy(stock)
+    layers.replace_layers(model, fuse=True)
+    return stock, model
 
 
 def fused_groups(report: layers.ReplacementReport) -> dict[str, str]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from fusednn import kernels
 
@@ -26,6 +27,25 @@ def compiled_kernels(*families: str) -> int:
     """How many kernels of these families, or of all, Triton has compiled for this process."""
     distinct = {configuration.kernel for family in families or (None,) for configuration in kernels.shipped(family)}
     return sum(len(cache[0]) for kernel in distinct for cache in kernel.device_caches.values())
+
+
+@contextmanager
+def no_recompilation(*families: str) -> Iterator[None]:
+    """No kernel of these families, or of any, is compiled in the ``with`` block."""
+    before = compiled_kernels(*families)
+    yield
+    assert compiled_kernels(*families) == before
+
+
+def check_capture(step: Callable[[], tuple[Tensor, ...]]) -> None:
+    """A step doesn't wait for the GPU, and a graph of it gives its bits."""
+    expected = step()
+    with no_synchronisation():
+        step()
+    graph, captured = capture(step)
+    graph.replay()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
 
 
 def capture(run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

@@ -1,17 +1,22 @@
 """The launches of a call: what their kernels were given, and the same again elsewhere in memory."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
+from fusednn import kernels
 from fusednn.kernels.base import launch as launching
 from fusednn.kernels.base.launch import Configuration
 
-__all__ = ["Launch", "launches", "specialised_integers"]
+__all__ = ["Launch", "assert_shipped", "launches", "note_launches", "specialised_integers"]
+
+#: A configuration, and what it was launched with.
+Noted = tuple[Configuration, tuple[object, ...]]
 
 
 def specialised_integers(configuration: Configuration) -> list[str]:
@@ -69,3 +74,27 @@ def launches() -> Iterator[list[Launch]]:
 
     with mock.patch.object(launching, "recorder", run):
         yield found
+
+
+def note_launches(patch: pytest.MonkeyPatch, *modules: object) -> list[Noted]:
+    """What these modules of kernels launch from now on."""
+    launched: list[Noted] = []
+    launch = launching.launch
+
+    def record(configuration: Configuration, programs: int, *arguments: object) -> None:
+        launched.append((configuration, arguments))
+        launch(configuration, programs, *arguments)
+
+    for module in modules:
+        patch.setattr(module, "launch", record)
+    return launched
+
+
+def assert_shipped(launched: Iterable[Noted], family: str | None = None) -> None:
+    """What was launched is what the compile check compiles, of the dtypes that it was given."""
+    shipped = set(kernels.shipped(family))
+    for configuration, arguments in launched:
+        assert configuration in shipped
+        for (name, kind), argument in zip(configuration.signature, arguments, strict=True):
+            expected = launching.TRITON_TYPE[argument.dtype] if isinstance(argument, Tensor) else None
+            assert expected is None or kind == f"*{expected}", f"{configuration.label}: {name} is {expected}"

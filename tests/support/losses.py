@@ -1,4 +1,4 @@
-"""The pointwise losses under test: our function, stock's, and operands in the range of each."""
+"""The pointwise losses under test: our function, stock's, and operands in the range of each.  Logits that hurt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +13,18 @@ from fusednn import autograd
 from fusednn.testing import check_against_stock, random_tensor
 
 REDUCTIONS = ("none", "mean", "sum")
+
+
+def odd_lines(lines: int, length: int, device: str) -> Tensor:
+    """Zeros, but for five lines of -inf, NaN and infinities; in the last of these all but one element is -inf."""
+    infinity = float("inf")
+    x = torch.zeros(lines, length, device=device)
+    x[0] = -infinity
+    x[1, 2] = float("nan")
+    x[2, 1] = infinity
+    x[3, 3] = -infinity
+    x[4, : length - 1] = -infinity
+    return x
 
 
 @dataclass(frozen=True)

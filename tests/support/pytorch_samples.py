@@ -1,5 +1,6 @@
 """PyTorch's descriptions of what has a twin, and what its samples need beside."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ def module_samples(cls: type[nn.Module], device: str, dtype: Any, *, training: b
     if cls is nn.RReLU:  # equal bounds, so that training, too, has one right answer
         return [ModuleInput(FunctionInput(0.25, 0.25), item.forward_input, item.desc) for item in sample]
     return sample
+
+
+def module_pairs(
+    cls: type[nn.Module], device: str, dtype: torch.dtype, *, training: bool
+) -> Iterator[tuple[nn.Module, nn.Module, ModuleInput]]:
+    """Stock and ours for every sample, built alike."""
+    for sample in module_samples(cls, device, dtype, training=training):
+        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+        modules = []
+        for one in (cls, TWINS[cls]):
+            torch.manual_seed(1)
+            modules.append(one(*arguments, **options).to(device, dtype).train(training))
+        yield modules[0], modules[1], sample
 
 
 def inherent_error(name: str, dtype: torch.dtype) -> float:

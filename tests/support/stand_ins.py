@@ -52,7 +52,9 @@ class Frozen(nn.Module):
         return x * scale + (bias - mean * scale)
 
 
-class FrozenActivated(Frozen):
+class _Activating(nn.Module):
+    """First among the bases of a norm, behind which it drops and activates."""
+
     def __init__(self, features: int, act: nn.Module) -> None:
         super().__init__(features)
         self.drop, self.act = nn.Identity(), act
@@ -62,14 +64,12 @@ class FrozenActivated(Frozen):
         return result
 
 
-class Activated(nn.BatchNorm2d):
-    def __init__(self, features: int, act: nn.Module) -> None:
-        super().__init__(features)
-        self.drop, self.act = nn.Identity(), act
+class FrozenActivated(_Activating, Frozen):
+    """A frozen norm."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.act(self.drop(super().forward(x)))
-        return result
+
+class Activated(_Activating, nn.BatchNorm2d):
+    """A batch norm."""
 
 
 class Scale(nn.Module):
