@@ -57,12 +57,19 @@ def _fake_mask(x: Tensor) -> Tensor:
     return x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)
 
 
-@operator(
-    "activation(Tensor x, str name, float a, float b) -> Tensor",
-    fake=lambda x, name, a, b: torch.empty_like(x),
-)
-def _forward(x: Tensor, name: str, a: float, b: float) -> Tensor:
-    return kernels.activation_forward(x, activated(name, a, b))
+def activation_operator(
+    schema: str, function: Callable[..., Any], *, fake: Callable[..., Any] = lambda x, *_: torch.empty_like(x)
+) -> Callable[..., Any]:
+    """The operator of a kernel's function whose last argument is an activation: ``ACTIVATION`` in the schema.
+
+    Its result is like its first operand, unless ``fake`` tells otherwise.
+    """
+    return operator(schema.replace("ACTIVATION", "str name, float a, float b"), fake=fake)(
+        lambda *arguments: function(*arguments[:-3], activated(*arguments[-3:]))
+    )
+
+
+_forward = activation_operator("activation(Tensor x, ACTIVATION) -> Tensor", kernels.activation_forward)
 
 
 @operator(
@@ -93,12 +100,11 @@ def _masked_forward_inplace(x: Tensor, seed: Tensor | None, name: str, a: float,
     return kernels.activation_masked_forward(x, activated(name, a, b), inplace=True)[1]
 
 
-@operator(
-    "activation_backward(Tensor g, Tensor saved, str name, float a, float b) -> Tensor",
-    fake=lambda g, saved, name, a, b: torch.empty_like(saved),
+_backward = activation_operator(
+    "activation_backward(Tensor g, Tensor saved, ACTIVATION) -> Tensor",
+    kernels.activation_backward,
+    fake=lambda g, saved, *_: torch.empty_like(saved),
 )
-def _backward(g: Tensor, saved: Tensor, name: str, a: float, b: float) -> Tensor:
-    return kernels.activation_backward(g, saved, activated(name, a, b))
 
 
 @operator(

@@ -5,8 +5,8 @@ Transformer" (2020); Hu, Shen, Sun, "Squeeze-and-Excitation Networks" (CVPR 2018
 "Highway Networks" (2015).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from ..kernels import gated_highway as highways
 from ..kernels.base.layout import is_dense
 from ..kernels.functions.activation import Activated, activated
 from . import stock as F
-from .activation import resolve_activation, stock_activation
+from .activation import activation_operator, resolve_activation, stock_activation
 from .decisions import decided_once
-from .dispatch import is_integer, takes_kernel
+from .dispatch import Refusal, is_integer, takes_kernel
 from .function import Function
 from .gradients import stock_gradients
 from .operators import operator
@@ -34,20 +34,29 @@ CHANNEL_GATES = channels.CHANNEL_GATES
 HIGHWAY_GATES = highways.HIGHWAY_GATES
 
 
-@operator(
-    "gated(Tensor gate, Tensor other, str name, float a, float b) -> Tensor",
-    fake=lambda gate, other, name, a, b: torch.empty_like(gate),
+_forward = activation_operator("gated(Tensor gate, Tensor other, ACTIVATION) -> Tensor", kernels.gated_forward)
+_backward = activation_operator(
+    "gated_backward(Tensor g, Tensor gate, Tensor other, ACTIVATION) -> (Tensor, Tensor)",
+    kernels.gated_backward,
+    fake=lambda g, gate, *_: (torch.empty_like(gate), torch.empty_like(gate)),
 )
-def _forward(gate: Tensor, other: Tensor, name: str, a: float, b: float) -> Tensor:
-    return kernels.gated_forward(gate, other, activated(name, a, b))
-
-
-@operator(
-    "gated_backward(Tensor g, Tensor gate, Tensor other, str name, float a, float b) -> (Tensor, Tensor)",
-    fake=lambda g, gate, other, name, a, b: (torch.empty_like(gate), torch.empty_like(gate)),
+_channels_forward = activation_operator(
+    "gated_channels(Tensor x, Tensor gate, ACTIVATION) -> Tensor", channels.gated_channels_forward
 )
-def _backward(g: Tensor, gate: Tensor, other: Tensor, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
-    return kernels.gated_backward(g, gate, other, activated(name, a, b))
+_channels_backward = activation_operator(
+    "gated_channels_backward(Tensor g, Tensor x, Tensor gate, ACTIVATION) -> (Tensor, Tensor)",
+    channels.gated_channels_backward,
+    fake=lambda g, x, gate, *_: (torch.empty_like(x), gate.new_empty(gate.shape)),
+)
+_highway_forward = activation_operator(
+    "highway(Tensor gate, Tensor transformed, Tensor carried, ACTIVATION) -> Tensor", highways.highway_forward
+)
+_highway_backward = activation_operator(
+    "highway_backward(Tensor g, Tensor gate, Tensor transformed, Tensor carried, ACTIVATION)"
+    " -> (Tensor, Tensor, Tensor)",
+    highways.highway_backward,
+    fake=lambda g, gate, *_: tuple(torch.empty_like(gate) for _ in range(3)),
+)
 
 
 def _fake_half(x: Tensor, dim: int, name: str, a: float, b: float, gate_first: bool) -> Tensor:
@@ -69,67 +78,66 @@ def _halves_backward(g: Tensor, x: Tensor, dim: int, name: str, a: float, b: flo
     return kernels.gated_halves_backward(g, x, dim, activated(name, a, b), gate_first)
 
 
-@operator(
-    "gated_channels(Tensor x, Tensor gate, str name, float a, float b) -> Tensor",
-    fake=lambda x, gate, name, a, b: torch.empty_like(x),
-)
-def _channels_forward(x: Tensor, gate: Tensor, name: str, a: float, b: float) -> Tensor:
-    return channels.gated_channels_forward(x, gate, activated(name, a, b))
+class _Kind(NamedTuple):
+    """A gate: its operator, that of its gradients, what PyTorch computes in their place, and its kernels' names."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+    stock: Callable[..., Tensor]
+    activations: Sequence[str]
+    does: str
 
 
-@operator(
-    "gated_channels_backward(Tensor g, Tensor x, Tensor gate, str name, float a, float b) -> (Tensor, Tensor)",
-    fake=lambda g, x, gate, name, a, b: (torch.empty_like(x), gate.new_empty(gate.shape)),
-)
-def _channels_backward(g: Tensor, x: Tensor, gate: Tensor, name: str, a: float, b: float) -> tuple[Tensor, Tensor]:
-    return channels.gated_channels_backward(g, x, gate, activated(name, a, b))
+def _stock_highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activated) -> Tensor:
+    t = stock_activation(gate, activation)
+    return t * transformed + (1 - t) * carried
 
 
-@operator(
-    "highway(Tensor gate, Tensor transformed, Tensor carried, str name, float a, float b) -> Tensor",
-    fake=lambda gate, transformed, carried, name, a, b: torch.empty_like(gate),
-)
-def _highway_forward(gate: Tensor, transformed: Tensor, carried: Tensor, name: str, a: float, b: float) -> Tensor:
-    return highways.highway_forward(gate, transformed, carried, activated(name, a, b))
-
-
-@operator(
-    "highway_backward(Tensor g, Tensor gate, Tensor transformed, Tensor carried, str name, float a, float b)"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=lambda g, gate, *_: tuple(torch.empty_like(gate) for _ in range(3)),
-)
-def _highway_backward(
-    g: Tensor, gate: Tensor, transformed: Tensor, carried: Tensor, name: str, a: float, b: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return highways.highway_backward(g, gate, transformed, carried, activated(name, a, b))
+_KINDS = {
+    "gated": _Kind(
+        *(_forward, _backward, lambda gate, other, activation: stock_activation(gate, activation) * other),
+        *(GATES, "gates"),
+    ),
+    "gated_channels": _Kind(
+        *(_channels_forward, _channels_backward, lambda x, gate, activation: x * stock_activation(gate, activation)),
+        *(CHANNEL_GATES, "gates channels"),
+    ),
+    "highway": _Kind(_highway_forward, _highway_backward, _stock_highway, HIGHWAY_GATES, "has highways"),
+}
 
 
 class Gated(Function):
-    """Saves the gate and the other operand; one pass gives both gradients."""
+    """Saves the operands of a gate of this kind; one pass gives the gradients of all."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, other: Tensor, activation: Activated) -> Tensor:
-        ctx.save_for_backward(gate, other)
-        ctx.activation = activation
-        y: Tensor = _forward(gate, other, *activation.arguments)
-        return y
+    def forward(ctx: Any, kind: str, activation: Activated, *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
+        ctx.kind, ctx.activation = kind, activation
+        return _KINDS[kind].forward(*operands, *activation.arguments)
 
     @staticmethod
     def recipe(ctx: Any) -> Callable[..., Tensor]:
-        activation = ctx.activation
-        return lambda gate, other: _forward(gate, other, *activation.arguments)
+        forward, arguments = _KINDS[ctx.kind].forward, ctx.activation.arguments
+        return lambda *operands: forward(*operands, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gate, other = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kind, activation = _KINDS[ctx.kind], ctx.activation
+        operands, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            dgate, dother = stock_gradients(
-                lambda gate, other: stock_activation(gate, ctx.activation) * other, (gate, other), needed, g
-            )
+            found = stock_gradients(lambda *operands: kind.stock(*operands, activation), operands, needed, g)
         else:
-            dgate, dother = _backward(g, gate, other, *ctx.activation.arguments)
-        return dgate if needed[0] else None, dother if needed[1] else None, None
+            found = kind.backward(g, *operands, *activation.arguments)
+        return None, None, *(gradient if need else None for gradient, need in zip(found, needed, strict=True))
+
+
+class GatedChannels(Gated):
+    """`Gated`, of channels."""
+
+
+class Highway(Gated):
+    """`Gated`, of highways."""
 
 
 class GatedHalves(Function):
@@ -158,64 +166,6 @@ class GatedHalves(Function):
         return dx, None, None, None
 
 
-class GatedChannels(Function):
-    """Saves the input and the gate; one pass gives both gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, activation: Activated) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        ctx.activation = activation
-        y: Tensor = _channels_forward(x, gate, *activation.arguments)
-        return y
-
-    @staticmethod
-    def recipe(ctx: Any) -> Callable[..., Tensor]:
-        activation = ctx.activation
-        return lambda x, gate: _channels_forward(x, gate, *activation.arguments)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, gate = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            dx, dgate = stock_gradients(
-                lambda x, gate: x * stock_activation(gate, ctx.activation), (x, gate), needed, g
-            )
-        else:
-            dx, dgate = _channels_backward(g, x, gate, *ctx.activation.arguments)
-        return dx if needed[0] else None, dgate if needed[1] else None, None
-
-
-class Highway(Function):
-    """Saves the operands; one pass gives all three gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activated) -> Tensor:
-        ctx.save_for_backward(gate, transformed, carried)
-        ctx.activation = activation
-        y: Tensor = _highway_forward(gate, transformed, carried, *activation.arguments)
-        return y
-
-    @staticmethod
-    def recipe(ctx: Any) -> Callable[..., Tensor]:
-        activation = ctx.activation
-        return lambda *operands: _highway_forward(*operands, *activation.arguments)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        operands, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            found = stock_gradients(lambda gate, h, x: _stock_highway(gate, h, x, ctx.activation), operands, needed, g)
-        else:
-            found = _highway_backward(g, *operands, *ctx.activation.arguments)
-        return *(gradient if need else None for gradient, need in zip(found, needed, strict=True)), None
-
-
-def _stock_highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activated) -> Tensor:
-    t = stock_activation(gate, activation)
-    return t * transformed + (1 - t) * carried
-
-
 def _stock_halves(x: Tensor, dim: int, activation: Activated, gate_first: bool) -> Tensor:
     first, second = x.chunk(2, dim)
     gate, other = (first, second) if gate_first else (second, first)
@@ -235,11 +185,7 @@ def gated(gate: Tensor, other: Tensor, activation: str = "silu") -> Tensor:
 
 @decided_once
 def _gated(gate: Tensor, other: Tensor, activation: str) -> Callable[..., Tensor]:
-    resolved = resolve_activation(activation)
-
     def refusal() -> str | None:
-        if activation not in kernels.GATES:
-            return f"no kernel gates with {activation}"
         if gate is other:
             return "the gate is what it gates"
         if gate.shape != other.shape:
@@ -248,11 +194,23 @@ def _gated(gate: Tensor, other: Tensor, activation: str) -> Callable[..., Tensor
             return "memory that isn't walked alike"  # PyTorch's operators need no copy
         return None
 
-    if not isinstance(other, Tensor) or not takes_kernel("gated", gate, other, refusal=refusal):
-        return lambda gate, other, _: stock_activation(gate, resolved) * other
-    if torch.is_grad_enabled() and (gate.requires_grad or other.requires_grad):
-        return lambda gate, other, _: Gated.apply(gate, other, resolved)
-    return lambda gate, other, _: _forward(gate, other, *resolved.arguments)
+    return _decide(Gated, "gated", (gate, other), activation, refusal)
+
+
+def _decide(
+    function: type[Gated], name: str, operands: Sequence[Tensor], activation: str, refusal: Refusal
+) -> Callable[..., Tensor]:
+    """What computes a gate of the kind that goes by a name, of its operands and the activation."""
+    kind, resolved = _KINDS[name], resolve_activation(activation)
+
+    def any_refusal() -> str | None:
+        return refusal() if activation in kind.activations else f"no kernel {kind.does} with {activation}"
+
+    if not all(isinstance(one, Tensor) for one in operands) or not takes_kernel(name, *operands, refusal=any_refusal):
+        return lambda *given: kind.stock(*given[:-1], resolved)
+    if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
+        return lambda *given: function.apply(name, resolved, *given[:-1])
+    return lambda *given: kind.forward(*given[:-1], *resolved.arguments)
 
 
 def gated_halves(input: Tensor, dim: int = -1, activation: str = "sigmoid", *, gate_first: bool = False) -> Tensor:
@@ -296,19 +254,10 @@ def highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: str 
 
 @decided_once
 def _highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: str) -> Callable[..., Tensor]:
-    resolved = resolve_activation(activation)
-    operands = (gate, transformed, carried)
-
     def refusal() -> str | None:
-        if activation not in HIGHWAY_GATES:
-            return f"no kernel has highways with {activation}"
         return None if gate.shape == transformed.shape == carried.shape else "operands differ in shape"
 
-    if not all(isinstance(one, Tensor) for one in operands) or not takes_kernel("highway", *operands, refusal=refusal):
-        return lambda gate, transformed, carried, _: _stock_highway(gate, transformed, carried, resolved)
-    if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
-        return lambda gate, transformed, carried, _: Highway.apply(gate, transformed, carried, resolved)
-    return lambda gate, transformed, carried, _: _highway_forward(gate, transformed, carried, *resolved.arguments)
+    return _decide(Highway, "highway", (gate, transformed, carried), activation, refusal)
 
 
 def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> Tensor:
@@ -323,26 +272,18 @@ def gated_channels(input: Tensor, gate: Tensor, activation: str = "sigmoid") -> 
 
 @decided_once
 def _gated_channels(input: Tensor, gate: Tensor, activation: str) -> Callable[..., Tensor]:
-    resolved = resolve_activation(activation)
-
     def refusal() -> str | None:
-        if activation not in CHANNEL_GATES:
-            return f"no kernel gates channels with {activation}"
         if input.dim() < 3 or gate.shape != (*input.shape[:2], *(1 for _ in input.shape[2:])):
             return "the gate hasn't one element for each sample's channel"
         if not input.numel():
             return "no elements"
         return None if channels.lines_of_channels(input) else "neither contiguous nor channels last"
 
-    if not isinstance(gate, Tensor) or not takes_kernel("gated_channels", input, gate, refusal=refusal):
-        return lambda input, gate, _: input * stock_activation(gate, resolved)
-    if torch.is_grad_enabled() and (input.requires_grad or gate.requires_grad):
-        return lambda input, gate, _: GatedChannels.apply(input, gate, resolved)
-    return lambda input, gate, _: _channels_forward(input, gate, *resolved.arguments)
+    return _decide(GatedChannels, "gated_channels", (input, gate), activation, refusal)
 
 
 def _halves_refusal(input: Tensor, dim: int, activation: str) -> str | None:
-    if activation not in kernels.GATES:
+    if activation not in GATES:
         return f"no kernel gates with {activation}"
     if not is_integer(dim) or not -input.dim() <= dim < input.dim():
         return "there is no such dimension"

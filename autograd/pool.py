@@ -27,6 +27,7 @@ from .anchors import anchors_of
 from .decisions import decided_once
 from .dispatch import is_integer, or_stock, takes_kernel
 from .function import Function
+from .namesakes import namesake
 from .operators import given, operator
 from .recompute import needs
 
@@ -66,22 +67,10 @@ def operator_window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, 
     return Window(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
 
-def _fake_pool(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    name: str,
-    a: float,
-    b: float,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    *sizes, keeps, emits_indices = arguments
+def _fake_pool(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *_, name, a, b, kernel_size, stride, padding, dilation, ceil_mode, keeps, emits_indices = arguments
     x, channels_last = images(x)
-    window = operator_window(*sizes)
+    window = operator_window(kernel_size, stride, padding, dilation, ceil_mode)
     results = pooled_like(
         x, x.shape, channels_last, window, activated(name, a, b), keeps=keeps, emits_indices=emits_indices
     )
@@ -520,8 +509,8 @@ def squeezed(y: Tensor, line: bool, unbatched: bool, *, tracked: bool) -> Tensor
     return squeeze(y, 0) if unbatched else y
 
 
-@or_stock
-def max_pool1d(
+def _max_pool_of(
+    directions: int,
     input: Tensor,
     kernel_size: Sizes,
     stride: Sizes | None = None,
@@ -530,63 +519,29 @@ def max_pool1d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The maximum of each window of (C, L) or (N, C, L).  As `torch.nn.functional.max_pool1d`.
-
-    Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices.  Saves at most a byte
-    for each window; windows of more than 256 positions take the stock operator.
-    """
-    arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results: tuple[Tensor, Tensor] | None = _max_pool(input, 1, *arguments[1:])
+    arguments = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    results: tuple[Tensor, Tensor] | None = _max_pool(input, directions, *arguments)
     if results is None:
-        return F.max_pool1d(*arguments)  # type: ignore[no-any-return, call-overload]
+        return _STOCK[directions](input, *arguments)
     return results if return_indices else results[0]
 
 
-@or_stock
-def max_pool2d(
-    input: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes | None = None,
-    padding: Sizes = 0,
-    dilation: Sizes = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The maximum of each window of (C, H, W) or (N, C, H, W).  As `torch.nn.functional.max_pool2d`.
+#: By the number of directions.
+_STOCK: dict[int, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_DOC = """The maximum of each window of (C, {size}) or (N, C, {size}).  As `torch.nn.functional.max_pool{directions}d`.
 
     Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices in their channel's
-    H x W.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
+    {places}.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
     """
-    arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results: tuple[Tensor, Tensor] | None = _max_pool(input, 2, *arguments[1:])
-    if results is None:
-        return F.max_pool2d(*arguments)  # type: ignore[no-any-return, call-overload]
-    return results if return_indices else results[0]
 
-
-@or_stock
-def max_pool3d(
-    input: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes | None = None,
-    padding: Sizes = 0,
-    dilation: Sizes = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The maximum of each window of (C, D, H, W) or (N, C, D, H, W).  As `torch.nn.functional.max_pool3d`.
-
-    Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices in their channel's
-    D x H x W.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
-    """
-    arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results: tuple[Tensor, Tensor] | None = _max_pool(input, 3, *arguments[1:])
-    if results is None:
-        return F.max_pool3d(*arguments)  # type: ignore[no-any-return, call-overload]
-    return results if return_indices else results[0]
-
-
-_FUNCTIONS = {1: max_pool1d, 2: max_pool2d, 3: max_pool3d}
+_FUNCTIONS = {
+    number: namesake(
+        *(_max_pool_of, number, f"max_pool{number}d"),
+        _DOC.format(size=size, directions=number, places=size.replace(",", " x")),
+    )
+    for number, size in ((1, "L"), (2, "H, W"), (3, "D, H, W"))
+}
+max_pool1d, max_pool2d, max_pool3d = _FUNCTIONS.values()
 
 
 def max_pool(directions: int, input: Tensor, kernel_size: Sizes, stride: Sizes | None, padding: Sizes) -> Tensor:

@@ -14,8 +14,9 @@ from ..kernels import softmax as kernels
 from ..kernels.base.launch import DTYPES
 from . import stock as F
 from .decisions import decided_once
-from .dispatch import autocast_dtype, or_stock, takes_kernel
+from .dispatch import autocast_dtype, takes_kernel
 from .function import Function
+from .namesakes import namesake
 from .operators import operator
 from .recompute import needs
 
@@ -61,50 +62,36 @@ class Softmax(Function):
         return dx, None, None
 
 
-@or_stock
-def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    """exp(x) / sum(exp(x)) along ``dim``.  As `torch.nn.functional.softmax`; saves the output."""
-    if dim is None:
-        dim = _default_dim("softmax", input.dim(), _stacklevel + 1)
-    y = _apply(input, dim, dtype, "softmax")
-    return F.softmax(input, dim, _stacklevel, dtype) if y is None else y
-
-
-@or_stock
-def log_softmax(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+def _of_kind(
+    kind: str, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x - log(sum(exp(x))) along ``dim``.  As `torch.nn.functional.log_softmax`; saves the output."""
     if dim is None:
-        dim = _default_dim("log_softmax", input.dim(), _stacklevel + 1)
-    y = _apply(input, dim, dtype, "log_softmax")
-    return F.log_softmax(input, dim, _stacklevel, dtype) if y is None else y
-
-
-@or_stock
-def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    """exp(-x) / sum(exp(-x)) along ``dim``.  As `torch.nn.functional.softmin`; saves the output."""
-    if dim is None:
-        dim = _default_dim("softmin", input.dim(), _stacklevel + 1)
-    y = _apply(input, dim, dtype, "softmin")
-    return F.softmin(input, dim, _stacklevel, dtype) if y is None else y
+        dim = _default_dim(kind, input.dim(), _stacklevel + 1)
+    given = dtype
+    if dtype is None and autocast_dtype(input) is not None and input.is_cuda and input.dtype.itemsize == 2:
+        dtype = torch.float32  # CUDA's autocast does it in float32; the CPU's leaves it alone
+    y: Tensor | None = _decided(input, dim, dtype, kind)
+    return _STOCK[kind](input, dim, _stacklevel, given) if y is None else y
 
 
 #: The deprecated choice of a dimension, with its warning.
 _default_dim: Callable[[str, int, int], int] = _get_softmax_dim
 
+_STOCK: dict[str, Callable[..., Tensor]] = {
+    "softmax": F.softmax,
+    "log_softmax": F.log_softmax,
+    "softmin": F.softmin,
+}
+_DOC = "{} along ``dim``.  As `torch.nn.functional.{}`; saves the output."
 
-def _apply(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Tensor | None:
-    """The kernel's result, or None where stock has to do it."""
-    if dtype is None and autocast_dtype(input) is not None and input.is_cuda and input.dtype.itemsize == 2:
-        dtype = torch.float32  # CUDA's autocast does it in float32; the CPU's leaves it alone
-    y: Tensor | None = _decided(input, dim, dtype, kind)
-    return y
+softmax = namesake(_of_kind, "softmax", "softmax", _DOC.format("exp(x) / sum(exp(x))", "softmax"))
+log_softmax = namesake(_of_kind, "log_softmax", "log_softmax", _DOC.format("x - log(sum(exp(x)))", "log_softmax"))
+softmin = namesake(_of_kind, "softmin", "softmin", _DOC.format("exp(-x) / sum(exp(-x))", "softmin"))
 
 
 @decided_once
 def _decided(input: Tensor, dim: int, dtype: torch.dtype | None, kind: str) -> Callable[..., Tensor | None]:
-    """`_apply` in the dtype that it is computed in."""
+    """The kernel's result in the dtype that it is computed in, or None where stock has to do it."""
     if not takes_kernel(kind, input, refusal=lambda: _refusal(input, dim, dtype)):
         return lambda *_: None
     place = dim % max(input.dim(), 1)
