@@ -16,6 +16,7 @@ from ..kernels.base.launch import ACCUMULATOR
 from ..kernels.functions.activation import IDENTITY, Activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
+from .batch_norm_arguments import NormArguments, norm_and_rest, those_given
 from .batch_norm_operators import (
     backward,
     backward_training,
@@ -26,7 +27,7 @@ from .batch_norm_operators import (
     statistics,
 )
 from .decisions import decided_once
-from .dispatch import is_number, or_stock, takes_kernel
+from .dispatch import or_stock, takes_kernel
 from .function import Function
 from .gradients import stock_gradients
 from .recompute import needs
@@ -39,9 +40,9 @@ __all__ = ["BatchNorm", "batch_norm", "batch_norm_act", "begin_batch_norm", "cha
 class BatchNorm(Function):
     """activation(normalised x * weight + bias + residual), with given statistics, or those of x.
 
-    Saves the input and the statistics.  With a residual and an activation it also saves what the activation's gradient
-    needs: the bits of a mask where that suffices, else the residual.  The bias is saved only where the activation's
-    argument is computed from it again.
+    Saves the input and the statistics; ``running`` is what computes these and updates the running ones.  With a
+    residual and an activation it also saves what the activation's gradient needs: the bits of a mask where that
+    suffices, else the residual.  The bias is saved only where the activation's argument is computed from it again.
     """
 
     @staticmethod
@@ -56,10 +57,7 @@ class BatchNorm(Function):
         training: bool,
         eps: float,
         activation: Activated,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        batches: Tensor | None = None,
-        momentum: float = 0.0,
+        *running: Any,
     ) -> Tensor:
         joined = residual is not None and activation.saves != "nothing"
         # Compilers may give the backward pass operands of other strides, by which bits of a mask would be another's.
@@ -67,7 +65,6 @@ class BatchNorm(Function):
         y: Tensor
         rest = (weight, bias, eps, *activation.arguments, masked)
         if mean is None or variance is None:
-            running = (running_mean, running_var, batches, momentum)
             y, mask, mean, variance = forward_training(x, residual, *running, *rest)
         else:
             y, mask = forward(x, residual, mean, variance, *rest)
@@ -241,88 +238,47 @@ def batch_norm_act(
 
 
 @decided_once
-def _batch_norm(
-    input: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    batches: Tensor | None,
-    activation: str | None,
-    *parameters: float,
-) -> Callable[..., Tensor]:
-    """`batch_norm_act`, by its kernels or by stock operators."""
+def _batch_norm(input: Tensor, residual: Tensor | None, *arguments: Any) -> Callable[..., Tensor]:
+    """`batch_norm_act`, by its kernels or by stock operators; the activation and its parameters come last."""
+    norm, (activation, *parameters) = norm_and_rest(arguments)
     resolved = resolve_activation(activation, parameters)
-    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps, residual, batches, resolved)
-    name = "batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act"
-    if batches is not None:
-        name = "cumulative_batch_norm"  # stock's reads the number of batches on the host, which breaks graphs
-    vectors = those_given(running_mean, running_var, weight, bias)
+    name = norm.named("batch_norm" if resolved.saves == "nothing" and residual is None else "batch_norm_act")
     operands = those_given(input, residual)
-    if not takes_kernel(name, *operands, parameters=vectors, refusal=lambda: norm_refusal(*arguments)):
+    if not takes_kernel(
+        name, *operands, parameters=norm.vectors, refusal=lambda: norm.refusal(input, residual, resolved)
+    ):
         return partial(_stock, resolved)
-    if not training:
+    if not norm.training:
         return partial(_in_evaluation, resolved)
-    numbers = (float(momentum), float(eps))
-    return _in_training(*numbers, resolved, differentiable=_requires_grad(input, residual, weight, bias))
+    differentiable = _requires_grad(input, residual, norm.weight, norm.bias)
+    return _in_training(float(norm.momentum), float(norm.eps), resolved, differentiable=differentiable)
 
 
-def _stock(
-    activation: Activated,
-    input: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    batches: Tensor | None,
-    *_: object,
-) -> Tensor:
-    if batches is not None and training:
-        momentum = 1.0 / float(batches)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return apply_activation(y, residual, activation)
+def _stock(activation: Activated, input: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
+    norm, _ = norm_and_rest(arguments)
+    return apply_activation(norm.stock(input), residual, activation)
 
 
 def begin_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    *,
-    batches: Tensor | None,
-    partial: Tensor | None,
+    input: Tensor, norm: NormArguments, partial: Tensor | None
 ) -> Callable[[Tensor | None, Activated], Tensor]:
     """`batch_norm_act` in training up to where it needs the residual: all that it changes, and all but the last pass.
 
     The rest is the function that it returns, of a residual of the input's shape and dtype, and the activation.
     ``partial`` are statistics of parts of the input, where there are some already.
     """
-    vectors = (running_mean, running_var, weight, bias)
-    arguments = (input, *vectors, True, momentum, eps, None, batches)
-    name = "batch_norm" if batches is None else "cumulative_batch_norm"
-    if not takes_kernel(name, input, parameters=those_given(*vectors), refusal=lambda: norm_refusal(*arguments)):
-        momentum = momentum if batches is None else 1.0 / float(batches)
-        y = F.batch_norm(input, *vectors, True, momentum, eps)
+    if not takes_kernel(norm.named("batch_norm"), input, parameters=norm.vectors, refusal=lambda: norm.refusal(input)):
+        y = norm.stock(input)
         return lambda residual, activation: apply_activation(y, residual, activation)
-    running = (running_mean, running_var, batches, float(momentum))
-    mean, variance = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
+    running = norm.running
+    moments = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
 
     def finish(residual: Tensor | None, activation: Activated) -> Tensor:
-        rest = (weight, bias, mean, variance, True, eps)
+        rest = (norm.weight, norm.bias, *moments)
         if takes_kernel("batch_norm_act", *those_given(input, residual), refusal=activation.refusal):
-            return normalise(BatchNorm, input, residual, *rest, activation)
-        return apply_activation(normalise(BatchNorm, input, None, *rest, IDENTITY), residual, activation)
+            return normalise(BatchNorm, (input, residual, *rest), True, norm.eps, activation)
+        y = normalise(BatchNorm, (input, None, *rest), True, norm.eps, IDENTITY)
+        return apply_activation(y, residual, activation)
 
     return finish
 
@@ -348,28 +304,20 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def those_given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(tensor for tensor in tensors if tensor is not None)
-
-
 def _in_training(momentum: float, eps: float, activation: Activated, *, differentiable: bool) -> Callable[..., Tensor]:
     """`_batch_norm` with the input's statistics."""
 
     def apply(
         input: Tensor,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        _training: bool,
-        _momentum: float,
-        _eps: float,
-        batches: Tensor | None,
-        *_: object,
+        *rest: Any,
     ) -> Tensor:
         y: Tensor
-        running = (running_mean, running_var, batches, momentum)
+        running = (mean, variance, rest[3], momentum)
         if differentiable:
             y = BatchNorm.apply(input, residual, weight, bias, None, None, True, eps, activation, *running)
         else:
@@ -379,21 +327,10 @@ def _in_training(momentum: float, eps: float, activation: Activated, *, differen
     return apply
 
 
-def _in_evaluation(
-    activation: Activated,
-    input: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    _training: bool,
-    _momentum: float,
-    eps: float,
-    *_: object,
-) -> Tensor:
+def _in_evaluation(activation: Activated, input: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
     """`_batch_norm` with the running statistics."""
-    return normalise(BatchNorm, input, residual, weight, bias, mean, variance, False, eps, activation)
+    mean, variance, weight, bias, _, _, eps, *_ = arguments
+    return normalise(BatchNorm, (input, residual, weight, bias, mean, variance), False, eps, activation)
 
 
 def _requires_grad(*operands: Tensor | None) -> bool:
@@ -402,12 +339,7 @@ def _requires_grad(*operands: Tensor | None) -> bool:
 
 def normalise(
     function: type[torch.autograd.Function],
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
+    operands: tuple[Any, ...],
     training: bool,
     eps: float,
     activation: Activated,
@@ -415,6 +347,7 @@ def normalise(
 ) -> Tensor:
     """`BatchNorm`, or a function like it that takes ``rest`` besides, where something requires gradients."""
     y: Tensor
+    input, residual, weight, bias, mean, variance = operands
     if _requires_grad(input, residual, weight, bias):
         if not training:
             # The running statistics may be updated before the backward pass comes.
@@ -423,65 +356,3 @@ def normalise(
     else:
         y, _ = forward(input, residual, mean, variance, weight, bias, float(eps), *activation.arguments, False)
     return y
-
-
-def norm_refusal(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    training: Any,
-    momentum: Any,
-    eps: Any,
-    residual: Any = None,
-    batches: Any = None,
-    activation: Activated = IDENTITY,
-) -> str | None:
-    """Why the kernels don't take these arguments, or None."""
-    if type(training) is not bool:
-        return "training is not a boolean"
-    reason = argument_refusal(input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
-    if reason is None and not training and running_mean is None:
-        return "running statistics are missing"
-    if reason is None and training and input.numel() == input.shape[1]:
-        return "one value per channel"
-    return reason or activation.refusal()
-
-
-def argument_refusal(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    momentum: Any,
-    eps: Any,
-    residual: Any,
-    batches: Any,
-) -> str | None:
-    """Why the kernels take these arguments neither in training nor in evaluation, or None."""
-    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    vectors = [*running, *(tensor for tensor in (weight, bias) if tensor is not None)]
-    if not isinstance(input, Tensor) or not all(isinstance(tensor, Tensor) for tensor in vectors):
-        return "not a tensor"
-    if batches is not None and not (
-        isinstance(batches, Tensor)
-        and (batches.dtype, batches.numel(), batches.device) == (torch.int64, 1, input.device)
-    ):
-        return "the number of batches is not one int64 beside the input"
-    if not is_number(momentum):
-        return "momentum is not a Python number"
-    if not is_number(eps) or eps <= 0:
-        return "eps is not a positive number"
-    if input.dim() < 2:
-        return "no dimension of channels"
-    if any(vector.shape != input.shape[1:2] for vector in vectors):
-        return "statistics and parameters are not vectors of the channels"
-    if len(running) == 1:
-        return "running statistics are missing"
-    if any(statistic.requires_grad or not statistic.is_contiguous() for statistic in running):
-        return "running statistics require gradients, or are strided"
-    if residual is not None and (not isinstance(residual, Tensor) or residual.shape != input.shape):
-        return "the residual has another shape"
-    return None

@@ -21,7 +21,7 @@ from ..kernels.batch_norm_operands import Around, Before, Norm, Running, spatial
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .batch_norm import norm_refusal, those_given
+from .batch_norm_arguments import NormArguments, those_given
 from .bias_activation_dropout import drop_of
 from .dispatch import autocast_dtype, takes_kernel
 from .gradients import stock_gradients
@@ -242,14 +242,8 @@ def _differentiable_gradients(ctx: Any, g: Tensor) -> list[Tensor | None]:
     dtype = x.dtype if weight is None else weight.dtype
     mean, variance = (None if chain.training else vector.to(dtype) for vector in (mean, variance))
 
-    def chained(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        slopes: Tensor | None,
-        shift: Tensor | None,
-    ) -> Tensor:
+    def chained(x: Tensor, *operands: Tensor | None) -> Tensor:
+        weight, bias, residual, slopes, shift = operands
         x = _before(x if shift is None else x + shift.view(-1, *[1] * (x.dim() - 2)), chain)
         y = F.batch_norm(x, mean, variance, weight, bias, chain.training, 0.0, chain.eps)
         y = stock_activation(y if residual is None else y + residual, chain.activation, slopes)
@@ -268,15 +262,7 @@ def _before(x: Tensor, chain: Chain) -> Tensor:
 
 def batch_norm_chain(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *,
-    batches: Tensor | None = None,
+    *arguments: Any,
     residual: Tensor | None = None,
     activation: str | None = None,
     activation_parameters: Sequence[float] = (),
@@ -290,22 +276,22 @@ def batch_norm_chain(
 ) -> Tensor:
     """dropout(activation(batch_norm(before(x + shift)) + residual)), in as many passes over memory as batch norm alone.
 
-    ``slopes``, one or one a channel, are PReLU's, which then is the activation; ``p`` is the probability to drop an
-    element, or ``of_channels`` a sample's whole channel; 0 in evaluation.  ``before`` is an activation before the norm,
-    with ``before_parameters``; in front of it ``shift``, the bias of what made the input, ``product(None)``, is added:
-    ``product(shift)`` makes it for stock operators.  The other arguments are those of `batch_norm_act`.  Saves the
-    input, the residual, and a seed.
+    ``arguments`` are `NormArguments`.  ``slopes``, one or one a channel, are PReLU's, which then is
+    the activation; ``p`` is the probability to drop an element, or ``of_channels`` a sample's whole channel; 0 in
+    evaluation.  ``before`` is an activation before the norm, with ``before_parameters``; in front of it ``shift``, the
+    bias of what made the input, ``product(None)``, is added: ``product(shift)`` makes it for stock operators.  The
+    other options are those of `batch_norm_act`.  Saves the input, the residual, and a seed.
     """
     resolved = resolve_activation(activation, activation_parameters) if slopes is None else PRELU
     first = None if before is None else resolve_activation(before, before_parameters)
     given = shift
     if isinstance(input, Tensor) and autocast_dtype(input) is input.dtype:
         slopes, shift = (None if one is None else one.to(input.dtype) for one in (slopes, shift))
-    vectors = (running_mean, running_var, weight, bias)
-    chain = Chain(training, float(eps), resolved, float(p), of_channels and p > 0, first)
+    norm = NormArguments(*arguments)
+    chain = Chain(norm.training, float(norm.eps), resolved, float(p), of_channels and p > 0, first)
 
     def refusal() -> str | None:
-        reason = norm_refusal(input, *vectors, training, momentum, eps, batches=batches, activation=resolved)
+        reason = norm.refusal(input, activation=resolved)
         if reason is None and slopes is not None:
             reason = slopes_refusal(slopes, input)
         if reason is None and p and (not 0 < p < 1 or input.dtype is torch.float64):
@@ -316,28 +302,23 @@ def batch_norm_chain(
             reason = "the residual has another shape"
         return reason or (None if first is None else first.refusal())
 
-    name = "batch_norm_chain" if batches is None else "cumulative_batch_norm"
-    operands = those_given(input, residual, slopes, shift)
-    if not takes_kernel(name, *operands, parameters=those_given(*vectors), refusal=refusal):
-        if batches is not None and training:
-            momentum = 1.0 / float(batches)
-        x = _before(input if given is None or product is None else product(given), chain)
-        y = F.batch_norm(x, *vectors, training, momentum, eps)
+    operands, name = those_given(input, residual, slopes, shift), norm.named("batch_norm_chain")
+    if not takes_kernel(name, *operands, parameters=norm.vectors, refusal=refusal):
+        y = norm.stock(_before(input if given is None or product is None else product(given), chain))
         y = stock_activation(y if residual is None else y + residual, resolved, slopes)
         return drop_of(y, of_channels)(y, p) if p else y
-    running = (running_mean, running_var, batches, float(momentum))
 
     def compute(seed: Tensor | None) -> Tensor:
         y: Tensor
         x = placed(input) if chain.of_channels else input
-        differentiable = (x, weight, bias, residual, slopes, shift)
-        rest = (weight, bias, residual, slopes, seed, shift, *chain.arguments)
-        if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in differentiable):
-            y = BatchNormChain.apply(*differentiable, seed, chain, running)
-        elif training:
-            y, *_ = _forward_training(x, *running, *rest)
+        differentiable = (x, norm.weight, norm.bias, residual, slopes, shift)
+        rest = (norm.weight, norm.bias, residual, slopes, seed, shift, *chain.arguments)
+        if torch.is_grad_enabled() and any(one.requires_grad for one in those_given(*differentiable)):
+            y = BatchNormChain.apply(*differentiable, seed, chain, norm.running)
+        elif norm.training:
+            y, *_ = _forward_training(x, *norm.running, *rest)
         else:
-            y = _forward(x, running_mean, running_var, *rest)
+            y = _forward(x, norm.running_mean, norm.running_var, *rest)
         return y
 
     return with_seed(input.device, compute) if p else compute(None)

@@ -19,7 +19,7 @@ from ..kernels.batch_norm_operands import Around, Norm
 from ..kernels.functions.activation import IDENTITY, PRELU, Activated, activated
 from . import stock as F
 from .activation import resolve_activation, stock_activation
-from .batch_norm import norm_refusal, those_given
+from .batch_norm_arguments import NormArguments, those_given
 from .batch_norm_chain import slopes_refusal
 from .batch_norm_operators import statistics
 from .dispatch import autocast_dtype, takes_kernel
@@ -121,17 +121,9 @@ class BatchNormPool(Function):
     """Saves the input, the parameters and the statistics; of maxima the input there, and the place."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        slopes: Tensor | None,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        chain: Chain,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         y: Tensor
+        weight, bias, slopes, mean, variance, chain = arguments
         vectors = (mean, variance, weight, bias, slopes)
         y, winner, position = _forward(x, *vectors, *chain.arguments, chain.maximum, True)
         ctx.save_for_backward(x, given(winner), given(position), *vectors)
@@ -158,7 +150,11 @@ class BatchNormPool(Function):
             mean, variance = (None if chain.training or one is None else one.to(dtype) for one in (mean, variance))
 
             def chained(x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
-                return _stock(x, mean, variance, weight, bias, slopes, chain)
+                if chain.training or mean is not None:
+                    x = F.batch_norm(x, mean, variance, weight, bias, chain.training, 0.0, chain.eps)
+                elif bias is not None:
+                    x = x + bias.view(-1, *[1] * (x.dim() - 2))
+                return _by_stock(x, slopes, chain)
 
             return *stock_gradients(chained, (x, weight, bias, slopes), needed, g), None, None, None
         vectors = (mean, variance, weight, bias, slopes)
@@ -171,22 +167,9 @@ class BatchNormPool(Function):
         return dx if needed[0] else None, *gradients, None, None, None
 
 
-def _stock(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    chain: Chain,
-    momentum: float = 0.0,
-) -> Tensor:
-    """By stock operators."""
-    if chain.training or mean is not None:
-        x = F.batch_norm(x, mean, variance, weight, bias, chain.training, momentum, chain.eps)
-    elif bias is not None:
-        x = x + bias.view(-1, *[1] * (x.dim() - 2))
-    y = stock_activation(x, chain.activation, slopes).flatten(2)
+def _by_stock(y: Tensor, slopes: Tensor | None, chain: Chain) -> Tensor:
+    """What is behind the normalisation or the bias, by stock operators."""
+    y = stock_activation(y, chain.activation, slopes).flatten(2)
     return y.max(2).values if chain.maximum else y.mean(2)
 
 
@@ -195,43 +178,30 @@ def _stock(
 
 def batch_norm_pool(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *,
+    *arguments: Any,
     maximum: bool,
-    batches: Tensor | None = None,
     activation: str | None = None,
     activation_parameters: Sequence[float] = (),
     slopes: Tensor | None = None,
 ) -> Tensor:
     """max or mean over all places of activation(batch_norm(x)): (N, C) of (N, C, *).
 
-    Reads the input twice in training and once in evaluation, and writes no tensor of its size.  The other arguments are
-    those of `batch_norm_chain`.  Saves the input; of maxima also the input there, and the place.
+    Reads the input twice in training and once in evaluation, and writes no tensor of its size.  The other arguments
+    are those of `batch_norm_chain`.  Saves the input; of maxima also the input there, and the place.
     """
+    norm = NormArguments(*arguments)
     resolved, slopes = _resolved(input, activation, activation_parameters, slopes)
-    vectors = (running_mean, running_var, weight, bias)
 
     def refusal() -> str | None:
-        reason = norm_refusal(input, *vectors, training, momentum, eps, batches=batches)
-        return reason or _refusal(input, slopes, resolved)
+        return norm.refusal(input) or _refusal(input, slopes, resolved)
 
-    chain = Chain(maximum, training, float(eps), resolved)
-    name = "batch_norm_pool" if batches is None else "cumulative_batch_norm"
-    if not takes_kernel(name, *those_given(input, slopes), parameters=those_given(*vectors), refusal=refusal):
-        if batches is not None and training:
-            momentum = 1.0 / float(batches)
-        return _stock(input, *vectors, slopes, chain, momentum)
+    chain = Chain(maximum, norm.training, float(norm.eps), resolved)
+    operands, name = those_given(input, slopes), norm.named("batch_norm_pool")
+    if not takes_kernel(name, *operands, parameters=norm.vectors, refusal=refusal):
+        return _by_stock(norm.stock(input), slopes, chain)
     x = placed(input)
-    if training:
-        running = (running_mean, running_var, batches, float(momentum))
-        running_mean, running_var = statistics(x.detach(), *running)
-    return _reduced(x, running_mean, running_var, weight, bias, slopes, chain)
+    moments = statistics(x.detach(), *norm.running) if norm.training else (norm.running_mean, norm.running_var)
+    return _reduced(x, (*moments, norm.weight, norm.bias, slopes), chain)
 
 
 def activation_pool(
@@ -250,11 +220,11 @@ def activation_pool(
     z = product(None)
     resolved, weights = _resolved(z, activation, parameters, slopes)
     addend = bias.to(z.dtype) if bias is not None and autocast_dtype(z) else bias
+    chain = Chain(maximum, False, 0.0, resolved)
     operands = those_given(z, addend, weights)
     if not takes_kernel("bias_activation", *operands, refusal=lambda: _refusal(z, weights, resolved)):
-        z = z if bias is None else product(bias)
-        return _stock(z, None, None, None, None, slopes, Chain(maximum, False, 0.0, resolved))
-    return _reduced(placed(z), None, None, None, addend, weights, Chain(maximum, False, 0.0, resolved))
+        return _by_stock(z if bias is None else product(bias), slopes, chain)
+    return _reduced(placed(z), (None, None, None, addend, weights), chain)
 
 
 def _resolved(
@@ -275,20 +245,13 @@ def _refusal(input: Tensor, slopes: Tensor | None, activation: Activated) -> str
     return activation.refusal() or (None if slopes is None else slopes_refusal(slopes, input))
 
 
-def _reduced(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    chain: Chain,
-) -> Tensor:
+def _reduced(x: Tensor, vectors: tuple[Tensor | None, ...], chain: Chain) -> Tensor:
     y: Tensor
-    if torch.is_grad_enabled() and any(one.requires_grad for one in those_given(x, weight, bias, slopes)):
+    mean, variance, *parameters = vectors
+    if torch.is_grad_enabled() and any(one.requires_grad for one in those_given(x, *parameters)):
         if mean is not None and variance is not None and not chain.training:
             mean, variance = torch.stack((mean, variance)).unbind()  # they may be updated before the backward pass
-        y = BatchNormPool.apply(x, weight, bias, slopes, mean, variance, chain)
+        y = BatchNormPool.apply(x, *parameters, mean, variance, chain)
     else:
-        y, *_ = _forward(x, mean, variance, weight, bias, slopes, *chain.arguments, chain.maximum, False)
+        y, *_ = _forward(x, *vectors, *chain.arguments, chain.maximum, False)
     return y

@@ -24,20 +24,8 @@ from .recompute import needs
 __all__ = ["bias_activation_dropout", "conv_activation_dropout", "drop_of", "linear_activation_dropout"]
 
 
-def _fake_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    slopes: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-    dim: int,
-    of_channels: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, name, a, b, _, dim, _, save = arguments
     y = torch.empty_like(x)
     masked = save and activated(name, a, b).saves == "mask"
     return y, x.new_empty(kernels.saved_mask_bytes(y.shape, y.stride(), dim) if masked else 0, dtype=torch.uint8)
@@ -49,20 +37,10 @@ def _fake_forward(
     fake=_fake_forward,
 )
 def _forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    slopes: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-    dim: int,
-    of_channels: bool,
-    save: bool,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, slopes: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    operands = (x, bias, residual, seed, activated(name, a, b), p, dim)
+    *activation, p, dim, of_channels, save = options
+    operands = (x, bias, residual, seed, activated(*activation), p, dim)
     y, mask = kernels.bias_activation_dropout_forward(*operands, slopes=slopes, of_channels=of_channels, save=save)
     return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
@@ -75,22 +53,9 @@ def _forward(
         g.new_empty(kernels.sums_shape(g.shape, strides, dim, slopes) if sums else 0, dtype=ACCUMULATOR[g.dtype]),
     ),
 )
-def _backward(
-    g: Tensor,
-    saved: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    slopes: Tensor | None,
-    strides: Sequence[int],
-    name: str,
-    a: float,
-    b: float,
-    p: float,
-    dim: int,
-    of_channels: bool,
-    sums: bool,
-) -> tuple[Tensor, Tensor]:
-    operands = (g, saved, bias, seed, strides, activated(name, a, b), p, dim)
+def _backward(g: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    saved, bias, seed, slopes, strides, *activation, p, dim, of_channels, sums = arguments
+    operands = (g, saved, bias, seed, strides, activated(*activation), p, dim)
     dx, partial = kernels.bias_activation_dropout_backward(*operands, slopes=slopes, of_channels=of_channels, sums=sums)
     return dx, g.new_empty(0, dtype=ACCUMULATOR[g.dtype]) if partial is None else partial
 

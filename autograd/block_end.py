@@ -4,7 +4,7 @@ Touvron et al., "Going Deeper with Image Transformers" (ICCV 2021), which names 
 with Stochastic Depth" (ECCV 2016), also known as drop path.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,19 +42,9 @@ _forward = operator(
         g.new_empty(0 if x is None else kernels.sums_shape(g.shape, strides, dim), dtype=ACCUMULATOR[dtype]),
     ),
 )
-def _backward(
-    g: Tensor,
-    x: Tensor | None,
-    scale: Tensor | None,
-    seed: Tensor | None,
-    strides: Sequence[int],
-    dtype: torch.dtype,
-    p: float,
-    dim: int,
-    samples: int,
-) -> tuple[Tensor, Tensor]:
-    dx, partial = kernels.block_end_backward(g, x, scale, seed, strides, dtype, p, dim, samples)
-    return dx, g.new_empty(0, dtype=ACCUMULATOR[dtype]) if partial is None else partial
+def _backward(g: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    dx, partial = kernels.block_end_backward(g, *arguments)
+    return dx, dx.new_empty(0, dtype=ACCUMULATOR[dx.dtype]) if partial is None else partial
 
 
 class BlockEnd(Function):
@@ -62,21 +52,14 @@ class BlockEnd(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        seed: Tensor | None,
-        p: float,
-        dim: int,
-        samples: int,
+        ctx: Any, x: Tensor, residual: Tensor | None, scale: Tensor | None, seed: Tensor | None, *options: Any
     ) -> Tensor:
-        y: Tensor = _forward(x, residual, None if scale is None else scale.view(-1), seed, p, dim, samples)
+        y: Tensor = _forward(x, residual, None if scale is None else scale.view(-1), seed, *options)
         learns = ctx.needs_input_grad[2]
         ctx.save_for_backward(x if learns else None, scale, seed)
         needs(ctx, residual, None if learns else x)
         ctx.strides, ctx.dtype = y.stride(), x.dtype
-        ctx.options = (p, dim, samples)
+        ctx.options = options  # probability, dimension and samples
         return y
 
     @staticmethod

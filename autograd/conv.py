@@ -367,15 +367,10 @@ def conv_act_pool2d(
     Only the pooled result is written, and the code of each window, which the backward pass needs: at most a byte, a bit
     where there is no pooling.  Autocast computes it in its low precision, as it does convolutions.
     """
-    return conv_act_pool(
-        *(2, input, weight, bias, stride, padding, dilation, groups),
-        activation=activation,
-        activation_parameters=activation_parameters,
-        pool_size=pool_size,
-        pool_stride=pool_stride,
-        pool_padding=pool_padding,
-        residual=residual,
-    )
+    options: dict[str, Any] = {"activation": activation, "activation_parameters": activation_parameters}
+    options |= {"pool_size": pool_size, "pool_stride": pool_stride, "pool_padding": pool_padding}
+    geometry = (stride, padding, dilation, groups, None)
+    return conv_act_pool(2, input, weight, bias, *geometry, residual=residual, **options)
 
 
 def conv_act_pool(
@@ -383,12 +378,7 @@ def conv_act_pool(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_padding: Any = None,
-    *,
+    *geometry: Any,
     activation: str | None,
     activation_parameters: Sequence[float],
     pool_size: Any = None,
@@ -396,12 +386,10 @@ def conv_act_pool(
     pool_padding: Any = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`conv_act_pool2d` for so many directions, transposed where there is an ``output_padding``."""
+    """`conv_act_pool2d` for so many directions; the ``geometry`` is all that of `stock_convolution`."""
     operands = in_low_precision(input, weight, bias, residual)
-    geometry = (directions, stride, padding, dilation, groups, output_padding)
-    y: Tensor = _conv_act_pool(
-        *operands, *geometry, pool_size, pool_stride, pool_padding, activation, *activation_parameters
-    )
+    pooling = (pool_size, pool_stride, pool_padding)
+    y: Tensor = _conv_act_pool(*operands, directions, *geometry, *pooling, activation, *activation_parameters)
     return y
 
 

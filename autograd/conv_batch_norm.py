@@ -16,13 +16,8 @@ from ..kernels.functions.activation import IDENTITY, Activated
 from ..kernels.pool_window import Window, images, kept_beside_code, point
 from . import stock as F
 from .activation import resolve_activation
-from .batch_norm import (
-    BatchNorm,
-    apply_activation,
-    argument_refusal,
-    batch_norm_act,
-    normalise,
-)
+from .batch_norm import BatchNorm, apply_activation, batch_norm_act, normalise
+from .batch_norm_arguments import NormArguments, norm_and_rest, those_given
 from .batch_norm_operators import backward as norm_backward
 from .batch_norm_operators import merge_statistics, statistics
 from .batch_norm_operators import reduce as norm_reduce
@@ -46,21 +41,10 @@ class BatchNormActPool(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        eps: float,
-        activation: Activated,
-        window: Window,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *operands, eps, activation, window = arguments
         again = decides()
-        operands = (x, residual, weight, bias, mean, variance)
-        y, *beside = _forward(*operands, eps, activation, window, keeps=not again)
+        y, *beside = _forward(operands, eps, activation, window, keeps=not again)
         # The residual is kept for second derivatives alone; its memory is its owner's.
         ctx.save_for_backward(*operands, *((None, None) if again else beside))
         ctx.arguments = (eps, activation, window)
@@ -70,26 +54,19 @@ class BatchNormActPool(Function):
 
     @staticmethod
     def recipe(ctx: Any) -> Callable[..., Tensor]:
-        def again(
-            x: Tensor,
-            residual: Tensor | None,
-            weight: Tensor | None,
-            bias: Tensor | None,
-            mean: Tensor,
-            variance: Tensor,
-            *_: Tensor | None,
-        ) -> Tensor:
-            operands = (x, residual, weight, bias, mean, variance)
-            y, *beside = _forward(*operands, *ctx.arguments, keeps=ctx.beside_again)
+        def again(*saved: Tensor | None) -> Tensor:
+            *operands, _code, _pre_activation = saved
+            y, *beside = _forward(operands, *ctx.arguments, keeps=ctx.beside_again)
             if ctx.beside_again:
-                ctx.beside = stream_of(x.device), *beside
+                ctx.beside = stream_of(y.device), *beside
             return y
 
         return again
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, weight, bias, mean, variance, code, saved = ctx.saved_tensors
+        *operands, code, saved = ctx.saved_tensors
+        x, residual, weight, bias, mean, variance = operands
         eps, activation, window = ctx.arguments
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
@@ -106,7 +83,7 @@ class BatchNormActPool(Function):
             if made is not None and made[0] == stream_of(x.device):
                 _, code, saved = made
             else:  # no consumer has asked for the result in this pass
-                _, code, saved = _forward(x, residual, weight, bias, mean, variance, *ctx.arguments, keeps=True)
+                _, code, saved = _forward(operands, *ctx.arguments, keeps=True)
         _, channels_last = images(x)
         dz, _ = pool_backward(g, code, saved, x.shape[2:], channels_last, *activation.arguments, *window, False)
         dx: Any = None
@@ -126,19 +103,10 @@ class BatchNormActPool(Function):
 
 
 def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    activation: Activated,
-    window: Window,
-    *,
-    keeps: bool,
+    operands: Sequence[Any], eps: float, activation: Activated, window: Window, *, keeps: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The result; the windows' codes, and the maxima before the activation, where the gradient needs these."""
+    x, residual, weight, bias, mean, variance = operands
     vectors = (mean, variance, weight, bias, eps)
     y, code, pre_activation, _ = pool(x, residual, *vectors, *activation.arguments, *window, keeps, False)
     return y, code, pre_activation if kept_beside_code(activation.row, window.fixed) == "input" else None
@@ -178,20 +146,12 @@ def conv_batch_norm_act2d(
     the convolution's result is read twice, for its statistics and to make the result, and is saved.  Source: Ioffe and
     Szegedy, "Batch Normalization" (ICML 2015).
     """
-    return conv_batch_norm_act(
-        *(2, input, weight, bias, running_mean, running_var, norm_weight, norm_bias),
-        *(stride, padding, dilation, groups),
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        batches=batches,
-        residual=residual,
-        activation=activation,
-        activation_parameters=activation_parameters,
-        pool_size=pool_size,
-        pool_stride=pool_stride,
-        pool_padding=pool_padding,
-    )
+    vectors = (running_mean, running_var, norm_weight, norm_bias)
+    norm = NormArguments(*vectors, training, momentum, eps, batches)
+    options: dict[str, Any] = {"activation": activation, "activation_parameters": activation_parameters}
+    options |= {"pool_size": pool_size, "pool_stride": pool_stride, "pool_padding": pool_padding}
+    geometry = (stride, padding, dilation, groups, None)
+    return conv_batch_norm_act(2, input, weight, bias, norm, *geometry, residual=residual, **options)
 
 
 def conv_batch_norm_act(
@@ -199,47 +159,23 @@ def conv_batch_norm_act(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_padding: Any = None,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    batches: Tensor | None,
+    norm: NormArguments,
+    *geometry: Any,
     **options: Any,
 ) -> Tensor:
-    """`conv_batch_norm_act2d` for so many directions, transposed where there is an ``output_padding``; ``options`` are
-    those of `conv_act_pool`.
-    """
-    arguments = (stride, padding, dilation, groups, output_padding)
-    if not training and running_mean is not None and running_var is not None:
-        vectors = (running_mean, running_var, norm_weight, norm_bias)
-        filters, bias = _folded(weight, bias, *vectors, eps, 0 if output_padding is None else groups)
-        return conv_act_pool(directions, input, filters, bias, *arguments, **options)
-    z, partial = conv_statistics(directions, input, weight, bias, *arguments)
-    return batch_norm_act_pool(
-        z, partial, running_mean, running_var, norm_weight, norm_bias, momentum, eps, batches=batches, **options
-    )
+    """`conv_batch_norm_act2d` for so many directions; ``geometry`` and ``options`` are those of `conv_act_pool`."""
+    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+        filters, bias = _folded(weight, bias, norm, *geometry[-2:])
+        return conv_act_pool(directions, input, filters, bias, *geometry, **options)
+    z, partial = conv_statistics(directions, input, weight, bias, *geometry)
+    return batch_norm_act_pool(z, partial, norm._replace(training=True), **options)
 
 
 def batch_norm_act_pool(
     input: Tensor,
     partial: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
+    norm: NormArguments,
     *,
-    batches: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
     activation_parameters: Sequence[float],
@@ -248,125 +184,100 @@ def batch_norm_act_pool(
     pool_padding: Any = 0,
 ) -> Tensor:
     """What `conv_batch_norm_act` does in training with a convolution's result, and its ``partial`` statistics."""
-    vectors = (running_mean, running_var, weight, bias)
     if pool_size is None and partial is None:
-        options: dict[str, Any] = {"activation": activation, "activation_parameters": activation_parameters}
-        return batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
-    arguments = (input, partial, residual, *vectors, momentum, eps, batches, pool_size, pool_stride, pool_padding)
+        return _batch_norm_act(input, norm, residual, activation, activation_parameters)
+    arguments = (input, partial, residual, *norm, pool_size, pool_stride, pool_padding)
     y: Tensor = _batch_norm_act_pool(*arguments, activation, *activation_parameters)
     return y
 
 
+def _batch_norm_act(
+    input: Tensor,
+    norm: NormArguments,
+    residual: Tensor | None,
+    activation: str | None,
+    parameters: Sequence[float],
+) -> Tensor:
+    arguments: Any = norm[:-1]
+    options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
+    return batch_norm_act(input, *arguments, batches=norm.batches, residual=residual, **options)
+
+
 @decided_once
 def _batch_norm_act_pool(
-    input: Tensor,
-    partial: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    batches: Tensor | None,
-    pool_size: Any,
-    pool_stride: Any,
-    pool_padding: Any,
-    activation: str | None,
-    *parameters: float,
+    input: Tensor, partial: Tensor | None, residual: Tensor | None, *arguments: Any
 ) -> Callable[..., Tensor]:
     """`batch_norm_act_pool` where it isn't batch norm alone, by its kernels or as one operation after another."""
+    norm, (pool_size, pool_stride, pool_padding, activation, *parameters) = norm_and_rest(arguments)
     resolved = resolve_activation(activation, parameters)
     directions = input.dim() - 2
     window: Window | None = point(max(directions, 2))
     if pool_size is not None:
         window = window_of(directions, pool_size, pool_stride, pool_padding, 1, False)
-    vectors = (running_mean, running_var, weight, bias)
-    described = (input, *vectors, momentum, eps, residual, batches, resolved, window)
-    given = [input] if residual is None else [input, residual]
-    others = [vector for vector in vectors if vector is not None]
 
-    def apart(input: Tensor, _: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
-        running_mean, running_var, weight, bias, momentum, eps, batches, *_others = rest
-        vectors = (running_mean, running_var, weight, bias)
-        options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
-        if torch.compiler.is_compiling() and pool_size is not None and batches is None:
+    def refusal() -> str | None:
+        return norm.refusal_in_any_mode(input, residual) or _refusal(input, resolved, window)
+
+    def apart(input: Tensor, _: Tensor | None, residual: Tensor | None, *arguments: Any) -> Tensor:
+        norm, _others = norm_and_rest(arguments)
+        if torch.compiler.is_compiling() and pool_size is not None and norm.batches is None:
             # The compiler makes one kernel of this and the pooling.
-            y = apply_activation(F.batch_norm(input, *vectors, True, momentum, eps), residual, resolved)
+            y = apply_activation(norm.stock(input), residual, resolved)
         else:
-            y = batch_norm_act(input, *vectors, True, momentum, eps, batches=batches, residual=residual, **options)
+            y = _batch_norm_act(input, norm, residual, activation, parameters)
         return y if pool_size is None else max_pool(directions, y, pool_size, pool_stride, pool_padding)
 
     name = f"batch_norm_act_pool{directions}d"
-    if not takes_kernel(name, *given, parameters=others, refusal=lambda: _refusal(*described)):
+    if not takes_kernel(name, *those_given(input, residual), parameters=norm.vectors, refusal=refusal):
         return apart
     assert window is not None
-    operands = (input, residual, weight, bias)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    operands = those_given(input, residual, norm.weight, norm.bias)
+    differentiable = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
-    def together(input: Tensor, partial: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
-        running_mean, running_var, weight, bias, momentum, eps, batches, *_ = rest
+    def together(input: Tensor, partial: Tensor | None, residual: Tensor | None, *arguments: Any) -> Tensor:
+        running_mean, running_var, weight, bias, _, momentum, eps, batches, *_ = arguments
         running = (running_mean, running_var, batches, float(momentum))
         moments = statistics(input.detach(), *running) if partial is None else merge_statistics(partial, *running)
         if window.is_point:
-            return normalise(BatchNorm, input, residual, weight, bias, *moments, True, eps, resolved)
+            return normalise(BatchNorm, (input, residual, weight, bias, *moments), True, eps, resolved)
         if directions == 1:
             input, residual = input.unsqueeze(2), None if residual is None else residual.unsqueeze(2)
-        operands = (input, residual, weight, bias, *moments, float(eps), resolved, window)
+        operands, options = (input, residual, weight, bias, *moments), (float(eps), resolved, window)
         y: Tensor
         if differentiable:
-            y = BatchNormActPool.apply(*operands)
+            y = BatchNormActPool.apply(*operands, *options)
         else:
-            y, *_results = _forward(*operands, keeps=False)
+            y, *_results = _forward(operands, *options, keeps=False)
         return squeezed(y, directions == 1, False, tracked=differentiable)
 
     return together
 
 
 def _folded(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    transposed_groups: int,
+    weight: Tensor, bias: Tensor | None, norm: NormArguments, groups: int, output_padding: object
 ) -> tuple[Tensor, Tensor]:
     """Filters and bias of the convolution that also normalises; differentiable.
 
-    ``transposed_groups``: of a transposed convolution, whose filters are (C, O / groups, *), else 0.
+    Of a transposed one, which has an ``output_padding``, the filters are (C, O / groups, *).
     """
+    mean, variance, norm_weight, norm_bias, *_ = norm
+    assert mean is not None
+    assert variance is not None
     dtype = ACCUMULATOR[weight.dtype]
-    deviation = (variance.to(dtype) + eps).sqrt()
+    deviation = (variance.to(dtype) + norm.eps).sqrt()
     scale = 1 / deviation if norm_weight is None else norm_weight.to(dtype) / deviation
     shift = -mean if bias is None else bias - mean
     shift = shift * scale if norm_bias is None else shift * scale + norm_bias
-    if not transposed_groups:
+    if output_padding is None:
         filters = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     else:
-        grouped = weight.unflatten(0, (transposed_groups, -1))
-        filters = (grouped * scale.view(transposed_groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+        grouped = weight.unflatten(0, (groups, -1))
+        filters = (grouped * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
     return filters.to(weight.dtype), shift.to(weight.dtype)
 
 
-def _refusal(
-    z: Tensor,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    momentum: Any,
-    eps: Any,
-    residual: Any,
-    batches: Any,
-    activation: Activated,
-    window: Window | None,
-) -> str | None:
-    """Why the kernels don't take these arguments, or None."""
-    reason = argument_refusal(z, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
-    if reason is not None:
-        return reason
+def _refusal(z: Tensor, activation: Activated, window: Window | None) -> str | None:
+    """Why the kernels don't take such images, or None."""
     if window is None:
         return "a size is not an integer for each direction"
     if z.dim() not in (3, 4, 5) or z.numel() == z.shape[1]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..kernels import cross_entropy as kernels
 from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
-from ..kernels.cross_entropy import Reduction
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import AUTOCAST_TYPES, PLAIN_TYPES, autocast_dtype, is_integer, or_stock, takes_kernel
@@ -145,16 +144,9 @@ def cross_entropy_in_float32(
 
 
 @decided_once
-def _cross_entropy(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: Reduction,
-    ignore_index: int,
-    smoothing: float,
-    single: bool,
-) -> Callable[..., Tensor | None]:
-    """The loss by its kernels, in float32 where ``single``, or None."""
+def _cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> Callable[..., Tensor | None]:
+    """The loss by its kernels, or None; ``single``: in float32."""
+    reduction, ignore_index, smoothing, single = arguments
     described = (target, weight, reduction, ignore_index, smoothing)
     if not takes_kernel("cross_entropy", x, refusal=lambda: refusal_of(x.shape, x, *described)):
         return lambda *_: None

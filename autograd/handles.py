@@ -4,6 +4,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -73,13 +74,8 @@ class Recipe:
                 if isinstance(operand, Recipe):
                     operand.shares += 1
 
-    @property
-    def version(self) -> int:
-        return self._result.version
-
-    @property
-    def changed(self) -> bool:
-        return self._result.changed
+    version = property(attrgetter("_result.version"))
+    changed = property(attrgetter("_result.changed"))
 
     def get(self) -> Tensor:
         if self._result.changed:
@@ -115,13 +111,8 @@ class View:
     def __init__(self, handle: Kept | Recipe, tensor: Tensor) -> None:
         self.handle, self._geometry = handle, (tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    @property
-    def depth(self) -> int:
-        return self.handle.depth
-
-    @property
-    def changed(self) -> bool:
-        return self.handle.changed
+    depth = property(attrgetter("handle.depth"))
+    changed = property(attrgetter("handle.changed"))
 
     def get(self) -> Tensor:
         return self.handle.get().as_strided(*self._geometry)

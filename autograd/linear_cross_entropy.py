@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..kernels.base.launch import ACCUMULATOR, DeviceAssertionError
-from ..kernels.cross_entropy import Reduction
 from . import stock as F
 from .chunked_cross_entropy import Options, chunked_cross_entropy
 from .cross_entropy import refusal_of
@@ -99,12 +98,9 @@ class LinearCrossEntropy(Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        reduction: Reduction,
-        ignore_index: int,
-        smoothing: float,
-        dtype: torch.dtype,
-        kernel: bool,
+        *options: Any,
     ) -> Tensor:
+        reduction, ignore_index, smoothing, dtype, kernel = options
         ctx.run = _by_kernels if kernel else _by_stock
         ctx.arguments = (reduction, ignore_index, smoothing)
         ctx.gradients_in_forward = reduction != "none" and x.dtype is not torch.float16

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import pointwise_loss as kernels
 from ..kernels.base.launch import DeviceAssertionError
-from ..kernels.functions.loss import LOSSES, Reduction
+from ..kernels.functions.loss import LOSSES
 from . import stock as F
 from .decisions import decided_once
 from .dispatch import autocast_dtype, in_single_precision, is_number, or_stock, takes_kernel
@@ -47,22 +47,16 @@ _STOCK: dict[str, Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float,
 }
 
 
-def _stock_loss(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    positive_weight: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    reduction: Reduction,
-) -> Tensor:
-    """The loss by stock operators, which can be differentiated again."""
+def _stock_loss(x: Tensor, target: Tensor, *arguments: Any) -> Tensor:
+    """The loss by stock operators, which can be differentiated again.
+
+    The arguments are weight, positive weight, the row's name and its two numbers, and the reduction.
+    """
+    weight, positive_weight, name, a, b, reduction = arguments
     y = _STOCK[name](x, target, weight, positive_weight, a, b)
     if reduction == "none":
         return y
     if reduction == "weighted_mean":
-        assert weight is not None
         return y.sum() / weight.sum()
     return y.sum() / kernels.divisor(reduction, x)
 
@@ -196,12 +190,10 @@ def _loss(
     target: Tensor,
     weight: Tensor | None,
     positive_weight: Tensor | None,
-    name: str,
-    a: float,
-    b: float,
-    reduction: str,
+    *options: Any,
 ) -> Callable[..., Tensor | None]:
     """The loss of operands in the precision that it is computed in, or None."""
+    name, a, b, reduction = options
 
     def any_refusal() -> str | None:
         if reason := _refusal(operation, input, target, weight, positive_weight) or refusal:

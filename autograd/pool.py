@@ -98,16 +98,9 @@ def pool(
 ) -> tuple[Tensor, ...]:
     """`fusednn.kernels.pool.pool_forward`."""
     *sizes, keeps, emits_indices = arguments
-    results = kernels.pool_forward(
-        *(x, bias, operator_window(*sizes), activated(name, a, b)),
-        keeps=keeps,
-        emits_indices=emits_indices,
-        mean=mean,
-        variance=variance,
-        weight=weight,
-        eps=eps,
-        residual=residual,
-    )
+    operands = (x, bias, operator_window(*sizes), activated(name, a, b))
+    norm: dict[str, Any] = {"mean": mean, "variance": variance, "weight": weight, "eps": eps}
+    results = kernels.pool_forward(*operands, keeps=keeps, emits_indices=emits_indices, residual=residual, **norm)
     return tuple(results)
 
 

@@ -14,7 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..kernels.functions.activation import IDENTITY, Activated
-from .batch_norm import BatchNorm, argument_refusal, gradients, normalise
+from .batch_norm import BatchNorm, gradients, normalise
+from .batch_norm_arguments import NormArguments, those_given
 from .batch_norm_operators import merge_statistics, statistics
 from .dispatch import takes_kernel
 
@@ -43,29 +44,18 @@ class SyncBatchNorm(Function):
 
 
 def sync_takes_kernel(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    batches: Tensor | None = None,
-    activation: Activated = IDENTITY,
+    input: Tensor, norm: NormArguments, residual: Tensor | None, activation: Activated = IDENTITY
 ) -> bool:
     """Whether `sync_batch_norm` takes these arguments: it has no stock path of its own.
 
     The answer must be the same on every rank, so it doesn't depend on the size of the batch.
     """
-    arguments = (input, running_mean, running_var, weight, bias, momentum, eps, residual, batches)
-    operands = [input] if residual is None else [input, residual]
-    parameters = [tensor for tensor in (running_mean, running_var, weight, bias) if tensor is not None]
+    operands = those_given(input, residual)
 
     def refusal() -> str | None:
-        return argument_refusal(*arguments) or activation.refusal()
+        return norm.refusal_in_any_mode(input, residual) or activation.refusal()
 
-    return takes_kernel("sync_batch_norm", *operands, parameters=parameters, empty=True, refusal=refusal)
+    return takes_kernel("sync_batch_norm", *operands, parameters=norm.vectors, empty=True, refusal=refusal)
 
 
 def sync_batch_norm(
@@ -92,8 +82,8 @@ def sync_batch_norm(
     dist.all_gather(list(gathered.unbind()), local, group)
     mean, variance = merge_statistics(gathered, running_mean, running_var, batches, float(momentum))
     total = gathered[:, 0, 0].sum()
-    vectors = (weight, bias, mean, variance)
-    return normalise(SyncBatchNorm, input, residual, *vectors, True, eps, activation, total, group)
+    operands = (input, residual, weight, bias, mean, variance)
+    return normalise(SyncBatchNorm, operands, True, eps, activation, total, group)
 
 
 def _local_statistics(x: Tensor) -> Tensor:

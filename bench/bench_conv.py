@@ -17,6 +17,7 @@ from fusednn_bench.replay import test_device_time  # noqa: F401 (pytest collects
 from torch import Tensor
 
 from fusednn import autograd
+from fusednn.autograd.batch_norm_arguments import NormArguments
 from fusednn.autograd.conv import conv_act_pool
 from fusednn.autograd.conv_batch_norm import conv_batch_norm_act
 from fusednn.benchmark.cases import Case, Inputs, Operation
@@ -83,7 +84,7 @@ class Stage:
     def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         size, stride, padding = self.pool
         return conv_act_pool(
-            *(self.directions, x, weight, bias, self.stride, self.padding, 1, 1),
+            *(self.directions, x, weight, bias, self.stride, self.padding, 1, 1, None),
             activation="relu",
             activation_parameters=(),
             pool_size=size,
@@ -175,11 +176,8 @@ class NormalisedStage(Stage):
     def ours(self, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:  # type: ignore[override]
         size, stride, padding = self.pool
         return conv_batch_norm_act(
-            *(self.directions, x, weight, None, None, None, norm_weight, norm_bias, self.stride, self.padding, 1, 1),
-            training=True,
-            momentum=0.1,
-            eps=1e-5,
-            batches=None,
+            *(self.directions, x, weight, None, NormArguments(None, None, norm_weight, norm_bias, True, 0.1, 1e-5)),
+            *(self.stride, self.padding, 1, 1, None),
             residual=None,
             activation="relu",
             activation_parameters=(),

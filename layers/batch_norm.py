@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation, batch_norm_act, begin_batch_norm
+from ..autograd.batch_norm_arguments import NormArguments
 from ..autograd.batch_norm_chain import batch_norm_chain
 from ..autograd.batch_norm_pool import batch_norm_pool
 from .compound import NO_ACTIVATION, Activating, Compound, NamedActivation
@@ -90,9 +91,7 @@ def _chained(function: Callable[..., Tensor], layer: _BatchNorm, input: Tensor, 
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    vectors = vectors_of(layer)
-    rest = (uses_batch_statistics(layer), momentum, layer.eps)
-    return function(input, *vectors, *rest, batches=batches, **options)
+    return function(input, *vectors_of(layer), uses_batch_statistics(layer), momentum, layer.eps, batches, **options)
 
 
 def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Callable[..., Tensor]:
@@ -100,7 +99,7 @@ def begin(layer: _BatchNorm, input: Tensor, partial: Tensor | None = None) -> Ca
     layer._check_input_dim(input)
     count_batch(layer)
     momentum, batches = weight_of_batch(layer)
-    return begin_batch_norm(input, *vectors_of(layer), momentum, layer.eps, batches=batches, partial=partial)
+    return begin_batch_norm(input, NormArguments(*vectors_of(layer), True, momentum, layer.eps, batches), partial)
 
 
 class BatchNorm1d(Twin, nn.BatchNorm1d):

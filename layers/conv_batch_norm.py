@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..autograd.batch_norm_arguments import NormArguments
 from ..autograd.conv import conv_statistics
 from ..autograd.conv_batch_norm import batch_norm_act_pool, conv_batch_norm_act
 from . import batch_norm
@@ -40,17 +41,17 @@ def forward(
     What the layers change happens in their order: a batch counts once the convolution has succeeded.
     """
     directions, input, weight, bias, *geometry = arguments(conv, input)
-    vectors: Any = vectors_of(norm)
+    vectors = vectors_of(norm)
     name, parameters = activation
     rest: dict[str, Any] = {"residual": residual, "activation": name, "activation_parameters": parameters, **pooling}
     momentum, batches = weight_of_batch(norm)
-    if not uses_batch_statistics(norm):
-        rest |= {"training": False, "momentum": momentum, "eps": norm.eps, "batches": batches}
-        return conv_batch_norm_act(directions, input, weight, bias, *vectors, *geometry, **rest)
+    given = NormArguments(*vectors, uses_batch_statistics(norm), momentum, norm.eps, batches)
+    if not given.training:
+        return conv_batch_norm_act(directions, input, weight, bias, given, *geometry, **rest)
     z, partial = conv_statistics(directions, input, weight, bias, *geometry)
     norm._check_input_dim(z)
     count_batch(norm)
-    return batch_norm_act_pool(*(z, partial, *vectors, momentum, norm.eps), batches=batches, **rest)
+    return batch_norm_act_pool(z, partial, given, **rest)
 
 
 def begin(conv: _ConvNd, norm: _BatchNorm, input: Tensor) -> Callable[..., Tensor]:

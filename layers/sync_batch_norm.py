@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd.activation import resolve_activation
 from ..autograd.batch_norm import apply_activation
+from ..autograd.batch_norm_arguments import NormArguments
 from ..autograd.sync_batch_norm import sync_batch_norm, sync_takes_kernel
 from .batch_norm import (
     FUSED,
@@ -81,13 +82,14 @@ def forward(
         return local_forward(layer, input, residual, activation)
     resolved = resolve_activation(*activation)
     momentum, batches = weight_of_batch(layer)
-    arguments = (*vectors_of(layer), momentum, layer.eps)
-    if not sync_takes_kernel(input, *arguments, residual, batches, resolved):
+    vectors = vectors_of(layer)
+    if not sync_takes_kernel(input, NormArguments(*vectors, True, momentum, layer.eps, batches), residual, resolved):
         return apply_activation(nn.SyncBatchNorm.forward(layer, input), residual, resolved)
     if dist.get_world_size(group) == 1:
         return local_forward(layer, input, residual, activation)
     count_batch(layer)
-    return sync_batch_norm(input, *arguments, group, batches=batches, residual=residual, activation=resolved)
+    rest = (momentum, layer.eps, group)
+    return sync_batch_norm(input, *vectors, *rest, batches=batches, residual=residual, activation=resolved)
 
 
 FUSED[SyncBatchNorm] = FUSED[nn.SyncBatchNorm] = forward

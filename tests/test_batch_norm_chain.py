@@ -96,7 +96,7 @@ def test_running_statistics_are_stocks(device: str) -> None:
     batches = torch.tensor(3, device=device)
     for momentum, counted in ((0.25, None), (None, batches)):
         ours, stock = ([torch.zeros(6, device=device), torch.ones(6, device=device)] for _ in range(2))
-        batch_norm_chain(x, *ours, weight, bias, True, momentum or 0.0, EPS, batches=counted, slopes=slopes)
+        batch_norm_chain(x, *ours, weight, bias, True, momentum or 0.0, EPS, counted, slopes=slopes)
         F.batch_norm(x, *stock, weight, bias, True, momentum or 1 / 3, EPS)
         torch.testing.assert_close(ours, stock)
 
@@ -112,11 +112,12 @@ def test_running_statistics_are_stocks(device: str) -> None:
 )
 def test_what_goes_to_stock(change: dict[str, object], reason: str, device: str) -> None:
     given = {"input": torch.ones(3, 6), "running_mean": torch.zeros(6), "running_var": torch.ones(6)}
-    given |= {"weight": None, "bias": None, "slopes": torch.ones(6), "training": True, "momentum": 0.1, "eps": EPS}
+    given |= {"weight": None, "bias": None, "training": True, "momentum": 0.1, "eps": EPS, "slopes": torch.ones(6)}
     given = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in (given | change).items()}
+    slopes = given.pop("slopes")
     choices: list[Choice] = []
     with observe_choices(choices.append), pytest.raises((RuntimeError, ValueError)):
-        batch_norm_chain(**given)
+        batch_norm_chain(*given.values(), slopes=slopes)
     assert [choice.reason for choice in choices] == [reason]
 
 

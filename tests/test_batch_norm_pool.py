@@ -155,8 +155,7 @@ def test_running_statistics_are_stocks(device: str) -> None:
     x, weight, bias = operands((4, 6, 9), torch.float32, device)[0]
     for momentum, counted in ((0.25, None), (None, torch.tensor(3, device=device))):
         ours, stock = ([torch.zeros(6, device=device), torch.ones(6, device=device)] for _ in range(2))
-        options = {"batches": counted, "maximum": True}
-        batch_norm_pool(x, *ours, weight, bias, True, momentum or 0.0, EPS, **options)
+        batch_norm_pool(x, *ours, weight, bias, True, momentum or 0.0, EPS, counted, maximum=True)
         F.batch_norm(x, *stock, weight, bias, True, momentum or 1 / 3, EPS)
         torch.testing.assert_close(ours, stock)
 

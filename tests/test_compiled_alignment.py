@@ -85,7 +85,10 @@ CALLS: dict[str, Callable[[], Tensor]] = {
             "batch_norm": norm,
             "batch_norm_act": lambda x: norm(x, autograd.batch_norm_act, activation="relu", residual=x.detach() / 2),
             "batch_norm_pool": lambda x: norm(
-                x, batch_norm_pool, momentum=0.1, eps=1e-5, maximum=True, activation="relu"
+                x,
+                lambda *given, **options: batch_norm_pool(*given, 0.1, 1e-5, **options),
+                maximum=True,
+                activation="relu",
             ),
             "channel_statistics": lambda x: autograd.channel_statistics(x)[0],
             "dropout2d": autograd.dropout2d,
