@@ -13,6 +13,7 @@ __all__ = ["NormArguments", "norm_and_rest", "those_given"]
 
 
 def those_given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Those that aren't None."""
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 

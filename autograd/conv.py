@@ -12,7 +12,7 @@ it is to PyTorch.
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from .decisions import decided_once
 from .dispatch import in_low_precision, takes_kernel
 from .function import Function
 from .inductor import divides
+from .namesakes import named
 from .operators import given, operator
 from .pool import (
     Sizes,
@@ -225,115 +226,65 @@ def _takes_single(x: Tensor, weight: Tensor, convolution: Convolution, window: W
 _CUDNN = "cuDNN: no kernel of a plain convolution was measured faster"
 
 
-def conv1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-) -> Tensor:
-    """The cross-correlation of (N, C, L) or (C, L) with filters (O, C / groups, K).  `torch.nn.functional.conv1d`.
+#: A function with the signature of the stock one that it stands for.
+_Stock = TypeVar("_Stock", bound=Callable[..., Tensor])
+
+
+def _convolution(stock: _Stock, size: str, taps: str) -> _Stock:
+    """The namesake of ``stock``, by which observers are told of it, for images and filters of these sizes."""
+    name = stock.__name__
+
+    def convolve(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        takes_kernel(name, input, refusal=lambda: _CUDNN)
+        return stock(input, weight, bias, stride, padding, dilation, groups)
+
+    doc = f"""The cross-correlation of (N, C, {size}) or (C, {size}) with filters (O, C / groups, {taps}).
+    `torch.nn.functional.{name}`.
 
     cuDNN computes it.
     """
-    takes_kernel("conv1d", input, refusal=lambda: _CUDNN)
-    return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    return cast(_Stock, named(convolve, __name__, name, doc))
 
 
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-) -> Tensor:
-    """The cross-correlation of (N, C, H, W) or (C, H, W) with filters (O, C / groups, K, L).
-    `torch.nn.functional.conv2d`.
+def _transposed(stock: _Stock, size: str, taps: str) -> _Stock:
+    """`_convolution` of a transposed one."""
+    name = stock.__name__
 
-    cuDNN computes it.
-    """
-    takes_kernel("conv2d", input, refusal=lambda: _CUDNN)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    def convolve(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        dilation: Sizes = 1,
+    ) -> Tensor:
+        takes_kernel(name, input, refusal=lambda: _CUDNN)
+        return stock(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
-
-def conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-) -> Tensor:
-    """The cross-correlation of (N, C, D, H, W) or (C, D, H, W) with filters (O, C / groups, J, K, L).
-    `torch.nn.functional.conv3d`.
+    doc = f"""What a convolution's gradient is of its result: (N, C, {size}) or (C, {size}) with filters
+    (C, O / groups, {taps}).  `torch.nn.functional.{name}`.
 
     cuDNN computes it.
     """
-    takes_kernel("conv3d", input, refusal=lambda: _CUDNN)
-    return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    return cast(_Stock, named(convolve, __name__, name, doc))
 
 
-def conv_transpose1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes = 0,
-    output_padding: Sizes = 0,
-    groups: int = 1,
-    dilation: Sizes = 1,
-) -> Tensor:
-    """What a convolution's gradient is of its result: (N, C, L) or (C, L) with filters (C, O / groups, K).
-    `torch.nn.functional.conv_transpose1d`.
-
-    cuDNN computes it.
-    """
-    takes_kernel("conv_transpose1d", input, refusal=lambda: _CUDNN)
-    return F.conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-def conv_transpose2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes = 0,
-    output_padding: Sizes = 0,
-    groups: int = 1,
-    dilation: Sizes = 1,
-) -> Tensor:
-    """What a convolution's gradient is of its result: (N, C, H, W) or (C, H, W) with filters (C, O / groups, K, L).
-    `torch.nn.functional.conv_transpose2d`.
-
-    cuDNN computes it.
-    """
-    takes_kernel("conv_transpose2d", input, refusal=lambda: _CUDNN)
-    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-def conv_transpose3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes = 0,
-    output_padding: Sizes = 0,
-    groups: int = 1,
-    dilation: Sizes = 1,
-) -> Tensor:
-    """What a convolution's gradient is of its result: (N, C, D, H, W) or (C, D, H, W) with filters
-    (C, O / groups, J, K, L).  `torch.nn.functional.conv_transpose3d`.
-
-    cuDNN computes it.
-    """
-    takes_kernel("conv_transpose3d", input, refusal=lambda: _CUDNN)
-    return F.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
+conv1d = _convolution(F.conv1d, "L", "K")
+conv2d = _convolution(F.conv2d, "H, W", "K, L")
+conv3d = _convolution(F.conv3d, "D, H, W", "J, K, L")
+conv_transpose1d = _transposed(F.conv_transpose1d, "L", "K")
+conv_transpose2d = _transposed(F.conv_transpose2d, "H, W", "K, L")
+conv_transpose3d = _transposed(F.conv_transpose3d, "D, H, W", "J, K, L")
 
 #: By the number of directions.
 _POOLINGS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

@@ -6,18 +6,22 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from .dispatch import or_stock
 
-__all__ = ["namesake"]
+__all__ = ["named", "namesake"]
 
 _First = TypeVar("_First")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
+def named(function: Callable[_Arguments, _Result], module: str, name: str, doc: str) -> Callable[_Arguments, _Result]:
+    """``function`` as if it had been defined by this name at the top of this module."""
+    function.__module__, function.__name__, function.__qualname__, function.__doc__ = module, name, name, doc
+    return function
+
+
 def namesake(
     function: Callable[Concatenate[_First, _Arguments], _Result], first: _First, name: str, doc: str
 ) -> Callable[_Arguments, _Result]:
-    """``function`` with this first argument, as a function of its own in the same module; or as `or_stock` chooses."""
+    """``function`` with this first argument, as a function of its own in the same module, and as of `or_stock`."""
     given: Callable[_Arguments, _Result] = partial(function, first)
-    made = or_stock(given)  # its signature is that of ``given``
-    made.__module__, made.__name__, made.__qualname__, made.__doc__ = function.__module__, name, name, doc
-    return made
+    return named(or_stock(given), function.__module__, name, doc)  # the signature is that of ``given``

@@ -57,7 +57,8 @@ def _stock_loss(x: Tensor, target: Tensor, *arguments: Any) -> Tensor:
     if reduction == "none":
         return y
     if reduction == "weighted_mean":
-        return y.sum() / weight.sum()
+        total: Tensor = weight.sum()
+        return y.sum() / total
     return y.sum() / kernels.divisor(reduction, x)
 
 
