@@ -254,9 +254,27 @@ def _batch_norm(input: Tensor, residual: Tensor | None, *arguments: Any) -> Call
     return _in_training(float(norm.momentum), float(norm.eps), resolved, differentiable=differentiable)
 
 
-def _stock(activation: Activated, input: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
-    norm, _ = norm_and_rest(arguments)
-    return apply_activation(norm.stock(input), residual, activation)
+def _stock(
+    activation: Activated,
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    batches: Tensor | None,
+    *_: object,
+) -> Tensor:
+    """`_batch_norm` by PyTorch's operators, as of small tensors, of which what the host does counts."""
+    vectors = (running_mean, running_var, weight, bias)
+    if batches is None:
+        y = F.batch_norm(input, *vectors, training, momentum, eps)
+    else:
+        y = NormArguments(*vectors, training, momentum, eps, batches).stock(input)
+    return apply_activation(y, residual, activation)
 
 
 def begin_batch_norm(
@@ -329,7 +347,7 @@ def _in_training(momentum: float, eps: float, activation: Activated, *, differen
 
 def _in_evaluation(activation: Activated, input: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
     """`_batch_norm` with the running statistics."""
-    mean, variance, weight, bias, _, _, eps, *_ = arguments
+    mean, variance, weight, bias, _, _, eps = arguments[:7]
     return normalise(BatchNorm, (input, residual, weight, bias, mean, variance), False, eps, activation)
 
 

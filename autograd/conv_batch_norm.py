@@ -168,7 +168,7 @@ def conv_batch_norm_act(
         filters, bias = _folded(weight, bias, norm, *geometry[-2:])
         return conv_act_pool(directions, input, filters, bias, *geometry, **options)
     z, partial = conv_statistics(directions, input, weight, bias, *geometry)
-    return batch_norm_act_pool(z, partial, norm._replace(training=True), **options)
+    return batch_norm_act_pool(z, partial, norm if norm.training else norm._replace(training=True), **options)
 
 
 def batch_norm_act_pool(
@@ -185,22 +185,12 @@ def batch_norm_act_pool(
 ) -> Tensor:
     """What `conv_batch_norm_act` does in training with a convolution's result, and its ``partial`` statistics."""
     if pool_size is None and partial is None:
-        return _batch_norm_act(input, norm, residual, activation, activation_parameters)
+        plain: Any = norm[:-1]
+        options: dict[str, Any] = {"activation": activation, "activation_parameters": activation_parameters}
+        return batch_norm_act(input, *plain, batches=norm.batches, residual=residual, **options)
     arguments = (input, partial, residual, *norm, pool_size, pool_stride, pool_padding)
     y: Tensor = _batch_norm_act_pool(*arguments, activation, *activation_parameters)
     return y
-
-
-def _batch_norm_act(
-    input: Tensor,
-    norm: NormArguments,
-    residual: Tensor | None,
-    activation: str | None,
-    parameters: Sequence[float],
-) -> Tensor:
-    arguments: Any = norm[:-1]
-    options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
-    return batch_norm_act(input, *arguments, batches=norm.batches, residual=residual, **options)
 
 
 @decided_once
@@ -219,12 +209,13 @@ def _batch_norm_act_pool(
         return norm.refusal_in_any_mode(input, residual) or _refusal(input, resolved, window)
 
     def apart(input: Tensor, _: Tensor | None, residual: Tensor | None, *arguments: Any) -> Tensor:
-        norm, _others = norm_and_rest(arguments)
-        if torch.compiler.is_compiling() and pool_size is not None and norm.batches is None:
+        plain, batches = arguments[:7], arguments[7]
+        if torch.compiler.is_compiling() and pool_size is not None and batches is None:
             # The compiler makes one kernel of this and the pooling.
-            y = apply_activation(norm.stock(input), residual, resolved)
+            y = apply_activation(F.batch_norm(input, *plain), residual, resolved)
         else:
-            y = _batch_norm_act(input, norm, residual, activation, parameters)
+            options: dict[str, Any] = {"activation": activation, "activation_parameters": parameters}
+            y = batch_norm_act(input, *plain, batches=batches, residual=residual, **options)
         return y if pool_size is None else max_pool(directions, y, pool_size, pool_stride, pool_padding)
 
     name = f"batch_norm_act_pool{directions}d"

@@ -6,6 +6,7 @@ Transformer" (2020); Hu, Shen, Sun, "Squeeze-and-Excitation Networks" (CVPR 2018
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -88,20 +89,22 @@ class _Kind(NamedTuple):
     does: str
 
 
-def _stock_highway(gate: Tensor, transformed: Tensor, carried: Tensor, activation: Activated) -> Tensor:
+def _stock_gated(activation: Activated, gate: Tensor, other: Tensor, *_: object) -> Tensor:
+    return stock_activation(gate, activation) * other
+
+
+def _stock_channels(activation: Activated, x: Tensor, gate: Tensor, *_: object) -> Tensor:
+    return x * stock_activation(gate, activation)
+
+
+def _stock_highway(activation: Activated, gate: Tensor, transformed: Tensor, carried: Tensor, *_: object) -> Tensor:
     t = stock_activation(gate, activation)
     return t * transformed + (1 - t) * carried
 
 
 _KINDS = {
-    "gated": _Kind(
-        *(_forward, _backward, lambda gate, other, activation: stock_activation(gate, activation) * other),
-        *(GATES, "gates"),
-    ),
-    "gated_channels": _Kind(
-        *(_channels_forward, _channels_backward, lambda x, gate, activation: x * stock_activation(gate, activation)),
-        *(CHANNEL_GATES, "gates channels"),
-    ),
+    "gated": _Kind(_forward, _backward, _stock_gated, GATES, "gates"),
+    "gated_channels": _Kind(_channels_forward, _channels_backward, _stock_channels, CHANNEL_GATES, "gates channels"),
     "highway": _Kind(_highway_forward, _highway_backward, _stock_highway, HIGHWAY_GATES, "has highways"),
 }
 
@@ -126,7 +129,7 @@ class Gated(Function):
         operands, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = stock_gradients(lambda *operands: kind.stock(*operands, activation), operands, needed, g)
+            found = stock_gradients(partial(kind.stock, activation), operands, needed, g)
         else:
             found = kind.backward(g, *operands, *activation.arguments)
         return None, None, *(gradient if need else None for gradient, need in zip(found, needed, strict=True))
@@ -207,7 +210,7 @@ def _decide(
         return refusal() if activation in kind.activations else f"no kernel {kind.does} with {activation}"
 
     if not all(isinstance(one, Tensor) for one in operands) or not takes_kernel(name, *operands, refusal=any_refusal):
-        return lambda *given: kind.stock(*given[:-1], resolved)
+        return partial(kind.stock, resolved)
     if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
         return lambda *given: function.apply(name, resolved, *given[:-1])
     return lambda *given: kind.forward(*given[:-1], *resolved.arguments)
