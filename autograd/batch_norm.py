@@ -269,11 +269,10 @@ def _stock(
     *_: object,
 ) -> Tensor:
     """`_batch_norm` by PyTorch's operators, as of small tensors, of which what the host does counts."""
-    vectors = (running_mean, running_var, weight, bias)
     if batches is None:
-        y = F.batch_norm(input, *vectors, training, momentum, eps)
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     else:
-        y = NormArguments(*vectors, training, momentum, eps, batches).stock(input)
+        y = NormArguments(running_mean, running_var, weight, bias, training, momentum, eps, batches).stock(input)
     return apply_activation(y, residual, activation)
 
 
