@@ -1,6 +1,8 @@
-"""Dropout's masks: seeds, and their statistics."""
+"""Random numbers, dropout's masks above all: seeds, and their statistics."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusednn import autograd
+from fusednn.autograd.batch_norm_chain import batch_norm_chain
 from fusednn.kernels.base._triton import tl, triton
 from fusednn.kernels.base.numerics import scalar
 from fusednn.kernels.base.random import keep_threshold, random_tile
@@ -138,6 +141,47 @@ def test_runs_of_eight(device: str) -> None:
         # 255 degrees of freedom: mean 255, deviation sqrt(510); Laurent and Massart bound the upper tail
         # P(X > 255 + 2 sqrt(255 t) + 2 t) by exp(-t): t = 18 gives 1.5e-8.
         assert chi_squared < 255 + 2 * math.sqrt(255 * 18) + 2 * 18
+
+
+def normed(x: Tensor, **options: Any) -> Tensor:
+    return batch_norm_chain(x, None, None, None, torch.ones(64, device=x.device), True, 0.1, 1e-5, p=0.5, **options)
+
+
+def maxout(x: Tensor) -> Tensor:
+    return autograd.maxout_linear(x, torch.ones((2, 16, x.shape[1]), device=x.device), dropout=0.5)
+
+
+#: What was drawn, not 0 for what is kept, of everything that draws, by images of 64 x 64 channels of 4 x 4.
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": autograd.dropout,
+    "dropout1d": lambda x: autograd.dropout1d(x.flatten(2))[..., 0],
+    "dropout2d": lambda x: autograd.dropout2d(x)[..., 0, 0],
+    "rrelu": lambda x: autograd.rrelu(-x, 1.0, 3.0, training=True) < -2,
+    "standout": lambda x: autograd.standout(x, torch.zeros_like(x)),
+    "drop_connect_linear": lambda x: autograd.drop_connect_linear(
+        torch.eye(1024, device=x.device), x.view(64, 1024)
+    ).t(),
+    "bias_activation_dropout": autograd.bias_activation_dropout,
+    "bias_activation_dropout, channels": lambda x: autograd.bias_activation_dropout(x, dim=1, of_channels=True)[
+        ..., 0, 0
+    ],
+    "batch_norm_chain": normed,
+    "batch_norm_chain, channels": lambda x: normed(x, of_channels=True)[..., 0, 0],
+    "block_end": lambda x: autograd.block_end(x.view(4096, 16), p=0.5)[..., 0],
+    "maxout_linear": lambda x: maxout(x.view(-1, 16)),
+    "maxout_linear of an odd size": lambda x: maxout(x.view(-1)[:63000].view(-1, 9)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_programs_draw_independently(name: str, device: str) -> None:
+    """Whatever one program draws for: tiles, rows, channels and samples are a power of 2 apart, or of many such."""
+    torch.manual_seed(6)
+    draws = DRAWS[name](torch.ones((64, 64, 4, 4), device=device)).contiguous().flatten()
+    z = 2 * (draws != 0).double() - 1
+    assert z.numel() >= 4096
+    for lag in (2**power for power in range(z.numel().bit_length() - 1)):
+        assert (z[lag:] * z[:-lag]).mean().abs() < DEVIATIONS / math.sqrt(z.numel() - lag), f"{lag} apart"
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
