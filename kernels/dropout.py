@@ -33,9 +33,9 @@ from .base.tiles import (
     configure_flat,
     flat_tile,
     known,
+    launch_flat,
     load,
     matrix_tile,
-    programs_for,
     steps_for,
     store,
     threads_for,
@@ -210,7 +210,7 @@ def _apply(x: Tensor, y: Tensor, seed: Tensor, p: float, alpha: bool, shared_dim
     samples = x.shape[0] if shared_dims == 2 else 1
     spatial = numel // (samples * channels) if shared_dims and numel else 1
     if spatial == 1 or not shared_dims:
-        launch(_elements(x.dtype), programs_for(numel), x, y, seed, numel, *noise)
+        launch_flat(_elements(x.dtype), (x, y, seed), *noise)
     elif _strides_are(x, shared_dims, (channels * spatial, spatial)):
         width = width_for(spatial, _ROW_WIDTHS)
         rows, blocks = samples * channels, cdiv(spatial, width)

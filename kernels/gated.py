@@ -14,7 +14,6 @@ from torch import Tensor
 from .base._triton import tl, triton
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
-from .base.numerics import scalar
 from .base.tiles import (
     TILE,
     Tile,
@@ -60,64 +59,40 @@ def gate_tile(rows, columns, pitch, column_blocks, FLAT: tl.constexpr, HEIGHT: t
 
 
 @kernel
-def gated_forward_kernel(
+def gated_kernel(
+    g_pointer,  # gradient of the output, (rows, columns); or None in the forward pass, as the last two
     gate_pointer,  # (rows, columns), a pitch from row to row
     other_pointer,  # likewise
-    y_pointer,  # output, (rows, columns)
+    y_pointer,  # output, (rows, columns); or None in the backward pass
+    dgate_pointer,  # gradient of the gate, which lies as it does
+    dother_pointer,  # gradient of the other operand, likewise
     rows: tl.int64,  # of flat tensors the number of elements
     columns,
     pitch,
     column_blocks: tl.int64,
-    a: tl.float64,
-    b: tl.float64,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # without parameters
     FLAT: tl.constexpr,
     COMPUTE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     result, operand = gate_tile(rows, columns, pitch, column_blocks, FLAT, HEIGHT, WIDTH)
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
 
+    if g_pointer is not None:
+        g = load(g_pointer, result, COMPUTE)
     gate = load(gate_pointer, operand, COMPUTE)
     other = load(other_pointer, operand, COMPUTE)
-    store(y_pointer, result, value_of(gate, a, b, ACTIVATION) * other)
-
-
-@kernel
-def gated_backward_kernel(
-    g_pointer,  # gradient of the output, (rows, columns)
-    gate_pointer,  # (rows, columns), a pitch from row to row
-    other_pointer,  # likewise
-    dgate_pointer,  # gradient of the gate, likewise
-    dother_pointer,  # gradient of the other operand, likewise
-    rows: tl.int64,
-    columns,
-    pitch,
-    column_blocks: tl.int64,
-    a: tl.float64,
-    b: tl.float64,
-    ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    result, operand = gate_tile(rows, columns, pitch, column_blocks, FLAT, HEIGHT, WIDTH)
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-
-    g = load(g_pointer, result, COMPUTE)
-    gate = load(gate_pointer, operand, COMPUTE)
-    other = load(other_pointer, operand, COMPUTE)
-    store(dgate_pointer, operand, gradient_from_input(g * other, gate, a, b, ACTIVATION))
-    store(dother_pointer, operand, g * value_of(gate, a, b, ACTIVATION))
+    if g_pointer is None:
+        store(y_pointer, result, value_of(gate, 0.0, 0.0, ACTIVATION) * other)
+    else:
+        store(dgate_pointer, operand, gradient_from_input(g * other, gate, 0.0, 0.0, ACTIVATION))
+        store(dother_pointer, operand, g * value_of(gate, 0.0, 0.0, ACTIVATION))
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
 
 _WIDTHS = (32, 256)
+_GRADIENTS = ("g_pointer", "dgate_pointer", "dother_pointer")
 
 
 @cache
@@ -127,10 +102,11 @@ def _configuration(direction: str, row: Activation, dtype: torch.dtype, width: i
     rows, columns = tile_shape(dtype)
     wide = rows if width is None or width > 32 else 0
     return configure(
-        gated_forward_kernel if forward else gated_backward_kernel,
+        gated_kernel,
         f"gated {row.name} {direction}{'' if width is None else f' halves x{width}'} {TRITON_TYPE[dtype]}",
         dtype,
         {
+            **dict.fromkeys(_GRADIENTS if forward else ("y_pointer",)),
             "ACTIVATION": row.for_results_of(dtype),
             "FLAT": width is None,
             "COMPUTE": COMPUTE[dtype],
@@ -167,7 +143,7 @@ def _launch(direction: str, activation: Activated, columns: int | None, *tensors
         rows, column_blocks = numel // columns, cdiv(columns, width)
         extents = (rows, columns, 2 * columns, column_blocks)
         programs = cdiv(rows, TILE // width) * column_blocks
-    launch(configuration, programs, *tensors, *extents, activation.a, activation.b)
+    launch(configuration, programs, *tensors, *extents)
 
 
 def gated_forward(gate: Tensor, other: Tensor, activation: Activated) -> Tensor:

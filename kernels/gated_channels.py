@@ -15,8 +15,8 @@ from torch import Tensor
 from .base._triton import tl
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense_like
-from .base.lines import ACROSS, ALONG, Lines, LineTiling, contiguous_extent, line_block, line_tile, line_tiling
-from .base.numerics import scalar, widen
+from .base.lines import ACROSS, ALONG, Lines, LineTiling, contiguous_extent, line_tile, line_tiling, part_of_lines
+from .base.numerics import widen
 from .base.tiles import cdiv, load, store, threads_for, tile_shape, width_for
 from .functions.activation import ACTIVATIONS, Activated, Activation, gradient_from_input
 
@@ -27,75 +27,44 @@ CHANNEL_GATES = ("hardsigmoid", "sigmoid")
 
 
 @kernel
-def gated_channels_forward_kernel(
+def gated_channels_kernel(
+    g_pointer,  # gradient of the output; or None in the forward pass
     x_pointer,  # input
     gate_pointer,  # (lines,)
-    y_pointer,  # output, in the memory order of the input
+    y_pointer,  # output, or gradient of the input, in the memory order of the input
+    partial_pointer,  # partial sums of the gate's gradient, (splits, lines); or None in the forward pass
     count: tl.int64,
     dim_size,
     inner_size,
     splits: tl.int32,
     tiles: tl.int32,
-    a: tl.float64,
-    b: tl.float64,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # without parameters
     AXIS: tl.constexpr,
     COMPUTE: tl.constexpr,
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    lines = line_block(program // splits, count, dim_size, inner_size, AXIS, LINES, ALIGN)
-    start = (program % splits).to(tl.int32) * tiles * WIDTH
+    lines, split = part_of_lines(count, dim_size, inner_size, splits, AXIS, LINES, ALIGN)
+    start = split.to(tl.int32) * tiles * WIDTH
 
     gate = widen(tl.load(gate_pointer + lines.line, mask=lines.exists, other=0), COMPUTE)
-    scale = tl.expand_dims(ACTIVATION.forward(gate, scalar(a, COMPUTE), scalar(b, COMPUTE)), AXIS)
+    scale = tl.expand_dims(ACTIVATION.forward(gate, 0.0, 0.0), AXIS)
+    if g_pointer is not None:
+        # Element by element: one reduction between threads, not one a tile.
+        products = tl.zeros((LINES, WIDTH) if AXIS == 1 else (WIDTH, LINES), COMPUTE)
     for first in range(start, start + tiles * WIDTH, WIDTH):
         tile, _place = line_tile(lines, first, AXIS, WIDTH)
-        x = load(x_pointer, tile, COMPUTE)
-        store(y_pointer, tile, x * scale)
-
-
-@kernel
-def gated_channels_backward_kernel(
-    g_pointer,  # gradient of the output
-    x_pointer,  # input
-    gate_pointer,  # (lines,)
-    dx_pointer,  # gradient of the input
-    partial_pointer,  # partial sums of the gate's gradient, (splits, lines)
-    count: tl.int64,
-    dim_size,
-    inner_size,
-    splits: tl.int32,
-    tiles: tl.int32,
-    a: tl.float64,
-    b: tl.float64,
-    ACTIVATION: tl.constexpr,
-    AXIS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    LINES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    lines = line_block(program // splits, count, dim_size, inner_size, AXIS, LINES, ALIGN)
-    start = (program % splits).to(tl.int32) * tiles * WIDTH
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-
-    gate = widen(tl.load(gate_pointer + lines.line, mask=lines.exists, other=0), COMPUTE)
-    scale = tl.expand_dims(ACTIVATION.forward(gate, a, b), AXIS)
-    # Element by element: one reduction between threads, not one a tile.
-    products = tl.zeros((LINES, WIDTH) if AXIS == 1 else (WIDTH, LINES), COMPUTE)
-    for first in range(start, start + tiles * WIDTH, WIDTH):
-        tile, _place = line_tile(lines, first, AXIS, WIDTH)
-        g = load(g_pointer, tile, COMPUTE)
-        x = load(x_pointer, tile, COMPUTE)
-        store(dx_pointer, tile, g * scale)
-        products += g * x
-    dgate = gradient_from_input(tl.sum(products, AXIS), gate, a, b, ACTIVATION)
-    tl.store(partial_pointer + (program % splits) * count + lines.line, dgate, mask=lines.exists)
+        if g_pointer is None:
+            store(y_pointer, tile, load(x_pointer, tile, COMPUTE) * scale)
+        else:
+            g = load(g_pointer, tile, COMPUTE)
+            x = load(x_pointer, tile, COMPUTE)
+            store(y_pointer, tile, g * scale)
+            products += g * x
+    if g_pointer is not None:
+        dgate = gradient_from_input(tl.sum(products, AXIS), gate, 0.0, 0.0, ACTIVATION)
+        tl.store(partial_pointer + split * count + lines.line, dgate, mask=lines.exists)
 
 
 # --- Configurations and launchers -------------------------------------------------------------------------------------
@@ -111,12 +80,17 @@ def _configuration(direction: str, row: Activation, dtype: torch.dtype, axis: in
     forward = direction == "forward"
     wide = tile_shape(dtype)[0] if axis == ACROSS or width >= 64 else 0
     return configure(
-        gated_channels_forward_kernel if forward else gated_channels_backward_kernel,
+        gated_channels_kernel,
         f"channels gated by {row.name} {direction} {'along' if axis == ALONG else 'across'} x{width} "
         f"{TRITON_TYPE[dtype]}",
         dtype,
-        {"ACTIVATION": row, "COMPUTE": COMPUTE[dtype], **_tiling(axis, width).constants},
-        pointers={} if forward else {"partial": ACCUMULATOR[dtype]},
+        {
+            **dict.fromkeys(("g_pointer", "partial_pointer") if forward else ()),
+            "ACTIVATION": row,
+            "COMPUTE": COMPUTE[dtype],
+            **_tiling(axis, width).constants,
+        },
+        pointers={"partial": ACCUMULATOR[dtype]},
         aligned=(contiguous_extent(axis),),
         threads=threads_for(dtype),
         wide_loads=(1 if forward else 2) * wide,
@@ -162,7 +136,7 @@ def _launch(direction: str, activation: Activated, lines: Lines, *tensors: Tenso
     width, splits, tiles = _shares(lines)
     configuration = _configuration(direction, activation.row, tensors[0].dtype, lines.axis, width)
     programs = lines.blocks(_tiling(lines.axis, width).lines) * splits
-    launch(configuration, programs, *tensors, *lines.extents, splits, tiles, activation.a, activation.b)
+    launch(configuration, programs, *tensors, *lines.extents, splits, tiles)
 
 
 def gated_channels_forward(x: Tensor, gate: Tensor, activation: Activated) -> Tensor:

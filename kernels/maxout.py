@@ -45,8 +45,8 @@ from .base.tiles import (
     aligned,
     cdiv,
     flat_tile,
+    launch_flat,
     load,
-    programs_for,
     store,
     threads_for,
     tile_shape,
@@ -240,8 +240,8 @@ def piece_tile(maxima, piece, pieces):
 
 @kernel
 def maxout_adjacent_forward_kernel(
-    x_pointer,  # features, (numel, pieces)
     y_pointer,  # maxima, (numel,)
+    x_pointer,  # features, (numel, pieces)
     winner_pointer,  # winners, (numel,); not written unless wants_winner
     numel: tl.int64,
     pieces: tl.int32,
@@ -425,7 +425,7 @@ def maxout_forward(
     if memory.flat:
         together = pieces if pieces in _TOGETHER else 0
         configuration = _adjacent_configuration("forward", x.dtype, together)
-        launch(configuration, programs_for(y.numel()), x, y, winner, y.numel(), pieces, int(keeps_winner))
+        launch_flat(configuration, (y, x, winner), pieces, int(keeps_winner))
     else:
         configuration = _separate_configuration("forward", x.dtype, _width(memory), memory.by_column)
         programs, extents = _division(memory, pieces, configuration)
@@ -449,7 +449,7 @@ def maxout_backward(
     memory = _memory(shape, strides, pieces, dim, adjacent)
     if memory.flat:
         configuration = _adjacent_configuration("backward", g.dtype, pieces if pieces in _TOGETHER else 0)
-        launch(configuration, programs_for(g.numel()), g, winner, dx, g.numel(), pieces)
+        launch_flat(configuration, (g, winner, dx), pieces)
         return dx, nothing(g, g.dtype)
     configuration = _separate_configuration("backward", g.dtype, _width(memory), memory.by_column)
     programs, extents = _division(memory, pieces, configuration)

@@ -10,21 +10,11 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
-from .base.launch import DTYPES, Configuration, kernel, launch, ships
+from .base.launch import DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import scalar
 from .base.random import uniform_tile
-from .base.tiles import (
-    configure_flat,
-    flat_tile,
-    load,
-    load_bits,
-    mask_bytes,
-    programs_for,
-    store,
-    store_bits,
-)
-from .functions.activation import leaky_relu_gradient
+from .base.tiles import configure_flat, flat_tile, launch_flat, load, load_bits, mask_bytes, store, store_bits
 
 __all__ = ["rrelu_backward", "rrelu_forward"]
 
@@ -40,54 +30,38 @@ def slope_tile(
 
 
 @kernel
-def rrelu_forward_kernel(
-    x_pointer,  # input, flat
-    y_pointer,  # output, flat; may be the input
+def rrelu_kernel(
+    x_pointer,  # input, or gradient of the output, flat
+    y_pointer,  # output, or gradient of the input, flat; may be the input
     mask_pointer,  # packed bits: not x <= 0
     seed_pointer,  # one int64
     numel: tl.int64,
     lower: tl.float64,
     upper: tl.float64,
+    BACKWARD: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Backward as forward: each element times its slope where its bit is 0."""
     tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
 
     x = load(x_pointer, tile, COMPUTE)
     slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
-    keeps = (x > 0) | (x != x)  # PyTorch draws a slope where x <= 0, unlike leaky ReLU not for NaN
-    y = tl.where(keeps, x, x * slope)
-    store(y_pointer, tile, y)
-    store_bits(mask_pointer, keeps, tile_index, ROWS, COLUMNS)
-
-
-@kernel
-def rrelu_backward_kernel(
-    g_pointer,  # gradient of the output, flat
-    mask_pointer,  # packed bits: not x <= 0
-    dx_pointer,  # gradient of the input, flat
-    seed_pointer,  # the forward pass's
-    numel: tl.int64,
-    lower: tl.float64,
-    upper: tl.float64,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    tile_index, tile = flat_tile(numel, ROWS, COLUMNS)
-
-    g = load(g_pointer, tile, COMPUTE)
-    slope = slope_tile(seed_pointer, lower, upper, tile_index, COMPUTE, ROWS, COLUMNS)
-    dx = leaky_relu_gradient(g, load_bits(mask_pointer, tile_index, ROWS, COLUMNS), slope, slope)
-    store(dx_pointer, tile, dx)
+    if BACKWARD:
+        keeps = load_bits(mask_pointer, tile_index, ROWS, COLUMNS)
+    else:
+        keeps = (x > 0) | (x != x)  # PyTorch draws a slope where x <= 0, unlike leaky ReLU not for NaN
+    store(y_pointer, tile, tl.where(keeps, x, x * slope))
+    if not BACKWARD:
+        store_bits(mask_pointer, keeps, tile_index, ROWS, COLUMNS)
 
 
 @cache
 def _configuration(direction: str, dtype: torch.dtype) -> Configuration:
-    code = rrelu_forward_kernel if direction == "forward" else rrelu_backward_kernel
+    constants = {"BACKWARD": direction == "backward"}
     pointers = {"mask": torch.uint8, "seed": torch.int64}
-    return configure_flat(code, f"rrelu {direction}", dtype, {}, pointers=pointers, loads=1, stores=1)
+    return configure_flat(rrelu_kernel, f"rrelu {direction}", dtype, constants, pointers=pointers, loads=1, stores=1)
 
 
 @ships("rrelu")
@@ -104,8 +78,7 @@ def rrelu_forward(
     x = dense(x)
     y = x if inplace else torch.empty_like(x)
     mask = torch.empty(mask_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-    programs = programs_for(x.numel())
-    launch(_configuration("forward", x.dtype), programs, x, y, mask, seed, x.numel(), lower, upper)
+    launch_flat(_configuration("forward", x.dtype), (x, y, mask, seed), lower, upper)
     return y, mask
 
 
@@ -113,6 +86,5 @@ def rrelu_backward(g: Tensor, mask: Tensor, seed: Tensor, strides: Sequence[int]
     """Gradient of the input, with the slopes that the forward pass drew from ``seed``."""
     g = dense_like(g, strides)
     dx = g.new_empty_strided(g.shape, strides)
-    programs = programs_for(g.numel())
-    launch(_configuration("backward", g.dtype), programs, g, mask, dx, seed, g.numel(), lower, upper)
+    launch_flat(_configuration("backward", g.dtype), (g, dx, mask, seed), lower, upper)
     return dx

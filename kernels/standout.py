@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl
-from .base.launch import DTYPES, Configuration, kernel, launch, ships
+from .base.launch import DTYPES, Configuration, kernel, ships
 from .base.layout import dense, dense_like
 from .base.numerics import scalar, sigmoid, widen
 from .base.random import uniform_tile
-from .base.tiles import (
-    configure_flat,
-    flat_tile,
-    load,
-    mask_bytes,
-    programs_for,
-    store,
-    store_bits,
-)
+from .base.tiles import configure_flat, flat_tile, launch_flat, load, mask_bytes, store, store_bits
 
 __all__ = ["standout_forward"]
 
@@ -69,7 +61,5 @@ def standout_forward(x: Tensor, belief: Tensor, seed: Tensor, alpha: float, beta
     belief = dense_like(belief, x.stride())
     y = torch.empty_like(x)
     mask = torch.empty(mask_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-    launch(
-        _configuration(x.dtype), programs_for(x.numel()), x, belief, y, mask, seed, x.numel(), float(alpha), float(beta)
-    )
+    launch_flat(_configuration(x.dtype), (x, belief, y, mask, seed), float(alpha), float(beta))
     return y, mask

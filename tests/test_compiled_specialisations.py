@@ -134,7 +134,7 @@ HALVES = {("1", "1"), ("1", "other"), ("other", "other"), ("other", "16"), ("16"
 #: Calls, and the kinds of each kernel's integers in them.  Users meet no others: products and convolutions of features
 #: and channels that are no multiples of 16 are cuBLAS's and cuDNN's, and classes are many.
 RUNS: dict[Callable[[pytest.MonkeyPatch], None], dict[str, set[tuple[str, ...]]]] = {
-    gates: {"gated_forward_kernel": HALVES, "gated_backward_kernel": HALVES},
+    gates: {"gated_kernel": HALVES},
     products: {  # units, features
         "linear_maxout_forward_kernel": {(units, "16") for units in SIZES},
         "linear_maxout_data_gradient_kernel": {("16", "16")},

@@ -330,7 +330,8 @@ def test_budget(name: str, memory_format: torch.memory_format, dtype: torch.dtyp
 
 def test_launched_configurations_ship(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     launched = []
-    monkeypatch.setattr(kernels.dropout, "launch", lambda configuration, *_: launched.append(configuration))
+    for module in (kernels.base.tiles, kernels.dropout):
+        monkeypatch.setattr(module, "launch", lambda configuration, *_: launched.append(configuration))
     for dtype in FLOAT_DTYPES:
         for shape in ((5,), (2, 16, 4, 4), (2, 64, 4, 4), (2, 256, 16, 16), (2, 3, 64, 64)):
             x = torch.ones(shape, dtype=dtype, device=device)

@@ -341,7 +341,7 @@ def test_opcheck(operator: object, arguments: tuple, device: str) -> None:
 def test_every_launch_is_a_shipped_configuration(
     device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    launched = note_launches(monkeypatch, kernels.maxout, kernels.linear_maxout)
+    launched = note_launches(monkeypatch, kernels.base.tiles, kernels.maxout, kernels.linear_maxout)
     for dtype in (torch.float16, torch.float32, torch.float64):
         for name in FUNCTIONS:
             operands = [leaf(t) for t in tensors(name, dtype, device)]

@@ -36,6 +36,7 @@ __all__ = [
     "online_softmax_reduce",
     "online_softmax_update",
     "packed_tile",
+    "part_of_lines",
     "reference_point",
     "spread",
     "sum_of_pairs",
@@ -131,6 +132,13 @@ def line_block(block, count, dim_size, inner_size, AXIS: tl.constexpr, LINES: tl
         outer = block // blocks * inner_size
         line = outer + first + within
         return LineBlock(outer * dim_size + first, within, line, first + within < inner_size, dim_size, inner_size)
+
+
+@triton.jit
+def part_of_lines(count, dim_size, inner_size, parts, AXIS: tl.constexpr, LINES: tl.constexpr, ALIGN: tl.constexpr):
+    """This program's block of the lines, which so many programs share, and its number among these."""
+    program = tl.program_id(0).to(tl.int64)
+    return line_block(program // parts, count, dim_size, inner_size, AXIS, LINES, ALIGN), program % parts
 
 
 @triton.jit

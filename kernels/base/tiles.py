@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ._triton import tl, triton
-from .launch import COMPUTE, TRITON_TYPE, Configuration, configure
+from .launch import COMPUTE, TRITON_TYPE, Configuration, configure, launch
 from .numerics import narrow, widen
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "configure_flat",
     "flat_tile",
     "known",
+    "launch_flat",
     "load",
     "load_bits",
     "mask_bytes",
@@ -80,6 +82,12 @@ def configure_flat(
         wide_stores=stores * rows,
         **promises,
     )
+
+
+def launch_flat(configuration: Configuration, tensors: tuple[Tensor, ...], *scalars: float) -> None:
+    """Run a kernel of flat ``tensors``, of which the first has the elements that are walked over."""
+    numel = tensors[0].numel()
+    launch(configuration, programs_for(numel), *tensors, numel, *scalars)
 
 
 def cdiv(extent: int, step: int) -> int:
