@@ -26,18 +26,16 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
-from .base.channels import ChannelMatrix, channel_matrix, channel_values, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like, is_dense
+from .base.matrix import ChannelMatrix, channel_matrix, channel_values, place_of, store_sums, tile_of, tiling_of
 from .base.numerics import scalar, widen
-from .base.random import channels_kept, keep_threshold, keep_tile, serves_eight
+from .base.random import channels_kept, keep_threshold, keep_tile
 from .base.tiles import (
     MASK_BYTES,
     TILE,
-    aligned,
     load,
     load_bits,
-    matrix_tile,
     store,
     store_bits,
     threads_for,
@@ -63,55 +61,36 @@ __all__ = [
 
 
 @triton.jit
-def slope_values(
-    pointer,
-    block_row,
-    block_column,
-    slopes,
-    BY_ROW: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """PReLU's slopes, of which there is one or one for each channel, broadcastable to (HEIGHT, WIDTH)."""
-    if BY_ROW:
-        values = tl.load(pointer + (block_row * HEIGHT + tl.arange(0, HEIGHT)) % slopes)[:, None]
+def slope_values(pointer, block_row, place, slopes, COMPUTE: tl.constexpr, TILING: tl.constexpr):
+    """PReLU's slopes, of which there is one or one for each channel, broadcastable to a tile."""
+    if TILING.by_row:
+        values = tl.load(pointer + (block_row * TILING.height + tl.arange(0, TILING.height)) % slopes)[:, None]
     else:
-        values = tl.load(pointer + (block_column * WIDTH + tl.arange(0, WIDTH)) % slopes)[None, :]
+        values = tl.load(pointer + (place.block_column * TILING.width + tl.arange(0, TILING.width)) % slopes)[None, :]
     return widen(values, COMPUTE)
 
 
 @triton.jit
 def noise_tile(
-    seed_pointer,
-    tile_index,
-    block_row,
-    block_column,
-    columns,
-    spatial,
-    last,
-    scale,
-    has_seed,
-    BY_ROW: tl.constexpr,
-    SERVES_EIGHT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    seed_pointer, tile_index, block_row, place, spatial, last, scale, has_seed, COMPUTE, ELEMENT, TILING: tl.constexpr
 ):
-    """What dropout multiplies the flat tile by, (ROWS, COLUMNS): ``scale`` or 0; 1 where nothing drops."""
+    """What dropout multiplies the flat tile by: ``scale`` or 0; 1 where nothing drops."""
+    scale = scalar(scale, COMPUTE)
     if has_seed:
         if spatial is None:
-            keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), ROWS, COLUMNS, SERVES_EIGHT)
+            keep = keep_tile(
+                *(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32)),
+                *(TILING.flat_rows, TILING.flat_columns, ELEMENT.primitive_bitwidth == 16),
+            )
         else:
             keep = channels_kept(
-                *(seed_pointer, last, block_row * HEIGHT, block_column * WIDTH, columns, spatial),
-                *(BY_ROW, HEIGHT, WIDTH),
+                *(seed_pointer, last, block_row * TILING.height, place.block_column * TILING.width),
+                *(place.columns, spatial, TILING.by_row, TILING.height, TILING.width),
             )
-            keep = tl.reshape(keep, (ROWS, COLUMNS))
+            keep = tl.reshape(keep, (TILING.flat_rows, TILING.flat_columns))
         noise = tl.where(keep, scale, scale * 0)
     else:
-        noise = tl.zeros((ROWS, COLUMNS), scale.dtype) + 1
+        noise = tl.full((TILING.flat_rows, TILING.flat_columns), 1.0, COMPUTE)
     return noise
 
 
@@ -141,62 +120,37 @@ def bias_activation_dropout_forward_kernel(
     slopes,  # one, or one for each channel; or None
     spatial,  # the elements of a channel, if they are dropped together; or None
     ACTIVATION: tl.constexpr,  # whose bits, where its mask gates, tell of dropout too
-    BY_ROW: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    SERVES_EIGHT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    columns = aligned(columns, ALIGN)
-    block_column = program % column_blocks
-    first = program // column_blocks * steps
-    scale = scalar(scale, COMPUTE)
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
-        tile_index = block_row * column_blocks + block_column
+    place = place_of(rows, columns, column_blocks, ALIGN)
+    a, b = scalar(a, COMPUTE), scalar(b, COMPUTE)
+    for block_row in range(place.part * steps, tl.minimum(place.part * steps + steps, row_blocks)):
+        tile = tile_of(block_row, place, TILING)
+        tile_index = block_row * place.column_blocks + place.block_column
 
         h = load(x_pointer, tile, COMPUTE)
         if has_bias:
-            h += channel_values(
-                bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
-            )
+            h += channel_values(bias_pointer, block_row, place, channels, COMPUTE, TILING)
         slope = a
         if slope_pointer is not None:
-            slope = slope_values(slope_pointer, block_row, block_column, slopes, BY_ROW, COMPUTE, HEIGHT, WIDTH)
+            slope = slope_values(slope_pointer, block_row, place, slopes, COMPUTE, TILING)
         y = value_of(h, slope, b, ACTIVATION)
         noise = noise_tile(
-            seed_pointer,
-            tile_index,
-            block_row,
-            block_column,
-            columns,
-            spatial,
-            last,
-            scale,
-            has_seed,
-            BY_ROW,
-            SERVES_EIGHT,
-            HEIGHT,
-            WIDTH,
-            ROWS,
-            COLUMNS,
+            *(seed_pointer, tile_index, block_row, place, spatial, last, scale, has_seed),
+            *(COMPUTE, x_pointer.dtype.element_ty, TILING),
         )
-        y = y * tl.reshape(noise, (HEIGHT, WIDTH))
+        y = y * tl.reshape(noise, (TILING.height, TILING.width))
         if has_residual:
             y += load(residual_pointer, tile, COMPUTE)
         store(y_pointer, tile, y)
         if ACTIVATION.saves == "mask":  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
             if wants_mask:
-                bits = tl.reshape(ACTIVATION.mask(h, a, b), (ROWS, COLUMNS))
+                bits = tl.reshape(ACTIVATION.mask(h, a, b), (TILING.flat_rows, TILING.flat_columns))
                 if ACTIVATION.mask_gates:
                     bits = bits & (noise != 0)
-                store_bits(mask_pointer, bits, tile_index, ROWS, COLUMNS)
+                store_bits(mask_pointer, bits, tile_index, TILING.flat_rows, TILING.flat_columns)
 
 
 @kernel
@@ -224,90 +178,61 @@ def bias_activation_dropout_backward_kernel(
     slopes,  # one, or one for each channel; or None
     spatial,  # the elements of a channel, if they are dropped together; or None
     ACTIVATION: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    SERVES_EIGHT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    columns = aligned(columns, ALIGN)
-    block_column = program % column_blocks
-    first = program // column_blocks * steps
-    scale = scalar(scale, COMPUTE)
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-    totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    place = place_of(rows, columns, column_blocks, ALIGN)
+    a, b = scalar(a, COMPUTE), scalar(b, COMPUTE)
+    totals = tl.full((TILING.height, TILING.width), 0.0, COMPUTE)
     if slope_pointer is not None:
-        slope_totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-        behind = rows * column_blocks if BY_ROW else tl.cdiv(row_blocks, steps) * columns
-    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
-        tile_index = block_row * column_blocks + block_column
+        slope_totals = tl.full((TILING.height, TILING.width), 0.0, COMPUTE)
+        behind = rows * column_blocks if TILING.by_row else tl.cdiv(row_blocks, steps) * place.columns
+    for block_row in range(place.part * steps, tl.minimum(place.part * steps + steps, row_blocks)):
+        tile = tile_of(block_row, place, TILING)
+        tile_index = block_row * place.column_blocks + place.block_column
 
         if ACTIVATION.saves == "mask":
-            saved = tl.reshape(load_bits(saved_pointer, tile_index, ROWS, COLUMNS), (HEIGHT, WIDTH))
+            saved = load_bits(saved_pointer, tile_index, TILING.flat_rows, TILING.flat_columns)
+            saved = tl.reshape(saved, (TILING.height, TILING.width))
         else:
             saved = load(saved_pointer, tile, COMPUTE)
             if has_bias:
-                saved += channel_values(
-                    bias_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
-                )
+                saved += channel_values(bias_pointer, block_row, place, channels, COMPUTE, TILING)
             if ACTIVATION.saves == "output":  # which is made again, before the noise takes registers
                 saved = value_of(saved, a, b, ACTIVATION)
         g = load(g_pointer, tile, COMPUTE)
         if ACTIVATION.mask_gates:
-            g = g * scale
+            g = g * scalar(scale, COMPUTE)
         else:
             noise = noise_tile(
-                seed_pointer,
-                tile_index,
-                block_row,
-                block_column,
-                columns,
-                spatial,
-                last,
-                scale,
-                has_seed,
-                BY_ROW,
-                SERVES_EIGHT,
-                HEIGHT,
-                WIDTH,
-                ROWS,
-                COLUMNS,
+                *(seed_pointer, tile_index, block_row, place, spatial, last, scale, has_seed),
+                *(COMPUTE, g_pointer.dtype.element_ty, TILING),
             )
-            g = g * tl.reshape(noise, (HEIGHT, WIDTH))
+            g = g * tl.reshape(noise, (TILING.height, TILING.width))
         slope = a
         if slope_pointer is not None:
-            slope = slope_values(slope_pointer, block_row, block_column, slopes, BY_ROW, COMPUTE, HEIGHT, WIDTH)
+            slope = slope_values(slope_pointer, block_row, place, slopes, COMPUTE, TILING)
         dx = gradient_of(g, saved, slope, b, ACTIVATION)
         store(dx_pointer, tile, dx)
 
         if wants_sums:
             addend = tl.where(tile.inside, dx, 0.0)  # an infinite bias gives NaN outside, too
-            if BY_ROW:
-                sums = sums_tile(block_row, block_column, rows, columns, column_blocks, True, HEIGHT, WIDTH)
-                store(partial_pointer, sums, tl.sum(addend, axis=1))
+            if TILING.by_row:
+                store_sums(partial_pointer, addend, block_row, place, TILING)
             else:
                 totals += addend
             if slope_pointer is not None:
                 slope_addend = tl.where(tile.inside, prelu_slope_gradient(g, saved), 0.0)
-                if BY_ROW:
-                    store(partial_pointer + behind, sums, tl.sum(slope_addend, axis=1))
+                if TILING.by_row:
+                    store_sums(partial_pointer + behind, slope_addend, block_row, place, TILING)
                 else:
                     slope_totals += slope_addend
-    if not BY_ROW:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
+    if not TILING.by_row:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
         if wants_sums:
-            # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
-            total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
-            part = program // column_blocks
-            sums = sums_tile(part, block_column, rows, columns, column_blocks, False, HEIGHT, WIDTH)
-            store(partial_pointer, sums, total)
+            store_sums(partial_pointer, totals, place.part, place, TILING)
             if slope_pointer is not None:
-                store(partial_pointer + behind, sums, tl.sum(slope_totals.to(tl.float64), axis=0).to(COMPUTE))
+                store_sums(partial_pointer + behind, slope_totals, place.part, place, TILING)
 
 
 # --- Configurations and launchers -----------------------------------------------------------------------------------
@@ -316,62 +241,33 @@ _ROW_WIDTHS = (16, 256, TILE)
 _COLUMN_WIDTHS = (16, 64, 256)
 
 
-def _constants(row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool) -> dict[str, object]:
-    tile_rows, tile_columns = tile_shape(dtype)
-    return {
-        **({} if row is PRELU.row else {"slope_pointer": None, "slopes": None}),
-        **({} if of_channels else {"spatial": None}),
-        "ACTIVATION": row.for_results_of(dtype),
-        "BY_ROW": by_row,
-        "COMPUTE": COMPUTE[dtype],
-        "SERVES_EIGHT": serves_eight(dtype),
-        "HEIGHT": TILE // width,
-        "WIDTH": width,
-        "ROWS": tile_rows,
-        "COLUMNS": tile_columns,
-    }
-
-
-def _label(row: Activation, direction: str, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool) -> str:
-    dropout = "dropout of channels" if of_channels else "dropout"
-    return f"bias + {row.name} + {dropout} {direction} {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}"
-
-
 @cache
-def _forward(row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool = False) -> Configuration:
-    wide = tile_shape(dtype)[0] if width > 16 else 0
-    return configure(
-        bias_activation_dropout_forward_kernel,
-        _label(row, "forward", dtype, by_row, width, of_channels),
-        dtype,
-        _constants(row, dtype, by_row, width, of_channels),
-        pointers={"mask": torch.uint8, "seed": torch.int64},
-        aligned=("columns",),
-        threads=threads_for(dtype),
-        wide_loads=2 * wide,
-        wide_stores=wide,
-    )
-
-
-@cache
-def _backward(
-    row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool = False
+def _configuration(
+    direction: str, row: Activation, dtype: torch.dtype, by_row: bool, width: int, of_channels: bool = False
 ) -> Configuration:
-    masked = row.saves == "mask"
+    forward, masked = direction == "forward", row.saves == "mask"
+    dropout = "dropout of channels" if of_channels else "dropout"
     wide = tile_shape(dtype)[0] if width > 16 else 0
     return configure(
-        bias_activation_dropout_backward_kernel,
-        _label(row, "backward", dtype, by_row, width, of_channels),
+        bias_activation_dropout_forward_kernel if forward else bias_activation_dropout_backward_kernel,
+        f"bias + {row.name} + {dropout} {direction} {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}",
         dtype,
-        _constants(row, dtype, by_row, width, of_channels),
+        {
+            **({} if row is PRELU.row else {"slope_pointer": None, "slopes": None}),
+            **({} if of_channels else {"spatial": None}),
+            "ACTIVATION": row.for_results_of(dtype),
+            "TILING": tiling_of(dtype, by_row, width),
+            "COMPUTE": COMPUTE[dtype],
+        },
         pointers={
             **({"saved": torch.uint8} if masked else {}),
-            "partial": ACCUMULATOR[dtype],
+            "mask": torch.uint8,
             "seed": torch.int64,
+            "partial": ACCUMULATOR[dtype],
         },
         aligned=("columns",),
         threads=threads_for(dtype),
-        wide_loads=wide if masked else 2 * wide,
+        wide_loads=wide if masked and not forward else 2 * wide,
         wide_stores=wide,
     )
 
@@ -381,20 +277,18 @@ def configurations() -> Iterator[Configuration]:
     """Of the hundreds that the launchers can ask for: every geometry with ReLU in two dtypes, and every activation and
     dtype in one geometry.  What is left out are the same device functions in other combinations.
     """
-    relu = ACTIVATIONS["relu"]
-    for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
-        for width in widths:
-            for dtype in DTYPES if (by_row, width) == (False, 256) else (torch.bfloat16, torch.float32):
-                yield _forward(relu, dtype, by_row, width)
-                yield _backward(relu, dtype, by_row, width)
-    for row in (*ACTIVATIONS.values(), PRELU.row):
-        if row is not relu:
-            yield _forward(row, torch.bfloat16, False, 256)
-            yield _backward(row, torch.bfloat16, False, 256)
-    for configuration in (_forward, _backward):
-        yield configuration(PRELU.row, torch.bfloat16, True, 256)
+    relu, bfloat16 = ACTIVATIONS["relu"], torch.bfloat16
+    for direction in ("forward", "backward"):
+        for by_row, widths in ((True, _ROW_WIDTHS), (False, _COLUMN_WIDTHS)):
+            for width in widths:
+                for dtype in DTYPES if (by_row, width) == (False, 256) else (bfloat16, torch.float32):
+                    yield _configuration(direction, relu, dtype, by_row, width)
+        for row in (*ACTIVATIONS.values(), PRELU.row):
+            if row is not relu:
+                yield _configuration(direction, row, bfloat16, False, 256)
+        yield _configuration(direction, PRELU.row, bfloat16, True, 256)
         for by_row in (True, False):
-            yield configuration(ACTIVATIONS["gelu"], torch.bfloat16, by_row, 256, True)
+            yield _configuration(direction, ACTIVATIONS["gelu"], bfloat16, by_row, 256, True)
 
 
 def _matrix(shape: Sequence[int], strides: Sequence[int], dim: int) -> ChannelMatrix:
@@ -464,7 +358,7 @@ def bias_activation_dropout_forward(
         residual = dense_like(residual, x.stride())
     matrix = _matrix(x.shape, x.stride(), dim)
     launch(
-        _forward(activation.row, x.dtype, matrix.by_row, matrix.width, of_channels),
+        _configuration("forward", activation.row, x.dtype, matrix.by_row, matrix.width, of_channels),
         matrix.programs,
         x,
         *(x if operand is None else operand for operand in (bias, residual)),  # what isn't there isn't read
@@ -514,7 +408,7 @@ def bias_activation_dropout_backward(
     if bias is not None:
         bias = bias.contiguous()
     launch(
-        _backward(activation.row, g.dtype, matrix.by_row, matrix.width, of_channels),
+        _configuration("backward", activation.row, g.dtype, matrix.by_row, matrix.width, of_channels),
         matrix.programs,
         g,
         saved,

@@ -1,6 +1,6 @@
 """The end of a block in one pass each way: y = scale * x, dropped by sample, + residual; all but x may be missing.
 
-A dense tensor is a matrix (see ``base/channels.py``) in which an element of the scale belongs to a column, or to a run
+A dense tensor is a matrix (see ``base/matrix.py``) in which an element of the scale belongs to a column, or to a run
 of rows; without a scale a sample is a row.  A row lies in one sample, of which there are ``sample_rows``, and each
 sample has one random number: its fate is the same in every memory format, and nothing is kept of it but the seed.
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .base._triton import tl, triton
-from .base.channels import ChannelMatrix, channel_matrix, channel_values, sums_tile
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
 from .base.layout import dense, dense_like
+from .base.matrix import ChannelMatrix, channel_matrix, channel_values, place_of, store_sums, tile_of, tiling_of
 from .base.numerics import scalar
 from .base.random import channel_bits, keep_threshold
-from .base.tiles import TILE, aligned, load, matrix_tile, store, threads_for, tile_shape, width_for
+from .base.tiles import TILE, load, store, threads_for, tile_shape, width_for
 
 __all__ = ["block_end_backward", "block_end_forward", "has_samples", "sums_shape"]
 
@@ -63,26 +63,19 @@ def block_end_forward_kernel(
     has_seed: tl.int32,
     last: tl.int64,  # the last random number that is kept
     kept: tl.float64,  # what samples that are kept are multiplied by
-    BY_ROW: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    columns = aligned(columns, ALIGN)
-    block_column = program % column_blocks
-    first = program // column_blocks * steps
+    place = place_of(rows, columns, column_blocks, ALIGN)
     kept = scalar(kept, COMPUTE)
-    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+    for block_row in range(place.part * steps, tl.minimum(place.part * steps + steps, row_blocks)):
+        tile = tile_of(block_row, place, TILING)
 
         y = load(x_pointer, tile, COMPUTE)
         if has_scale:
-            y *= channel_values(
-                scale_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
-            )
-        y *= sample_noise(seed_pointer, last, kept, block_row, sample_rows, has_seed, HEIGHT)
+            y *= channel_values(scale_pointer, block_row, place, channels, COMPUTE, TILING)
+        y *= sample_noise(seed_pointer, last, kept, block_row, sample_rows, has_seed, TILING.height)
         if has_residual:
             y += load(residual_pointer, tile, COMPUTE)
         store(y_pointer, tile, y)
@@ -108,47 +101,32 @@ def block_end_backward_kernel(
     wants_sums: tl.int32,
     last: tl.int64,
     kept: tl.float64,
-    BY_ROW: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    columns = aligned(columns, ALIGN)
-    block_column = program % column_blocks
-    first = program // column_blocks * steps
+    place = place_of(rows, columns, column_blocks, ALIGN)
     kept = scalar(kept, COMPUTE)
-    totals = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    for block_row in range(first, tl.minimum(first + steps, row_blocks)):
-        tile = matrix_tile(block_row, block_column, rows, columns, HEIGHT, WIDTH)
+    totals = tl.full((TILING.height, TILING.width), 0.0, COMPUTE)
+    for block_row in range(place.part * steps, tl.minimum(place.part * steps + steps, row_blocks)):
+        tile = tile_of(block_row, place, TILING)
 
         g = load(g_pointer, tile, COMPUTE)
-        g *= sample_noise(seed_pointer, last, kept, block_row, sample_rows, has_seed, HEIGHT)
+        g *= sample_noise(seed_pointer, last, kept, block_row, sample_rows, has_seed, TILING.height)
         dx = g
         if has_scale:
-            dx *= channel_values(
-                scale_pointer, block_row, block_column, columns, channels, BY_ROW, COMPUTE, HEIGHT, WIDTH
-            )
+            dx *= channel_values(scale_pointer, block_row, place, channels, COMPUTE, TILING)
         store(dx_pointer, tile, dx)
 
         if wants_sums:
             products = g * load(x_pointer, tile, COMPUTE)
-            if BY_ROW:
-                sums = sums_tile(block_row, block_column, rows, columns, column_blocks, True, HEIGHT, WIDTH)
-                store(partial_pointer, sums, tl.sum(products, axis=1))
+            if TILING.by_row:
+                store_sums(partial_pointer, products, block_row, place, TILING)
             else:
                 totals += products
-    if not BY_ROW:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
+    if not TILING.by_row:  # noqa: SIM102 (this condition is the compiler's, the next one the program's)
         if wants_sums:
-            # A lane adds its rows in the type of the arithmetic; from there on float64 leaves little of the rounding.
-            total = tl.sum(totals.to(tl.float64), axis=0).to(COMPUTE)
-            part = program // column_blocks
-            store(
-                partial_pointer,
-                sums_tile(part, block_column, rows, columns, column_blocks, False, HEIGHT, WIDTH),
-                total,
-            )
+            store_sums(partial_pointer, totals, place.part, place, TILING)
 
 
 # --- Configurations and launchers -------------------------------------------------------------------------------------
@@ -168,7 +146,7 @@ def _configuration(direction: str, dtype: torch.dtype, result: torch.dtype, by_r
         block_end_forward_kernel if forward else block_end_backward_kernel,
         f"block end {direction} {'rows' if by_row else 'columns'} x{width} {TRITON_TYPE[dtype]}{mixed}",
         dtype,
-        {"BY_ROW": by_row, "COMPUTE": COMPUTE[dtype], "HEIGHT": TILE // width, "WIDTH": width},
+        {"TILING": tiling_of(dtype, by_row, width), "COMPUTE": COMPUTE[dtype]},
         pointers={
             **dict.fromkeys(others, result),
             **({} if forward else {"partial": ACCUMULATOR[dtype]}),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.channels import ChannelMatrix
 from .base.launch import ACCUMULATOR, COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, launch, ships
 from .base.layout import dense_like
+from .base.matrix import ChannelMatrix
 from .base.tiles import cdiv, width_for
 from .batch_norm_operands import Norm
 from .functions.activation import ACTIVATIONS, IDENTITY, Activated, Activation

@@ -8,8 +8,8 @@ fixed order.
 """
 
 from .base._triton import tl, triton
-from .base.channels import sums_tile
 from .base.launch import kernel
+from .base.matrix import sums_tile
 from .base.numerics import narrow, scalar
 from .base.tiles import aligned, store
 from .pool_window import covered_offset, load_gradient, place_images, plane_offset, tile_place, window_place, within
@@ -169,8 +169,7 @@ def pool_backward_cells_kernel(
                 total += cell[part * STRIDE + x]
     if partial_pointer is not None:
         sums = sums_tile(
-            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, tl.cdiv(columns, WIDTH)),
-            *(not CHANNELS_LAST, HEIGHT, WIDTH),
+            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, not CHANNELS_LAST, HEIGHT, WIDTH),
         )
         store(partial_pointer, sums, tl.sum(total, axis=0 if CHANNELS_LAST else 1))
 
@@ -253,7 +252,6 @@ def pool_backward_kernel(
     tl.store(dx_pointer + row * columns + column, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
     if partial_pointer is not None:
         sums = sums_tile(
-            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, tl.cdiv(columns, WIDTH)),
-            *(not CHANNELS_LAST, HEIGHT, WIDTH),
+            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, not CHANNELS_LAST, HEIGHT, WIDTH),
         )
         store(partial_pointer, sums, tl.sum(dx, axis=0 if CHANNELS_LAST else 1))

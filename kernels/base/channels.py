@@ -25,15 +25,12 @@ walks backward: what it reads first was read last, and is still in the L2 cache.
 together, in one order, what all programs left of its channels: there are never more of them than the reduced axis of a
 tile has lanes, so that this is one more tile to read.
 
-**Passes of their own** need no tracks: a `ChannelMatrix` is cut into tiles, and a program takes one, or a few below
-each other.  Of a sum over channels it leaves one for each channel that it sees; PyTorch's ``sum`` adds them in a fixed
-order.
+Passes that read once, and need no tracks, are in ``matrix.py``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
-from math import prod
 from typing import Any
 
 import torch
@@ -41,16 +38,12 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .launch import COMPUTE, TRITON_TYPE, Configuration, configure, launch
-from .numerics import widen
-from .tiles import TILE, Tile, cdiv, steps_for, threads_for, tile_shape, width_for
+from .tiles import TILE, Tile, cdiv, threads_for, tile_shape
 
 __all__ = [
-    "ChannelMatrix",
     "Plan",
     "Tiling",
-    "channel_matrix",
     "channel_tile",
-    "channel_values",
     "common_tilings_of",
     "configure_channels",
     "lanes",
@@ -58,7 +51,6 @@ __all__ = [
     "launch_over",
     "plan_of",
     "program_place",
-    "sums_tile",
     "tile_place",
     "tiling_for",
     "tilings_of",
@@ -136,50 +128,6 @@ def lanes_inside(
         return tl.minimum(columns - tl.where(along_inner != 0, step, track) * WIDTH, WIDTH)
     else:
         return tl.minimum(outer - step * HEIGHT, HEIGHT)
-
-
-@triton.jit
-def channel_values(
-    pointer,
-    block_row,
-    block_column,
-    columns,
-    channels,
-    BY_ROW: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """What each channel has one of, for a tile of a `ChannelMatrix`: broadcastable to (HEIGHT, WIDTH)."""
-    if BY_ROW:
-        values = tl.load(pointer + (block_row * HEIGHT + tl.arange(0, HEIGHT)) % channels)[:, None]
-    else:
-        column = block_column * WIDTH + tl.arange(0, WIDTH)
-        values = tl.load(pointer + column, mask=column < columns, other=0)[None, :]
-    return widen(values, COMPUTE)
-
-
-@triton.jit
-def sums_tile(
-    block,
-    block_column,
-    rows,
-    columns,
-    column_blocks,
-    BY_ROW: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Where the sums of a tile's rows (HEIGHT,) or columns (WIDTH,) lie in `ChannelMatrix.partial_shape`.
-
-    ``block`` counts the rows' tiles, or what of the columns a program sums up.
-    """
-    if BY_ROW:
-        row = block * HEIGHT + tl.arange(0, HEIGHT)
-        return Tile(0, row * column_blocks + block_column, row < rows)
-    else:
-        column = block_column * WIDTH + tl.arange(0, WIDTH)
-        return Tile(block * columns, column, column < columns)
 
 
 # --- Tiles ------------------------------------------------------------------------------------------------------------
@@ -375,81 +323,3 @@ def launch_over(configuration: Configuration, plan: Plan, pointers: tuple[Tensor
     """Run a kernel of ``plan``'s programs, with those of its ``pointers`` that aren't None."""
     given = (pointer for pointer in pointers if pointer is not None)
     launch(configuration, plan.programs, *given, *plan.extents, *scalars)
-
-
-@dataclass(frozen=True)
-class ChannelMatrix:
-    """A dense tensor as a matrix in which a channel is a column, or (``by_row``) a ``run`` of rows in so many.
-
-    A program takes ``steps`` tiles below each other.
-    """
-
-    by_row: bool
-    rows: int
-    columns: int
-    channels: int
-    height: int
-    width: int
-    steps: int = 1
-    run: int = 1
-
-    @property
-    def row_blocks(self) -> int:
-        return cdiv(self.rows, self.height)
-
-    @property
-    def column_blocks(self) -> int:
-        return cdiv(self.columns, self.width)
-
-    @property
-    def programs(self) -> int:
-        return cdiv(self.row_blocks, self.steps) * self.column_blocks
-
-    @property
-    def extents(self) -> tuple[int, ...]:
-        """What kernels are told."""
-        return self.rows, self.columns, self.channels, self.row_blocks, self.steps, self.column_blocks
-
-    @property
-    def partial_shape(self) -> tuple[int, int]:
-        """A partial sum for each channel that a program sees."""
-        if self.by_row:
-            return self.rows, self.column_blocks
-        return cdiv(self.row_blocks, self.steps), self.columns
-
-    @property
-    def grouped_shape(self) -> tuple[int, int, int]:
-        """The same sums with the channels along dimension 1."""
-        if not self.by_row:
-            return *self.partial_shape, 1
-        return self.rows // (self.channels * self.run), self.channels, self.run * self.column_blocks
-
-    def totals(self, partial: Tensor) -> Tensor:
-        """The sum of each channel, (channels,)."""
-        return partial.view(self.grouped_shape).sum((0, 2)) if self.by_row else partial.sum(0)
-
-
-def channel_matrix(
-    shape: Sequence[int],
-    strides: Sequence[int],
-    dim: int,
-    channels: int,
-    row_widths: Sequence[int],
-    column_widths: Sequence[int],
-    *,
-    steps: int = 0,
-) -> ChannelMatrix:
-    """Of a dense tensor that isn't empty, whose ``channels`` lie along ``dim``, or are one; tiles of these widths.
-
-    ``steps`` where channels are columns; by default as many as leave enough programs.
-    """
-    numel = prod(shape)
-    # Dense memory: the dimensions inside a channel span its stride, whatever their order.  One channel is one row.
-    inner = strides[dim] if channels > 1 else numel
-    by_row = inner > 1 or channels == 1
-    columns = inner if by_row else channels
-    width = width_for(columns, row_widths if by_row else column_widths)
-    matrix = ChannelMatrix(by_row, numel // columns, columns, channels, TILE // width, width)
-    if by_row:
-        return matrix
-    return replace(matrix, steps=steps or min(steps_for(matrix.programs), matrix.row_blocks))
