@@ -55,6 +55,9 @@ __all__ = [
     "takes_single",
 ]
 
+#: Of an image's lines and columns.
+Pair = tuple[int, int]
+
 
 @kernel
 def conv_pool_kernel(
@@ -308,8 +311,8 @@ def conv_size(
 def conv_pooled_like(
     x: Tensor,
     weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    stride: Pair,
+    padding: Pair,
     activation: Activated,
     window: Window,
     *,
@@ -324,8 +327,8 @@ def conv_pool_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    stride: Pair,
+    padding: Pair,
     activation: Activated,
     window: Window,
     *,
@@ -364,9 +367,7 @@ def conv_pool_forward(
     return results
 
 
-def statistics_like(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def statistics_like(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
     """Memory for the results of `conv_statistics`.  Shapes may be symbolic."""
     results = conv_pooled_like(x, weight, stride, padding, IDENTITY, POINT, keeps=False)
     samples, filters, height, width = results.y.shape
@@ -375,7 +376,7 @@ def statistics_like(
 
 
 def conv_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair
 ) -> tuple[Tensor, Tensor]:
     """The convolution, channels last, and count, mean and sum of squared deviations of parts of its channels.
 

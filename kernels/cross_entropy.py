@@ -41,13 +41,14 @@ from .base.lines import (
     online_softmax_reduce,
     online_softmax_update,
     packed_tile,
+    part_of_lines,
     reference_point,
     spread,
     sum_of_pairs,
 )
 from .base.long_lines import LONG_DTYPES, SPLITS, are_shared, join_splits, split_statistics, splits_of
 from .base.numerics import divide, fast_exp, log, negative, require, scalar, widen
-from .base.partial_sums import SUM_PROGRAMS, combine, finish_sum
+from .base.partial_sums import SUM_PROGRAMS, combine, divisor_of, finish_sum
 from .base.tiles import Tile, cdiv, load, store, threads_for
 from .nll_loss import Reduction
 
@@ -282,17 +283,13 @@ def cross_entropy_backward_kernel(
     WIDTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    lines = line_block(program // chunks, count, dim_size, inner_size, AXIS, LINES, ALIGN)
+    lines, chunk = part_of_lines(count, dim_size, inner_size, chunks, AXIS, LINES, ALIGN)
     line, exists = lines.line, lines.exists
-    first = (program % chunks).to(tl.int32) * WIDTH
-    tile, place = line_tile(lines, first, AXIS, WIDTH)
+    tile, place = line_tile(lines, chunk.to(tl.int32) * WIDTH, AXIS, WIDTH)
     smoothing = scalar(smoothing, COMPUTE)
 
     g = tl.load(g_pointer + tl.where(reduced != 0, 0, line), mask=exists, other=0)
-    divisor = scalar(divisor, COMPUTE)
-    if divisor == 0:
-        divisor = tl.load(weight_total_pointer).to(COMPUTE)
+    divisor = divisor_of(divisor, weight_total_pointer, COMPUTE)
     scale = divide(g, divisor)
     maximum = tl.expand_dims(tl.load(statistics_pointer + line, mask=exists, other=0), AXIS)
     log_total = tl.expand_dims(tl.load(statistics_pointer + count + line, mask=exists, other=0), AXIS)

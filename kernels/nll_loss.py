@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .base._triton import tl, triton
 from .base.launch import COMPUTE, DTYPES, TRITON_TYPE, Configuration, configure, kernel, launch, ships
-from .base.numerics import divide, narrow, negative, require, scalar, widen
-from .base.partial_sums import combine, finish_sum, sum_programs
+from .base.numerics import divide, narrow, negative, require, widen
+from .base.partial_sums import combine, divisor_of, finish_sum, sum_programs
 from .base.tiles import cdiv
 
 __all__ = ["LARGEST_PLACES", "Reduction", "nll_loss", "nll_loss_backward", "nll_loss_reduced", "zero_gradient"]
@@ -152,9 +152,7 @@ def nll_loss_backward_kernel(
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
-    divisor = scalar(divisor, COMPUTE)
-    if divisor == 0:
-        divisor = tl.load(weight_total_pointer).to(COMPUTE)
+    divisor = divisor_of(divisor, weight_total_pointer, COMPUTE)
     t, counts, w = load_targets(
         t_pointer, weight_pointer, start, offsets, positions, classes, ignore_index, has_weight, False, COMPUTE
     )

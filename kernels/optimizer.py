@@ -289,38 +289,20 @@ def optimizer_update_kernel(
     for done in range(0, count, TILE):
         if aligned & (done + TILE <= count):
             squares_of_weights += update_tile(
-                addresses,
-                (done, offsets, offsets < TILE),
-                of_gradient,
-                of_weight,
-                coefficients,
-                UPDATE,
-                STATES,
-                MASTER,
-                AVERAGE,
-                PENALTY,
-                UNSCALES,
-                COMPUTE,
-                ELEMENTS,
-                True,
+                *(addresses, (done, offsets, offsets < TILE), of_gradient, of_weight, coefficients),
+                *(UPDATE, STATES, MASTER, AVERAGE, PENALTY, UNSCALES, COMPUTE, ELEMENTS, True),
             )
         else:
             for start in range(done, tl.minimum(done + TILE, count), _NARROW):
                 squares_of_weights += update_tile(
-                    addresses,
-                    (start, few_offsets, few_offsets < count - start),
-                    of_gradient,
-                    of_weight,
-                    coefficients,
-                    UPDATE,
-                    STATES,
-                    MASTER,
-                    AVERAGE,
-                    PENALTY,
-                    UNSCALES,
-                    COMPUTE,
-                    ELEMENTS,
-                    False,
+                    *(
+                        addresses,
+                        (start, few_offsets, few_offsets < count - start),
+                        of_gradient,
+                        of_weight,
+                        coefficients,
+                    ),
+                    *(UPDATE, STATES, MASTER, AVERAGE, PENALTY, UNSCALES, COMPUTE, ELEMENTS, False),
                 )
 
     if PENALTY == _GROUPS:

@@ -6,7 +6,7 @@ all, which are read as they are and never expanded in memory (`Weights`).
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .base._triton import tl, triton
 from .base.launch import DTYPES, Configuration, kernel, launch, ships
 from .base.layout import dense, dense_like
 from .base.numerics import divide, require, scalar, widen
-from .base.partial_sums import combination, combine, finish_sum, sum_programs
+from .base.partial_sums import combination, combine, divisor_of, finish_sum, sum_programs
 from .base.tiles import TILE, configure_flat, flat_tile, load, place_tile, programs_for, store
 from .functions.loss import LOSSES, Reduction
 
@@ -24,51 +24,41 @@ __all__ = ["divisor", "pointwise_loss", "pointwise_loss_backward", "pointwise_lo
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
 
+class Weights(NamedTuple):
+    """Weights as the kernels read them: the flat element i has the weight ``memory[i // inner % period]``.
+
+    No weights: period 0.  One for each element: inner 0, in the memory order of the input.
+    """
+
+    memory: Any
+    inner: Any
+    period: Any
+
+
 @triton.jit
-def load_weights(
-    pointer,
-    inner,
-    period,
-    tile,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The weights of a tile: all 1 where ``period`` is 0, one for each element where ``inner`` is (see `Weights`)."""
-    if period == 0:
-        weights = tl.full((ROWS, COLUMNS), 1.0, COMPUTE)
-    elif inner == 0:
-        weights = load(pointer, tile, COMPUTE)
+def load_weights(weights, tile, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The `Weights` of a tile."""
+    if weights.period == 0:
+        values = tl.full((ROWS, COLUMNS), 1.0, COMPUTE)
+    elif weights.inner == 0:
+        values = load(weights.memory, tile, COMPUTE)
     else:
-        first = (tile.start % (inner.to(tl.int64) * period)).to(tl.int32)
-        weights = widen(tl.load(pointer + (first + tile.offsets) // inner % period), COMPUTE)
-    return weights
+        first = (tile.start % (weights.inner.to(tl.int64) * weights.period)).to(tl.int32)
+        places = (first + tile.offsets) // weights.inner % weights.period
+        values = widen(tl.load(weights.memory + places), COMPUTE)
+    return values
 
 
 @triton.jit
-def load_operands(
-    x_pointer,
-    t_pointer,
-    weight_pointer,
-    weight_inner,
-    weight_period,
-    positive_pointer,
-    positive_inner,
-    positive_period,
-    tile,
-    POSITIVE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def load_operands(x_pointer, t_pointer, weight, positive, tile, POSITIVE, COMPUTE, ROWS, COLUMNS):
     """Input, target, weights, and weights of positive targets (where ``POSITIVE``), of a tile."""
     # Widened only when the weights are there: until then they take half the registers.
     x = load(x_pointer, tile, x_pointer.dtype.element_ty)
     t = load(t_pointer, tile, t_pointer.dtype.element_ty)
-    w = load_weights(weight_pointer, weight_inner, weight_period, tile, COMPUTE, ROWS, COLUMNS)
+    w = load_weights(weight, tile, COMPUTE, ROWS, COLUMNS)
     p = w
     if POSITIVE:
-        p = load_weights(positive_pointer, positive_inner, positive_period, tile, COMPUTE, ROWS, COLUMNS)
+        p = load_weights(positive, tile, COMPUTE, ROWS, COLUMNS)
     return widen(x, COMPUTE), widen(t, COMPUTE), w, p
 
 
@@ -95,24 +85,11 @@ def pointwise_loss_kernel(
     COLUMNS: tl.constexpr,
 ):
     _, tile = flat_tile(numel, ROWS, COLUMNS)
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
+    a, b = scalar(a, COMPUTE), scalar(b, COMPUTE)
 
-    x, t, w, p = load_operands(
-        x_pointer,
-        t_pointer,
-        weight_pointer,
-        weight_inner,
-        weight_period,
-        positive_pointer,
-        positive_inner,
-        positive_period,
-        tile,
-        POSITIVE,
-        COMPUTE,
-        ROWS,
-        COLUMNS,
-    )
+    weight = Weights(weight_pointer, weight_inner, weight_period)
+    positive = Weights(positive_pointer, positive_inner, positive_period)
+    x, t, w, p = load_operands(x_pointer, t_pointer, weight, positive, tile, POSITIVE, COMPUTE, ROWS, COLUMNS)
     if VALID is not None:
         require(VALID(x, t), COMPLAINT)
     y = w * VALUE(x, t, p, a, b)
@@ -144,8 +121,9 @@ def pointwise_loss_sum_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
+    a, b = scalar(a, COMPUTE), scalar(b, COMPUTE)
+    weight = Weights(weight_pointer, weight_inner, weight_period)
+    positive = Weights(positive_pointer, positive_inner, positive_period)
     totals = tl.zeros((COLUMNS,), COMPUTE)
     weight_totals = tl.zeros((COLUMNS,), COMPUTE)
     first = tl.program_id(0).to(tl.int64)
@@ -153,21 +131,7 @@ def pointwise_loss_sum_kernel(
     # Hoisted out of the loop, the addresses of the masked branches would take twice the registers.
     for tile_index in tl.range(first, tiles, tl.num_programs(0).to(tl.int64), disable_licm=True):
         tile = place_tile(tile_index, numel, ROWS, COLUMNS)
-        x, t, w, p = load_operands(
-            x_pointer,
-            t_pointer,
-            weight_pointer,
-            weight_inner,
-            weight_period,
-            positive_pointer,
-            positive_inner,
-            positive_period,
-            tile,
-            POSITIVE,
-            COMPUTE,
-            ROWS,
-            COLUMNS,
-        )
+        x, t, w, p = load_operands(x_pointer, t_pointer, weight, positive, tile, POSITIVE, COMPUTE, ROWS, COLUMNS)
         if VALID is not None:
             require(VALID(x, t), COMPLAINT)
         totals += tl.sum(tl.where(tile.inside, w * VALUE(x, t, p, a, b), 0.0), axis=0)
@@ -204,27 +168,12 @@ def pointwise_loss_backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     _, tile = flat_tile(numel, ROWS, COLUMNS)
-    a = scalar(a, COMPUTE)
-    b = scalar(b, COMPUTE)
-    divisor = scalar(divisor, COMPUTE)
-    if divisor == 0:
-        divisor = tl.load(weight_total_pointer).to(COMPUTE)
+    a, b = scalar(a, COMPUTE), scalar(b, COMPUTE)
+    divisor = divisor_of(divisor, weight_total_pointer, COMPUTE)
 
-    x, t, w, p = load_operands(
-        x_pointer,
-        t_pointer,
-        weight_pointer,
-        weight_inner,
-        weight_period,
-        positive_pointer,
-        positive_inner,
-        positive_period,
-        tile,
-        POSITIVE,
-        COMPUTE,
-        ROWS,
-        COLUMNS,
-    )
+    weight = Weights(weight_pointer, weight_inner, weight_period)
+    positive = Weights(positive_pointer, positive_inner, positive_period)
+    x, t, w, p = load_operands(x_pointer, t_pointer, weight, positive, tile, POSITIVE, COMPUTE, ROWS, COLUMNS)
     if g_repeats:
         g = divide(widen(tl.load(g_pointer), COMPUTE), divisor) * w
     else:
@@ -277,17 +226,6 @@ def configurations() -> Iterator[Configuration]:
 
 
 # --- Operands -------------------------------------------------------------------------------------------------------
-
-
-class Weights(NamedTuple):
-    """Weights as the kernels read them: the flat element i has the weight ``values[i // inner % period]``.
-
-    No weights: period 0.  One for each element: inner 0, ``values`` in the memory order of the input.
-    """
-
-    values: Tensor
-    inner: int
-    period: int
 
 
 def _weights(weight: Tensor | None, x: Tensor) -> Weights:

@@ -36,9 +36,9 @@ from .base.long_lines import (
     LONG_DTYPES,
     SPLITS,
     are_shared,
+    chunk_of_line,
     join_splits,
     load_signed,
-    long_line,
     long_line_tile,
     split_of_line,
     split_statistics,
@@ -190,12 +190,9 @@ def long_softmax_forward_kernel(
     SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    line = long_line(program // chunks, count, dim_size, ALIGN)
+    line, tile = chunk_of_line(count, dim_size, chunks, WIDTH, ALIGN)
     maxima, totals = join_splits(partial_pointer, line.line, line.exists, count, splits, SPLITS)
     maximum, total = tl.max(maxima, 0), tl.sum(totals, 0)  # of the one line
-    first = (program % chunks).to(tl.int32) * WIDTH
-    tile = long_line_tile(line, first, WIDTH)
     shifted = load_signed(x_pointer, tile, negated, tl.float32) - maximum
     if logarithm:
         y = normalised(shifted, total, True)
@@ -245,11 +242,10 @@ def long_softmax_backward_kernel(
     SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(0).to(tl.int64) // chunks
     split = tl.arange(0, SPLITS)
-    total = tl.sum(tl.load(partial_pointer + split * count + program // chunks, mask=split < splits, other=0), 0)
-    first = (program % chunks).to(tl.int32) * WIDTH
-    tile = long_line_tile(long_line(program // chunks, count, dim_size, ALIGN), first, WIDTH)
+    total = tl.sum(tl.load(partial_pointer + split * count + line, mask=split < splits, other=0), 0)
+    _line, tile = chunk_of_line(count, dim_size, chunks, WIDTH, ALIGN)
     g = load(g_pointer, tile, tl.float32)
     y = load(y_pointer, tile, tl.float32)
     dx = input_gradient(g, y, total, logarithm, negated)

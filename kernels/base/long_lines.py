@@ -33,6 +33,7 @@ __all__ = [
     "SPLITS",
     "Splits",
     "are_shared",
+    "chunk_of_line",
     "join_splits",
     "load_signed",
     "long_line",
@@ -77,6 +78,14 @@ def long_line_tile(line, first, WIDTH: tl.constexpr):
     """Elements ``first`` to ``first + WIDTH`` of it."""
     tile, _place = line_tile(line, first, _ALONG, WIDTH)
     return tile
+
+
+@triton.jit
+def chunk_of_line(count, dim_size, chunks, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
+    """The chunk that a program works on: its line, and its tile."""
+    program = tl.program_id(0).to(tl.int64)
+    line = long_line(program // chunks, count, dim_size, ALIGN)
+    return line, long_line_tile(line, (program % chunks).to(tl.int32) * WIDTH, WIDTH)
 
 
 @triton.jit

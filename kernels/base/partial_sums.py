@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ._triton import tl, triton
 from .launch import COMPUTE, TRITON_TYPE, Configuration, configure, kernel, launch
-from .numerics import narrow
+from .numerics import narrow, scalar
 
-__all__ = ["SUM_PROGRAMS", "combination", "combine", "finish_sum", "sum_programs"]
+__all__ = ["SUM_PROGRAMS", "combination", "combine", "divisor_of", "finish_sum", "sum_programs"]
 
 #: Enough programs to fill any GPU, few enough for one program to add their sums at once.
 SUM_PROGRAMS = 1024
@@ -53,6 +53,15 @@ def finish_sum(
     else:
         tl.store(partial_pointer + program, total)
         tl.store(partial_pointer + programs + program, weight_total)
+
+
+@triton.jit
+def divisor_of(divisor, weight_total_pointer, COMPUTE: tl.constexpr):
+    """What a sum was divided by: ``divisor``, or where that is 0, the sum of the weights."""
+    divisor = scalar(divisor, COMPUTE)
+    if divisor == 0:
+        divisor = tl.load(weight_total_pointer).to(COMPUTE)
+    return divisor
 
 
 @kernel

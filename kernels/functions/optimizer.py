@@ -252,48 +252,37 @@ class Algorithm:
         return numel * dtype.itemsize * (3 + 2 * len(self.states))
 
 
+# States that several updates keep.
+_BUFFER = ("momentum_buffer",)
+_CENTERED = ("square_avg", "grad_avg")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 #: Every update, by name.
 ALGORITHMS: dict[str, Algorithm] = {
     row.name: row
     for row in (
         Algorithm("sgd", sgd_coefficients, sgd, counted=False),
-        Algorithm(
-            "sgd_momentum", sgd_coefficients, sgd_momentum, ("momentum_buffer",), counted=False, made_lazily=True
-        ),
-        Algorithm(
-            "sgd_nesterov", sgd_coefficients, sgd_nesterov, ("momentum_buffer",), counted=False, made_lazily=True
-        ),
+        Algorithm("sgd_momentum", sgd_coefficients, sgd_momentum, _BUFFER, counted=False, made_lazily=True),
+        Algorithm("sgd_nesterov", sgd_coefficients, sgd_nesterov, _BUFFER, counted=False, made_lazily=True),
         Algorithm("adagrad", adagrad_coefficients, adagrad, ("sum",)),
         Algorithm("adadelta", adadelta_coefficients, adadelta, ("square_avg", "acc_delta")),
         Algorithm("rmsprop", rmsprop_coefficients, rmsprop, ("square_avg",)),
-        Algorithm("rmsprop_momentum", rmsprop_coefficients, rmsprop_momentum, ("square_avg", "momentum_buffer")),
-        Algorithm("rmsprop_nesterov", rmsprop_coefficients, rmsprop_nesterov, ("square_avg", "momentum_buffer")),
-        Algorithm("rmsprop_centered", rmsprop_coefficients, rmsprop_centered, ("square_avg", "grad_avg"), lerped=True),
+        Algorithm("rmsprop_momentum", rmsprop_coefficients, rmsprop_momentum, ("square_avg", *_BUFFER)),
+        Algorithm("rmsprop_nesterov", rmsprop_coefficients, rmsprop_nesterov, ("square_avg", *_BUFFER)),
+        Algorithm("rmsprop_centered", rmsprop_coefficients, rmsprop_centered, _CENTERED, lerped=True),
         Algorithm(
-            "rmsprop_centered_momentum",
-            rmsprop_coefficients,
-            rmsprop_centered_momentum,
-            ("square_avg", "grad_avg", "momentum_buffer"),
+            *("rmsprop_centered_momentum", rmsprop_coefficients, rmsprop_centered_momentum, (*_CENTERED, *_BUFFER)),
             lerped=True,
         ),
         Algorithm(
-            "rmsprop_centered_nesterov",
-            rmsprop_coefficients,
-            rmsprop_centered_nesterov,
-            ("square_avg", "grad_avg", "momentum_buffer"),
+            *("rmsprop_centered_nesterov", rmsprop_coefficients, rmsprop_centered_nesterov, (*_CENTERED, *_BUFFER)),
             lerped=True,
         ),
-        Algorithm("adam", adam_coefficients, adam, ("exp_avg", "exp_avg_sq"), lerped=True),
-        Algorithm(
-            "adam_amsgrad",
-            adam_coefficients,
-            adam_amsgrad,
-            ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-            lerped=True,
-        ),
+        Algorithm("adam", adam_coefficients, adam, _MOMENTS, lerped=True),
+        Algorithm("adam_amsgrad", adam_coefficients, adam_amsgrad, (*_MOMENTS, "max_exp_avg_sq"), lerped=True),
         Algorithm("adamax", adamax_coefficients, adamax, ("exp_avg", "exp_inf"), lerped=True),
-        Algorithm("nadam", nadam_coefficients, nadam, ("exp_avg", "exp_avg_sq"), lerped=True),
-        Algorithm("radam", radam_coefficients, radam, ("exp_avg", "exp_avg_sq"), lerped=True),
+        Algorithm("nadam", nadam_coefficients, nadam, _MOMENTS, lerped=True),
+        Algorithm("radam", radam_coefficients, radam, _MOMENTS, lerped=True),
         Algorithm("lion", lion_coefficients, lion, ("exp_avg",), counted=False),
     )
 }
