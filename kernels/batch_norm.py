@@ -117,9 +117,7 @@ def noise_tile(
     along_inner,
     ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """What dropout multiplies a tile by: 1 / (1 - p), where ``last`` random numbers of 2^32 are the last kept, or 0.
 
@@ -128,15 +126,19 @@ def noise_tile(
     if spatial is None:
         serves_eight: tl.constexpr = ELEMENT.primitive_bitwidth == 16
         tile_index = (step * channel_blocks + channel_block) * tracks + track
-        keep = keep_tile(tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), 1, HEIGHT * WIDTH, serves_eight)
-        keep = tl.reshape(keep, (HEIGHT, WIDTH))
+        keep = keep_tile(
+            tl.load(seed_pointer), tile_index, scalar(last, tl.uint32), 1, TILING.height * TILING.width, serves_eight
+        )
+        keep = tl.reshape(keep, TILING.shape)
     else:
-        if AXIS == 1:
+        if TILING.axis == 1:
             sample = tl.where(along_inner != 0, track, step)
-            row, column = sample * channels + channel_block * HEIGHT, channel_block * 0
+            row, column = sample * channels + channel_block * TILING.height, channel_block * 0
         else:
-            row, column = step * HEIGHT, channel_block * WIDTH
-        keep = channels_kept(seed_pointer, last, row, column, channels, spatial, AXIS == 1, HEIGHT, WIDTH)
+            row, column = step * TILING.height, channel_block * TILING.width
+        keep = channels_kept(
+            seed_pointer, last, row, column, channels, spatial, TILING.axis == 1, TILING.height, TILING.width
+        )
     scale = (4294967296.0 / (scalar(last, tl.float64) + 1)).to(COMPUTE)
     return tl.where(keep, scale, scale * 0)
 
@@ -182,20 +184,18 @@ def batch_norm_forward_kernel(
     before_b: tl.float64,
     BEFORE: tl.constexpr,  # that activation; or None
     ACTIVATION: tl.constexpr,
-    AXIS: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALVES: tl.constexpr,  # of a tile of the plan
+    PLAN: tl.constexpr,  # the tile of the plan, of which this one may be half
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    channel = channel_tile(channel_block, TILING)
     if partial_pointer is not None:
         total = scalar(values, COMPUTE)
-        mean, variance = merge_partial(partial_pointer, splits, channel, channels, total, AXIS, HEIGHT * HALVES, WIDTH)
+        mean, variance = merge_partial(partial_pointer, splits, channel, channels, total, PLAN)
         if split == 0:
             store_moments(
                 *(mean_pointer, variance_pointer, running_mean_pointer, running_variance_pointer, batches_pointer),
@@ -211,9 +211,7 @@ def batch_norm_forward_kernel(
     shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
     for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
-        tile, _present = tile_place(
-            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-        )
+        tile, _present = tile_place(step, channel_block, track, outer, channels, columns, along_inner, TILING)
         x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         z = (x - mean) * scale + bias
         if residual_pointer is not None:
@@ -221,13 +219,17 @@ def batch_norm_forward_kernel(
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
             store_bits(
-                mask_pointer, tl.reshape(ACTIVATION.mask(z, a, b), (1, HEIGHT * WIDTH)), tile_index, 1, HEIGHT * WIDTH
+                mask_pointer,
+                tl.reshape(ACTIVATION.mask(z, a, b), (1, TILING.height * TILING.width)),
+                tile_index,
+                1,
+                TILING.height * TILING.width,
             )
         y = ACTIVATION.forward(z, a, b)
         if seed_pointer is not None:
             y *= noise_tile(
                 *(seed_pointer, last, spatial, step, channel_block, track, channel_blocks, tracks, channels),
-                *(along_inner, y_pointer.dtype.element_ty, COMPUTE, AXIS, HEIGHT, WIDTH),
+                *(along_inner, y_pointer.dtype.element_ty, COMPUTE, TILING),
             )
         store(y_pointer, tile, y)
 
@@ -311,9 +313,7 @@ def _forward(
         },
         wide_loads=1 + ("residual" in given),
         wide_stores=1,
-        constants=before_constants(before, "shift" in given)
-        | spatial_constants(of_channels)
-        | {"HALVES": tiling.halves},
+        constants=before_constants(before, "shift" in given) | spatial_constants(of_channels) | {"PLAN": tiling.whole},
     )
 
 

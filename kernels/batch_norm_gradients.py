@@ -60,17 +60,15 @@ def channel_sums(
     channel,
     channels,
     SUMS: tl.constexpr,
-    AXIS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """The first two of the ``SUMS`` sums of each channel, from what programs of this geometry left."""
-    split = lanes(AXIS, HEIGHT, WIDTH)
+    split = lanes(TILING)
     inside = (split < splits) & (channel < channels)
     partial_pointer += split.to(tl.int64) * SUMS * channels + channel
     first = tl.load(partial_pointer, mask=inside, other=0)
     second = tl.load(partial_pointer + channels, mask=inside, other=0)
-    return precise_sum(first, AXIS), precise_sum(second, AXIS)
+    return precise_sum(first, TILING.axis), precise_sum(second, TILING.axis)
 
 
 @kernel
@@ -107,48 +105,44 @@ def batch_norm_reduce_kernel(
     before_b: tl.float64,
     BEFORE: tl.constexpr,  # that activation; or None
     ACTIVATION: tl.constexpr,
-    AXIS: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    channel = channel_tile(channel_block, TILING)
     mean, inverse_deviation, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
     shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
-    sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    products = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    sums = tl.full(TILING.shape, 0.0, COMPUTE)
+    products = tl.full(TILING.shape, 0.0, COMPUTE)
     rows: tl.constexpr = 2 if slope_pointer is None else 3
     if slope_pointer is not None:
-        slope_sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+        slope_sums = tl.full(TILING.shape, 0.0, COMPUTE)
     for step in tl.range(first, end, num_stages=STAGES):
-        tile, present = tile_place(
-            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-        )
+        tile, present = tile_place(step, channel_block, track, outer, channels, columns, along_inner, TILING)
         if places is None:
             dz = load(g_pointer, tile, COMPUTE)
         else:
             dz = shared_gradient(
                 *(g_pointer, None, tile, step, track, channel, channels, places, along_inner),
-                *(COMPUTE, AXIS, HEIGHT, WIDTH),
+                *(COMPUTE, TILING),
             )
         if seed_pointer is not None:
             dz *= noise_tile(
                 *(seed_pointer, last, spatial, step, channel_block, track, channel_blocks, tracks, channels),
-                *(along_inner, x_pointer.dtype.element_ty, COMPUTE, AXIS, HEIGHT, WIDTH),
+                *(along_inner, x_pointer.dtype.element_ty, COMPUTE, TILING),
             )
         x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         centred = x - mean
         if mask_pointer is not None:
             tile_index = (step * channel_blocks + channel_block) * tracks + track
-            kept = tl.reshape(load_bits(mask_pointer, tile_index, 1, HEIGHT * WIDTH), (HEIGHT, WIDTH))
+            kept = tl.reshape(load_bits(mask_pointer, tile_index, 1, TILING.height * TILING.width), TILING.shape)
             dz = ACTIVATION.gradient(dz, kept, a, b)
         else:
             z = centred * scale + bias
@@ -165,10 +159,10 @@ def batch_norm_reduce_kernel(
 
     target = partial_pointer + split * rows * channels + channel
     mask = channel < channels
-    tl.store(target, precise_sum(sums, AXIS), mask=mask)
-    tl.store(target + channels, precise_sum(products, AXIS) * inverse_deviation, mask=mask)
+    tl.store(target, precise_sum(sums, TILING.axis), mask=mask)
+    tl.store(target + channels, precise_sum(products, TILING.axis) * inverse_deviation, mask=mask)
     if slope_pointer is not None:
-        tl.store(target + 2 * channels, precise_sum(slope_sums, AXIS), mask=mask)
+        tl.store(target + 2 * channels, precise_sum(slope_sums, TILING.axis), mask=mask)
 
 
 @kernel
@@ -209,23 +203,21 @@ def batch_norm_backward_kernel(
     before_b: tl.float64,
     BEFORE: tl.constexpr,  # that activation; or None
     ACTIVATION: tl.constexpr,
-    AXIS: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HALVES: tl.constexpr,  # of a tile of the plan
+    PLAN: tl.constexpr,  # the tile of the plan, of which this one may be half
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    channel = channel_tile(channel_block, TILING)
     mean, inverse_deviation, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     if partial_pointer is not None:
         rows: tl.constexpr = 2 if slope_pointer is None else 3
-        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, rows, AXIS, HEIGHT * HALVES, WIDTH)
+        dbias, dweight = channel_sums(partial_pointer, splits, channel, channels, rows, PLAN)
         if dweight_pointer is not None:  # noqa: SIM102  # which is known when it is compiled
             if split == 0:
                 element: tl.constexpr = dweight_pointer.dtype.element_ty
@@ -238,23 +230,21 @@ def batch_norm_backward_kernel(
     b = scalar(b, COMPUTE)
     shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
     if dshift_pointer is not None:
-        shift_sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+        shift_sums = tl.full(TILING.shape, 0.0, COMPUTE)
     for ahead in tl.range(first, end, num_stages=STAGES):
         step = first + end - 1 - ahead  # backward
-        tile, present = tile_place(
-            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-        )
+        tile, present = tile_place(step, channel_block, track, outer, channels, columns, along_inner, TILING)
         if places is None:
             dx = load(g_pointer, tile, COMPUTE)
         else:
             dx = shared_gradient(
                 *(g_pointer, position_pointer, tile, step, track, channel, channels, places, along_inner),
-                *(COMPUTE, AXIS, HEIGHT, WIDTH),
+                *(COMPUTE, TILING),
             )
         if seed_pointer is not None:
             dx *= noise_tile(
                 *(seed_pointer, last, spatial, step, channel_block, track, channel_blocks, tracks, channels),
-                *(along_inner, x_pointer.dtype.element_ty, COMPUTE, AXIS, HEIGHT, WIDTH),
+                *(along_inner, x_pointer.dtype.element_ty, COMPUTE, TILING),
             )
         if ACTIVATION.saves != "nothing" or partial_pointer is not None or BEFORE is not None:
             x = load(x_pointer, tile, COMPUTE)
@@ -269,7 +259,9 @@ def batch_norm_backward_kernel(
         if dshift_pointer is not None:
             shift_sums += tl.where(present, dx, 0.0)
     if dshift_pointer is not None:
-        tl.store(dshift_pointer + split * channels + channel, precise_sum(shift_sums, AXIS), mask=channel < channels)
+        tl.store(
+            dshift_pointer + split * channels + channel, precise_sum(shift_sums, TILING.axis), mask=channel < channels
+        )
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
@@ -361,7 +353,7 @@ def _gradient(
         constants=_missing(normalised, shared)
         | before_constants(before, "shift" in given)
         | spatial_constants(of_channels)
-        | {"HALVES": tiling.halves}
+        | {"PLAN": tiling.whole}
         # Copies of positions, 8 bytes an element, wouldn't fit into the shared memory of sm_86, sm_89 and sm_120.
         | ({"STAGES": 1} if "position" in given else {}),
     )

@@ -52,10 +52,8 @@ def batch_norm_pool_kernel(
     slopes,  # one, or one for each channel; or None
     ACTIVATION: tl.constexpr,
     MAXIMUM: tl.constexpr,
-    AXIS: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -63,22 +61,22 @@ def batch_norm_pool_kernel(
     program = tl.program_id(0).to(tl.int64)
     channel_block = program % channel_blocks
     sample = program // channel_blocks
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    channel = channel_tile(channel_block, TILING)
     mean, _, scale, bias = normalisation(
         mean_pointer, variance_pointer, weight_pointer, bias_pointer, channel, channels, eps, COMPUTE
     )
     a = channel_slopes(slope_pointer, scalar(a, COMPUTE), channel, channels, slopes, COMPUTE)
     b = scalar(b, COMPUTE)
     track = sample
-    if AXIS == 0:
+    if TILING.axis == 0:
         x_pointer += sample * places * columns
         track = 0
-    sums = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    best = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    winner = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    position = tl.full((HEIGHT, WIDTH), -1, tl.int32)
+    sums = tl.full(TILING.shape, 0.0, COMPUTE)
+    best = tl.full(TILING.shape, 0.0, COMPUTE)
+    winner = tl.full(TILING.shape, 0.0, COMPUTE)
+    position = tl.full(TILING.shape, -1, tl.int32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        tile, present = tile_place(step, channel_block, track, places, channels, columns, 1, AXIS, HEIGHT, WIDTH)
+        tile, present = tile_place(step, channel_block, track, places, channels, columns, 1, TILING)
         x = load(x_pointer, tile, COMPUTE)
         value = ACTIVATION.forward((x - mean) * scale + bias, a, b)
         if MAXIMUM:
@@ -87,7 +85,9 @@ def batch_norm_pool_kernel(
             wins = wins & present
             best = tl.where(wins, value, best)
             winner = tl.where(wins, x, winner)
-            position = tl.where(wins, step * (HEIGHT if AXIS == 0 else WIDTH) + lanes(AXIS, HEIGHT, WIDTH), position)
+            position = tl.where(
+                wins, step * (TILING.height if TILING.axis == 0 else TILING.width) + lanes(TILING), position
+            )
         else:
             sums += tl.where(present, value, 0.0)
 
@@ -96,18 +96,18 @@ def batch_norm_pool_kernel(
     if MAXIMUM:
         there = position >= 0
         unlike = there & (best != best)
-        unlikes = tl.max(unlike.to(tl.int32), axis=AXIS, keep_dims=True)
-        peak = tl.max(tl.where(there & (unlike == 0), best, float("-inf")), axis=AXIS, keep_dims=True)
+        unlikes = tl.max(unlike.to(tl.int32), axis=TILING.axis, keep_dims=True)
+        peak = tl.max(tl.where(there & (unlike == 0), best, float("-inf")), axis=TILING.axis, keep_dims=True)
         leads = there & tl.where(unlikes != 0, unlike, best == peak)
-        first = tl.min(tl.where(leads, position, 2147483647), axis=AXIS, keep_dims=True)
+        first = tl.min(tl.where(leads, position, 2147483647), axis=TILING.axis, keep_dims=True)
         leads = leads & (position == first)
-        y = tl.sum(tl.where(leads, best, 0.0), axis=AXIS, keep_dims=True)
+        y = tl.sum(tl.where(leads, best, 0.0), axis=TILING.axis, keep_dims=True)
         if position_pointer is not None:
-            x = tl.sum(tl.where(leads, winner, 0.0), axis=AXIS, keep_dims=True)
+            x = tl.sum(tl.where(leads, winner, 0.0), axis=TILING.axis, keep_dims=True)
             tl.store(winner_pointer + target, narrow(x, winner_pointer.dtype.element_ty), mask=inside)
             tl.store(position_pointer + target, first.to(tl.int64), mask=inside)
     else:
-        y = divide(precise_sum(sums, AXIS), places.to(COMPUTE))
+        y = divide(precise_sum(sums, TILING.axis), places.to(COMPUTE))
     tl.store(y_pointer + target, narrow(y, y_pointer.dtype.element_ty), mask=inside)
 
 
@@ -126,23 +126,21 @@ def shared_gradient(
     places,
     along_inner,
     COMPUTE: tl.constexpr,
-    AXIS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """The gradient of a tile's elements, where (samples, channels) is that of what was reduced over all places.
 
     Of a maximum it is that of the element at its position; of a mean all have an equal share.
     """
-    if AXIS == 1:
+    if TILING.axis == 1:
         start = tl.where(along_inner != 0, track, step) * channels
         offset = channel.to(tl.int32)
-        place = (tl.where(along_inner != 0, step, track) * WIDTH).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
+        place = (tl.where(along_inner != 0, step, track) * TILING.width).to(tl.int32) + lanes(TILING)
         inside = channel < channels
     else:
         # Only the first row needs 64 bits.
-        first = step * HEIGHT
-        row = (first % places).to(tl.int32) + lanes(AXIS, HEIGHT, WIDTH)
+        first = step * TILING.height
+        row = (first % places).to(tl.int32) + lanes(TILING)
         start = first // places * channels
         offset = row // places * channels + channel.to(tl.int32)
         place = row % places
@@ -152,7 +150,7 @@ def shared_gradient(
         position = tl.load(position_pointer + start + offset, mask=inside, other=-1).to(tl.int32)
         return tl.where(place == position, g, 0.0)
     else:
-        return divide(g, scalar(places, COMPUTE)) + tl.zeros((HEIGHT, WIDTH), COMPUTE)
+        return divide(g, scalar(places, COMPUTE)) + tl.full(TILING.shape, 0.0, COMPUTE)
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------

@@ -94,29 +94,27 @@ def store_statistics(partial_pointer, split, channel, channels, count, mean, dev
 
 
 @triton.jit
-def merge_lanes(
-    count, mean, deviations, total, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr
-):
+def merge_lanes(count, mean, deviations, total, TILING: tl.constexpr, PRECISE: tl.constexpr):
     """Mean and sum of squared deviations of all lanes of each channel, which have ``total`` values.
 
     They are measured from the first lane's mean, then from the mean itself.  What that lost by rounding, and each
     distance from it, corrects it: the sum of all distances is 0.  ``PRECISE``: that sum is as accurate as float64's.
     """
-    first_lane = lanes(AXIS, HEIGHT, WIDTH) == 0
-    origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=AXIS, keep_dims=True)
-    shift = divide(tl.sum(count * (mean - origin), axis=AXIS, keep_dims=True), total)
+    first_lane = lanes(TILING) == 0
+    origin = tl.sum(tl.where(first_lane, mean, 0.0), axis=TILING.axis, keep_dims=True)
+    shift = divide(tl.sum(count * (mean - origin), axis=TILING.axis, keep_dims=True), total)
     moved = origin + shift
     lost = (origin - (moved - shift)) + (shift - (moved - (moved - shift)))  # by rounding (Knuth's TwoSum)
     difference = mean - moved
     if PRECISE:
         behind = difference - mean
         rounded = ((mean - (difference - behind)) - (moved + behind)) - lost  # off the difference
-        rest = precise_sum(count * difference, AXIS) + tl.sum(count * rounded, axis=AXIS, keep_dims=True)
+        rest = precise_sum(count * difference, TILING.axis) + tl.sum(count * rounded, axis=TILING.axis, keep_dims=True)
         distance = difference + rounded
     else:
         distance = difference - lost
-        rest = tl.sum(count * distance, axis=AXIS, keep_dims=True)
-    deviations = tl.sum(deviations + count * distance * distance, axis=AXIS, keep_dims=True)
+        rest = tl.sum(count * distance, axis=TILING.axis, keep_dims=True)
+    deviations = tl.sum(deviations + count * distance * distance, axis=TILING.axis, keep_dims=True)
     return moved + (lost + divide(rest, total)), deviations
 
 
@@ -127,12 +125,10 @@ def merge_partial(
     channel,
     channels,
     total,
-    AXIS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """Mean and biased variance of each channel of ``total`` values, from what programs of this geometry left."""
-    split = lanes(AXIS, HEIGHT, WIDTH)
+    split = lanes(TILING)
     inside = split < splits
     partial_pointer += split.to(tl.int64) * 3 * channels
     count = tl.load(partial_pointer, mask=inside, other=0)  # all channels have as many values
@@ -140,7 +136,7 @@ def merge_partial(
     mean = tl.load(partial_pointer + channels + channel, mask=inside, other=0)
     deviations = tl.load(partial_pointer + 2 * channels + channel, mask=inside, other=0)
     # Every program merges, and there are few to merge: plain sums.
-    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH, False)
+    mean, deviations = merge_lanes(count, mean, deviations, total, TILING, False)
     return mean, divide(deviations, total)
 
 
@@ -191,23 +187,19 @@ def batch_norm_statistics_kernel(
     before_a: tl.float64,  # of that activation
     before_b: tl.float64,
     BEFORE: tl.constexpr,  # that activation; or None
-    AXIS: tl.constexpr,
+    TILING: tl.constexpr,
     COMPUTE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     columns = aligned(columns, ALIGN)
     channel_block, track, first, end, split = program_place(channel_blocks, tracks, tiles_per_track, tiles_per_program)
-    channel = channel_tile(channel_block, AXIS, HEIGHT, WIDTH)
+    channel = channel_tile(channel_block, TILING)
     shift = channel_shift(shift_pointer, channel, channels, COMPUTE)
-    mean = tl.zeros((HEIGHT, WIDTH), COMPUTE)
-    deviations = tl.zeros((HEIGHT, WIDTH), COMPUTE)
+    mean = tl.full(TILING.shape, 0.0, COMPUTE)
+    deviations = tl.full(TILING.shape, 0.0, COMPUTE)
     for step in tl.range(first, end, num_stages=STAGES):
-        tile, present = tile_place(
-            step, channel_block, track, outer, channels, columns, along_inner, AXIS, HEIGHT, WIDTH
-        )
+        tile, present = tile_place(step, channel_block, track, outer, channels, columns, along_inner, TILING)
         x = value_before(load(x_pointer, tile, COMPUTE), shift, before_a, before_b, BEFORE)
         # A lane that is present now was present in all steps before: the step tells its count.
         rate = divide(scalar(1.0, COMPUTE), (step - first + 1).to(tl.int32).to(COMPUTE))
@@ -217,13 +209,22 @@ def batch_norm_statistics_kernel(
 
     # A lane that starts inside leaves at the last step, if at all: the steps before have all lanes of the first.
     before = end - first - 1
-    starts = lanes_inside(first, track, outer, columns, along_inner, AXIS, HEIGHT, WIDTH)
-    stays = lanes_inside(end - 1, track, outer, columns, along_inner, AXIS, HEIGHT, WIDTH)
-    lane = lanes(AXIS, HEIGHT, WIDTH)
+    starts = lanes_inside(first, track, outer, columns, along_inner, TILING)
+    stays = lanes_inside(end - 1, track, outer, columns, along_inner, TILING)
+    lane = lanes(TILING)
     count = tl.where(lane < starts, before.to(COMPUTE), 0.0) + (lane < stays).to(COMPUTE)
     total = (starts * before + stays).to(COMPUTE)
-    mean, deviations = merge_lanes(count, mean, deviations, total, AXIS, HEIGHT, WIDTH, True)
+    mean, deviations = merge_lanes(count, mean, deviations, total, TILING, True)
     store_statistics(partial_pointer, split, channel, channels, total, mean, deviations)
+
+
+@triton.jit
+def load_parts(partial_pointer, split, splits, channels, mask, HEIGHT: tl.constexpr):
+    """Of splits from this one on: their rows, which of them are there, and their counts and means."""
+    row = split + tl.arange(0, HEIGHT)[:, None]
+    inside = (row < splits) & mask
+    count = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
+    return row, inside, count, tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
 
 
 @kernel
@@ -248,10 +249,7 @@ def batch_norm_merge_kernel(
     count = tl.zeros((HEIGHT, WIDTH), tl.float64)
     weighted = tl.zeros((HEIGHT, WIDTH), tl.float64)
     for split in range(0, splits, HEIGHT):
-        row = split + tl.arange(0, HEIGHT)[:, None]
-        inside = (row < splits) & mask
-        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
-        mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
+        _row, inside, n, mean = load_parts(partial_pointer, split, splits, channels, mask, HEIGHT)
         count += n
         weighted += tl.where(inside, n * (mean - origin), 0.0)
     count = tl.where(mask, tl.sum(count, axis=0, keep_dims=True), 2.0)  # no division by 0 outside
@@ -259,10 +257,7 @@ def batch_norm_merge_kernel(
 
     deviations = tl.zeros((HEIGHT, WIDTH), tl.float64)
     for split in range(0, splits, HEIGHT):
-        row = split + tl.arange(0, HEIGHT)[:, None]
-        inside = (row < splits) & mask
-        n = tl.load(partial_pointer + row * 3 * channels, mask=inside, other=0).to(tl.float64)
-        mean = tl.load(partial_pointer + (row * 3 + 1) * channels, mask=inside, other=0)
+        row, inside, n, mean = load_parts(partial_pointer, split, splits, channels, mask, HEIGHT)
         distance = mean - origin - shift
         own = tl.load(partial_pointer + (row * 3 + 2) * channels, mask=inside, other=0)
         deviations += tl.where(inside, own + n * distance * distance, 0.0)

@@ -79,55 +79,51 @@ def tile_place(
     channels,
     columns,
     along_inner,
-    AXIS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     """A tile, and which positions of the reduced axis are inside."""
-    row = tl.arange(0, HEIGHT)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    if AXIS == 1:
+    row = tl.arange(0, TILING.height)[:, None]
+    column = tl.arange(0, TILING.width)[None, :]
+    if TILING.axis == 1:
         outer_index = tl.where(along_inner != 0, track, step)
         inner_block = tl.where(along_inner != 0, step, track)
-        start = (outer_index * channels + channel_block * HEIGHT) * columns + inner_block * WIDTH
-        row_inside = row < channels - channel_block * HEIGHT
-        column_inside = column < columns - inner_block * WIDTH
+        start = (outer_index * channels + channel_block * TILING.height) * columns + inner_block * TILING.width
+        row_inside = row < channels - channel_block * TILING.height
+        column_inside = column < columns - inner_block * TILING.width
         present = column_inside
     else:
-        start = step * HEIGHT * columns + channel_block * WIDTH
-        row_inside = row < outer - step * HEIGHT
-        column_inside = column < columns - channel_block * WIDTH
+        start = step * TILING.height * columns + channel_block * TILING.width
+        row_inside = row < outer - step * TILING.height
+        column_inside = column < columns - channel_block * TILING.width
         present = row_inside
     return Tile(start, row * columns + column, row_inside & column_inside), present
 
 
 @triton.jit
-def channel_tile(channel_block, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The channels of a tile, broadcastable to (HEIGHT, WIDTH)."""
-    if AXIS == 1:
-        return channel_block * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+def channel_tile(channel_block, TILING: tl.constexpr):
+    """The channels of a tile, broadcastable to it."""
+    if TILING.axis == 1:
+        return channel_block * TILING.height + tl.arange(0, TILING.height)[:, None]
     else:
-        return channel_block * WIDTH + tl.arange(0, WIDTH)[None, :]
+        return channel_block * TILING.width + tl.arange(0, TILING.width)[None, :]
 
 
 @triton.jit
-def lanes(AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The positions along the reduced axis, broadcastable to (HEIGHT, WIDTH)."""
-    if AXIS == 1:
-        return tl.arange(0, WIDTH)[None, :]
+def lanes(TILING: tl.constexpr):
+    """The positions along the reduced axis, broadcastable to it."""
+    if TILING.axis == 1:
+        return tl.arange(0, TILING.width)[None, :]
     else:
-        return tl.arange(0, HEIGHT)[:, None]
+        return tl.arange(0, TILING.height)[:, None]
 
 
 @triton.jit
-def lanes_inside(
-    step, track, outer, columns, along_inner, AXIS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):
+def lanes_inside(step, track, outer, columns, along_inner, TILING: tl.constexpr):
     """How many positions of a tile's reduced axis are inside."""
-    if AXIS == 1:
-        return tl.minimum(columns - tl.where(along_inner != 0, step, track) * WIDTH, WIDTH)
+    if TILING.axis == 1:
+        return tl.minimum(columns - tl.where(along_inner != 0, step, track) * TILING.width, TILING.width)
     else:
-        return tl.minimum(outer - step * HEIGHT, HEIGHT)
+        return tl.minimum(outer - step * TILING.height, TILING.height)
 
 
 # --- Tiles ------------------------------------------------------------------------------------------------------------
@@ -139,6 +135,19 @@ _WIDTHS = {0: (16, 64), 1: (16, 64, 256, TILE)}
 # GPU: one, or four, on each of an H100's multiprocessors, with up to 128 registers a thread.  Channels that are columns
 # take programs of four times the threads, so that fewer leave something of each channel to put together again.
 _PROGRAMS = {0: 128, 1: 512}
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The shape of a tile, and which of its axes is reduced, as one ``tl.constexpr``."""
+
+    axis: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,11 @@ class Tiling:
 
     def threads(self, dtype: torch.dtype) -> int:
         return threads_for(dtype) if self.axis == 1 or dtype is torch.float64 else 512
+
+    @property
+    def whole(self) -> TileShape:
+        """A tile as the plan has it."""
+        return TileShape(self.axis, self.height, self.width)
 
     @property
     def halved(self) -> "Tiling":
@@ -213,10 +227,8 @@ def configure_channels(
         f"{label} {tiling} {TRITON_TYPE[dtype]}",
         dtype,
         {
-            "AXIS": tiling.axis,
+            "TILING": TileShape(tiling.axis, tiling.height // tiling.halves, tiling.width),
             "COMPUTE": COMPUTE[dtype],
-            "HEIGHT": tiling.height // tiling.halves,
-            "WIDTH": tiling.width,
             "STAGES": 1 if tiling.odd else 3 if dtype.itemsize == 2 else 2,
             **({"ALIGN": 1} if tiling.odd else {}),
             **constants,
