@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
+from inspect import signature
 from typing import Any, NamedTuple, ParamSpec, TypeGuard, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "autocast_dtype",
     "compile_policy",
     "compiler_refusal",
+    "else_stock",
     "in_low_precision",
     "in_single_precision",
     "is_beyond_kernels",
@@ -208,6 +210,30 @@ def or_stock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
             return function(*args, **kwargs)
 
     return call
+
+
+def else_stock(
+    stock: Callable[..., Tensor],
+) -> Callable[[Callable[_Arguments, Tensor | None]], Callable[_Arguments, Tensor]]:
+    """`or_stock` for a function that returns None where ``stock`` has to compute, of the same arguments."""
+
+    def decorate(function: Callable[_Arguments, Tensor | None]) -> Callable[_Arguments, Tensor]:
+        @wraps(function)
+        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
+            if torch.compiler.is_compiling():
+                result = function(*args, **kwargs)
+            else:
+                try:
+                    result = function(*args, **kwargs)
+                except LaunchError:
+                    result = function(*args, **kwargs)
+            return stock(*args, **kwargs) if result is None else result
+
+        shown = signature(function).replace(return_annotation=Tensor)
+        call.__signature__ = shown  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 def tensor_refusal(tensor: Tensor) -> str | None:

@@ -16,7 +16,7 @@ from ..kernels.base.launch import DeviceAssertionError
 from ..kernels.functions.loss import LOSSES
 from . import stock as F
 from .decisions import decided_once
-from .dispatch import autocast_dtype, in_single_precision, is_number, or_stock, takes_kernel
+from .dispatch import autocast_dtype, else_stock, in_single_precision, is_number, takes_kernel
 from .function import Function
 from .gradients import stock_gradients
 from .loss_arguments import reduction_name, warn_of_deprecated
@@ -258,7 +258,7 @@ def _threshold_refusal(threshold: object) -> str | None:
 # Autocast computes all of them in float32, and so do these.
 
 
-@or_stock
+@else_stock(F.mse_loss)
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -266,15 +266,12 @@ def mse_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """weight (x - t)^2, its sum, or its mean over the weights.  As `torch.nn.functional.mse_loss`."""
-    loss = _try_kernel("mse_loss", (size_average, reduce), reduction, input, target, weight)
-    if loss is None:
-        loss = F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
-    return loss
+    return _try_kernel("mse_loss", (size_average, reduce), reduction, input, target, weight)
 
 
-@or_stock
+@else_stock(F.l1_loss)
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -282,15 +279,12 @@ def l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """weight |x - t|, its sum, or its mean over the weights.  As `torch.nn.functional.l1_loss`."""
-    loss = _try_kernel("l1_loss", (size_average, reduce), reduction, input, target, weight)
-    if loss is None:
-        loss = F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
-    return loss
+    return _try_kernel("l1_loss", (size_average, reduce), reduction, input, target, weight)
 
 
-@or_stock
+@else_stock(F.smooth_l1_loss)
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -298,7 +292,7 @@ def smooth_l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     beta: float = 1.0,
-) -> Tensor:
+) -> Tensor | None:
     """(x - t)^2 / (2 beta) where |x - t| < beta, else |x - t| - beta / 2.  As `torch.nn.functional.smooth_l1_loss`.
 
     With beta = 0 that is the L1 loss.  Source: Girshick, "Fast R-CNN" (ICCV 2015).
@@ -306,31 +300,27 @@ def smooth_l1_loss(
     is_l1 = type(beta) in (float, int) and beta == 0
     row, refusal = (("l1_loss", 0.0, 0.0), None) if is_l1 else (("huber_loss", beta, beta), _threshold_refusal(beta))
     operands = (input, target)
-    loss = _try_kernel("smooth_l1_loss", (size_average, reduce), reduction, *operands, row=row, refusal=refusal)
-    return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta) if loss is None else loss
+    return _try_kernel("smooth_l1_loss", (size_average, reduce), reduction, *operands, row=row, refusal=refusal)
 
 
-@or_stock
+@else_stock(F.huber_loss)
 def huber_loss(
     input: Tensor,
     target: Tensor,
     reduction: str = "mean",
     delta: float = 1.0,
     weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """weight (x - t)^2 / 2 where |x - t| < delta, else weight delta (|x - t| - delta / 2).
 
     As `torch.nn.functional.huber_loss`; its mean is over the elements.  Source: Huber, "Robust Estimation of a Location
     Parameter" (1964).
     """
     row, refusal = ("huber_loss", delta, 1.0), _threshold_refusal(delta)
-    loss = _try_kernel("huber_loss", (None, None), reduction, input, target, weight, row=row, refusal=refusal)
-    if loss is None:
-        loss = F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
-    return loss
+    return _try_kernel("huber_loss", (None, None), reduction, input, target, weight, row=row, refusal=refusal)
 
 
-@or_stock
+@else_stock(F.binary_cross_entropy)
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -338,17 +328,16 @@ def binary_cross_entropy(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-) -> Tensor:
+) -> Tensor | None:
     """-weight (t log x + (1 - t) log(1 - x)), logarithms clamped at -100.
 
     As `torch.nn.functional.binary_cross_entropy`.  An input or target outside [0, 1] raises PyTorch's RuntimeError on
     the CPU, and a device assertion on CUDA.
     """
-    loss = _try_kernel("binary_cross_entropy", (size_average, reduce), reduction, input, target, weight)
-    return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction) if loss is None else loss
+    return _try_kernel("binary_cross_entropy", (size_average, reduce), reduction, input, target, weight)
 
 
-@or_stock
+@else_stock(F.binary_cross_entropy_with_logits)
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -357,19 +346,16 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """-weight (pos_weight t log sigmoid(x) + (1 - t) log(1 - sigmoid(x))), stable for any x.
 
     As `torch.nn.functional.binary_cross_entropy_with_logits`.
     """
     operands = (input, target, weight, pos_weight)
-    loss = _try_kernel("binary_cross_entropy_with_logits", (size_average, reduce), reduction, *operands)
-    if loss is None:
-        return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
-    return loss
+    return _try_kernel("binary_cross_entropy_with_logits", (size_average, reduce), reduction, *operands)
 
 
-@or_stock
+@else_stock(F.kl_div)
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -377,7 +363,7 @@ def kl_div(
     reduce: bool | None = None,
     reduction: str = "mean",
     log_target: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """t (log t - x), or exp(t) (t - x) with ``log_target``; x is a logarithm.  As `torch.nn.functional.kl_div`.
 
     "batchmean" divides the sum by the number of samples.  Source: Kullback and Leibler, "On Information and
@@ -389,9 +375,7 @@ def kl_div(
         refusal = "deprecated arguments together with batchmean"
     row = ("kl_div", 1.0 if log_target is True else 0.0, 0.0)
     loss = _try_kernel("kl_div", (size_average, reduce), reduction, input, target, row=row, refusal=refusal)
-    if loss is None:
-        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    if modern and reduction == "mean" and not torch.compiler.is_compiling():
+    if loss is not None and modern and reduction == "mean" and not torch.compiler.is_compiling():
         warnings.warn(_KL_DIV_MEAN, stacklevel=2)
     return loss
 
