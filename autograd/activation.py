@@ -5,6 +5,7 @@ saves is the table's choice (`fusednn.kernels.functions.activation`): one bit an
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -64,9 +65,12 @@ def activation_operator(
 
     Its result is like its first operand, unless ``fake`` tells otherwise.
     """
-    return operator(schema.replace("ACTIVATION", "str name, float a, float b"), fake=fake)(
-        lambda *arguments: function(*arguments[:-3], activated(*arguments[-3:]))
-    )
+
+    @wraps(function)
+    def of_arguments(*arguments: Any) -> Any:
+        return function(*arguments[:-3], activated(*arguments[-3:]))
+
+    return operator(schema.replace("ACTIVATION", "str name, float a, float b"), fake=fake)(of_arguments)
 
 
 _forward = activation_operator("activation(Tensor x, ACTIVATION) -> Tensor", kernels.activation_forward)

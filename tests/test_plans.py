@@ -136,7 +136,7 @@ def test_shapes_that_never_come_back_are_not_recorded(device: str, followed: lis
     assert not followed
     for _ in range(4):
         activation._forward(torch.ones(3, device=device), "gelu", 0.0, 0.0)
-    assert followed == ["_forward"] * 2
+    assert followed == ["activation_forward"] * 2
 
 
 def test_memory_is_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
