@@ -67,8 +67,8 @@ def test_refusals() -> None:
 
 def test_samples() -> None:
     """Each is another program, and the same seed gives the same."""
-    mutants = sample(7, 30, list(FLOORS))
-    assert mutants == sample(7, 30, list(FLOORS))
+    mutants = sample(7, 60, list(FLOORS))
+    assert mutants == sample(7, 60, list(FLOORS))
     for mutant in mutants:
         original = (ROOT / mutant.path).read_text(encoding="utf-8")
         assert ast.dump(ast.parse(mutant.of(original))) != ast.dump(ast.parse(original)), mutant
