@@ -35,7 +35,7 @@ __all__ = [
 class MatrixPlace(NamedTuple):
     """Where in a `ChannelMatrix` a program works, as device functions see it.
 
-    In column ``block_column`` of ``column_blocks`` of tiles it takes the ``part`` of this number.
+    It takes the tiles of part number ``part`` of column ``block_column``, of ``column_blocks`` columns of tiles.
     """
 
     rows: Any
