@@ -151,6 +151,19 @@ def test_second_derivatives(training: bool, maximum: bool, device: str) -> None:
     torch.autograd.gradgradcheck(function, [leaf(tensor) for tensor in tensors], fast_mode=True)
 
 
+@both
+def test_second_derivatives_behind_a_bias(maximum: bool, device: str) -> None:
+    """Stock's, of a penalty on gradients whose graph is kept: `gradgradcheck` compares ours with themselves."""
+    (x, _, bias), _ = operands((3, 2, 4), torch.float64, device)
+    found = []
+    for function in biased(maximum, "tanh"):
+        leaves = [leaf(x), leaf(bias)]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found.append([*first, *torch.autograd.grad(penalty, leaves)])
+    torch.testing.assert_close(*found)
+
+
 def test_running_statistics_are_stocks(device: str) -> None:
     x, weight, bias = operands((4, 6, 9), torch.float32, device)[0]
     for momentum, counted in ((0.25, None), (None, torch.tensor(3, device=device))):

@@ -1,6 +1,6 @@
 """Gradients of every operation, however they are asked for: alone, with a graph, many at once, and theirs in turn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -99,6 +99,33 @@ def test_gradients_of_every_kind(name: str) -> None:
         with_graph = ours.one(create_graph=True)
         assert_same_gradients(with_graph, one, f"with a graph, {layout}")
         assert_same_gradients(ours.second(with_graph, batched=False), second, f"second, {layout}")
+
+
+def gradients_of(operation: Operation, wanted: Collection[int] | None = None) -> dict[int, Tensor | None]:
+    """Ours of operands and parameters by their places, where these alone require gradients."""
+    operands = operation.leaves()
+    tensors = [*operands, *(operation.ours.parameters() if isinstance(operation.ours, nn.Module) else ())]
+    places = [place for place, one in enumerate(tensors) if one.requires_grad and (wanted is None or place in wanted)]
+    for place, one in enumerate(tensors):
+        one.requires_grad_(place in places)
+    y = operation.call(operation.ours, operands)
+    if not y.requires_grad:
+        return dict.fromkeys(places)
+    gradient = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+    found = torch.autograd.grad(y, [tensors[place] for place in places], gradient, allow_unused=True)
+    return dict(zip(places, found, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in NEVER])
+@pytest.mark.filterwarnings("ignore:reduction")  # of KLDivLoss
+def test_gradients_of_some(name: str) -> None:
+    """Of the first operands and parameters, of the last, and of one: those that they have where all are wanted."""
+    everything = gradients_of(Operation(name))
+    places = sorted(everything)
+    parts = [part for index in range(len(places)) for part in (places[:index], places[index:], [places[index]])]
+    for part in {tuple(part) for part in parts if 0 < len(part) < len(places)}:
+        for place, gradient in gradients_of(Operation(name), part).items():
+            torch.testing.assert_close(gradient, everything[place], rtol=1e-9, atol=1e-12, msg=f"{place} of {part}")
 
 
 @pytest.mark.kernels

@@ -64,6 +64,7 @@ KEEPS_MORE: dict[str, set[int]] = {
     "CrossEntropyLoss": {0},
     "L1Loss": {0, 1},
     "batch_norm_act in evaluation": {1, 4},
+    "conv_batch_norm_act2d of a residual": {2, 4},
     "cross_entropy of probabilities": {0},
     "cross_entropy of some": {0},
     "cross_entropy of weights": {0},

@@ -67,6 +67,26 @@ def test_chains_are_computed_in_one_and_right(network: Network, training: bool, 
         assert_accurate(mine[name], theirs[name], exact[name], name, inherent=1e-5, chosen=False)
 
 
+def penalised(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Gradients of which a graph is kept, and those of a penalty on them."""
+    x = x.clone().requires_grad_()
+    operands = [x, *model.parameters()]
+    gradients = torch.autograd.grad(model(x).square().sum(), operands, create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    return [*gradients, *torch.autograd.grad(penalty, operands, materialize_grads=True)]
+
+
+@pytest.mark.kernels
+@pytest.mark.thorough
+@every_network
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_second_derivatives(network: Network, training: bool, device: str) -> None:
+    """Of stock operators, but begun at what the kernels kept: in float64, since a penalty magnifies what is rounded."""
+    x = random_tensor(network.shape, torch.float64, device)
+    mine, theirs = (penalised(one.train(training).double(), x) for one in pair(network, device))
+    torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.kernels
 @every_network
 def test_compiled(network: Network, keeps_kernels: None, device: str) -> None:

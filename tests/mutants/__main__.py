@@ -30,7 +30,7 @@ GENERIC = tuple(
     f"test_{theme}.py"
     for theme in (
         *("gradients", "memory", "in_place", "options", "paths", "aliases", "testing", "refusals", "mixed_dtypes"),
-        *("defaults", "pytorch_cases", "reasons", "conversions", "face"),
+        *("defaults", "pytorch_cases", "reasons", "conversions", "face", "catalogue"),
     )
 )
 #: And those of what isn't a family's, by a part of its path.

@@ -187,6 +187,17 @@ def _conv_act_pool(activation: str, size: int | None, stride: int | None, paddin
     return Sample(partial(autograd.conv_act_pool2d, activation=activation, **pooling), stock, (_IMAGE, _FILTERS, _BIAS))
 
 
+def _conv_norm(x: Tensor, filters: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """In training, pooled."""
+    options = {"training": True, "residual": residual, "pool_size": 2}
+    return autograd.conv_batch_norm_act2d(x, filters, None, None, None, weight, bias, **options)
+
+
+def _stock_conv_norm(x: Tensor, filters: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.batch_norm(F.conv2d(x, filters), None, None, weight, bias, True)
+    return F.max_pool2d(F.relu(y + residual), 2)
+
+
 def _norm_act(x: Tensor, residual: Tensor, mean: Tensor, weight: Tensor, bias: Tensor, *, function: Any) -> Tensor:
     """In evaluation."""
     mean = mean.detach()
@@ -221,6 +232,11 @@ _VARIANTS: dict[str, Callable[[], Sample]] = {
         ),
         _conv_act,
         (_IMAGE, _FILTERS, _BIAS, _normal(2, 4, 4, 5, seed=3)),
+    ),
+    "conv_batch_norm_act2d of a residual": lambda: Sample(
+        _conv_norm,
+        _stock_conv_norm,
+        (_IMAGE, _FILTERS, *(_normal(*shape, seed=3) for shape in ((2, 4, 4, 5), (4,), (4,)))),
     ),
     "cross_entropy of some": lambda: _function("cross_entropy", _LOGITS, _TARGETS, ignore_index=1),
     "cross_entropy of weights": lambda: _function(
