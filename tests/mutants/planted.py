@@ -45,6 +45,19 @@ PLANTED = [
         "indices = winner_indices(code, shape, size, channels_last, window, masked=masked)",
         "indices = winner_indices(code, shape, size, False, window, masked=masked)",
     ),
+    Planted(
+        "the second derivative behind a convolution's bias takes none for one",
+        "autograd/batch_norm_pool.py",
+        "elif bias is not None:",
+        "elif bias is None:",
+    ),
+    # --- Gradients of some operands ---
+    Planted(
+        "a norm's gradients are left to the input's where the residual requires one",
+        "autograd/conv_batch_norm.py",
+        "merges = needed[0] and weight is not None",
+        "merges = needed[1] and weight is not None",
+    ),
     # --- Choices ---
     Planted("the last of equal pieces wins", "kernels/maxout.py", "return (value > best)", "return (value >= best)"),
     Planted(
