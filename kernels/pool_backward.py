@@ -169,7 +169,8 @@ def pool_backward_cells_kernel(
                 total += cell[part * STRIDE + x]
     if partial_pointer is not None:
         sums = sums_tile(
-            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, not CHANNELS_LAST, HEIGHT, WIDTH),
+            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, tl.cdiv(columns, WIDTH)),
+            *(not CHANNELS_LAST, HEIGHT, WIDTH),
         )
         store(partial_pointer, sums, tl.sum(total, axis=0 if CHANNELS_LAST else 1))
 
@@ -252,6 +253,7 @@ def pool_backward_kernel(
     tl.store(dx_pointer + row * columns + column, narrow(dx, dx_pointer.dtype.element_ty), mask=inside)
     if partial_pointer is not None:
         sums = sums_tile(
-            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, not CHANNELS_LAST, HEIGHT, WIDTH),
+            *(first_row // HEIGHT, first_column // WIDTH, rows, columns, tl.cdiv(columns, WIDTH)),
+            *(not CHANNELS_LAST, HEIGHT, WIDTH),
         )
         store(partial_pointer, sums, tl.sum(dx, axis=0 if CHANNELS_LAST else 1))

@@ -72,14 +72,16 @@ def channel_values(pointer, block_row, place, channels, COMPUTE: tl.constexpr, T
 
 
 @triton.jit
-def sums_tile(block, block_column, rows, columns, BY_ROW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def sums_tile(
+    block, block_column, rows, columns, column_blocks, BY_ROW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
     """Where the sums of a tile's rows (HEIGHT,) or columns (WIDTH,) lie in `ChannelMatrix.partial_shape`.
 
     ``block`` counts the rows' tiles, or what of the columns a program sums up.
     """
     if BY_ROW:
         row = block * HEIGHT + tl.arange(0, HEIGHT)
-        return Tile(0, row * tl.cdiv(columns, WIDTH) + block_column, row < rows)
+        return Tile(0, row * column_blocks + block_column, row < rows)
     else:
         column = block_column * WIDTH + tl.arange(0, WIDTH)
         return Tile(block * columns, column, column < columns)
@@ -96,7 +98,10 @@ def store_sums(pointer, values, block, place, TILING: tl.constexpr):
         sums = tl.sum(values, axis=1)
     else:
         sums = tl.sum(values.to(tl.float64), axis=0).to(values.dtype)
-    tile = sums_tile(block, place.block_column, place.rows, place.columns, by_row, TILING.height, TILING.width)
+    tile = sums_tile(
+        *(block, place.block_column, place.rows, place.columns, place.column_blocks),
+        *(by_row, TILING.height, TILING.width),
+    )
     store(pointer, tile, sums)
 
 
