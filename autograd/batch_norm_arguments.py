@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.functions.activation import IDENTITY, Activated
+from ..kernels.functions.activation import Activated
 from . import stock as F
 from .dispatch import is_number
 
@@ -52,7 +52,7 @@ class NormArguments(NamedTuple):
         vectors = (self.running_mean, self.running_var, self.weight, self.bias)
         return F.batch_norm(input, *vectors, self.training, momentum, self.eps)
 
-    def refusal(self, input: Any, residual: Any = None, activation: Activated = IDENTITY) -> str | None:
+    def refusal(self, input: Any, residual: Any = None, activation: Activated | None = None) -> str | None:
         """Why the kernels don't take these arguments, or None."""
         training: Any = self.training
         if type(training) is not bool:
@@ -62,7 +62,7 @@ class NormArguments(NamedTuple):
             return "running statistics are missing"
         if reason is None and training and input.numel() == input.shape[1]:
             return "one value per channel"
-        return reason or activation.refusal()
+        return reason or (None if activation is None else activation.refusal())
 
     def refusal_in_any_mode(self, input: Any, residual: Any) -> str | None:
         """Why the kernels take these arguments neither in training nor in evaluation, or None."""

@@ -276,11 +276,11 @@ def batch_norm_chain(
 ) -> Tensor:
     """dropout(activation(batch_norm(before(x + shift)) + residual)), in as many passes over memory as batch norm alone.
 
-    ``arguments`` are `NormArguments`.  ``slopes``, one or one a channel, are PReLU's, which then is
-    the activation; ``p`` is the probability to drop an element, or ``of_channels`` a sample's whole channel; 0 in
-    evaluation.  ``before`` is an activation before the norm, with ``before_parameters``; in front of it ``shift``, the
-    bias of what made the input, ``product(None)``, is added: ``product(shift)`` makes it for stock operators.  The
-    other options are those of `batch_norm_act`.  Saves the input, the residual, and a seed.
+    ``arguments`` are `NormArguments`.  ``slopes``, one or one a channel, are PReLU's, which then is the activation;
+    ``p`` is the probability to drop an element, or ``of_channels`` a sample's whole channel; 0 in evaluation.
+    ``before`` is an activation before the norm, with ``before_parameters``; in front of it ``shift``, the bias of what
+    made the input, ``product(None)``, is added: ``product(shift)`` makes it for stock operators.  The other options are
+    those of `batch_norm_act`.  Saves the input, the residual, and a seed.
     """
     resolved = resolve_activation(activation, activation_parameters) if slopes is None else PRELU
     first = None if before is None else resolve_activation(before, before_parameters)

@@ -407,7 +407,7 @@ def _images_refusal(input: Tensor, directions: int, window: Window | None, *, ma
 @decided_once
 def _max_pool(
     input: Tensor,
-    directions: int,
+    name: str,
     kernel_size: Sizes,
     stride: Sizes | None,
     padding: Sizes,
@@ -416,12 +416,13 @@ def _max_pool(
     return_indices: bool,
 ) -> Callable[..., tuple[Tensor, Tensor] | None]:
     """Maxima and their indices (empty unless asked for), or None where the stock operator has to be taken."""
+    directions = int(name[-2])  # a constant for compilers, which make a variable of a number that they are given
     window = window_of(directions, kernel_size, stride, padding, dilation, ceil_mode)
 
     def refusal() -> str | None:
         return _images_refusal(input, directions, window if type(return_indices) is bool else None)
 
-    if not takes_kernel(f"max_pool{directions}d", input, refusal=refusal):
+    if not takes_kernel(name, input, refusal=refusal):
         return lambda *_: None
     assert window is not None
     lines, unbatched = directions == 1, input.dim() == directions + 1
@@ -503,7 +504,7 @@ def squeezed(y: Tensor, line: bool, unbatched: bool, *, tracked: bool) -> Tensor
 
 
 def _max_pool_of(
-    directions: int,
+    name: str,
     input: Tensor,
     kernel_size: Sizes,
     stride: Sizes | None = None,
@@ -513,26 +514,26 @@ def _max_pool_of(
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     arguments = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    results: tuple[Tensor, Tensor] | None = _max_pool(input, directions, *arguments)
+    results: tuple[Tensor, Tensor] | None = _max_pool(input, name, *arguments)
     if results is None:
-        return _STOCK[directions](input, *arguments)
+        return _STOCK[name](input, *arguments)
     return results if return_indices else results[0]
 
 
-#: By the number of directions.
-_STOCK: dict[int, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_DOC = """The maximum of each window of (C, {size}) or (N, C, {size}).  As `torch.nn.functional.max_pool{directions}d`.
+_STOCK: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
+    "max_pool1d": F.max_pool1d,
+    "max_pool2d": F.max_pool2d,
+    "max_pool3d": F.max_pool3d,
+}
+_DOC = """The maximum of each window of (C, {size}) or (N, C, {size}).  As `torch.nn.functional.{name}`.
 
     Padding counts as negative infinity.  With ``return_indices`` also the maxima's int64 indices in their channel's
     {places}.  Saves at most a byte for each window; windows of more than 256 positions take the stock operator.
     """
 
 _FUNCTIONS = {
-    number: namesake(
-        *(_max_pool_of, number, f"max_pool{number}d"),
-        _DOC.format(size=size, directions=number, places=size.replace(",", " x")),
-    )
-    for number, size in ((1, "L"), (2, "H, W"), (3, "D, H, W"))
+    number: namesake(_max_pool_of, name, name, _DOC.format(size=size, name=name, places=size.replace(",", " x")))
+    for number, (name, size) in enumerate(zip(_STOCK, ("L", "H, W", "D, H, W"), strict=True), 1)
 }
 max_pool1d, max_pool2d, max_pool3d = _FUNCTIONS.values()
 

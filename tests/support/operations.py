@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusednn import autograd
+from fusednn.autograd.batch_norm_chain import batch_norm_chain
+from fusednn.autograd.batch_norm_pool import activation_pool, batch_norm_pool
+from fusednn.autograd.bias_activation_dropout import conv_activation_dropout, linear_activation_dropout
+from fusednn.autograd.pool import act_pool
 from fusednn.commands.self_test import FUNCTIONS, Sample, function_sample, layer_sample
 from fusednn.layers.twin import TWINS
 from fusednn.testing import leaf, random_tensor
@@ -255,15 +259,84 @@ _VARIANTS: dict[str, Callable[[], Sample]] = {
     "softmax of rows": lambda: _function("softmax", _normal(2, 3, 4), dim=0),
 }
 
+# What fused layers alone call.
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """What a convolution would make, with or without its bias."""
+    return x if bias is None else x + bias.view(-1, 1, 1)
+
+
+def _chain(x: Tensor, bias: Tensor, residual: Tensor, slopes: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+    options = {"residual": residual, "slopes": slopes, "before": "tanh", "shift": bias, "product": partial(_biased, x)}
+    return batch_norm_chain(x, None, None, weight, norm_bias, True, 0.1, 1e-5, **options)
+
+
+def _stock_chain(x: Tensor, bias: Tensor, residual: Tensor, slopes: Tensor, *norm: Tensor) -> Tensor:
+    y = F.batch_norm(_biased(x, bias).tanh(), None, None, *norm, True, 0.1, 1e-5)
+    return F.prelu(y + residual, slopes)
+
+
+def _over_places(y: Tensor, maximum: bool) -> Tensor:
+    return F.adaptive_max_pool2d(y, 1).flatten(1) if maximum else y.mean((2, 3))
+
+
+def _norm_pool(x: Tensor, *norm: Tensor, maximum: bool) -> Tensor:
+    return batch_norm_pool(x, None, None, *norm, True, 0.1, 1e-5, maximum=maximum, activation="silu")
+
+
+def _stock_norm_pool(x: Tensor, *norm: Tensor, maximum: bool) -> Tensor:
+    return _over_places(F.silu(F.batch_norm(x, None, None, *norm, True, 0.1, 1e-5)), maximum)
+
+
+_VECTORS = (_normal(3, seed=1), _normal(3, seed=2))
+_CHAINS: dict[str, Callable[[], Sample]] = {
+    "act_pool of silu": lambda: Sample(
+        lambda x: act_pool(2, x, 2, None, 0, "silu"), lambda x: F.max_pool2d(F.silu(x), 2), (_IMAGE,)
+    ),
+    "batch_norm_chain of everything": lambda: Sample(
+        _chain, _stock_chain, (_IMAGE, _normal(3), _IMAGE.flip(0), *_VECTORS, _normal(3, seed=3))
+    ),
+    "conv_activation_dropout of relu": lambda: Sample(
+        lambda x, bias: conv_activation_dropout(partial(_biased, x), bias, 0.0, "relu", (), True, 1),
+        lambda x, bias: F.relu(_biased(x, bias)),
+        (_IMAGE, _VECTORS[0]),
+    ),
+    "linear_activation_dropout of gelu": lambda: Sample(
+        lambda x, weight, bias: linear_activation_dropout(x, weight, bias, 0.0, "gelu", (), True),
+        lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)),
+        (_LOGITS, _normal(3, 5, seed=1), _normal(3, seed=2)),
+    ),
+    **{
+        f"activation_pool of {'maxima' if maximum else 'means'}": partial(
+            Sample,
+            lambda x, bias, maximum=maximum: activation_pool(partial(_biased, x), bias, "tanh", (), maximum=maximum),
+            lambda x, bias, maximum=maximum: _over_places(_biased(x, bias).tanh(), maximum),
+            (_IMAGE, _VECTORS[0]),
+        )
+        for maximum in (True, False)
+    },
+    **{
+        f"batch_norm_pool of {'maxima' if maximum else 'means'}": partial(
+            Sample,
+            partial(_norm_pool, maximum=maximum),
+            partial(_stock_norm_pool, maximum=maximum),
+            (_IMAGE, *_VECTORS),
+        )
+        for maximum in (True, False)
+    },
+}
+
 #: The functions among the operations that stock lacks, and their variants.
-OWN = tuple(name for name in (*_VARIANTS, *_OWN_FUNCTIONS) if not hasattr(F, name.partition(" ")[0]))
+OWN = tuple(name for name in (*_VARIANTS, *_CHAINS, *_OWN_FUNCTIONS) if not hasattr(F, name.partition(" ")[0]))
 
 _SAMPLES: dict[str, Callable[[], Sample]] = {
     **{stock_class.__name__: partial(_layer, stock_class) for stock_class in TWINS},
     **_OWN_FUNCTIONS,
     **_VARIANTS,
+    **_CHAINS,
 }
 
 #: The names of what `Operation` can be made of: every layer that ``torch.nn`` has too, every function that it lacks,
-#: and some of them with other options.
+#: some of them with other options, and the functions that fused layers alone call.
 OPERATIONS = tuple(_SAMPLES)

@@ -18,7 +18,7 @@ KEPT = {
     *("linear_cross_entropy", "nll_loss", "Sigmoid", "Tanh", "bias_activation_dropout", "standout"),
     *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
     *("conv_act_pool2d", "drop_connect_linear", "maxout", "maxout_conv2d", "maxout_linear"),
-    *("channel_statistics",),
+    *("channel_statistics", "conv_activation_dropout"),
 }
 
 
