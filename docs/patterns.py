@@ -59,9 +59,10 @@ def _lists(pattern: Pattern, module: ModuleType) -> Iterator[str]:
 
 
 def _names(classes: tuple[type[nn.Module], ...]) -> str:
-    """Classes in their order, activations of the table as such."""
+    """PyTorch's classes in their order, activations of the table as such; other libraries' join when they are imported."""
     table = set(activations.ACTIVATIONS)
-    names = [f"`{cls.__name__}`" for cls in dict.fromkeys(classes) if cls not in table]
+    own = (cls for cls in dict.fromkeys(classes) if cls.__module__.startswith("torch."))
+    names = [f"`{cls.__name__}`" for cls in own if cls not in table]
     return ", ".join([*names, *["an activation"] * bool(table & set(classes))])
 
 
