@@ -59,7 +59,7 @@ def _lists(pattern: Pattern, module: ModuleType) -> Iterator[str]:
 
 
 def _names(classes: tuple[type[nn.Module], ...]) -> str:
-    """PyTorch's classes in their order, activations of the table as such; other libraries' join when they are imported."""
+    """PyTorch's classes in their order, activations of the table as such; other libraries' join on import."""
     table = set(activations.ACTIVATIONS)
     own = (cls for cls in dict.fromkeys(classes) if cls.__module__.startswith("torch."))
     names = [f"`{cls.__name__}`" for cls in own if cls not in table]

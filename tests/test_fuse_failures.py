@@ -43,7 +43,8 @@ def memory_ends_at(event: int) -> Iterator[list[str]]:
 
     places: list[tuple[Any, str]] = [(stock_functions, "conv2d"), (stock_functions, "linear")]
     places.append((convolution.Convolution, "product"))
-    for home, function in (("fusednn.kernels.", "launch"), ("fusednn.autograd.", "stock_convolution")):
+    homes = (("fusednn.kernels.", "launch"), ("fusednn.autograd.", "stock_convolution"), ("fusednn.layers.", "conv2d"))
+    for home, function in homes:
         modules = [module for name, module in sys.modules.items() if name.startswith(home)]
         places += [(module, function) for module in modules if callable(getattr(module, function, None))]
     with pytest.MonkeyPatch.context() as patch:
