@@ -331,7 +331,7 @@ def _in_training(momentum: float, eps: float, activation: Activated, *, differen
         variance: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        *rest: Any,
+        *rest: Any,  # training, momentum, eps, batches, and the activation
     ) -> Tensor:
         y: Tensor
         running = (mean, variance, rest[3], momentum)
