@@ -71,7 +71,8 @@ KEEPS_FORMAT = {
     *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm_act", "batch_norm_act in evaluation"),
     *("CrossEntropyLoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss", "NLLLoss", "SmoothL1Loss"),
     *("GLU", "LogSigmoid", "LogSoftmax", "RReLU", "Softmax", "Softmax2d", "Softmin", "gated_halves"),
-    *("activation_pool of maxima", "batch_norm_chain of everything", "batch_norm_pool of means"),
+    *("activation_pool of maxima", "activation_pool of means", "batch_norm_chain of everything"),
+    *("batch_norm_pool of maxima", "batch_norm_pool of means"),
 }
 #: Whose gradients are contiguous as products of matrices, where PyTorch's are transposed for transposed inputs.
 CONTIGUOUS_GRADIENTS = {"LinearCrossEntropyLoss", "drop_connect_linear", "maxout_linear"}
