@@ -54,19 +54,19 @@ class NormArguments(NamedTuple):
 
     def refusal(self, input: Any, residual: Any = None, activation: Activated | None = None) -> str | None:
         """Why the kernels don't take these arguments, or None."""
-        training: Any = self.training
-        if type(training) is not bool:
-            return "training is not a boolean"
         reason = self.refusal_in_any_mode(input, residual)
-        if reason is None and not training and self.running_mean is None:
+        if reason is None and not self.training and self.running_mean is None:
             return "running statistics are missing"
-        if reason is None and training and input.numel() == input.shape[1]:
+        if reason is None and self.training and input.numel() == input.shape[1]:
             return "one value per channel"
         return reason or (None if activation is None else activation.refusal())
 
     def refusal_in_any_mode(self, input: Any, residual: Any) -> str | None:
         """Why the kernels take these arguments neither in training nor in evaluation, or None."""
         running, batches, vectors = those_given(self.running_mean, self.running_var), self.batches, self.vectors
+        training: Any = self.training
+        if type(training) is not bool:
+            return "training is not a boolean"
         if not isinstance(input, Tensor) or not all(isinstance(tensor, Tensor) for tensor in vectors):
             return "not a tensor"
         if batches is not None and not (
