@@ -43,18 +43,19 @@ def unfit(operand: Tensor) -> Iterator[Tensor]:
 
 
 #: What is no option of most functions, or out of its range, or only looks like one.
-ODD = (None, "text", -1, 0, 1.5, float("nan"), True, torch.tensor(0.5), (1, 2), [1], 2**70, 1j)
+ODD = ("text", -1, 1.5, None, 0, float("nan"), True, torch.tensor(0.5), (1, 2), [1], 2**70, 1j)
+FEW = ODD[:3]
 
 
 def unfit_calls(
-    function: Callable[..., Any], arguments: dict[str, Any], device: str, *, options: bool
+    function: Callable[..., Any], arguments: dict[str, Any], device: str, odd: tuple[Any, ...] | None
 ) -> Iterator[dict[str, Any]]:
-    """Arguments with one operand, or one option, that doesn't fit."""
+    """Arguments with one operand that doesn't fit, or, where there are ``odd`` ones, one option."""
     given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
     for key in inspect.signature(function).parameters:
         operand = given.get(key)
-        if isinstance(operand, Tensor) != options:
-            for other in ODD if options else unfit(operand):
+        if isinstance(operand, Tensor) == (odd is None):
+            for other in unfit(operand) if odd is None else odd:
                 yield {**given, key: other}
 
 
@@ -66,15 +67,17 @@ def words(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 operands_and_options = pytest.mark.parametrize(
-    "options", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["operands", "options"]
+    "odd",
+    [None, FEW, pytest.param(ODD[len(FEW) :], marks=pytest.mark.thorough)],
+    ids=["operands", "options", "other options"],
 )
 
 
 @operands_and_options
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments_that_do_not_fit(name: str, options: bool, device: str) -> None:
+def test_arguments_that_do_not_fit(name: str, odd: tuple[Any, ...] | None, device: str) -> None:
     ours, stock = getattr(autograd, name), getattr(F, name)
-    for changed in unfit_calls(ours, ARGUMENTS[name], device, options=options):
+    for changed in unfit_calls(ours, ARGUMENTS[name], device, odd):
         assert outcome(ours, changed) == outcome(stock, changed), words(changed)
 
 
@@ -84,9 +87,11 @@ def test_arguments_that_do_not_fit(name: str, options: bool, device: str) -> Non
 @pytest.mark.kernels
 @operands_and_options
 @pytest.mark.parametrize("name", OWN_ARGUMENTS)
-def test_own_functions_refuse_what_their_stock_formulation_does(name: str, options: bool, device: str) -> None:
+def test_own_functions_refuse_what_their_stock_formulation_does(
+    name: str, odd: tuple[Any, ...] | None, device: str
+) -> None:
     function = getattr(autograd, name)
-    for changed in unfit_calls(function, OWN_ARGUMENTS[name], device, options=options):
+    for changed in unfit_calls(function, OWN_ARGUMENTS[name], device, odd):
         ours = outcome(function, changed)
         with BaseTorchFunctionMode():
             assert ours == outcome(function, changed), words(changed)
