@@ -67,10 +67,12 @@ def standout(input: Tensor, belief: Tensor, alpha: float = 1.0, beta: float = 0.
         probability = F.sigmoid(alpha * belief + beta)
         return input * (torch.bernoulli(probability.detach()) if training else probability)
 
+    belief = belief.detach()
+
     def compute(seed: Tensor) -> Tensor:
         y: Tensor
         if torch.is_grad_enabled() and input.requires_grad:
-            y = Standout.apply(input, belief.detach(), seed, float(alpha), float(beta), anchors_of(input))
+            y = Standout.apply(input, belief, seed, float(alpha), float(beta), anchors_of(input))
         else:
             y, _ = _forward(input, belief, seed, float(alpha), float(beta))
         return y
