@@ -130,6 +130,12 @@ def patched_calls() -> Iterator[None]:
         yield
 
 
+def bias_in_16_bits(model: Any) -> AbstractContextManager[Any]:
+    model[0].bias = nn.Parameter(model[0].bias.bfloat16())
+    return torch.autocast("cpu", torch.bfloat16)  # which makes bias and weight alike
+
+
+#: What is behind a comma tells one place that gives a reason from another.
 CASES: dict[str, Case] = {
     "calls of modules are patched": Case(relu, lambda _: patched_calls(), IMAGES),
     "a hook listens to all modules": Case(relu, lambda _: register_module_forward_hook(lambda *_: None), IMAGES),
@@ -165,13 +171,48 @@ CASES: dict[str, Case] = {
     ),
     "no kernel has highways with the activation": Case(Highway, lambda one: setattr(one.act, "__class__", nn.Tanh)),
     "what is carried or transformed is unlike the gate": Case(Mixed, nothing),
+    "the activation writes over its input": Case(
+        lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), lambda one: setattr(one[0], "inplace", True), IMAGES
+    ),
+    "the pooling has options that aren't fused": Case(
+        lambda: conv_act(nn.ReLU()).append(nn.MaxPool2d(2)), lambda one: setattr(one[2], "ceil_mode", True), IMAGES
+    ),
+    "the pooling has options that aren't fused, behind an activation": Case(
+        lambda: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), lambda one: setattr(one[1], "dilation", 2), IMAGES
+    ),
+    "the slopes are no features'": Case(lambda: nn.Sequential(nn.Linear(6, 6), nn.PReLU(5)), nothing, (4, 5, 6)),
+    "bias and weight differ in dtype": Case(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU()), bias_in_16_bits),
+    "bias and weight differ in dtype, before dropout": Case(
+        lambda: conv_act(nn.ReLU()).append(nn.Dropout(0.0)), bias_in_16_bits, IMAGES
+    ),
+    "bias and weight differ in dtype, before a norm": Case(
+        lambda: conv_act(nn.ReLU()).append(nn.BatchNorm2d(6)), bias_in_16_bits, IMAGES
+    ),
+    "bias and weight differ in dtype, before a reduction": Case(
+        lambda: conv_act(nn.ReLU()).append(nn.AdaptiveAvgPool2d(1)), bias_in_16_bits, IMAGES
+    ),
+    "not a batch of channels": Case(lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Dropout1d(0.0)), nothing),
+    "not a batch of channels, before a norm": Case(
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.BatchNorm1d(5)), nothing, (4, 5, 6)
+    ),
+    "not a batch of channels with places": Case(
+        lambda: conv_act(nn.ReLU()).append(nn.AdaptiveAvgPool2d(1)), nothing, IMAGES[1:]
+    ),
+    "not a batch of channels with places, behind a norm": Case(
+        lambda: nn.Sequential(nn.BatchNorm1d(6), nn.AdaptiveAvgPool1d(1)), nothing
+    ),
+    "more is left than one place, or channels are reduced, too": Case(
+        lambda: conv_act(nn.ReLU()).append(nn.AdaptiveAvgPool2d(1)),
+        lambda one: setattr(one[2], "output_size", 2),
+        IMAGES,
+    ),
 }
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("reason", CASES)
-def test_layers_are_called_one_by_one(reason: str, device: str) -> None:
-    build, change, shape = CASES[reason]
+@pytest.mark.parametrize("case", CASES)
+def test_layers_are_called_one_by_one(case: str, device: str) -> None:
+    reason, (build, change, shape) = case.partition(", be")[0], CASES[case]
     torch.manual_seed(0)
     stock = build().to(device)
     model = copy.deepcopy(stock)
@@ -194,3 +235,41 @@ def test_layers_that_drop_without_dividing_are_left() -> None:
     model = nn.Sequential(DropPath(0.5))
     model[0].scale_by_keep = False
     assert fusednn.replace_layers(model).left[0].reason == "what is kept isn't divided by the chance to be"
+
+
+class Apart(nn.Module):
+    """A norm behind what may be a convolution, and the residual: a layer that is called after the norm."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = first, nn.BatchNorm2d(6), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        return torch.relu(y + self.drop(x))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(Activated(6, nn.SiLU()), nn.Identity()),
+        lambda: conv_norm(Activated(6, nn.SiLU()), nn.Identity()),
+        lambda: Apart(nn.Conv2d(6, 6, 1)).eval(),
+        lambda: Apart(nn.Tanh()).eval(),
+        lambda: conv_act(nn.ReLU()).append(nn.MaxPool2d(2, dilation=1)),
+        lambda: conv_act(nn.ReLU()).append(nn.MaxPool2d((2, 3), dilation=(1, 1))),
+    ],
+    ids=["norm", "conv and norm", "conv, norm and residual", "norm and residual", "pooling", "pooling of pairs"],
+)
+def test_layers_are_computed_together(build: Callable[[], nn.Module], device: str) -> None:
+    stock = build().to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor(IMAGES, torch.float32, device)
+    found: list[str | None] = []
+    with observe_chains(lambda _, why: found.append(why)):
+        y = model(x)
+    assert found
+    assert not any(found)
+    torch.testing.assert_close(y, stock(x))
