@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ... import batch_norm, sync_batch_norm
 from ..activations import ACTIVATIONS, SLOPED, Activation, activated, activation_of, activation_refusal
 from ..members import apart, call_refusal, computed, layer_refusal
-from ..norms import NORMS, activation_within, state_of, within_refusal
+from ..norms import NORMS, state_of, within_refusal
 from ..steady import is_steady
 from ..unchanged import while_unchanged
 from . import places
@@ -48,7 +48,6 @@ def _compute(
     if apart(_refusal(input, residual, (norm, identity, activation)), norm, activation):
         return activated(added(passed_on(norm(input), identity), residual, in_place), activation)
     forward = sync_batch_norm.forward if isinstance(norm, nn.SyncBatchNorm) else batch_norm.forward
-    activation = activation_within(norm) or activation
     named, state = activation_of(activation), state_of(norm)
     return computed(lambda: forward(state, input, distinct(residual, input), named), norm, activation)
 
@@ -66,7 +65,7 @@ def _begin(
     if all(is_steady(layer, ever=False) for layer in between):
         members: Any = {"norm": norm, "identity": identity, "activation": activation}
         return partial(_compute, input, in_place=in_place, **members)
-    plain = _refusal(input, None, (norm, identity, None), ends=False) is None and not isinstance(norm, nn.SyncBatchNorm)
+    plain = _refusal(input, None, (norm, identity, None)) is None and not isinstance(norm, nn.SyncBatchNorm)
     if not plain or not batch_norm.uses_batch_statistics(state_of(norm)):
         y = passed_on(norm(input), identity)
         return lambda residual: activated(added(y, residual, in_place), activation)
@@ -79,14 +78,10 @@ def _begin(
     return rest
 
 
-def _refusal(input: Tensor, residual: Tensor | None, members: tuple[Any, ...], ends: bool = True) -> str | None:
-    """Why the layers are called one by one, or None, with ``members`` as of `_layers_refusal`.
-
-    ``ends``: there is nothing behind these.
-    """
-    norm, _, activation = members
-    ends = ends and residual is None and activation is None
-    refusal = call_refusal(input) or _layers_refusal(*members) or within_refusal(norm, input, ends)
+def _refusal(input: Tensor, residual: Tensor | None, members: tuple[Any, ...]) -> str | None:
+    """Why the layers are called one by one, or None, with ``members`` as of `_layers_refusal`."""
+    # A norm with an activation of its own was alone, and is none of these.
+    refusal = call_refusal(input) or _layers_refusal(*members) or within_refusal(members[0], input, ends=False)
     if refusal is None and residual is not None and not are_alike(residual, input.shape, input.dtype):
         refusal = "the residual is unlike the input"
     return refusal
