@@ -40,10 +40,12 @@ def test_clipping(name: str, factor: float, device: str) -> None:
 )
 def test_penalties(strengths: tuple[float, float, float], device: str) -> None:
     def run() -> None:
-        mine, theirs = (parameters([(6, 9), (5,), (3, 2, 4, 5)], torch.float32, device) for _ in range(2))
+        shapes = [(6, 9), (6, 6), (3, 2, 4, 5), (5,)]
+        mine, theirs = (parameters(shapes, torch.float32, device) for _ in range(2))
         for params in (mine, theirs):
             params[2].data = params[2].data.contiguous(memory_format=torch.channels_last)
-            params.append(nn.Parameter(params[0].detach().clone().t()))  # rows that aren't runs of memory
+            # Rows that aren't runs of memory.
+            params += [nn.Parameter(matrix.detach().clone().t()) for matrix in params[:2]]
         l1, l2, group_lasso = strengths
         ours = optim.SGD(mine, lr=0.3, momentum=0.9, l1=l1, l2=l2, group_lasso=group_lasso)
         stock = torch.optim.SGD(theirs, lr=0.3, momentum=0.9)

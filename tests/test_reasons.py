@@ -41,21 +41,38 @@ CONV = {"input": IMAGES, "weight": FILTERS}
 GATE = {"input": IMAGES, "gate": normal(2, 3, 1, 1)}
 LABELS = X.softmax(1)
 
-#: By function, the arguments that all its kernels take, and by reason those that are exchanged for it.
-FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+#: Arguments that are exchanged, together, for a reason.
+Changed = dict[str, Any]
+
+#: By function, the arguments that all its kernels take, and by reason those that are exchanged for it; where there are
+#: several, each alone.
+FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Changed | tuple[Changed, ...]]]] = {
     "batch_norm_act": (
         {**NORM, "training": True},
         {
             "training is not a boolean": {"training": 1},
             "momentum is not a Python number": {"momentum": "0.1"},
-            "eps is not a positive number": {"eps": 0.0},
+            "eps is not a positive number": ({"eps": 0.0}, {"eps": "1"}),
             "no dimension of channels": {"input": IMAGES.flatten()},
-            "statistics and parameters are not vectors of the channels": {"weight": torch.ones(4)},
-            "running statistics are missing": {"running_mean": None},
-            "running statistics require gradients, or are strided": {"running_mean": torch.zeros(6)[::2]},
+            "statistics and parameters are not vectors of the channels": tuple(
+                {key: torch.ones(4)} for key in ("running_mean", "running_var", "weight", "bias")
+            ),
+            "running statistics are missing": (
+                {"running_mean": None},
+                {"running_var": None},
+                {"running_mean": None, "running_var": None, "training": False},
+            ),
+            "running statistics require gradients, or are strided": (
+                {"running_mean": torch.zeros(6)[::2]},
+                {"running_var": torch.ones(3, requires_grad=True)},
+            ),
             "the residual has another shape": {"residual": IMAGES[:1]},
             "one value per channel": {"input": IMAGES[:1, :, :1, :1]},
-            "the number of batches is not one int64 beside the input": {"batches": torch.tensor(0.0)},
+            "the number of batches is not one int64 beside the input": (
+                {"batches": torch.tensor(0.0)},
+                {"batches": torch.zeros(2, dtype=torch.int64)},
+                {"batches": 3},
+            ),
             "no kernel for these parameters' dtypes": {
                 "weight": torch.ones(3).double(),
                 "running_mean": None,
@@ -76,14 +93,14 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "the slopes are neither one nor one per channel": {"slopes": torch.ones(2)},
             "the channels that are dropped don't lie one after another, or last": {"of_channels": True},
             "a parameter is not finite": {"activation": "leaky_relu", "parameters": (float("nan"),)},
-            "p is not a probability": {"p": 1.5},
+            "p is not a probability": ({"p": 1.5}, {"p": -0.5}),
             "training is not a boolean": {"training": 1},
         },
     ),
     "block_end": (
         {"input": X, "residual": X.flip(0), "scale": ONES},
         {
-            "p or training is not a Python value": {"training": 1},
+            "p or training is not a Python value": ({"training": 1}, {"p": torch.tensor(0.5)}),
             "nothing but a sum": {"scale": None},
             "no elements, or no samples": {"input": X[:0], "residual": X[:0]},
             "the residual is of another shape": {"residual": X[:1]},
@@ -94,9 +111,11 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "conv_act_pool2d": (
         CONV,
         {
-            "a size is not an integer for each direction": {"stride": (1, 2, 3)},
-            "a size of the convolution is not positive": {"stride": 0},
-            "not a batch of images and their filters": {"weight": FILTERS[..., 0]},
+            "a size is not an integer for each direction": tuple(
+                {key: (1, 2, 3)} for key in ("stride", "padding", "dilation", "pool_size")
+            ),
+            "a size of the convolution is not positive": tuple({key: 0} for key in ("stride", "dilation")),
+            "not a batch of images and their filters": ({"weight": FILTERS[..., 0]}, {"input": IMAGES[0, 0]}),
             "the filters don't fit the channels": {"weight": FILTERS[:, :2]},
             "the bias is not one for each filter": {"bias": torch.ones(3)},
         },
@@ -107,7 +126,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "unknown reduction": {"reduction": "median"},
             "no classes": {"input": X[0, 0]},
             "ignore_index is not an int": {"ignore_index": 1.0},
-            "label_smoothing is not a number from 0 to 1": {"label_smoothing": 2.0},
+            "label_smoothing is not a number from 0 to 1": tuple({"label_smoothing": one} for one in (2.0, -0.5, "a")),
             "the target is not a plain tensor on the input's device": {"target": CLASSES.to("meta")},
             "probabilities of another dtype, or with an ignore_index": {"target": LABELS.double()},
             "the target holds neither int64 indices nor probabilities of the input's shape": {"target": CLASSES.int()},
@@ -130,7 +149,9 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         GATE,
         {
             "no kernel gates channels with tanh": {"activation": "tanh"},
-            "the gate hasn't one element for each sample's channel": {"gate": normal(2, 3, 1, 6)},
+            "the gate hasn't one element for each sample's channel": tuple(
+                {"gate": normal(*shape)} for shape in ((2, 3, 1, 6), (1, 3, 1, 1), (2, 1, 1, 1))
+            ),
             "neither contiguous nor channels last": {"input": IMAGES.transpose(2, 3)},
             "no elements": {"input": IMAGES[:0], "gate": GATE["gate"][:0]},
         },
@@ -147,7 +168,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"gate": X, "transformed": X.flip(0), "carried": X.flip(1)},
         {
             "no kernel has highways with tanh": {"activation": "tanh"},
-            "operands differ in shape": {"carried": X[:1]},
+            "operands differ in shape": ({"carried": X[:1]}, {"transformed": X[:1]}),
         },
     ),
     "linear_cross_entropy": (
@@ -206,8 +227,12 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "rrelu": (
         {"input": X, "training": True},
         {
-            "a bound is not a Python number": {"lower": "0.1"},
-            "the bounds are not in order, or not finite": {"lower": 0.5, "upper": 0.25},
+            "a bound is not a Python number": ({"lower": "0.1"}, {"upper": torch.tensor(0.5)}),
+            "the bounds are not in order, or not finite": (
+                {"lower": 0.5, "upper": 0.25},
+                {"lower": float("-inf")},
+                {"upper": float("inf")},
+            ),
             "training is not a boolean": {"training": 1},
         },
     ),
@@ -223,8 +248,8 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "evaluation takes the mean": {"training": False},
             "the belief is of another shape": {"belief": X[:1]},
-            "a parameter is not a Python number": {"alpha": "1"},
-            "a parameter is not finite": {"beta": float("inf")},
+            "a parameter is not a Python number": ({"alpha": "1"}, {"beta": torch.tensor(1.0)}),
+            "a parameter is not finite": ({"alpha": float("nan")}, {"beta": float("inf")}, {"beta": float("-inf")}),
         },
     ),
 }
@@ -251,9 +276,13 @@ def reasons(name: str, arguments: dict[str, Any], device: str) -> list[str | Non
 def test_reasons_of_functions(name: str, device: str) -> None:
     arguments, changes = FUNCTIONS[name]
     assert reasons(name, arguments, device) == [None]
-    for reason, changed in changes.items():
+    for reason, changed in (
+        (reason, changed)
+        for reason, each in changes.items()
+        for changed in (each if isinstance(each, tuple) else (each,))
+    ):
         found = reasons(name, {**arguments, **changed}, device)
-        assert reason in found, f"{reason}: {found}"
+        assert reason in found, f"{reason} for {changed}: {found}"
         if "require gradients" in reason and "statistics" not in reason:
             with torch.no_grad():
                 assert reasons(name, {**arguments, **changed}, device) == [None]
