@@ -67,7 +67,7 @@ def train_synchronised(rank: int, split: int, momentum: float | None, activation
 @pytest.mark.kernels
 @pytest.mark.parametrize(
     ("split", "momentum", "activation"),
-    [(2, None, "relu"), pytest.param(3, 0.1, None, marks=pytest.mark.thorough), (0, 0.1, "silu")],
+    [(2, None, "relu"), (3, 0.1, None), (0, 0.1, "silu")],
     ids=["unequal batches", "equal batches", "an empty batch"],
 )
 def test_two_ranks_equal_one(split: int, momentum: float | None, activation: str | None, tmp_path: Path) -> None:
@@ -163,7 +163,6 @@ def wrong_channels(rank: int) -> str:
 
 @on_the_cpu
 @pytest.mark.kernels
-@pytest.mark.thorough
 def test_another_number_of_channels_is_refused_on_every_rank(tmp_path: Path) -> None:
     """By stock, that is, which takes no CPU tensors: the kernels would read past the parameters' ends."""
     assert all("on GPU" in message for message in in_two_processes(tmp_path, wrong_channels))
