@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.device import FLOAT_DTYPES, KERNELS_RUN, ON_GPU
 from support.gpu import check_capture
+from support.launches import launches
 from torch import Tensor, nn
 
 import fusednn
@@ -419,3 +420,31 @@ def test_sizes_are_stocks() -> None:
             window = pool_window.Window((kernel,), (stride,), (padding,), (dilation,), ceil_mode)
             y = F.max_pool1d(torch.empty(1, size, device="meta"), kernel, stride, padding, dilation, ceil_mode)
             assert window.pooled(size) == y.shape[1:], (window, size)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("shape", "window", "passes"),
+    [
+        ((2, 3, 4, 6), (2, 2, 0), ["forward", "backward"]),
+        ((2, 3, 5, 6), (2, 2, 0), []),
+        ((2, 3, 4, 8), (3, 2, 1), ["backward"]),
+        ((2, 3, 4, 8), (3, 2, 0), []),
+        ((2, 3, 4, 6), (3, 2, 1), []),  # three cells in a line
+        ((2, 3, 4, 8), (3, 1, 1), []),
+        ((2, 3, 8), (2, 2, 0), ["forward", "backward"]),
+        ((2, 3, 2, 4, 6), (2, 2, 0), []),
+    ],
+    ids=str,
+)
+def test_images_that_windows_cover_take_the_shorter_kernels(
+    shape: tuple[int, ...], window: tuple[int, int, int], passes: list[str], device: str
+) -> None:
+    for layout, expected in {"contiguous": passes, "channels_last": []}.items():
+        if layout == "channels_last" and len(shape) != 4:
+            continue
+        x = leaf(LAYOUTS[layout](random_tensor(shape, torch.float32, device)))
+        with launches() as launched:
+            getattr(autograd, f"max_pool{len(shape) - 2}d")(x, *window).sum().backward()
+        forward, backward = (launch.configuration.label for launch in launched)
+        assert [way for way, label in (("forward", forward), ("backward", backward)) if "covered" in label] == expected
