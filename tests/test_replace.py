@@ -1,8 +1,11 @@
 """`replace_layers`, `restore_layers` and `explain` on models of every awkward kind."""
 
 import copy
+import importlib
+import itertools
 import pickle
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,10 @@ from torch.nn.utils import parametrize
 import fusednn
 from fusednn import layers
 from fusednn.layers.twin import Layer
+
+# Functions have their names.
+replacement = importlib.import_module("fusednn.layers.replacement.replace")
+restoring = importlib.import_module("fusednn.layers.replacement.restore")
 
 
 class Doubled(nn.Module):
@@ -226,6 +233,58 @@ def test_explain_names_every_path(network: nn.Module, batch: Tensor) -> None:
     ]
     assert rows["features.0"].reason == "no fusednn twin"
     assert str(explanation).endswith(f"{4 if KERNELS_RUN else 0} of {len(explanation)} on kernels")
+
+
+class Stop(BaseException):
+    """As a user's Ctrl-C: nobody catches it."""
+
+
+def fail_at(patch: pytest.MonkeyPatch, module: object, name: str, call: int) -> None:
+    """Let a function raise after it has been called so often, when it has done its work."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        if next(calls) == call:
+            raise Stop
+        return result
+
+    patch.setattr(module, name, failing)
+
+
+def state(model: nn.Module) -> list[tuple[type, dict[str, Any]]]:
+    """Classes and attributes of all modules."""
+    return [(type(module), dict(vars(module))) for module in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("exchange", 1), ("exchange", 3), ("serve_functions", 1), ("fuse_neighbours", 1), ("recompute_in", 1)],
+)
+def test_replacing_is_all_or_nothing(name: str, call: int, network: nn.Module, batch: Tensor) -> None:
+    expected, before = network(batch), state(network)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, replacement, name, call)
+        with pytest.raises(Stop):
+            fusednn.replace_layers(network, fuse=True, recompute=True)
+    assert state(network) == before
+    torch.testing.assert_close(network(batch), expected, rtol=0, atol=0)
+    assert fusednn.replace_layers(network, fuse=True, recompute=True).replaced
+
+
+@pytest.mark.parametrize(("name", "call"), [("unfuse", 1), ("exchange", 1), ("exchange", 3)])
+def test_restoring_is_all_or_nothing(name: str, call: int, network: nn.Module, batch: Tensor) -> None:
+    stock = copy.deepcopy(network)
+    fusednn.replace_layers(network, fuse=True)
+    expected, before = network(batch), state(network)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, restoring, name, call)
+        with pytest.raises(Stop):
+            fusednn.restore_layers(network)
+    assert state(network) == before
+    torch.testing.assert_close(network(batch), expected)
+    fusednn.restore_layers(network)
+    assert classes(network) == classes(stock)
 
 
 def test_explain_gives_the_reason_of_a_refusal(device: str) -> None:
