@@ -132,7 +132,8 @@ test-interpreter: .build/models/.complete
 test-stock: .build/models/.complete
 	$(MODELS) TRITON_INTERPRET=0 $(call pytest,.venv,$(QUICK))
 
-test-thorough: .build/models/.complete ## what `make test` leaves out for time
+test-thorough: PYTEST_ARGS += $(if $(PART),--part $(PART))
+test-thorough: .build/models/.complete ## what `make test` leaves out for time; PART=1/3 takes the first of three parts
 	$(MODELS) TRITON_INTERPRET=1 $(call pytest,.venv,not (interpreter or smoke) or thorough or grid)
 	$(MODELS) TRITON_INTERPRET=0 $(call pytest,.venv,thorough or grid)
 	$(MODELS) FUSEDNN_VGPU=80 $(call pytest,.venv,compiled and thorough or grid)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.compiled import ARCHITECTURE, MISSING
 from support.device import DEVICE, KERNELS_RUN, ON_GPU
-from support.sample import beyond_each_choice
+from support.sample import beyond_each_choice, is_of_part, part_of
 
 import fusednn
 from fusednn.autograd.decisions import forget_decisions
@@ -33,6 +33,10 @@ _RUNS = {
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks for what is of a grid
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", type=part_of, metavar="K/N", help="run the K-th of N parts of the tests")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if ARCHITECTURE and MISSING:
         for item in items:
@@ -45,6 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     sampled = (item for item in items if not any(map(item.get_closest_marker, ("thorough", "whole"))))
     for item in beyond_each_choice(sampled):
         item.add_marker(pytest.mark.grid)
+    if part := config.getoption("--part"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_of_part(item.nodeid, part)])
+        items[:] = [item for item in items if is_of_part(item.nodeid, part)]
 
 
 def pytest_report_header() -> str:

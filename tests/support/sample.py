@@ -3,6 +3,8 @@
 Of a grid of cases (activations times dtypes times layouts), as many as it takes for each word of their names to occur
 once, in the place where it stands, which is known as each-choice coverage.  Lists without a word in common stay whole,
 and those of a test with the marker ``whole``.  The other cases have the marker ``grid``.
+
+Where ``--part`` asks for a part of the tests, the name of each decides which part it is of.
 """
 
 import re
@@ -61,3 +63,21 @@ def beyond_each_choice(items: Iterable[pytest.Item]) -> list[pytest.Item]:
         for case, item in cases.items()
         if case not in chosen
     ]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """What is written K/N: the K-th of N parts, from 1."""
+    place, number = map(int, text.split("/"))
+    if not 1 <= place <= number:
+        raise ValueError(text)
+    return place, number
+
+
+def is_of_part(test: str, part: tuple[int, int]) -> bool:
+    """Whether a test is of the part.  Each is of one, and parts are about as long.
+
+    >>> [place for place in (1, 2, 3) if is_of_part("tests/test_conv.py::test_layouts[NHWC]", (place, 3))]
+    [2]
+    """
+    place, number = part
+    return zlib.crc32(test.encode()) % number == place - 1
