@@ -161,6 +161,23 @@ def test_autocast_leaves_float64(device: str) -> None:
         assert layer(x).dtype == F.linear(x, layer.weight, layer.bias).dtype == torch.float64
 
 
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_linear_layer_with_code_of_its_own_is_refused(device: str) -> None:
+    """Of a subclass, or of a hook: it would never run."""
+    x = random_tensor((5, 12), torch.float32, device)
+    hooked, derived = (DropConnect(12, 7).to(device) for _ in range(2))
+    hooked.linear.register_forward_hook(lambda *_: None)
+    derived.linear = Scaled(12, 7).to(device)
+    for layer in (hooked, derived):
+        with pytest.raises(TypeError, match=r"isn't a plain torch\.nn\.Linear"):
+            layer(x)
+        layer.eval()(x)
+
+
 def test_layer(device: str) -> None:
     layer = DropConnect(12, 7, p=0.2).to(device)
     assert "p=0.2\n  (linear): Linear(in_features=12, out_features=7, bias=True)" in str(layer)

@@ -51,6 +51,7 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Changed | tuple[Changed, ..
         {**NORM, "training": True},
         {
             "training is not a boolean": {"training": 1},
+            "list is not a plain tensor": ({"weight": [1.0] * 3}, {"running_mean": [0.0] * 3}),
             "momentum is not a Python number": {"momentum": "0.1"},
             "eps is not a positive number": ({"eps": 0.0}, {"eps": "1"}),
             "no dimension of channels": {"input": IMAGES.flatten()},
@@ -153,7 +154,11 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Changed | tuple[Changed, ..
                 {"gate": normal(*shape)} for shape in ((2, 3, 1, 6), (1, 3, 1, 1), (2, 1, 1, 1))
             ),
             "neither contiguous nor channels last": {"input": IMAGES.transpose(2, 3)},
-            "no elements": {"input": IMAGES[:0], "gate": GATE["gate"][:0]},
+            "no elements": (
+                {"input": IMAGES[:0], "gate": GATE["gate"][:0]},
+                {"input": IMAGES[:, :0], "gate": GATE["gate"][:, :0]},
+                {"input": IMAGES[..., :0]},
+            ),
         },
     ),
     "gated_halves": (
