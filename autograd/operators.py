@@ -64,12 +64,14 @@ def operator(
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or looks_on():
+            if torch.compiler.is_compiling():
                 return overload(*arguments)
+            if looks_on():
+                return overload(*map(_in_memory, arguments))
             if planned and (plan := plans.find(arguments)) is not None:
                 return plan(*arguments)
             if is_watched() or not are_plain(arguments):
-                return overload(*arguments)
+                return overload(*map(_in_memory, arguments))
             return plans.call(*arguments) if planned else function(*arguments)
 
         return call
@@ -98,6 +100,17 @@ def are_plain(arguments: tuple[Any, ...]) -> bool:
         for each in arguments
         if isinstance(each, Tensor)
     )
+
+
+def _in_memory(argument: Any) -> Any:
+    """Zeros without memory, as PyTorch makes them of gradients that aren't there, as zeros of the same strides: its
+    dispatcher would give the kernels one zero that is expanded.
+    """
+    if isinstance(argument, Tensor) and argument._is_zerotensor():
+        return torch.empty_strided(
+            argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device
+        ).zero_()
+    return argument
 
 
 def _plain_keys() -> Iterator[int]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.operations import OPERATIONS, Operation
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusednn import autograd
+from fusednn.testing import LAYOUTS
 
 pytestmark = pytest.mark.kernels
 
@@ -106,9 +108,33 @@ def test_gradients_that_are_negated_when_they_are_read(device: str, dispatched: 
     assert dispatched == ["activation_backward"]
 
 
-def test_gradients_without_memory(device: str) -> None:
-    found, _ = backward(lambda g: torch._efficientzerotensor(g.shape, device=g.device), device)
-    assert torch.equal(found, torch.zeros_like(found))
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_without_memory(name: str) -> None:
+    """As PyTorch makes them of results that nothing depends on; of images in both layouts."""
+    images = any(operand.dim() == 4 for operand in Operation(name).operands)
+    for layout in ("contiguous", "channels_last")[: 1 + images]:
+        operation = Operation(name, torch.float32, change=lambda x, to=LAYOUTS[layout]: to(x) if x.dim() == 4 else x)
+        leaves = operation.leaves()
+        y = operation.call(operation.ours, leaves)
+        wanted = [one for one in leaves if one.requires_grad]
+        if y.requires_grad and wanted:
+            g = torch._efficientzerotensor(y.shape, dtype=y.dtype, device=y.device)
+            for found in torch.autograd.grad(y, wanted, g, allow_unused=True):
+                assert found is None or not found.any()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operands_without_memory(name: str) -> None:
+    """They are zeros like any others."""
+
+    results = []
+    for zeros in (torch.zeros, torch._efficientzerotensor):
+        operation = Operation(name, torch.float32)
+        operands = [
+            zeros(x.shape, dtype=x.dtype, device=x.device) if x.is_floating_point() else x for x in operation.operands
+        ]
+        results.append(operation.call(operation.ours, operands) + 0)
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 def test_gradients_of_a_subclass(device: str) -> None:
