@@ -39,9 +39,12 @@ _REST = (
 
 
 def _parsed(mean: Any, variance: Any, *rest: Any) -> tuple[Tensor | None, Norm, Around]:
-    """The residual, and what else kernels are given in their place; no name is nothing before."""
+    """The residual, and what else kernels are given in their place; no name is nothing before.
+
+    Vectors may lie in memory as they like: one element may be all of them.
+    """
     weight, bias, residual, slopes, seed, shift, eps, name, a, b, p, of_channels, before, c, d = rest
-    first = Before(activated(before, c, d), shift) if before else None
+    first = Before(activated(before, c, d), None if shift is None else shift.contiguous()) if before else None
     norm = Norm(mean, variance, weight, bias, eps)
     return residual, norm, Around(activated(name, a, b), slopes, seed, p, of_channels, first)
 

@@ -49,6 +49,29 @@ def test_memory_is_written_whole_and_none_besides(name: str) -> None:
         assert_same_bits(one, other, "run twice over different memory")
 
 
+def one_repeated(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x)
+
+
+def every_second(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2)[::2]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("placed", [one_repeated, every_second])
+@every_operation
+def test_vectors_lie_in_memory_as_they_like(name: str, placed: Callable[[Tensor], Tensor]) -> None:
+    """Biases, slopes, weights, statistics."""
+
+    def results(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        operation = Operation(name, torch.float32, change=lambda x: change(placed(x)) if x.dim() == 1 else x)
+        with checked_bounds():
+            return result_and_gradients(operation, operation.ours, operation.leaves())
+
+    # Not the same bits: PyTorch takes running statistics that are strided.
+    torch.testing.assert_close(results(lambda x: x), results(Tensor.contiguous), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize(
     ("algorithm", "name", "arguments"), CALLS, ids=lambda value: value if type(value) is str else ""
