@@ -4,6 +4,7 @@ The chain's layers are changed after fusing, or it is given what its kernels don
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -273,3 +274,28 @@ def test_layers_are_computed_together(build: Callable[[], nn.Module], device: st
     assert found
     assert not any(found)
     torch.testing.assert_close(y, stock(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (relu, (6, 3)),
+        (relu, (1, 4, 6, 3, 3)),
+        (lambda: conv_norm(nn.BatchNorm2d(6), nn.ReLU()), IMAGES[1:]),
+        (lambda: conv_norm(nn.BatchNorm2d(6), nn.ReLU()), (1, *IMAGES)),
+    ],
+    ids=["two dimensions", "five dimensions", "no batch of a norm", "five dimensions of a norm"],
+)
+def test_images_of_other_dimensions_are_stocks_to_refuse(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], device: str
+) -> None:
+    stock = build().to(device)
+    model = copy.deepcopy(stock)
+    fusednn.replace_layers(model, fuse=True)
+    x = random_tensor(shape, torch.float32, device)
+    found: list[str | None] = []
+    with observe_chains(lambda _, why: found.append(why)), pytest.raises((RuntimeError, ValueError)) as ours:
+        model(x)
+    with pytest.raises(ours.type, match=re.escape(str(ours.value))):
+        stock(x)
+    assert found == ["not a batch of images"]

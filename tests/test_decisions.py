@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -310,3 +310,19 @@ def test_a_launch_that_fails_is_decided_again(device: str) -> None:
 
     first = decisions.decided_once(lambda x: (lambda x: "stock") if refused else fail)  # type: ignore[arg-type,return-value]
     assert first(x) == "stock"
+
+
+class Sizes(NamedTuple):
+    height: int
+    width: int
+
+
+def test_what_is_fixed(device: str) -> None:
+    """Values that are equal to others that say something else aren't, nor operands that PyTorch does some work on."""
+    x = torch.ones(3, device=device)
+    for value in (True, 1, 0.5, "same", None, torch.float32, (1, 2), torch.Size([1]), x):
+        assert decisions._is_fixed((value,)), value
+    for value in ((0.0, 1), (True, 1), ((1, 2), 3), [1, 2], Sizes(1, 2), torch._neg_view(x), {1}):
+        assert not decisions._is_fixed((x, value)), value
+    torch.func.vmap(lambda row: row.add_(not decisions._is_fixed((1,))))(x)
+    assert x.tolist() == [2, 2, 2]

@@ -154,6 +154,29 @@ class ChangedBetween(Formula):
         return x * s
 
 
+class OtherPower(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.linear(x)) ** 2.5
+
+
+class OtherCube(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x).abs()
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3.5)))
+
+
+class OtherDivisor(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * 0.5 * (1.0 + torch.erf(x / 1.5))
+
+
+class DividedByATensor(Formula):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x * torch.sigmoid(x / (x.abs() + 1))
+
+
 FOUND = {
     Erf: "gelu",
     OpenAI: "gelu_tanh",
@@ -167,7 +190,10 @@ FOUND = {
     MishOfLayers: "mish",
     OpenAIOfLayer: "gelu_tanh",
 }
-NOT_FOUND = (OtherConstant, UsedTwice, ChangedBetween, OtherSoftplus, InPlaceReLU)
+NOT_FOUND = (
+    *(OtherConstant, OtherCube, OtherDivisor, OtherPower, OtherSoftplus),
+    *(ChangedBetween, DividedByATensor, InPlaceReLU, UsedTwice),
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
