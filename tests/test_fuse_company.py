@@ -20,11 +20,12 @@ from support.fusion import (
     make,
     reasons,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusednn
 from fusednn import layers
+from fusednn.layers.fusion.members import observe_chains
 
 
 @pytest.mark.parametrize("name", SHORT_AND_LONG)
@@ -94,6 +95,28 @@ def test_copies_are_fused_too(name: str, way: str, device: str) -> None:
     assert_same(duplicate, stock, batch(*shape, device=device))
     fusednn.restore_layers(duplicate)
     assert {type(module) for module in duplicate.modules()} == {type(module) for module in stock.modules()}
+
+
+def doubled(layer: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    return 2 * y
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_keep_apart_what_was_kept_apart(way: str, device: str) -> None:
+    """A layer that was left out, and one that has got a hook since."""
+    model = make(nn.Sequential(*conv_norm_act(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Tanh()), device)
+    fusednn.replace_layers(model, fuse=True, exclude="4")
+    model[6].register_forward_hook(doubled)
+    x, results = batch(*IMAGES, device=device), []
+    for one in (model, COPIES[way](model)):
+        together: list[list[nn.Module]] = []
+        with observe_chains(
+            lambda members, why, seen=together: seen.append([*members]) if members and not why else None
+        ):
+            results.append(one(x))
+        assert together == [list(one[:3])]
+    torch.testing.assert_close(*results)
 
 
 def test_moving_and_assigning(device: str) -> None:
