@@ -241,6 +241,11 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Changed | tuple[Changed, ..
             "training is not a boolean": {"training": 1},
         },
     ),
+    "feature_alpha_dropout": (
+        {"input": X, "training": True},  # of as few dimensions as it may have
+        {"1 dimensions": {"input": X[0]}, "training is not a boolean": {"training": 1}},
+    ),
+    "alpha_dropout": ({"input": X[0, 0], "training": True}, {"p is not a Python number": {"p": torch.tensor(0.5)}}),
     "dropout": ({"input": X}, {"training is not a boolean": {"training": 1}, "p is not a Python number": {"p": "a"}}),
     "gelu": ({"input": X}, {"the result goes into a given tensor": {"out": torch.empty(4, 5)}}),
     "softmax": (
