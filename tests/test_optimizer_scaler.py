@@ -138,6 +138,29 @@ def test_grad_scaler_takes_float16_gradients_for_master_weights_only(device: str
                 scaler.step(ours)
 
 
+@pytest.mark.kernels
+@every_name
+def test_steps_that_overflow_count_for_nothing(name: str, device: str) -> None:
+    """Of master weights, whose scaled gradients only the kernels have seen: the others are stock's of float32."""
+    arguments = {"lr": 0.1, **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})}
+    mine = parameters([(4,), (3, 3)], torch.float16, device)
+    theirs = [nn.Parameter(p.detach().float()) for p in mine]
+    ours, stock = getattr(optim, name)(mine, master_weights=True, **arguments), stock_of(name, theirs, **arguments)
+    scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=100)
+    scaler.scale(torch.ones((), device=device))
+    for step in range(5):
+        set_gradients(step, mine)
+        for p, master in zip(mine, theirs, strict=True):
+            master.grad = p.grad.float()
+            p.grad *= scaler.get_scale() if step not in (0, 2) else float("inf")
+        scaler.step(ours)
+        scaler.update()
+        if step not in (0, 2):
+            stock.step()
+    masters = [ours.state[p]["master"] for p in mine]
+    torch.testing.assert_close(masters, [p.detach() for p in theirs], rtol=2e-5, atol=1e-6)
+
+
 def test_a_dampened_first_step_that_overflows(device: str) -> None:
     arguments = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
     mine, theirs = (parameters([(4,)], torch.float32, device) for _ in range(2))
