@@ -32,11 +32,11 @@ _RUNS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m looks for what is of a grid
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", type=part_of, metavar="K/N", help="run the K-th of N parts of the tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks for what is of a grid
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if ARCHITECTURE and MISSING:
         for item in items:
