@@ -210,17 +210,30 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("case", CASES)
-def test_layers_are_called_one_by_one(case: str, device: str) -> None:
-    reason, (build, change, shape) = case.partition(", be")[0], CASES[case]
+def stock_and_fused(build: Callable[[], nn.Module], device: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and its copy whose neighbours are fused."""
     torch.manual_seed(0)
     stock = build().to(device)
     model = copy.deepcopy(stock)
     fusednn.replace_layers(model, fuse=True)
-    x = random_tensor(shape, torch.float32, device)
+    return stock, model
+
+
+@contextmanager
+def observed_reasons() -> Iterator[list[str | None]]:
+    """Of the chains within that are called one by one; None of those that aren't."""
     found: list[str | None] = []
     with observe_chains(lambda _, why: found.append(why)):
+        yield found
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("case", CASES)
+def test_layers_are_called_one_by_one(case: str, device: str) -> None:
+    reason, (build, change, shape) = case.partition(", be")[0], CASES[case]
+    stock, model = stock_and_fused(build, device)
+    x = random_tensor(shape, torch.float32, device)
+    with observed_reasons() as found:
         model(x * 1)
         assert (reason in found) == (change is nothing)
         results = []
@@ -264,12 +277,9 @@ class Apart(nn.Module):
     ids=["norm", "conv and norm", "conv, norm and residual", "norm and residual", "pooling", "pooling of pairs"],
 )
 def test_layers_are_computed_together(build: Callable[[], nn.Module], device: str) -> None:
-    stock = build().to(device)
-    model = copy.deepcopy(stock)
-    fusednn.replace_layers(model, fuse=True)
+    stock, model = stock_and_fused(build, device)
     x = random_tensor(IMAGES, torch.float32, device)
-    found: list[str | None] = []
-    with observe_chains(lambda _, why: found.append(why)):
+    with observed_reasons() as found:
         y = model(x)
     assert found
     assert not any(found)
@@ -289,12 +299,9 @@ def test_layers_are_computed_together(build: Callable[[], nn.Module], device: st
 def test_images_of_other_dimensions_are_stocks_to_refuse(
     build: Callable[[], nn.Module], shape: tuple[int, ...], device: str
 ) -> None:
-    stock = build().to(device)
-    model = copy.deepcopy(stock)
-    fusednn.replace_layers(model, fuse=True)
+    stock, model = stock_and_fused(build, device)
     x = random_tensor(shape, torch.float32, device)
-    found: list[str | None] = []
-    with observe_chains(lambda _, why: found.append(why)), pytest.raises((RuntimeError, ValueError)) as ours:
+    with observed_reasons() as found, pytest.raises((RuntimeError, ValueError)) as ours:
         model(x)
     with pytest.raises(ours.type, match=re.escape(str(ours.value))):
         stock(x)
